@@ -1,0 +1,345 @@
+"""Backbones: pre-trained encoders from timm and the lab, with their feature width and preprocessing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from taskvec.compute import choose_device
+from taskvec.errors import TaskvecError, unknown
+from taskvec.images import Preprocessing, normalise
+from taskvec.store import file_digest, read_json, write_json
+from taskvec.training import Progress, no_progress
+from taskvec.weights import Weights, align, bind, check_keys, pack, read, save
+
+CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "last_linear.")
+"""Key prefixes of heads that a file of an encoder may hold and that are dropped on purpose."""
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass
+class Backbone:
+    """An encoder bound to a flat weight buffer; ``pretrained`` keeps the weights it came with.
+
+    ``architecture`` is what ``build`` needs to make the module again without the original file.
+    """
+
+    name: str
+    module: nn.Module
+    width: int
+    preprocessing: Preprocessing
+    architecture: dict[str, Any]
+    pretrained: Weights
+    bound: Weights
+    device: str = "cpu"
+
+    def use(self, weights: Weights) -> None:
+        """Move the encoder to other weights of its layout; integer buffers stay the pre-trained encoder's."""
+        self.bound.flat.copy_(weights.flat)
+
+    @torch.inference_mode()
+    def features(
+        self,
+        images: UInt8[np.ndarray, "count 3 size size"],
+        batch_size: int = 256,
+        progress: Progress = no_progress,
+    ) -> Float[Tensor, "count width"]:
+        """Return the float32 features of all images under the present weights, on the CPU."""
+        self.module.eval()
+        out = torch.empty(len(images), self.width)
+        for start in range(0, len(images), batch_size):
+            batch = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size]))
+            out[start : start + len(batch)] = (
+                self.module(normalise(batch, self.preprocessing, self.device)).float().cpu()
+            )
+            progress((start + len(batch)) / len(images))
+        return out
+
+
+def parse(address: str) -> tuple[str, str, str]:
+    """Split ``kind:name[@file]``, or raise and say which kinds there are; a missing file is an error."""
+    kind, colon, rest = address.partition(":")
+    if not colon or not rest:
+        raise TaskvecError(
+            f"backbone address '{address}' is not of the form kind:name", "for example lab:supervised or timm:NAME@FILE"
+        )
+    if kind not in LOADERS:
+        raise unknown("kind of backbone", kind, LOADERS)
+    name, _, file = rest.partition("@")
+    return kind, name, file
+
+
+def default_name(address: str) -> str:
+    """Return the name a backbone gets when none is given."""
+    return parse(address)[1]
+
+
+def describe(address: str, size: int | None, allow_pickle: bool = False) -> dict[str, Any]:
+    """Return what identifies a backbone, for a fingerprint: its architecture's name and the digest of its weights."""
+    kind, name, file = parse(address)
+    about: dict[str, Any] = {"kind": kind, "name": name, "size": size}
+    if file:
+        about["content"] = file_digest(weights_file(file, allow_pickle))
+    elif kind == "lab":
+        from taskvec.lab import encoders
+
+        path = encoders.path(name)
+        about["content"] = file_digest(path) if path else None
+    return about
+
+
+def weights_file(file: str, allow_pickle: bool = False) -> Path:
+    """Return the path of a weights file; a missing file, or a pickle not asked for, is an error with the fix."""
+    path = Path(file).expanduser()
+    if path.suffix not in WEIGHT_SUFFIXES and "/" not in file:
+        raise TaskvecError(
+            f"'@{file}' is not a file: it has neither a folder nor a suffix such as .safetensors", "give a path"
+        )
+    if not path.is_file():
+        raise TaskvecError(f"no weights file at '{path}'", "give the path of a .safetensors file after the @")
+    if path.suffix != ".safetensors" and not allow_pickle:
+        raise TaskvecError(
+            f"'{path}' is not a .safetensors file; pickled checkpoints can run code when loaded",
+            "convert it to safetensors, or set allow_pickle: true (it is then read with weights_only=True)",
+        )
+    return path
+
+
+def load_backbone(
+    address: str,
+    size: int | None = None,
+    name: str | None = None,
+    device: str = "auto",
+    allow_pickle: bool = False,
+) -> Backbone:
+    """Load an encoder by address (``lab:NAME``, ``timm:NAME@FILE``) at an input size in pixels, its own by default.
+
+    ``allow_pickle`` admits .pt and .bin files, which are then read with ``weights_only=True``.
+    """
+    kind, model, file = parse(address)
+    path = weights_file(file, allow_pickle) if file else None
+    module, preprocessing, architecture = LOADERS[kind](model, path, size)
+    return assemble(name or model, module, preprocessing, architecture, choose_device(device))
+
+
+def assemble(
+    name: str, module: nn.Module, preprocessing: Preprocessing, architecture: dict[str, Any], device: str
+) -> Backbone:
+    """Bind a module to a flat buffer and find its feature width by one forward pass."""
+    module = module.to(device).float().eval()
+    bound = bind(module)
+    width = feature_width(module, preprocessing, device, name)
+    return Backbone(name, module, width, preprocessing, architecture, bound.clone(), bound, device)
+
+
+@torch.inference_mode()
+def feature_width(module: nn.Module, preprocessing: Preprocessing, device: str, name: str) -> int:
+    """Return the width of the module's features, or raise if it cannot look at images of that size."""
+    images = torch.zeros(2, 3, preprocessing.size, preprocessing.size, device=device)
+    try:
+        features = module(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise TaskvecError(
+            f"'{name}' cannot look at {preprocessing.size} px images: {reason}", "choose another size"
+        ) from None
+    if features.ndim != 2:
+        raise TaskvecError(
+            f"'{name}' gives features of shape {list(features.shape[1:])}, not one vector an image",
+            "choose a classifier",
+        )
+    return int(features.shape[1])
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, or a pickle with ``weights_only=True``, whose tensors may be one level down."""
+    if path.suffix == ".safetensors":
+        return read(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and end-of-file errors are many kinds
+        raise TaskvecError(
+            f"'{path}' cannot be read: {str(error).splitlines()[0]}", "convert it to safetensors"
+        ) from None
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise TaskvecError(f"'{path}' is not a dictionary of tensors", "save the model's state_dict() as safetensors")
+    return state
+
+
+def load_lab(name: str, file: Path | None, size: int | None) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+    """Load one of the lab's encoders, from the package or from a file; ``random`` has seeded random weights."""
+    from taskvec.lab import encoders
+
+    options = encoders.options(name) | ({"size": size} if size else {})
+    architecture = {"family": "lab", "options": options}
+    module = build(architecture)
+    path = file or encoders.path(name)
+    if path is not None:
+        load_strictly(module, read_checkpoint(path), f"'{path}'")
+    return module, Preprocessing(size=options["size"]), architecture
+
+
+def load_timm(name: str, file: Path | None, size: int | None) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+    """Load a timm encoder without its classifier, from a file or from timm's own pre-trained weights."""
+    import timm
+    from timm.data.config import resolve_data_config
+
+    model_name = name.split(".")[0]
+    if model_name not in timm.list_models():
+        raise unknown("timm model", name, timm.list_models())
+    size = size or own_size(name)
+    architecture = {"family": "timm", "options": {"name": name, "size": size}}
+    module = build(architecture)
+    config = resolve_data_config({"input_size": (3, size, size)}, model=module)
+    state = read_checkpoint(file) if file else download_timm(name)
+    load_strictly(module, resample_timm(state, module), f"'{file or name}'")
+    return module, timm_preprocessing(config, size), architecture
+
+
+def own_size(name: str) -> int:
+    """Return the input size that a timm model was trained at, 224 where timm does not say."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    return int(config.input_size[-1]) if config else 224
+
+
+def timm_preprocessing(config: Mapping[str, Any], size: int) -> Preprocessing:
+    """Translate timm's data configuration."""
+    return Preprocessing(
+        size,
+        float(config["crop_pct"]),
+        config["interpolation"],
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        config.get("crop_mode") == "squash",
+    )
+
+
+def download_timm(name: str) -> dict[str, Tensor]:
+    """Return timm's pre-trained weights of a model, downloaded or from the local cache."""
+    import timm
+
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # hub and network libraries raise their own many kinds
+        raise TaskvecError(
+            f"'timm:{name}' could not be downloaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"with no network, give a local file: timm:{name}@FILE.safetensors",
+        ) from None
+    return dict(model.state_dict())
+
+
+def resample_timm(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Let timm translate a checkpoint for the module: other key styles, position embeddings of another size."""
+    filters = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    with contextlib.suppress(KeyError, AttributeError):  # a file of another architecture: the strict check reports it
+        if filters is not None:
+            return dict(filters(dict(state), module))
+    return state
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dictionary that must have the module's keys and shapes; a classifier is dropped on purpose."""
+    wanted = module.state_dict()
+    dropped = [key for key in state if key not in wanted and key.startswith(CLASSIFIERS)]
+    kept = {key: value for key, value in state.items() if key not in dropped}
+    fix = "give a checkpoint of that architecture, or name the architecture that it was saved from"
+    shapes = {key: tuple(value.shape) for key, value in kept.items()}
+    absent = {key for key in wanted if key not in shapes and key.endswith("num_batches_tracked")}
+    check_keys(shapes, {k: tuple(v.shape) for k, v in wanted.items() if k not in absent}, source, fix)
+    aligned = align(kept | {key: wanted[key] for key in absent}, pack(wanted), source)
+    module.load_state_dict(aligned.state())
+    if dropped:
+        print(f"{source}: left out {len(dropped)} tensors of a classifier ({', '.join(dropped[:3])})", file=sys.stderr)
+
+
+def build(architecture: Mapping[str, Any]) -> nn.Module:
+    """Make an encoder module with seeded random weights from its architecture record."""
+    options = dict(architecture["options"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BUILDERS[architecture["family"]](options)
+
+
+def build_lab(options: dict[str, Any]) -> nn.Module:
+    """Make the lab's small ViT."""
+    from taskvec.lab.vit import VisionTransformer
+
+    return VisionTransformer(**options)
+
+
+def build_timm(options: dict[str, Any]) -> nn.Module:
+    """Make a timm model without classifier, at the input size where the architecture has one."""
+    import timm
+
+    name, size = options["name"], options["size"]
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)
+    except TypeError:  # convolutional networks have no input size of their own
+        module = timm.create_model(name, pretrained=False, num_classes=0)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise TaskvecError(
+            f"timm's '{name}' cannot be made for {size} px: {error}", f"choose another size{patch_hint(name)}"
+        ) from None
+    return module
+
+
+def patch_hint(name: str) -> str:
+    """Say which sizes fit where the name tells the patch size."""
+    part = name.partition("patch")[2]
+    digits = "".join(c for c in part[:2] if c.isdigit())
+    return f", a multiple of {digits}" if digits else ""
+
+
+LOADERS: dict[str, Callable[[str, Path | None, int | None], tuple[nn.Module, Preprocessing, dict[str, Any]]]] = {
+    "lab": load_lab,
+    "timm": load_timm,
+}
+BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"lab": build_lab, "timm": build_timm}
+
+
+def write_backbone(backbone: Backbone, folder: Path) -> None:
+    """Write the encoder's weights and what is needed to make the module again."""
+    save(backbone.pretrained, folder / "encoder.safetensors")
+    record = {
+        "name": backbone.name,
+        "architecture": backbone.architecture,
+        "preprocessing": backbone.preprocessing.to_json(),
+        "width": backbone.width,
+    }
+    write_json(folder / "backbone.json", record)
+
+
+def read_backbone(folder: Path, device: str = "cpu") -> Backbone:
+    """Open a backbone that ``write_backbone`` wrote."""
+    record = read_json(folder / "backbone.json")
+    return restore(record, folder / "encoder.safetensors", device)
+
+
+def restore(record: Mapping[str, Any], weights: Path, device: str) -> Backbone:
+    """Make a backbone from its record and a file of its weights."""
+    preprocessing = Preprocessing.from_json(record["preprocessing"])
+    backbone = assemble(record["name"], build(record["architecture"]), preprocessing, record["architecture"], device)
+    backbone.pretrained = align(read(weights), backbone.pretrained, f"'{weights}'")
+    backbone.bound.flat.copy_(backbone.pretrained.flat)
+    for name, tensor in backbone.pretrained.carried.items():
+        backbone.bound.carried[name].copy_(tensor)
+    return backbone
+
+
+def read_weights(path: Path, like: Weights) -> Weights:
+    """Read a safetensors file that must have exactly the keys and shapes of ``like``."""
+    return align(read(path), like, f"'{path}'")

@@ -1,0 +1,170 @@
+"""The command: one subcommand, one function call. Torch is imported only when a command needs it."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+
+from taskvec.errors import TaskvecError, unknown
+
+app = typer.Typer(
+    help="Edit pre-trained image classifiers in weight space.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+lab = typer.Typer(help="The embedded miniature: its encoders.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(lab, name="lab")
+
+
+Given = ParamSpec("Given")
+
+
+def guarded(command: Callable[Given, None]) -> Callable[Given, None]:
+    """Turn a user's mistake into one message and exit code 2, and Ctrl-C into 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except TaskvecError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("\ninterrupted: finished steps are kept, the same command goes on from there", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+@app.command()
+@guarded
+def run(
+    study: Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")],
+    out: Annotated[Path | None, typer.Option(help="the run folder; runs/NAME by default")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="2 steps and 32 images a split: does everything work?")
+    ] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="steps at once; one a core by default, one on a GPU")
+    ] = None,
+) -> None:
+    """Run a study, or what is not done of it yet, and write tables, figures, a page and models."""
+    from taskvec.study import open_study
+
+    file = open_study(study)
+    from dataclasses import replace
+
+    from taskvec.progress import Terminal, clock
+    from taskvec.runs import default_store, run_study
+    from taskvec.store import Store
+
+    if smoke:
+        file = replace(file, study=file.study.smoke())
+    folder = out or Path("runs") / file.study.name
+    command = f"taskvec run {shlex.quote(study)}" + (" --smoke" if smoke else "")
+    console, begin = Console(stderr=True), time.monotonic()
+    watcher = Terminal(console)
+    try:
+        outcome = run_study(file, folder, Store((store or default_store()).expanduser()), workers, watcher, command)
+    finally:
+        watcher.close()
+    if outcome.ran:
+        reused = outcome.steps - outcome.ran
+        kept = f", {reused} were done before" if reused else ""
+        typer.echo(f"{outcome.ran} steps run in {clock(time.monotonic() - begin)}{kept}")
+    else:
+        again = "the run folder was written again" if outcome.written else "nothing to do"
+        typer.echo(f"all {outcome.steps} steps were done before: {again}")
+    typer.echo((folder / "tables.md").read_text("utf-8").split("\n## ")[0].strip())
+    typer.echo(f"\npage: {(folder / 'report.html').resolve()}")
+
+
+@app.command()
+@guarded
+def predict(
+    model: Annotated[Path, typer.Argument(help="a run folder, or a model folder in its models/")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    task: Annotated[str | None, typer.Option(help="ask one task's head only")] = None,
+) -> None:
+    """Classify images with a study's best model, by every task's head or by one."""
+    from taskvec.model import load
+
+    found = load(model)
+    for answer in found.predict(list(images), task):
+        typer.echo(f"{answer.image}\t{answer.task}\t{answer.label}\t{answer.probability:.3f}")
+
+
+@app.command("list")
+@guarded
+def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones or tasks")]) -> None:
+    """List what the package knows by name."""
+    listings = {"studies": _studies, "methods": _methods, "backbones": _backbones, "tasks": _tasks}
+    if kind not in listings:
+        raise unknown("kind of list", kind, listings)
+    for name, text in listings[kind]().items():
+        typer.echo(f"{name:<24} {text}")
+
+
+def _studies() -> dict[str, str]:
+    from taskvec.study import packaged
+
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in packaged().items()}
+
+
+def _methods() -> dict[str, str]:
+    from taskvec.merging import METHODS
+
+    return {method.name: f"{method.description} ({method.reference})" for method in METHODS.values()}
+
+
+def _backbones() -> dict[str, str]:
+    from taskvec.lab.encoders import DESCRIPTIONS
+
+    lab_encoders = {f"lab:{name}": text for name, text in DESCRIPTIONS.items()}
+    return lab_encoders | {
+        "timm:NAME@FILE": "a timm encoder with weights from a .safetensors file (timm:NAME downloads them)"
+    }
+
+
+def _tasks() -> dict[str, str]:
+    from taskvec.lab.worlds import DESCRIPTIONS
+
+    lab_tasks = {f"lab:{name}": text for name, text in DESCRIPTIONS.items()}
+    return lab_tasks | {"folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val"}
+
+
+@lab.command()
+@guarded
+def pretrain(
+    encoder: Annotated[str, typer.Argument(help="supervised")],
+    steps: Annotated[int | None, typer.Option(min=1, help="optimiser steps; the shipped encoder's by default")] = None,
+    seed: Annotated[int, typer.Option(help="seed of weights and images")] = 0,
+    out: Annotated[Path, typer.Option(help="the folder to write the encoder and its record to")] = Path(),
+) -> None:
+    """Pre-train one of the lab's encoders again."""
+    from rich.progress import Progress
+
+    from taskvec.lab.pretrain import pretrain as make
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task(f"pre-training {encoder}", total=1.0)
+        path = make(encoder, out, steps, seed, lambda share: bar.update(task, completed=share))
+    typer.echo(f"{path} and its record {path.with_suffix('.json').name}")
+
+
+def main() -> None:
+    """Run the command."""
+    app()

@@ -1,0 +1,69 @@
+"""Where and how precisely numbers are computed: device, precision and threads, by fixed rules that are recorded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from taskvec.errors import TaskvecError
+
+Precision = Literal["float32", "bfloat16"]
+Use = Literal["training", "evaluation"]
+
+WIDE = 256
+"""Feature width from which bfloat16 pays off in training on a CPU with AMX tiles; narrower models only lose by it."""
+
+
+def choose_device(setting: str = "auto") -> str:
+    """Return ``cuda`` where there is one and ``cpu`` elsewhere, or the device asked for if it is usable."""
+    if setting == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=setting)
+    except (RuntimeError, AssertionError) as error:
+        raise TaskvecError(
+            f"device '{setting}' cannot be used: {error}".splitlines()[0], "use auto, cpu or cuda"
+        ) from None
+    return setting
+
+
+def choose_precision(setting: str, use: Use, width: int, device: str) -> Precision:
+    """Return the precision for a use, by rule: evaluation, where scales are compared, is always float32.
+
+    ``auto`` trains in bfloat16 on GPUs that have it, and on CPUs with AMX tiles when the encoder is at least ``WIDE``
+    features wide. An explicit ``bfloat16`` is for training only: a move of 0.05 task vectors is below its resolution.
+    """
+    if use == "evaluation" or setting == "float32":
+        return "float32"
+    if setting == "bfloat16":
+        return "bfloat16"
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if width >= WIDE and has_fast_bfloat16() else "float32"
+
+
+def has_fast_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 matrices in hardware (AMX tiles)."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe and probe())
+
+
+@contextlib.contextmanager
+def autocast(precision: Precision, device: str) -> Iterator[None]:
+    """Run the body under autocast for bfloat16, and plainly for float32."""
+    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with ``count`` threads inside: the number changes the last bits, so a step's fingerprint holds it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,107 @@
+"""Weight disentanglement error over two coefficients (paper, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int64, UInt8
+
+from taskvec import vectors
+from taskvec.backbones import Backbone
+from taskvec.heads import Head
+from taskvec.training import Progress, no_progress
+from taskvec.weights import Weights
+
+Images = UInt8[np.ndarray, "count 3 size size"]
+Predictions = Int64[np.ndarray, "points count"]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The two terms of xi on a grid: ``first[i, j]`` is task 1's share of changed predictions at scales i and j."""
+
+    scales: tuple[float, ...]
+    first: Float64[np.ndarray, "points points"]
+    second: Float64[np.ndarray, "points points"]
+
+    def xi(self) -> Float64[np.ndarray, "points points"]:
+        """Return the disentanglement error, 0 to 2."""
+        total: Float64[np.ndarray, "points points"] = self.first + self.second
+        return total
+
+    def mean_in_box(self, half_width: float = 1.0) -> float:
+        """Return the mean of xi over grid points with both coefficients in [-half_width, half_width] (the red box)."""
+        inside = np.abs(np.array(self.scales)) <= half_width + 1e-9
+        return float(self.xi()[np.ix_(inside, inside)].mean())
+
+
+def predictions(backbone: Backbone, head: Head, images: Images) -> Int64[np.ndarray, " count"]:
+    """Return the predicted classes under the backbone's present weights."""
+    predicted: Int64[np.ndarray, " count"] = head.predict(backbone.features(images)).numpy()
+    return predicted
+
+
+def single_predictions(
+    backbone: Backbone,
+    vector: Weights,
+    head: Head,
+    images: Images,
+    scales: Sequence[float],
+    progress: Progress = no_progress,
+) -> Predictions:
+    """Return f(x; theta_pre + l * tau) for every coefficient: they depend on one axis only and serve all pairs."""
+    rows = []
+    for index, scale in enumerate(scales):
+        vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
+        rows.append(predictions(backbone, head, images))
+        progress((index + 1) / len(scales))
+    return np.stack(rows)
+
+
+def disentanglement(
+    backbone: Backbone,
+    task_vectors: tuple[Weights, Weights],
+    heads: tuple[Head, Head],
+    images: tuple[Images, Images],
+    scales: Sequence[float],
+    singles: tuple[Predictions, Predictions] | None = None,
+    progress: Progress = no_progress,
+) -> Errors:
+    """Measure xi(l1, l2) on a grid; on the axes, where one term compares a model with itself, that term is 0."""
+    if singles is None:
+        first, second = (
+            single_predictions(backbone, v, h, x, scales) for v, h, x in zip(task_vectors, heads, images, strict=True)
+        )
+        singles = first, second
+    shares = np.zeros((2, len(scales), len(scales)))
+    for i, one in enumerate(scales):
+        for j, two in enumerate(scales):
+            vectors.move(backbone.bound, backbone.pretrained, task_vectors, (one, two))
+            for task, (own, other) in enumerate([(i, two), (j, one)]):
+                if other != 0:
+                    merged = predictions(backbone, heads[task], images[task])
+                    shares[task, i, j] = np.mean(merged != singles[task][own])
+            progress((i * len(scales) + j + 1) / len(scales) ** 2)
+    backbone.use(backbone.pretrained)
+    return Errors(tuple(scales), shares[0], shares[1])
+
+
+def choose_pairs(names: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Return ``count`` seeded pairs of different tasks, spread so that no task recurs before all have been drawn."""
+    every = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    order = [every[i] for i in np.random.default_rng(seed).permutation(len(every))]
+    chosen: list[tuple[str, str]] = []
+    while order and len(chosen) < count:
+        used = [name for pair in chosen for name in pair]
+        best = min(order, key=lambda pair: used.count(pair[0]) + used.count(pair[1]))
+        chosen.append(best)
+        order.remove(best)
+    return chosen
+
+
+def sample(images: Images, count: int, seed: int = 0) -> Images:
+    """Return a seeded choice of at most ``count`` images."""
+    order = np.random.default_rng(seed).permutation(len(images))[:count]
+    return np.ascontiguousarray(images[np.sort(order)])

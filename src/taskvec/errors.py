@@ -1,0 +1,36 @@
+"""The one error of this package: what was given, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TaskvecError(Exception):
+    """A mistake that the user can mend: ``problem`` repeats the input, ``fix`` says what to do about it.
+
+    The command prints it as one message and leaves with exit code 2; no traceback is shown.
+    """
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        self.problem, self.fix = problem, fix
+        super().__init__(f"{problem}\n{fix}" if fix else problem)
+
+    def __reduce__(self) -> tuple[type[TaskvecError], tuple[str, str]]:
+        """Pickle by both parts, so that the error survives the way from a worker process."""
+        return type(self), (self.problem, self.fix)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Say which known names are nearest to ``given``, or list what is known when nothing is near."""
+    options = sorted(known)
+    near = difflib.get_close_matches(given, options, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
+    shown = ", ".join(options[:20]) + (", ..." if len(options) > 20 else "")
+    return f"known: {shown}" if options else "none is known"
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> TaskvecError:
+    """Build the error for a name that is not in a registry, with the nearest names that are."""
+    return TaskvecError(f"unknown {kind} '{given}'", did_you_mean(given, known))

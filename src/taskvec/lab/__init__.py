@@ -1,0 +1,1 @@
+"""The embedded miniature: eight small image tasks, a small vision transformer, and how it was pre-trained."""

@@ -1,0 +1,111 @@
+"""The model to keep: one encoder, a head for every task, and how to look at images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taskvec.backbones import Backbone, restore
+from taskvec.compute import choose_device
+from taskvec.errors import TaskvecError, unknown
+from taskvec.heads import Head, read_heads, save_heads
+from taskvec.images import open_image, resize_and_crop
+from taskvec.store import read_json, write_json
+from taskvec.weights import Weights, save
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A task's answer for one image: the class and its softmax probability."""
+
+    image: str
+    task: str
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class MultiTaskModel:
+    """An encoder with a head for every task; all heads answer from one forward pass."""
+
+    backbone: Backbone
+    heads: Mapping[str, Head]
+    classes: Mapping[str, Sequence[str]]
+    about: Mapping[str, Any]
+
+    def logits(self, features: Float[Tensor, "batch width"]) -> dict[str, Float[Tensor, "batch classes"]]:
+        """Return every task's class scores of the same features."""
+        return {task: head.logits(features) for task, head in self.heads.items()}
+
+    def predict(self, images: Sequence[str | Path], task: str | None = None) -> list[Prediction]:
+        """Classify image files by every task's head, or by one task's."""
+        if task is not None and task not in self.heads:
+            raise unknown("task", task, self.heads)
+        size = self.backbone.preprocessing
+        pixels = [resize_and_crop(open_image(Path(image)), size) for image in images]
+        if not pixels:
+            return []
+        scores = self.logits(self.backbone.features(np.stack(pixels)))
+        return [
+            self._answer(str(image), name, scores[name][index])
+            for index, image in enumerate(images)
+            for name in ([task] if task is not None else self.heads)
+        ]
+
+    def _answer(self, image: str, task: str, scores: Float[Tensor, " classes"]) -> Prediction:
+        best = int(scores.argmax())
+        return Prediction(image, task, self.classes[task][best], float(torch.softmax(scores, 0)[best]))
+
+
+def save_model(
+    folder: Path,
+    backbone: Backbone,
+    weights: Weights,
+    heads: Mapping[str, Head],
+    classes: Sequence[Sequence[str]],
+    about: Mapping[str, Any],
+) -> None:
+    """Write encoder.safetensors, heads.safetensors and model.json (classes, preprocessing, method, scale)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save(weights, folder / "encoder.safetensors")
+    save_heads(dict(heads), folder / "heads.safetensors")
+    record = {
+        "name": backbone.name,
+        "architecture": backbone.architecture,
+        "preprocessing": backbone.preprocessing.to_json(),
+        "tasks": [{"name": name, "classes": list(c)} for name, c in zip(heads, classes, strict=True)],
+    }
+    write_json(folder / "model.json", record | dict(about))
+
+
+def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
+    """Load a model folder, or the best model (on validation) of a run folder."""
+    chosen = find_model(Path(folder))
+    record = read_json(chosen / "model.json")
+    backbone = restore(record, chosen / "encoder.safetensors", choose_device(device))
+    heads = read_heads(chosen / "heads.safetensors")
+    return MultiTaskModel(
+        backbone,
+        {task["name"]: heads[task["name"]] for task in record["tasks"]},
+        {task["name"]: task["classes"] for task in record["tasks"]},
+        {key: record[key] for key in ("method", "heads", "scale", "validation")},
+    )
+
+
+def find_model(folder: Path) -> Path:
+    """Return the folder itself if it is a model's, or the model of a run with the best mean validation accuracy."""
+    if (folder / "model.json").is_file():
+        return folder
+    found = sorted((folder / "models").glob("*/model.json"))
+    if not found:
+        raise TaskvecError(
+            f"no model in '{folder}'", "give a run folder (it holds models/) or one of the folders in its models/"
+        )
+    return max(found, key=lambda path: float(read_json(path)["validation"])).parent

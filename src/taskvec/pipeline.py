@@ -1,0 +1,204 @@
+"""Steps: a named function, a frozen configuration and the steps it reads; run in order, skipped when done before.
+
+A step's fingerprint is made of its function, version, configuration and threads, and of the *content* of its inputs:
+a step whose inputs come out the same is not run again, whatever was done to make them. Output paths and the number of
+workers are not part of it.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from taskvec.store import Artifact, Store, disk_errors, fingerprint
+
+PACKAGES = ("taskvec", "torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One unit of work: ``function`` (``module:name``) gets the config, input folders and an empty output folder."""
+
+    label: str
+    function: str
+    version: int
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Sequence[Step]] = field(default_factory=dict)
+    threads: int = 1
+    cost: float = 1.0
+
+    def dependencies(self) -> list[Step]:
+        """List the steps that it reads, in order."""
+        return [step for steps in self.inputs.values() for step in steps]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step that is ready to run: everything a worker process needs, and nothing live."""
+
+    step: Step
+    id: str
+    inputs: dict[str, list[str]]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What an executor hands back for a job: the seconds it took."""
+
+    job: Job
+    seconds: float
+
+
+class Executor(Protocol):
+    """Runs jobs, several at once where it can."""
+
+    slots: int
+
+    def start(self, job: Job, progress: Callable[[float], None]) -> None:
+        """Begin a job; at most ``slots`` are under way at once."""
+
+    def wait(self) -> list[Finished]:
+        """Wait until at least one job is done; raise what it raised."""
+
+    def close(self) -> None:
+        """Stop whatever is under way."""
+
+
+class Watcher(Protocol):
+    """Is told what happens, to show it."""
+
+    def planned(self, steps: Sequence[Step]) -> None:
+        """All steps of the run, once at the start."""
+
+    def reused(self, step: Step) -> None:
+        """A step that was done before."""
+
+    def started(self, step: Step) -> None:
+        """A step that begins."""
+
+    def advanced(self, step: Step, share: float) -> None:
+        """The share of a running step that is done."""
+
+    def finished(self, step: Step, seconds: float) -> None:
+        """A step that was done now."""
+
+
+def step_id(step: Step, inputs: Mapping[str, Sequence[Artifact]]) -> str:
+    """Return the fingerprint of a step whose inputs are known."""
+    return fingerprint(
+        {
+            "function": step.function,
+            "version": step.version,
+            "config": step.config,
+            "threads": step.threads,
+            "inputs": {role: [artifact.digest for artifact in artifacts] for role, artifacts in inputs.items()},
+        }
+    )
+
+
+def ordered(steps: Iterable[Step]) -> list[Step]:
+    """List all steps that ``steps`` need, each after what it reads and none twice."""
+    done: dict[Step, None] = {}
+
+    def visit(step: Step) -> None:
+        if step in done:
+            return
+        for dependency in step.dependencies():
+            visit(dependency)
+        done[step] = None
+
+    for step in steps:
+        visit(step)
+    return list(done)
+
+
+def run(steps: Iterable[Step], store: Store, executor: Executor, watcher: Watcher) -> dict[Step, Artifact]:
+    """Run what is not done yet, as many steps at once as the executor has slots, and return every step's artifact."""
+    plan = ordered(steps)
+    watcher.planned(plan)
+    waiting, done, running = list(plan), dict[Step, Artifact](), dict[str, list[Step]]()
+    try:
+        while waiting or running:
+            for step in [s for s in waiting if all(d in done for d in s.dependencies())]:
+                _advance(step, waiting, done, running, store, executor, watcher)
+            if running and (len(running) >= executor.slots or not _ready(waiting, done)):
+                for finished in executor.wait():
+                    artifact = store.finish(finished.job.id, finished.job.folder, about(finished))
+                    for step in running.pop(finished.job.id):
+                        done[step] = artifact
+                        watcher.finished(step, finished.seconds)
+    finally:
+        executor.close()
+    return done
+
+
+def _ready(waiting: list[Step], done: dict[Step, Artifact]) -> bool:
+    return any(all(d in done for d in step.dependencies()) for step in waiting)
+
+
+def _advance(
+    step: Step,
+    waiting: list[Step],
+    done: dict[Step, Artifact],
+    running: dict[str, list[Step]],
+    store: Store,
+    executor: Executor,
+    watcher: Watcher,
+) -> None:
+    """Reuse a ready step, join it to the same work under way, or start it if there is room."""
+    inputs = {role: [done[s] for s in steps] for role, steps in step.inputs.items()}
+    id = step_id(step, inputs)
+    if id in running:
+        running[id].append(step)
+        waiting.remove(step)
+    elif (artifact := store.find(id)) is not None:
+        done[step] = artifact
+        waiting.remove(step)
+        watcher.reused(step)
+    elif len(running) < executor.slots:
+        folders = {role: [str(a.folder) for a in artifacts] for role, artifacts in inputs.items()}
+        job = Job(step, id, folders, store.begin())
+        running[id] = [step]
+        waiting.remove(step)
+        watcher.started(step)
+        executor.start(job, lambda share: watcher.advanced(step, share))
+
+
+def about(finished: Finished) -> dict[str, Any]:
+    """Say what made an artifact: function, configuration, threads, versions, seconds."""
+    step = finished.job.step
+    return {
+        "label": step.label,
+        "function": step.function,
+        "version": step.version,
+        "config": step.config,
+        "threads": step.threads,
+        "inputs": {role: [Path(folder).name for folder in folders] for role, folders in finished.job.inputs.items()},
+        "seconds": round(finished.seconds, 3),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of every package that can change a number."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def perform(job: Job, function: Callable[..., None], progress: Callable[[float], None]) -> Finished:
+    """Run a job in this process; its folder is removed when it fails."""
+    start = time.perf_counter()
+    inputs = {role: [Path(folder) for folder in folders] for role, folders in job.inputs.items()}
+    try:
+        with disk_errors(job.folder):
+            function(dict(job.step.config), inputs, job.folder, progress)
+    except BaseException:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        raise
+    return Finished(job, time.perf_counter() - start)

@@ -1,0 +1,98 @@
+"""Progress of a run: a bar with the time left on a terminal, one line a step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from taskvec.pipeline import Step
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Left(ProgressColumn):
+    """The time that is left, from the share done so far."""
+
+    def render(self, task: Task) -> Text:
+        """Show the estimate, once there is one."""
+        left = task.fields.get("left")
+        return Text("" if left is None else f"about {clock(left)} left", style="cyan")
+
+
+class Terminal:
+    """Shows a run: what is done, what is under way, and about how long the rest takes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.begin = time.monotonic()
+        self.total, self.count, self.number = 0.0, 0, 0
+        self.reused_cost, self.cost = 0.0, 0.0
+        self.shares: dict[Step, float] = {}
+        columns = (BarColumn(30), TextColumn("{task.description}"), TimeElapsedColumn(), Left())
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task("starting")
+
+    def planned(self, steps: Sequence[Step]) -> None:
+        """Take the whole list of steps."""
+        self.total, self.count = sum(step.cost for step in steps), len(steps)
+        self.bar.start()
+
+    def reused(self, step: Step) -> None:
+        """Count a step that was done before."""
+        self.reused_cost += step.cost
+        self.number += 1
+        self._show()
+
+    def started(self, step: Step) -> None:
+        """Name a step that begins."""
+        self.shares[step] = 0.0
+        self._show()
+
+    def advanced(self, step: Step, share: float) -> None:
+        """Move the bar within a step."""
+        if step in self.shares:
+            self.shares[step] = share
+            self._show()
+
+    def finished(self, step: Step, seconds: float) -> None:
+        """Count a step that was done now; without a terminal, write a line."""
+        self.shares.pop(step, None)
+        self.cost += step.cost
+        self.number += 1
+        self._show()
+        if not self.console.is_terminal:
+            left = self.left()
+            ahead = f", about {clock(left)} left" if left is not None and self.number < self.count else ""
+            self.console.print(
+                f"[{self.number}/{self.count}] {step.label}: {seconds:.1f} s{ahead}", markup=False, highlight=False
+            )
+
+    def left(self) -> float | None:
+        """Return the seconds left, from the cost done now and the time it took; None before anything is done."""
+        done = self.cost + sum(step.cost * share for step, share in self.shares.items())
+        elapsed = time.monotonic() - self.begin
+        if done <= 0 or elapsed < 3:
+            return None
+        return elapsed * (self.total - self.reused_cost - done) / done
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.stop()
+
+    def _show(self) -> None:
+        under_way = ", ".join(step.label for step in self.shares)
+        done = self.reused_cost + self.cost + sum(step.cost * share for step, share in self.shares.items())
+        text = f"{self.number}/{self.count} {under_way[:70]}"
+        self.bar.update(self.task, total=max(self.total, 1), completed=done, description=text, left=self.left())

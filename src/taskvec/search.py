@@ -1,0 +1,135 @@
+"""The choice of the scale (lambda), on validation data only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from taskvec import vectors
+from taskvec.backbones import Backbone
+from taskvec.evaluation import normalised_accuracy
+from taskvec.heads import Head, accuracy, features_of, fit
+from taskvec.merging import find_method
+from taskvec.settings import Probe, parse_scales
+from taskvec.tasks import Task
+from taskvec.training import Progress, no_progress
+from taskvec.weights import Weights
+
+STRIDE = 4
+"""A coarse search looks at every fourth scale of the grid, then at those between."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """The outcome of a line search: the chosen scale, and what was measured on validation to choose it."""
+
+    scale: float
+    scales: tuple[float, ...]
+    values: tuple[float, ...]
+    accuracies: tuple[tuple[float, ...], ...]
+
+
+def choose(scales: Sequence[float], values: Sequence[float]) -> float:
+    """Return the scale with the highest value; ties go to the smaller scale (protocol, Task vectors and addition)."""
+    return max(zip(scales, values, strict=True), key=lambda pair: (pair[1], -pair[0]))[0]
+
+
+def coarse(grid: Sequence[float]) -> list[float]:
+    """Return every fourth scale of the grid and its last."""
+    return [s for i, s in enumerate(grid) if i % STRIDE == 0 or i == len(grid) - 1]
+
+
+def refine(grid: Sequence[float], tried: Sequence[float], best: float, step: int) -> list[float]:
+    """Return the untried scales ``step`` places to the left and right of the best one so far."""
+    place = list(grid).index(best)
+    near = [place - step, place + step]
+    return [grid[i] for i in near if 0 <= i < len(grid) and grid[i] not in tried]
+
+
+def value_of(accuracies: Sequence[float], fine_tuned: Sequence[float]) -> float:
+    """Return what the search maximises: normalised accuracy, or the mean accuracy where a fine-tuned one is zero."""
+    normalised = normalised_accuracy(accuracies, fine_tuned)
+    return float(np.mean(accuracies)) if normalised is None else normalised
+
+
+def merge(
+    pretrained: Weights, task_vectors: Sequence[Weights], scale: float, method: str = "task_arithmetic"
+) -> Weights:
+    """Return theta_pre + scale * direction, where the method makes the direction out of the task vectors."""
+    return vectors.add(pretrained, direction(pretrained, task_vectors, method), scale)
+
+
+def direction(pretrained: Weights, task_vectors: Sequence[Weights], method: str) -> Weights:
+    """Return a method's merged task vector."""
+    flats = [vectors.matching(vector, pretrained).flat for vector in task_vectors]
+    return pretrained.with_flat(find_method(method).direction(flats))
+
+
+def kept_curve(
+    backbone: Backbone,
+    merged: Weights,
+    task: Task,
+    head: Head,
+    scales: Sequence[float],
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Return the validation accuracy of a task at each scale along a merged vector, with its probed head kept."""
+    values = []
+    for index, scale in enumerate(scales):
+        vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
+        values.append(accuracy(head, *features_of(backbone, task.validation)))
+        progress((index + 1) / len(scales))
+    return values
+
+
+def reprobed_curve(
+    backbone: Backbone,
+    merged: Weights,
+    task: Task,
+    rate: float,
+    settings: Probe,
+    scales: Sequence[float],
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> tuple[list[float], list[Head]]:
+    """Fit a task's head again on the merged encoder's features at each scale; return validation accuracies and heads.
+
+    The probe's own settings, learning rate and seed are used, so that scale 0 gives the probed head back.
+    """
+    values, heads = [], []
+    for index, scale in enumerate(scales):
+        vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
+        features, labels = features_of(backbone, task.train)
+        head = fit(features, labels, len(task.classes), [rate], settings, seed)[0]
+        heads.append(head)
+        values.append(accuracy(head, *features_of(backbone, task.validation)))
+        progress((index + 1) / len(scales))
+    return values, heads
+
+
+def search_scale(
+    backbone: Backbone,
+    task_vectors: Sequence[Weights],
+    tasks: Sequence[Task],
+    heads: Sequence[Head],
+    method: str = "task_arithmetic",
+    scales: str | Sequence[float] | None = None,
+) -> Search:
+    """Choose the scale with kept heads by the highest mean normalised accuracy on the tasks' validation splits."""
+    grid = (
+        parse_scales(scales or find_method(method).scales)
+        if scales is None or isinstance(scales, str)
+        else list(scales)
+    )
+    tuned = []
+    for vector, task, head in zip(task_vectors, tasks, heads, strict=True):
+        vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
+        tuned.append(accuracy(head, *features_of(backbone, task.validation)))
+    merged = direction(backbone.pretrained, task_vectors, method)
+    curves = [kept_curve(backbone, merged, task, head, grid) for task, head in zip(tasks, heads, strict=True)]
+    rows = tuple(zip(*curves, strict=True))
+    values = tuple(value_of(row, tuned) for row in rows)
+    backbone.use(backbone.pretrained)
+    return Search(choose(grid, values), tuple(grid), values, rows)

@@ -1,0 +1,176 @@
+"""Content-addressed artifacts on disk: folders that appear whole, know what made them, and are checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taskvec.errors import TaskvecError
+
+RECORD = "record.json"
+
+
+def canonical(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces; values that JSON cannot hold stably raise TypeError or ValueError."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def fingerprint(value: Any) -> str:
+    """Return the first 20 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:20]
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON that appears whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write into one clear message that says where and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TaskvecError(
+                f"no space left on the disk of '{where}'", "free some space and run again: it resumes"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise TaskvecError(f"cannot write to '{where}': {error.strerror}", "choose another folder") from None
+        raise
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder: its id, where it lies, and the digest of its content (not of its record)."""
+
+    id: str
+    folder: Path
+    digest: str
+
+    def json(self, name: str) -> Any:
+        """Read one of its JSON files."""
+        return read_json(self.folder / name)
+
+
+class Store:
+    """Artifacts by id under one folder; several processes may write to it at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._checked: dict[str, Artifact] = {}
+
+    def find(self, id: str) -> Artifact | None:
+        """Return a finished artifact after checking its files against the record; a damaged one is removed."""
+        if id in self._checked:
+            return self._checked[id]
+        folder = self._place(id)
+        if not folder.is_dir():
+            return None
+        artifact = _checked(id, folder)
+        if artifact is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        self._checked[id] = artifact
+        return artifact
+
+    def begin(self) -> Path:
+        """Return a new temporary folder to write an artifact into; its name says which process made it."""
+        folder = self.folder / "tmp" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        with disk_errors(self.folder):
+            folder.mkdir(parents=True)
+        return folder
+
+    def finish(self, id: str, folder: Path, about: dict[str, Any]) -> Artifact:
+        """Write the record last, then rename the temporary folder into place; who comes second gives way."""
+        with disk_errors(self.folder):
+            write_json(folder / RECORD, {"about": about, "files": _digests(folder)})
+            place = self._place(id)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.rename(place)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(folder)
+        artifact = self.find(id)
+        if artifact is None:
+            raise TaskvecError(f"artifact '{place}' was damaged while it was written", "check the disk and run again")
+        return artifact
+
+    def sweep(self) -> None:
+        """Remove temporary folders that processes of this host left behind when they were killed."""
+        for folder in (self.folder / "tmp").glob(f"{socket.gethostname()}-*"):
+            if not _alive(int(folder.name.rsplit("-", 2)[1])):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def tree_digest(self, root: Path, files: Iterable[str]) -> str:
+        """Return a digest of the content of ``files``, read again only when a size or a time has changed."""
+        stats = {name: (root / name).stat() for name in files}
+        seen = fingerprint({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
+        memo = self.folder / "digests" / f"{fingerprint(str(root.resolve()))}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if (known := read_json(memo))["seen"] == seen:
+                return str(known["digest"])
+        digest = fingerprint({name: file_digest(root / name) for name in stats})
+        with disk_errors(self.folder):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memo, {"seen": seen, "digest": digest})
+        return digest
+
+    def _place(self, id: str) -> Path:
+        return self.folder / id[:2] / id
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def _checked(id: str, folder: Path) -> Artifact | None:
+    try:
+        files = read_json(folder / RECORD)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Artifact(id, folder, fingerprint(files)) if files == _digests(folder) else None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Packaged studies, run by name."""

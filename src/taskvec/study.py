@@ -1,0 +1,222 @@
+"""The study file: a validated description of an experiment; unknown keys and bad YAML are errors that say where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.merging import METHODS, find_method
+from taskvec.settings import Finetune, Heatmap, Probe, Settings, parse_scales
+
+REGIMES = ("aligned",)
+
+
+class BackboneChoice(Settings):
+    """A backbone: its address, its input size in pixels (its own when left out), and a name for tables."""
+
+    address: str
+    size: Annotated[int, Field(ge=8, le=2048)] | None = None
+    name: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"address": value} if isinstance(value, str) else value
+
+
+class TaskChoice(Settings):
+    """A task: its address and a name for tables."""
+
+    address: str
+    name: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"address": value} if isinstance(value, str) else value
+
+
+class MethodChoice(Settings):
+    """A merging method and its scales, ``start:stop:step`` or a list."""
+
+    name: str
+    scales: tuple[float, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"unknown merging method '{name}'; {did_you_mean(name, METHODS)}")
+        return name
+
+    @field_validator("scales", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                return tuple(parse_scales(value))
+            except ValueError:
+                raise ValueError(f"'{value}' is not of the form start:stop:step, for example 0:1:0.05") from None
+        return tuple(sorted({float(scale) for scale in value}))
+
+    def grid(self) -> list[float]:
+        """Return the scales to try in rising order, the method's own by default."""
+        return list(self.scales) or parse_scales(find_method(self.name).scales)
+
+
+class Study(Settings):
+    """A whole experiment; everything but backbones and tasks has a default."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    backbones: Annotated[tuple[BackboneChoice, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[TaskChoice, ...], Field(min_length=1)]
+    regimes: Annotated[tuple[str, ...], Field(min_length=1)] = ("aligned",)
+    methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name="task_arithmetic"),)
+    heads: tuple[Literal["kept", "reprobed"], ...] = ("kept", "reprobed")
+    heatmap: Heatmap = Heatmap()
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    probe: Probe = Probe()
+    finetune: Finetune = Finetune()
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=1)] = 1
+    allow_pickle: bool = False
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("regimes")
+    @classmethod
+    def _regimes(cls, regimes: tuple[str, ...]) -> tuple[str, ...]:
+        for regime in regimes:
+            if regime not in REGIMES:
+                raise ValueError(f"unknown regime '{regime}'; {did_you_mean(regime, REGIMES)}")
+        return regimes
+
+    def smoke(self) -> Study:
+        """Return the same study with 2 steps and 32 images a split: minutes become seconds, numbers mean nothing."""
+        return self.model_copy(
+            update={
+                "name": f"{self.name}-smoke",
+                "probe": self.probe.model_copy(update={"steps": 2, "warmup": 0}),
+                "finetune": self.finetune.model_copy(update={"steps": 2, "warmup": 0}),
+                "limit": 32,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A study, the text it was read from, and the folder that its relative paths start from."""
+
+    study: Study
+    text: str
+    folder: Path
+
+
+def packaged() -> dict[str, str]:
+    """Return the packaged studies: name to text."""
+    files = resources.files("taskvec.studies").iterdir()
+    return {
+        f.name.removesuffix(".yaml"): f.read_text("utf-8")
+        for f in sorted(files, key=lambda f: f.name)
+        if f.name.endswith(".yaml")
+    }
+
+
+def open_study(name: str) -> StudyFile:
+    """Read a study from a file, or a packaged one by name."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise TaskvecError(f"study file '{path}' is not UTF-8 text", "give a YAML file") from None
+        return StudyFile(parse_study(text, str(path)), text, path.resolve().parent)
+    known = packaged()
+    if name not in known:
+        if path.suffix in (".yaml", ".yml") or "/" in name:
+            raise TaskvecError(
+                f"no study file at '{name}'", f"give a YAML file, or a packaged study: {', '.join(known)}"
+            )
+        raise unknown("study", name, known)
+    return StudyFile(parse_study(known[name], name), known[name], Path.cwd())
+
+
+def parse_study(text: str, source: str) -> Study:
+    """Validate a study's YAML; errors name the line, the key and what would be right."""
+    try:
+        data = yaml.safe_load(text)
+        lines = dict(key_lines(yaml.compose(text, yaml.SafeLoader)))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise TaskvecError(
+            f"{source}{where}: not valid YAML: {error.problem or error.context}", "mend that line"
+        ) from None
+    except yaml.YAMLError as error:
+        raise TaskvecError(f"{source}: not valid YAML: {str(error).splitlines()[0]}", "mend the file") from None
+    if not isinstance(data, dict):
+        raise TaskvecError(f"{source}: a study is a mapping of keys to values", "see docs/study.md for an example")
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem).strip("-") or "study")
+    try:
+        return Study.model_validate(data)
+    except ValidationError as error:
+        raise TaskvecError(*explain(error, lines, source)) from None
+
+
+def key_lines(node: yaml.Node | None, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Yield every key path of a YAML document with its line (from 1); a key given twice is an error."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+            yield (*at, key.value), key.start_mark.line + 1
+            yield from key_lines(value, (*at, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*at, index), item.start_mark.line + 1
+            yield from key_lines(item, (*at, index))
+
+
+def explain(error: ValidationError, lines: dict[tuple[Any, ...], int], source: str) -> tuple[str, str]:
+    """Say in plain words what is wrong with a study, where, and how to mend it."""
+    first = error.errors()[0]
+    place = first["loc"]
+    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+    where = source + (f", line {line}" if line else "")
+    key = ".".join(map(str, place))
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'", did_you_mean(str(place[-1]), known_keys(place[:-1]))
+    if first["type"] == "missing":
+        return f"{where}: the key '{key}' is missing", "every study names its backbones and tasks"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict | list) else f" (given: {first['input']!r})"
+    more = f" ({error.error_count() - 1} more errors)" if error.error_count() > 1 else ""
+    return f"{where}: '{key}': {message}{given}{more}", "see docs/study.md for every key and its values"
+
+
+def known_keys(place: Sequence[Any]) -> list[str]:
+    """Return the keys that may stand at a place of the study file."""
+    inside: dict[str, type[BaseModel]] = {
+        "backbones": BackboneChoice,
+        "tasks": TaskChoice,
+        "methods": MethodChoice,
+        "heatmap": Heatmap,
+        "probe": Probe,
+        "finetune": Finetune,
+    }
+    return list((inside[place[0]] if place else Study).model_fields)

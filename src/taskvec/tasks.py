@@ -1,0 +1,258 @@
+"""Tasks: class folders and the lab's, with their splits, decoded once for the encoder that will look at them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from numpy.lib.format import open_memmap
+
+from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.images import SUFFIXES, Preprocessing, decode
+from taskvec.store import read_json, write_json
+from taskvec.training import Progress, no_progress
+
+SPLITS = ("train", "validation", "test")
+LAB_COUNTS = {"train": 4000, "test": 1000}
+"""Images that a lab task draws; the validation split comes out of the training images."""
+CHUNK = 64
+"""Images that are decoded between two reports of progress."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decoded images of one split (uint8, channels first) and their class indices."""
+
+    images: UInt8[np.ndarray, "count 3 size size"]
+    labels: Int64[np.ndarray, " count"]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task, decoded for one encoder: its name, class names in label order, and three splits."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a task address holds before decoding: image files or drawn images, and labels, by split."""
+
+    classes: tuple[str, ...]
+    items: dict[str, Sequence[Path] | UInt8[np.ndarray, "count 3 height width"]]
+    labels: dict[str, Int64[np.ndarray, " count"]]
+
+
+def parse(address: str) -> tuple[str, str]:
+    """Split ``kind:rest``, or raise and say which kinds there are."""
+    kind, colon, rest = address.partition(":")
+    if not colon or not rest:
+        raise TaskvecError(
+            f"task address '{address}' is not of the form kind:name", "for example folder:PATH or lab:greek"
+        )
+    if kind not in SOURCES:
+        raise unknown("kind of task", kind, SOURCES)
+    return kind, rest
+
+
+def default_name(address: str) -> str:
+    """Return the name a task gets when none is given: the folder's or the lab task's."""
+    kind, rest = parse(address)
+    return Path(rest).expanduser().resolve().name if kind == "folder" else rest
+
+
+def list_task(address: str) -> Listing:
+    """List a task's images and labels by split; a task without a validation split gets the protocol's."""
+    kind, rest = parse(address)
+    listing = SOURCES[kind](rest)
+    return listing if "validation" in listing.labels else split_validation(listing, address)
+
+
+def list_folder(path: str) -> Listing:
+    """List ``train/ [val/] test/`` of class folders; classes and files are in the order of their names."""
+    root = Path(path).expanduser()
+    _check_root(root)
+    names = {"train": "train", "test": "test"} | ({"validation": "val"} if (root / "val").is_dir() else {})
+    found = {split: _class_files(root / name) for split, name in names.items()}
+    classes = tuple(sorted(found["train"]))
+    for split in names:
+        _check_classes(root / names[split], found[split], classes)
+    items = {split: [file for c in classes for file in files.get(c, [])] for split, files in found.items()}
+    labels = {
+        split: np.array([i for i, c in enumerate(classes) for _ in files.get(c, [])], dtype=np.int64)
+        for split, files in found.items()
+    }
+    return Listing(classes, dict(items), labels)
+
+
+def _check_root(root: Path) -> None:
+    layout = "expected train/, test/ and perhaps val/ in it, each with one folder a class"
+    if not root.is_dir():
+        near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        hint = did_you_mean(root.name, near) if near else layout
+        raise TaskvecError(f"no task folder at '{root}'", hint)
+    for name in ("train", "test"):
+        if not (root / name).is_dir():
+            held = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+            raise TaskvecError(f"task folder '{root}' has no {name}/ folder; it holds {held}", layout)
+
+
+def _class_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the image files of every class folder, by class name (in Unicode normal form C)."""
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise TaskvecError(
+            f"'{folder}' holds no class folders", "put the images of each class into a folder of its own"
+        )
+    return {unicodedata.normalize("NFC", c.name): _image_files(c) for c in classes}
+
+
+def _image_files(folder: Path) -> list[Path]:
+    files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    return sorted((p for p in files if p.is_file()), key=lambda p: p.relative_to(folder).as_posix())
+
+
+def _check_classes(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...]) -> None:
+    extra = sorted(set(files) - set(classes))
+    if extra:
+        raise TaskvecError(
+            f"class '{extra[0]}' is in '{folder}' but not in train/"
+            + (f" (and {len(extra) - 1} more)" if extra[1:] else ""),
+            f"add training images for it, or remove it; {did_you_mean(extra[0], classes)}",
+        )
+    empty = sorted(name for name, found in files.items() if not found)
+    if folder.name == "train" and empty:
+        raise TaskvecError(
+            f"class folder '{folder / empty[0]}' has no images",
+            f"readable are {' '.join(SUFFIXES)}; add some or remove it",
+        )
+    if folder.name == "train" and len(classes) < 2:
+        raise TaskvecError(f"'{folder}' has one class only, '{classes[0]}'", "a task needs at least two classes")
+    if not any(files.values()):
+        raise TaskvecError(f"'{folder}' has no images", f"readable are {' '.join(SUFFIXES)}")
+
+
+def list_lab(name: str) -> Listing:
+    """Draw one of the lab's tasks."""
+    from taskvec.lab import worlds
+
+    drawn = {split: worlds.draw(name, split, count) for split, count in LAB_COUNTS.items()}
+    items = {split: images for split, (images, _) in drawn.items()}
+    return Listing(tuple(worlds.classes(name)), dict(items), {split: labels for split, (_, labels) in drawn.items()})
+
+
+def check_lab(name: str) -> None:
+    """Raise unless the lab has a task of that name."""
+    from taskvec.lab import worlds
+
+    if name not in worlds.TASKS:
+        raise unknown("lab task", name, worlds.TASKS)
+
+
+SOURCES: dict[str, Callable[[str], Listing]] = {"folder": list_folder, "lab": list_lab}
+
+
+def split_validation(listing: Listing, source: str) -> Listing:
+    """Take int(0.1 N) training images, at most 5000, for validation, as the paper's code does (protocol, Data)."""
+    train, validation = validation_indices(len(listing.labels["train"]))
+    if not len(validation):
+        count = len(listing.labels["train"])
+        raise TaskvecError(
+            f"task '{source}' has {count} training images: too few to hold out a tenth", "add images or a val/ folder"
+        )
+    items, labels = listing.items["train"], listing.labels["train"]
+    parts = {"train": train, "validation": validation}
+    return Listing(
+        listing.classes,
+        listing.items | {split: pick(items, indices) for split, indices in parts.items()},
+        listing.labels | {split: labels[indices] for split, indices in parts.items()},
+    )
+
+
+def validation_indices(count: int) -> tuple[Int64[np.ndarray, " train"], Int64[np.ndarray, " validation"]]:
+    """Return the indices of ``random_split(train, [N - v, v])`` with a generator seeded 0, v = min(N // 10, 5000)."""
+    held_out = min(int(0.1 * count), 5000)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
+    return order[: count - held_out], order[count - held_out :]
+
+
+Items = Sequence[Path] | UInt8[np.ndarray, "count 3 height width"]
+
+
+def pick(items: Items, indices: Int64[np.ndarray, " chosen"]) -> Items:
+    """Return the items at ``indices``."""
+    return items[indices] if isinstance(items, np.ndarray) else [items[i] for i in indices]
+
+
+def describe(address: str, digest: Callable[[Path, Sequence[str]], str]) -> dict[str, Any]:
+    """Return what identifies a task's images, for a fingerprint: the lab's name, or a digest of the files."""
+    kind, rest = parse(address)
+    if kind == "lab":
+        check_lab(rest)
+        return {"lab": rest, "counts": LAB_COUNTS}
+    listing = list_task(address)
+    root = Path(rest).expanduser()
+    files = [p.relative_to(root).as_posix() for items in listing.items.values() for p in items if isinstance(p, Path)]
+    return {"content": digest(root, files), "files": len(files)}
+
+
+def write_task(
+    address: str, to: Preprocessing, limit: int | None, folder: Path, progress: Progress = no_progress
+) -> None:
+    """Decode a task into a folder: a uint8 memory map and the labels of each split, and the class names."""
+    listing = list_task(address)
+    chosen = {split: _chosen(len(listing.labels[split]), limit) for split in SPLITS}
+    total, before = sum(map(len, chosen.values())), 0
+    for split, indices in chosen.items():
+        items, labels = pick(listing.items[split], indices), listing.labels[split][indices]
+        out = open_memmap(folder / f"{split}.npy", "w+", np.uint8, (len(labels), 3, to.size, to.size))
+        for start in range(0, len(labels), CHUNK):
+            part = slice(start, start + CHUNK)
+            decode(items[part], to, out[part])
+            progress((before + min(part.stop, len(labels))) / total)
+        out.flush()
+        np.save(folder / f"{split}-labels.npy", labels)
+        before += len(labels)
+    write_json(folder / "classes.json", list(listing.classes))
+
+
+def _chosen(count: int, limit: int | None) -> Int64[np.ndarray, " chosen"]:
+    """Return all indices in order, or a seeded choice of ``limit``."""
+    if limit is None or count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:limit])
+
+
+def read_task(folder: Path, name: str) -> Task:
+    """Open a decoded task; images stay on disk until they are looked at."""
+    splits = {
+        split: Split(np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}-labels.npy"))
+        for split in SPLITS
+    }
+    return Task(name, tuple(read_json(folder / "classes.json")), **splits)
+
+
+def load_task(address: str, preprocessing: Preprocessing, name: str | None = None, limit: int | None = None) -> Task:
+    """Decode a task into memory for an encoder's preprocessing; ``limit`` keeps a seeded choice of so many a split."""
+    listing = list_task(address)
+    splits = {}
+    for split in SPLITS:
+        indices = _chosen(len(listing.labels[split]), limit)
+        images = np.empty((len(indices), 3, preprocessing.size, preprocessing.size), np.uint8)
+        decode(pick(listing.items[split], indices), preprocessing, images)
+        splits[split] = Split(images, listing.labels[split][indices])
+    return Task(name or default_name(address), listing.classes, **splits)

@@ -1,0 +1,100 @@
+"""The one training loop: AdamW, linear warm-up then cosine to zero, gradient norm clipped (paper, appendix C)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Batch = TypeVar("Batch")
+Progress = Callable[[float], None]
+"""Called with the share of the work that is done, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how hard to train; the learning rate itself belongs to each parameter group."""
+
+    steps: int
+    warmup: int = 0
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    accumulate: int = 1
+
+    def factor(self, step: int) -> float:
+        """Share of the peak learning rate at ``step`` (0-based): linear warm-up, then a half cosine to zero."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a peak learning rate and are clipped by their common gradient norm."""
+
+    parameters: Sequence[Tensor]
+    learning_rate: float
+
+
+def no_progress(_: float) -> None:
+    """Report to nobody."""
+
+
+def train(
+    groups: Sequence[Group],
+    loss: Callable[[Batch], Float[Tensor, ""]],
+    batches: Iterable[Batch],
+    schedule: Schedule,
+    *,
+    after_step: Callable[[int], None] | None = None,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Minimise ``loss`` over ``batches`` and return the loss of every step (mean over accumulated batches).
+
+    ``batches`` must yield at least ``schedule.steps * schedule.accumulate`` batches. ``after_step(step)`` runs after
+    each update (a teacher's moving average, a log). Weight decay is on all parameters, as in the paper's code.
+    """
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups],
+        weight_decay=schedule.weight_decay,
+    )
+    peaks = [group.learning_rate for group in groups]
+    stream: Iterator[Batch] = iter(batches)
+    losses = []
+    for step in range(schedule.steps):
+        for settings, peak in zip(optimizer.param_groups, peaks, strict=True):
+            settings["lr"] = peak * schedule.factor(step)
+        total = torch.zeros(())
+        for _ in range(schedule.accumulate):
+            value = loss(next(stream)) / schedule.accumulate
+            value.backward()  # type: ignore[no-untyped-call]
+            total = total + value.detach().cpu()
+        for group in groups:
+            torch.nn.utils.clip_grad_norm_(group.parameters, schedule.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(total))
+        if after_step is not None:
+            after_step(step)
+        progress((step + 1) / schedule.steps)
+    return losses
+
+
+def index_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yield int64 index batches forever: a fresh seeded permutation each epoch, short last batches left out.
+
+    With fewer than ``batch_size`` samples every batch is the whole set, in a new order.
+    """
+    if count < 1:
+        raise ValueError("no samples to draw batches from")
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]

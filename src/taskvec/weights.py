@@ -1,0 +1,181 @@
+"""Weights as one flat float32 buffer with a layout; strict matching; safetensors in and out.
+
+A model's parameters can be *bound* to such a buffer, so that moving to other weights is one fused pass over memory
+(``torch.add(base, vector, alpha=scale, out=bound)``) and never a dictionary walk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float32
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from taskvec.errors import TaskvecError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named tensor inside the flat buffer; tied tensors are entries with the same ``start``."""
+
+    name: str
+    shape: Shape
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Floating-point entries in one buffer; everything else (integer and boolean buffers) is carried beside it."""
+
+    layout: tuple[Entry, ...]
+    flat: Float32[Tensor, " size"]
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a view of one entry, or a carried tensor."""
+        if name in self.carried:
+            return self.carried[name]
+        entry = next(entry for entry in self.layout if entry.name == name)
+        return view(self.flat, entry)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors by name, floating-point ones as views of the buffer."""
+        return {entry.name: view(self.flat, entry) for entry in self.layout} | dict(self.carried)
+
+    def with_flat(self, flat: Float32[Tensor, " size"]) -> Weights:
+        """Return weights of the same layout and carried tensors around another buffer."""
+        if flat.shape != self.flat.shape or flat.dtype != torch.float32:
+            raise ValueError(
+                f"buffer {tuple(flat.shape)} {flat.dtype} does not fit layout {tuple(self.flat.shape)} float32"
+            )
+        return Weights(self.layout, flat, self.carried)
+
+    def clone(self) -> Weights:
+        """Return an independent copy on the CPU."""
+        carried = {name: tensor.detach().cpu().clone() for name, tensor in self.carried.items()}
+        return Weights(self.layout, self.flat.detach().to("cpu", copy=True), carried)
+
+
+def view(flat: Float32[Tensor, " size"], entry: Entry) -> Tensor:
+    """Return the part of the buffer that holds ``entry``, in its shape."""
+    return flat[entry.start : entry.start + entry.size].view(entry.shape)
+
+
+def pack(state: Mapping[str, Tensor]) -> Weights:
+    """Copy a state dictionary into one flat float32 buffer, in its order; tied tensors are stored once."""
+    layout: list[Entry] = []
+    carried: dict[str, Tensor] = {}
+    starts: dict[int, int] = {}
+    pieces, end = [], 0
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            carried[name] = tensor.detach().clone()
+            continue
+        if id(tensor) not in starts:
+            starts[id(tensor)] = end
+            end += tensor.numel()
+            pieces.append(tensor.detach().reshape(-1).to(torch.float32))
+        layout.append(Entry(name, tuple(tensor.shape), starts[id(tensor)]))
+    flat = torch.cat(pieces) if pieces else torch.empty(0)
+    return Weights(tuple(layout), flat, carried)
+
+
+def bind(module: nn.Module) -> Weights:
+    """Make the module's parameters and float buffers views of one flat buffer, and return it.
+
+    Writing to the returned ``flat`` moves the module. The module is cast to float32; tied parameters stay tied.
+    """
+    module.float()
+    state = module.state_dict(keep_vars=True)
+    bound = pack(state)
+    for entry in bound.layout:
+        state[entry.name].data = view(bound.flat, entry)
+    carried = {name: state[name] for name in bound.carried}
+    return Weights(bound.layout, bound.flat, carried)
+
+
+def check_keys(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str, fix: str) -> None:
+    """Raise unless both have the same keys and shapes; the message names the first that differ."""
+    missing = [key for key in wanted if key not in found]
+    extra = [key for key in found if key not in wanted]
+    reshaped = [key for key in wanted if key in found and tuple(found[key]) != tuple(wanted[key])]
+    if not (missing or extra or reshaped):
+        return
+    parts = [_some("is missing", missing), _some("has unexpected", extra)]
+    parts += [_some("has another shape for", [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in reshaped])]
+    raise TaskvecError(f"{source} does not fit: it " + "; ".join(part for part in parts if part), fix)
+
+
+def _some(verb: str, keys: list[str], most: int = 3) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return f"{verb} {', '.join(keys[:most])}{more}" if keys else ""
+
+
+def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
+    """Copy ``state`` into the layout of ``like``: keys and shapes must be equal, or it raises.
+
+    A tied entry may be missing from ``state`` when its twin is there.
+    """
+    twins = {entry.start: entry.name for entry in like.layout if entry.name in state}
+    names = {e.name: twins[e.start] for e in like.layout if e.name not in state and e.start in twins}
+    full = dict(state) | {name: state[twin] for name, twin in names.items()}
+    shapes = {key: tuple(value.shape) for key, value in full.items()}
+    wanted = {key: tuple(value.shape) for key, value in like.state().items()}
+    check_keys(shapes, wanted, source, "give weights of the same architecture and size")
+    flat = torch.empty_like(like.flat, device="cpu")
+    for entry in like.layout:
+        view(flat, entry).copy_(full[entry.name])
+    check_finite(Weights(like.layout, flat), source)
+    return Weights(like.layout, flat, {name: full[name].clone() for name in like.carried})
+
+
+def check_finite(weights: Weights, source: str) -> None:
+    """Raise when an entry holds NaN or infinity, and name it."""
+    if bool(torch.isfinite(weights.flat).all()):
+        return
+    bad = next(entry.name for entry in weights.layout if not torch.isfinite(view(weights.flat, entry)).all())
+    raise TaskvecError(
+        f"{source}: tensor '{bad}' holds NaN or infinity", "give a checkpoint whose training did not diverge"
+    )
+
+
+def save(weights: Weights, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write all tensors to a safetensors file, which appears whole or not at all."""
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.state().items()}
+    save_tensors(tensors, path, metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, which appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, str(temporary), metadata=dict(metadata or {}))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Read tensors of a safetensors file (all, or ``keys``); a missing or damaged file is a clear error."""
+    if not path.is_file():
+        raise TaskvecError(f"no weights file at '{path}'", "give the path of a .safetensors file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TaskvecError(
+            f"'{path}' cannot be read as safetensors: {error}", "is it complete? copy or convert it again"
+        ) from None

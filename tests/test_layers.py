@@ -1,0 +1,64 @@
+"""Data flows one way: a module imports only modules above it (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import taskvec
+
+ORDER = """errors compute settings weights store pipeline executors images training lab lab.glyphs lab.textures lab.looks
+lab.worlds lab.vit lab.encoders tasks backbones heads finetuning lab.pretrain vectors merging.averaging merging evaluation
+search disentangling model steps study plan results tables figures page runs progress studies cli""".split()
+ROOT = Path(taskvec.__file__).parent
+EXEMPT = {"", "__init__"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """Return the package's modules that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            base = node.module or ""
+            found |= {f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}") else base for alias in node.names}
+    return {name.removeprefix("taskvec").lstrip(".") for name in found if name.split(".")[0] == "taskvec"}
+
+
+def is_module(name: str) -> bool:
+    place = ROOT.joinpath(*name.split(".")[1:])
+    return name.startswith("taskvec.") and (place.with_suffix(".py").exists() or (place / "__init__.py").exists())
+
+
+def violations(files: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{name} imports {other}"
+        for name, others in files.items()
+        for other in others
+        if other == "" or ORDER.index(other) >= ORDER.index(name)
+    ]
+
+
+def test_every_module_imports_only_modules_above_it() -> None:
+    files = {module_name(path): imported(path) for path in ROOT.rglob("*.py")}
+    files = {name: others for name, others in files.items() if name not in EXEMPT}
+    assert set(files) == set(ORDER)
+    assert violations(files) == []
+
+
+def test_the_check_sees_an_import_of_a_lower_module() -> None:
+    assert violations({"weights": {"study"}}) == ["weights imports study"]
+
+
+def test_reports_need_no_torch() -> None:
+    for name in ("tables", "figures", "page", "study", "results", "progress"):
+        source = (ROOT / f"{name}.py").read_text("utf-8")
+        names = {n.name.split(".")[0] for x in ast.walk(ast.parse(source)) if isinstance(x, ast.Import) for n in x.names}
+        assert "torch" not in names

@@ -1,0 +1,192 @@
+"""The tables say what the rows say, and the verdict says no more than its interval allows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import report_fixture as fixture
+
+from taskvec import tables
+from taskvec.errors import TaskvecError
+
+
+def _value(rows: pd.DataFrame, method: str, heads: str, metric: str, task: str = "") -> float:
+    wanted = {"method": method, "heads": heads, "metric": metric, "task": task, "split": "test"}
+    found = rows[(rows[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    assert len(found) == 1
+    return float(found["value"].iloc[0])
+
+
+def test_headline_is_one_sentence_with_the_numbers_of_the_rows() -> None:
+    rows = fixture.results()
+    kept, reprobed = (_value(rows, "task_arithmetic", heads, "gain_over_probing") for heads in ("kept", "reprobed"))
+    assert tables.headline(rows) == (
+        f"Adding the eight task vectors gained {100 * kept:.1f} points over linear probing with kept heads "
+        f"(95 % interval {100 * kept - 0.7:.1f} to {100 * kept + 0.7:.1f}, lambda 0.10) and {100 * reprobed:.1f} points "
+        f"with re-probed heads ({100 * reprobed - 0.7:.1f} to {100 * reprobed + 0.7:.1f}, lambda 0.30)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "kept", "reprobed"),
+    [
+        (0.007, "gained 1.2 points over linear probing with kept", " and 4.9 points with re-probed"),
+        (0.0123, "did not beat linear probing with kept", " but gained 4.9 points with re-probed"),
+        (0.06, "did not beat linear probing with kept", ", nor with re-probed"),
+    ],
+)
+def test_headline_claims_no_gain_when_the_interval_reaches_zero(width: float, kept: str, reprobed: str) -> None:
+    text = tables.headline(fixture.results(width=width))
+    assert kept in text
+    assert reprobed in text
+
+
+def test_headline_says_did_not_beat_for_a_loss_with_its_sign() -> None:
+    rows = fixture.results(heads=("kept",))
+    gains = rows["metric"].str.startswith("gain_over_probing")
+    rows.loc[gains, "value"] -= 0.05
+    assert "did not beat linear probing with kept heads (-3.8 points, 95 % interval -4.5 to -3.1" in tables.headline(
+        rows
+    )
+
+
+def test_headline_says_when_zero_was_chosen() -> None:
+    rows = fixture.results(methods={"task_arithmetic": -0.1}, heads=("kept",), width=0.0)
+    assert tables.headline(rows) == (
+        "Adding the eight task vectors did not beat linear probing with kept heads "
+        "(validation chose lambda 0, which is probing itself)."
+    )
+
+
+def test_headline_names_backbones_regimes_seeds_and_other_methods() -> None:
+    names = {"task_arithmetic": 0.1, "iso_c": 0.3, "ties": 0.2}
+    rows = fixture.results(backbones=("a", "b"), regimes=("aligned", "full"), seeds=(0, 1), methods=names)
+    lines = tables.headline(rows).splitlines()
+    assert len(lines) == 4
+    assert lines[1].startswith("On a in the full regime over 2 seeds, adding the eight task vectors gained")
+    assert "iso_c, the best of 2 other methods on validation, gained" in lines[1]
+    assert "mean 95 % interval" in lines[1]
+    alone = tables.headline(fixture.results(methods={"iso_c": 0.3}, tasks=("only",)))
+    assert alone.startswith("Merging the one task vector with iso_c gained")
+
+
+def test_without_merges_or_gains_the_headline_still_says_what_there_is() -> None:
+    rows = fixture.results()
+    assert "nothing was merged" in tables.headline(rows[rows["method"].isin(["probing", "fine_tuned"])])
+    plain = rows[~rows["metric"].str.startswith("gain")]
+    assert "was not compared with linear probing" in tables.headline(plain)
+    assert "gain" not in " ".join(tables.summary(plain).columns)
+
+
+def test_mean_row_is_the_mean_of_the_rows_above() -> None:
+    frame = tables.per_task(fixture.results(), "lab:supervised", "aligned")
+    assert list(frame["Task"]) == [*fixture.EIGHT, "Mean"]
+    for column in [
+        c for c in frame.columns if c in ("Probing", "Fine-tuned") or c.endswith(("absolute", "normalised"))
+    ]:
+        values = frame[column].astype(float)
+        assert values.iloc[-1] == pytest.approx(values.iloc[:-1].mean(), abs=0.051 + 0.05)
+
+
+def test_numbers_in_the_markdown_are_those_in_the_rows() -> None:
+    rows = fixture.results()
+    text = tables.markdown(rows, fixture.heatmap())
+    lines = {cells[1].strip(" *"): cells for cells in (line.split("|") for line in text.splitlines()) if len(cells) > 9}
+    for task in fixture.EIGHT:
+        numbers = [cell.strip() for cell in lines[task][2:]]
+        assert numbers[0] == f"{100 * _value(rows, 'probing', 'kept', 'accuracy', task):.1f}"
+        assert numbers[1] == f"{100 * _value(rows, 'fine_tuned', 'kept', 'accuracy', task):.1f}"
+        assert numbers[2] == f"{100 * _value(rows, 'task_arithmetic', 'kept', 'accuracy', task):.1f}"
+        assert numbers[3] == f"{100 * _value(rows, 'task_arithmetic', 'kept', 'normalised_accuracy', task):.1f}"
+        assert numbers[4] == "0.10"
+        assert numbers[6] == f"{100 * _value(rows, 'task_arithmetic', 'reprobed', 'accuracy', task):.1f}"
+        assert numbers[8] == "0.30"
+    assert text.index("Adding the eight") < text.index("## Summary") < text.index("## What the words mean")
+
+
+def test_all_rows_of_a_table_have_the_same_number_of_cells() -> None:
+    odd = ("a|b", "line\nbreak", "x" * 90, "<script>", "*bold*", "_it_", "a\\|b")
+    text = tables.markdown(fixture.results(tasks=odd))
+    blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        counts = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in block.splitlines()}
+        assert len(counts) == 1
+    assert "\\<script\\>" in text
+    assert "\\*bold\\*" in text
+    assert "\\_it\\_" in text
+    assert "line break" in text
+
+
+def test_an_underscore_inside_a_word_is_left_alone() -> None:
+    assert tables.escape_markdown("vit_small_patch14") == "vit_small_patch14"
+
+
+def test_several_seeds_are_mean_and_standard_deviation() -> None:
+    rows = fixture.results(seeds=(0, 1, 2))
+    per_seed = rows[(rows["method"] == "probing") & (rows["split"] == "test") & (rows["task"] == "")]
+    values = 100 * per_seed.loc[per_seed["metric"] == "accuracy", "value"]
+    assert tables.summary(rows).loc[0, "Probing"] == f"{values.mean():.1f} ± {values.std():.1f}"
+    assert "over seeds" in tables.markdown(rows)
+    assert "over seeds" not in tables.markdown(fixture.results())
+
+
+def test_seeds_that_chose_different_scales_show_the_range() -> None:
+    rows = fixture.results(seeds=(0, 1), heads=("kept",))
+    second = (rows["seed"] == 1) & (rows["split"] == "test") & (rows["method"] == "task_arithmetic")
+    rows.loc[second, "scale"] = 0.15
+    assert tables.summary(rows).loc[0, "Kept heads: λ"] == "0.10 to 0.15"
+    assert "lambda 0.10 to 0.15" in tables.headline(rows)
+
+
+def test_summary_has_a_row_for_each_backbone_regime_and_method() -> None:
+    rows = fixture.results(
+        backbones=("a", "b"), regimes=("aligned", "full"), methods={"iso_c": 0.2, "task_arithmetic": 0.1}
+    )
+    frame = tables.summary(rows, fixture.heatmap(backbones=("a",)))
+    assert len(frame) == 8
+    assert list(frame["Method"][:2]) == ["addition", "iso_c"]
+    assert list(frame["ξ in the box"][:3]) == ["3.8", "3.8", tables.MISSING]
+
+
+def test_columns_that_nothing_fills_are_left_out() -> None:
+    frame = tables.summary(fixture.results(heads=("kept",)))
+    assert not any("Re-probed" in column or "ξ" in column or "Joint" in column for column in frame.columns)
+
+
+def test_box_error_is_the_mean_of_the_sum_within_one() -> None:
+    rows = fixture.heatmap(points=7)
+    inside = rows[(rows["scale_1"].abs() <= 1) & (rows["scale_2"].abs() <= 1)]
+    expected = (inside["error_1"] + inside["error_2"]).mean()
+    assert tables.box_error(rows, "lab:supervised", "aligned").mean == pytest.approx(expected)
+
+
+def test_subsets_of_tasks_stay_out_of_the_tables() -> None:
+    rows, pair = fixture.results(), fixture.results(tasks=fixture.EIGHT[:2])
+    assert tables.summary(pd.concat([pair, rows])).equals(tables.summary(rows))
+
+
+def test_rows_read_back_from_a_file_give_the_same_tables(tmp_path: Path) -> None:
+    folder = fixture.run_folder(tmp_path, fixture.results(), None)
+    read = pd.read_csv(folder / "results.csv", keep_default_na=False)
+    assert tables.markdown(read) == tables.markdown(fixture.results())
+
+
+def test_mistakes_are_told() -> None:
+    rows = fixture.results()
+    with pytest.raises(TaskvecError, match="columns scale, value"):
+        tables.headline(rows.drop(columns=["scale", "value"]))
+    with pytest.raises(TaskvecError, match="without a row"):
+        tables.summary(rows.iloc[:0])
+    with pytest.raises(TaskvecError, match="lab:supervised"):
+        tables.per_task(rows, "lab:supervise", "aligned")
+    with pytest.raises(TaskvecError, match="task_arithmetic"):
+        tables.per_task(rows, "lab:supervised", "aligned", "task_arithmatic")
+
+
+def test_a_backbone_from_a_file_is_named_without_its_folder() -> None:
+    assert tables.short_backbone("timm:vit_s@/data/models/dino.safetensors") == "timm:vit_s@dino.safetensors"
+    assert tables.short_backbone("hf:facebook/dino-vitb16") == "hf:facebook/dino-vitb16"
