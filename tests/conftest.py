@@ -61,7 +61,9 @@ def tasks() -> list[Task]:
     return [colour_task("warm", 3, 1), colour_task("cold", 5, 2)]
 
 
-def write_folder_task(root: Path, classes: tuple[str, ...] = ("ant", "bee", "cow"), train: int = 12, test: int = 4) -> Path:
+def write_folder_task(
+    root: Path, classes: tuple[str, ...] = ("ant", "bee", "cow"), train: int = 12, test: int = 4
+) -> Path:
     """Write a task of class folders: every class is a colour with noise."""
     generator = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):

@@ -11,7 +11,7 @@ import torch
 
 from taskvec.errors import TaskvecError
 from taskvec.lab import corpus, glyphs, worlds
-from taskvec.lab.looks import Look, paint, stream
+from taskvec.lab.looks import Look, grow, paint, stream, thicken
 
 
 def digests(images: np.ndarray) -> set[str]:
@@ -102,6 +102,15 @@ def test_clean_look_keeps_the_glyph_in_place() -> None:
     image = paint(torch.from_numpy(mask)[None].float() / 255, Look(), stream("b"))[0, 0].float()
     shrunk = torch.nn.functional.interpolate(torch.from_numpy(mask)[None, None].float(), (32, 32), mode="bilinear")
     assert torch.corrcoef(torch.stack([image.flatten(), shrunk.flatten()]))[0, 1] > 0.98
+
+
+def test_growing_is_max_pooling() -> None:
+    ink = torch.rand(2, 1, 40, 40, generator=stream("d"))
+    torch.testing.assert_close(grow(ink), torch.nn.functional.max_pool2d(ink, 3, 1, 1))
+    weight = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+    thick, thin = thicken(ink, weight)
+    torch.testing.assert_close(thick, grow(ink)[0])
+    torch.testing.assert_close(thin, -grow(-ink)[1])
 
 
 def test_missing_and_empty_glyphs_have_no_mask() -> None:

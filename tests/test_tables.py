@@ -22,11 +22,11 @@ def _value(rows: pd.DataFrame, method: str, heads: str, metric: str, task: str =
 
 def test_headline_is_one_sentence_with_the_numbers_of_the_rows() -> None:
     rows = fixture.results()
-    kept, reprobed = (_value(rows, "task_arithmetic", heads, "gain_over_probing") for heads in ("kept", "reprobed"))
+    kept, again = (100 * _value(rows, "task_arithmetic", h, "gain_over_probing") for h in ("kept", "reprobed"))
     assert tables.headline(rows) == (
-        f"Adding the eight task vectors gained {100 * kept:.1f} points over linear probing with kept heads "
-        f"(95 % interval {100 * kept - 0.7:.1f} to {100 * kept + 0.7:.1f}, lambda 0.10) and {100 * reprobed:.1f} points "
-        f"with re-probed heads ({100 * reprobed - 0.7:.1f} to {100 * reprobed + 0.7:.1f}, lambda 0.30)."
+        f"Adding the eight task vectors gained {kept:.1f} points over linear probing with kept heads "
+        f"(95 % interval {kept - 0.7:.1f} to {kept + 0.7:.1f}, lambda 0.10) and {again:.1f} points "
+        f"with re-probed heads ({again - 0.7:.1f} to {again + 0.7:.1f}, lambda 0.30)."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from taskvec.compute import choose_device
-from taskvec.errors import TaskvecError, unknown
+from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.images import Preprocessing, normalise
 from taskvec.store import file_digest, read_json, write_json
 from taskvec.training import Progress, no_progress
-from taskvec.weights import Weights, align, bind, check_keys, pack, read, save
+from taskvec.weights import Weights, align, bind, read, save
 
 CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "last_linear.")
 """Key prefixes of heads that a file of an encoder may hold and that are dropped on purpose."""
@@ -73,7 +72,7 @@ def parse(address: str) -> tuple[str, str, str]:
             f"backbone address '{address}' is not of the form kind:name", "for example lab:supervised or timm:NAME@FILE"
         )
     if kind not in LOADERS:
-        raise unknown("kind of backbone", kind, LOADERS)
+        raise TaskvecError(f"unknown kind of backbone '{kind}' in '{address}'", did_you_mean(kind, LOADERS))
     name, _, file = rest.partition("@")
     return kind, name, file
 
@@ -127,8 +126,13 @@ def load_backbone(
     """
     kind, model, file = parse(address)
     path = weights_file(file, allow_pickle) if file else None
-    module, preprocessing, architecture = LOADERS[kind](model, path, size)
-    return assemble(name or model, module, preprocessing, architecture, choose_device(device))
+    loaded = LOADERS[kind](model, path, size)
+    module = build(loaded.architecture)
+    backbone = assemble(name or model, module, loaded.preprocessing(module), loaded.architecture, choose_device(device))
+    state = loaded.state(module)
+    if state is not None:
+        fill(backbone, state, f"'{path or model}'")
+    return backbone
 
 
 def assemble(
@@ -178,34 +182,48 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_lab(name: str, file: Path | None, size: int | None) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    """Load one of the lab's encoders, from the package or from a file; ``random`` has seeded random weights."""
+@dataclass(frozen=True)
+class Loaded:
+    """What a loader finds: the architecture, and how to get the preprocessing and the weights for its module."""
+
+    architecture: dict[str, Any]
+    preprocessing: Callable[[nn.Module], Preprocessing]
+    state: Callable[[nn.Module], dict[str, Tensor] | None]
+
+
+def load_lab(name: str, file: Path | None, size: int | None) -> Loaded:
+    """Find one of the lab's encoders, in the package or in a file; ``random`` keeps its seeded random weights."""
     from taskvec.lab import encoders
 
-    options = encoders.options(name) | ({"size": size} if size else {})
-    architecture = {"family": "lab", "options": options}
-    module = build(architecture)
     path = file or encoders.path(name)
-    if path is not None:
-        load_strictly(module, read_checkpoint(path), f"'{path}'")
-    return module, Preprocessing(size=options["size"]), architecture
+    options = encoders.options(name) | ({"size": size} if size else {})
+    return Loaded(
+        {"family": "lab", "options": options},
+        lambda _: Preprocessing(size=options["size"]),
+        lambda _: read_checkpoint(path) if path is not None else None,
+    )
 
 
-def load_timm(name: str, file: Path | None, size: int | None) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
-    """Load a timm encoder without its classifier, from a file or from timm's own pre-trained weights."""
+def load_timm(name: str, file: Path | None, size: int | None) -> Loaded:
+    """Find a timm encoder without its classifier, in a file or in timm's own pre-trained weights."""
+    check_timm(name)
+    pixels = size or own_size(name)
+    return Loaded(
+        {"family": "timm", "options": {"name": name, "size": pixels}},
+        lambda module: timm_preprocessing(module, pixels),
+        lambda module: resample_timm(read_checkpoint(file) if file else download_timm(name), module),
+    )
+
+
+def check_timm(name: str) -> None:
+    """Raise with the nearest names unless timm has the model, and the pre-training tag after its dot."""
     import timm
-    from timm.data.config import resolve_data_config
 
-    model_name = name.split(".")[0]
-    if model_name not in timm.list_models():
+    model, _, tag = name.partition(".")
+    if model not in timm.list_models():
         raise unknown("timm model", name, timm.list_models())
-    size = size or own_size(name)
-    architecture = {"family": "timm", "options": {"name": name, "size": size}}
-    module = build(architecture)
-    config = resolve_data_config({"input_size": (3, size, size)}, model=module)
-    state = read_checkpoint(file) if file else download_timm(name)
-    load_strictly(module, resample_timm(state, module), f"'{file or name}'")
-    return module, timm_preprocessing(config, size), architecture
+    if tag and name not in (tagged := timm.list_models(f"{model}.*", pretrained=True)):
+        raise unknown("timm model", name, tagged)
 
 
 def own_size(name: str) -> int:
@@ -216,16 +234,14 @@ def own_size(name: str) -> int:
     return int(config.input_size[-1]) if config else 224
 
 
-def timm_preprocessing(config: Mapping[str, Any], size: int) -> Preprocessing:
-    """Translate timm's data configuration."""
-    return Preprocessing(
-        size,
-        float(config["crop_pct"]),
-        config["interpolation"],
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        config.get("crop_mode") == "squash",
-    )
+def timm_preprocessing(module: nn.Module, size: int) -> Preprocessing:
+    """Translate timm's data configuration of a model."""
+    from timm.data.config import resolve_data_config
+
+    config = resolve_data_config({"input_size": (3, size, size)}, model=module)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    squash = config.get("crop_mode") == "squash"
+    return Preprocessing(size, float(config["crop_pct"]), config["interpolation"], mean, std, squash)
 
 
 def download_timm(name: str) -> dict[str, Tensor]:
@@ -235,33 +251,38 @@ def download_timm(name: str) -> dict[str, Tensor]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # hub and network libraries raise their own many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TaskvecError(
-            f"'timm:{name}' could not be downloaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"'timm:{name}' could not be downloaded: {reason}",
             f"with no network, give a local file: timm:{name}@FILE.safetensors",
         ) from None
     return dict(model.state_dict())
 
 
 def resample_timm(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Let timm translate a checkpoint for the module: other key styles, position embeddings of another size."""
-    filters = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
-    with contextlib.suppress(KeyError, AttributeError):  # a file of another architecture: the strict check reports it
-        if filters is not None:
-            return dict(filters(dict(state), module))
-    return state
+    """Let timm translate a checkpoint for the module: other key styles, position embeddings of another size.
+
+    A file of another architecture may break timm's translation; it is returned as it is, for the strict check to report.
+    """
+    translate = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if translate is None:
+        return state
+    try:
+        return dict(translate(dict(state), module))
+    except (KeyError, AttributeError, RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        return state
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dictionary that must have the module's keys and shapes; a classifier is dropped on purpose."""
-    wanted = module.state_dict()
+def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
+    """Make ``state`` the pre-trained weights: keys and shapes must fit; a classifier is dropped on purpose."""
+    wanted = backbone.pretrained.state()
     dropped = [key for key in state if key not in wanted and key.startswith(CLASSIFIERS)]
+    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked") and key not in state}
     kept = {key: value for key, value in state.items() if key not in dropped}
-    fix = "give a checkpoint of that architecture, or name the architecture that it was saved from"
-    shapes = {key: tuple(value.shape) for key, value in kept.items()}
-    absent = {key for key in wanted if key not in shapes and key.endswith("num_batches_tracked")}
-    check_keys(shapes, {k: tuple(v.shape) for k, v in wanted.items() if k not in absent}, source, fix)
-    aligned = align(kept | {key: wanted[key] for key in absent}, pack(wanted), source)
-    module.load_state_dict(aligned.state())
+    backbone.pretrained = align(kept | counters, backbone.pretrained, source)
+    backbone.use(backbone.pretrained)
+    for name, tensor in backbone.pretrained.carried.items():
+        backbone.bound.carried[name].copy_(tensor)
     if dropped:
         print(f"{source}: left out {len(dropped)} tensors of a classifier ({', '.join(dropped[:3])})", file=sys.stderr)
 
@@ -304,10 +325,7 @@ def patch_hint(name: str) -> str:
     return f", a multiple of {digits}" if digits else ""
 
 
-LOADERS: dict[str, Callable[[str, Path | None, int | None], tuple[nn.Module, Preprocessing, dict[str, Any]]]] = {
-    "lab": load_lab,
-    "timm": load_timm,
-}
+LOADERS: dict[str, Callable[[str, Path | None, int | None], Loaded]] = {"lab": load_lab, "timm": load_timm}
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"lab": build_lab, "timm": build_timm}
 
 
@@ -333,10 +351,7 @@ def restore(record: Mapping[str, Any], weights: Path, device: str) -> Backbone:
     """Make a backbone from its record and a file of its weights."""
     preprocessing = Preprocessing.from_json(record["preprocessing"])
     backbone = assemble(record["name"], build(record["architecture"]), preprocessing, record["architecture"], device)
-    backbone.pretrained = align(read(weights), backbone.pretrained, f"'{weights}'")
-    backbone.bound.flat.copy_(backbone.pretrained.flat)
-    for name, tensor in backbone.pretrained.carried.items():
-        backbone.bound.carried[name].copy_(tensor)
+    fill(backbone, read(weights), f"'{weights}'")
     return backbone
 
 

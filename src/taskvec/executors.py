@@ -6,11 +6,13 @@ It leaves at once when its standard input closes, so that killing the parent lea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,6 +71,7 @@ class Inline:
 class _Worker:
     process: subprocess.Popen[str]
     log: TextIO
+    listener: threading.Thread
     job: Job | None = None
     progress: Callable[[float], None] = lambda _: None
 
@@ -79,23 +82,23 @@ class Processes:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self._workers: list[_Worker] = []
-        self._messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
+        self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
 
     def start(self, job: Job, progress: Callable[[float], None]) -> None:
         """Hand the job to an idle worker."""
-        worker = next((w for w in self._workers if w.job is None), None) or self._hire()
+        idle = (w for w in self._workers if w.job is None and w.process.poll() is None)
+        worker = next(idle, None) or self._hire()
         worker.job, worker.progress = job, progress
         assert worker.process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # one that died while idle: its closed output tells so, and wait() raises
             worker.process.stdin.write(encode(job) + "\n")
             worker.process.stdin.flush()
-        except OSError:  # it died while idle; its closed output tells the same, and wait() raises
-            pass
 
     def wait(self) -> list[Finished]:
         """Wait for the next job to end, passing progress on meanwhile."""
         while True:
-            worker, message = self._messages.get()
+            pid, message = self._messages.get()
+            worker = next(w for w in self._workers if w.process.pid == pid)
             job = worker.job
             if job is None:
                 continue
@@ -113,11 +116,11 @@ class Processes:
 
     def close(self) -> None:
         """Stop all workers and remove the folders of unfinished jobs."""
-        import shutil
-
         for worker in self._workers:
             worker.process.kill()
-            worker.process.wait()
+            worker.listener.join()
+            with contextlib.suppress(OSError):
+                worker.process.__exit__(None, None, None)  # closes the pipes and waits
             worker.log.close()
             if worker.job is not None:
                 shutil.rmtree(worker.job.folder, ignore_errors=True)
@@ -129,16 +132,17 @@ class Processes:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
-        worker = _Worker(process, log)
+        listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
+        worker = _Worker(process, log, listener)
         self._workers.append(worker)
-        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        listener.start()
         return worker
 
-    def _listen(self, worker: _Worker) -> None:
-        assert worker.process.stdout is not None
-        for line in worker.process.stdout:
-            self._messages.put((worker, json.loads(line)))
-        self._messages.put((worker, None))
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._messages.put((process.pid, json.loads(line)))
+        self._messages.put((process.pid, None))
 
     def _died(self, worker: _Worker, job: Job) -> TaskvecError:
         code = worker.process.wait()

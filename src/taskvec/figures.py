@@ -54,6 +54,10 @@ MAP = ListedColormap(matplotlib.colormaps["magma_r"](np.linspace(0, 0.9, 256)), 
 FULL_SCALE = 100.0  # % of xi at which the colour bar ends: half of the predictions of both tasks have changed
 WIDTH = 7.2  # inches, the width of a page
 MOST_PANELS = 28  # as many pairs as eight tasks have
+UNDATED: dict[str, dict[str, None]] = {  # endings, and what would differ between two days or two installations
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -540,20 +544,18 @@ def write(results: pd.DataFrame, heatmap: pd.DataFrame | None, folder: Path) -> 
     names: list[str] = []
     for planned in plan(results, heatmap):
         figure = planned.draw()
-        for ending, metadata in (
-            ("png", {"Software": None}),
-            ("pdf", dict.fromkeys(("CreationDate", "Producer", "Creator"))),
-        ):
+        for ending in UNDATED:
             name = f"{planned.stem}.{ending}"
-            _write_whole(folder / name, _encode(figure, ending, metadata))
+            _write_whole(folder / name, _encode(figure, ending))
             names.append(name)
+            figure.set_layout_engine("none")  # the PDF keeps the layout of the PNG
     return names
 
 
-def _encode(figure: Figure, ending: str, metadata: dict[str, None]) -> bytes:
+def _encode(figure: Figure, ending: str) -> bytes:
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format=ending, dpi=200, metadata=metadata)
+        figure.savefig(buffer, format=ending, dpi=200, metadata=UNDATED[ending])
     return buffer.getvalue()
 
 

@@ -84,7 +84,7 @@ def render(
         verdicts=tables.headline(results).splitlines(),
         summary=tables.summary(results, heatmap),
         backbones=[pictures[one.stem] for one in planned if one.kind == "backbones"],
-        sections=[_section(results, view, planned, pictures) for view in tables.views(results)],
+        sections=[_section(view, planned, pictures) for view in tables.views(results)],
         notes=[_emphasis(note) for note in tables.definitions(results, heatmap)],
         command=lock.get("command", "taskvec run study.yaml"),
         yaml=study_yaml,
@@ -107,15 +107,10 @@ def _template() -> Any:
     return environment.from_string(text)
 
 
-def _section(
-    results: pd.DataFrame, view: tables.View, planned: list[Planned], pictures: dict[str, Picture]
-) -> dict[str, Any]:
+def _section(view: tables.View, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:
     """Gather what belongs to one backbone in one regime."""
     own = [one for one in planned if (one.backbone, one.regime) == (view.backbone, view.regime)]
-    merges = [
-        (tables.method_label(method), tables.per_task(results, view.backbone, view.regime, method))
-        for method in view.methods
-    ]
+    merges = [(tables.method_label(method), tables.task_table(view, method)) for method in view.methods]
     return {
         "title": f"{tables.short_backbone(view.backbone)}, {tables.one_line(view.regime)}",
         "pictures": [pictures[one.stem] for one in own if one.kind != "heatmap"],

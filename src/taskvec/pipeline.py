@@ -131,9 +131,11 @@ def run(steps: Iterable[Step], store: Store, executor: Executor, watcher: Watche
             if running and (len(running) >= executor.slots or not _ready(waiting, done)):
                 for finished in executor.wait():
                     artifact = store.finish(finished.job.id, finished.job.folder, about(finished))
-                    for step in running.pop(finished.job.id):
-                        done[step] = artifact
-                        watcher.finished(step, finished.seconds)
+                    first, *joined = running.pop(finished.job.id)
+                    done |= dict.fromkeys([first, *joined], artifact)
+                    watcher.finished(first, finished.seconds)
+                    for step in joined:
+                        watcher.reused(step)
     finally:
         executor.close()
     return done

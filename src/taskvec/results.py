@@ -56,7 +56,7 @@ class Writer:
             )
 
     def test_rows(self) -> Iterator[Row]:
-        """Yield the test rows: probing, fine-tuned and the chosen scale of every candidate, with its gain over probing."""
+        """Yield the test rows: probing, fine-tuned, and the chosen scale of every candidate with its gain."""
         cell = self.cell
         measured = {t: self.done[s].json("test.json") for t, s in cell.test.items()}
         tuned = {t: values["fine_tuned"] for t, values in measured.items()}
@@ -84,7 +84,7 @@ class Writer:
         tuned: Mapping[str, float],
         made_by: Mapping[str, str],
     ) -> Iterator[Row]:
-        """Yield accuracy and normalised accuracy of every task and their means; nothing normalised by zero is written."""
+        """Yield accuracy and normalised accuracy of every task and their means; nothing is normalised by zero."""
         ordered = {t: values[t] for t in self.cell.tasks}
         columns = {"accuracy": ordered}
         if all(tuned[t] > 0 for t in ordered):

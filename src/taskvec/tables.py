@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 
@@ -76,24 +75,32 @@ class View:
         """Look up a number of the test split as a fraction; an empty task is the mean over tasks."""
         return self._cells.get((method, heads, metric, task), NOTHING)
 
-    @property
+    @cached_property
+    def validation(self) -> dict[str, float]:
+        """Score each method by the best mean normalised accuracy on validation, over seeds, of its better heads."""
+        rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
+        rows = rows[rows["metric"] == "normalised_accuracy"]
+        best = rows.groupby(["method", "heads", "seed"])["value"].max().groupby(["method", "heads"]).mean()
+        return {str(method): float(value) for method, value in best.groupby("method").max().items()}
+
+    @cached_property
     def tasks(self) -> list[str]:
         """Name the tasks in the order of the rows."""
         return [task for task in _unique(self.rows["task"]) if task]
 
-    @property
+    @cached_property
     def methods(self) -> list[str]:
         """Name the merging methods, the paper's addition first."""
         found = [method for method in _unique(self.rows["method"]) if method not in BASELINES]
         return sorted(found, key=lambda method: method != ADDITION)
 
-    @property
+    @cached_property
     def heads(self) -> list[str]:
         """Name the kinds of heads that merged encoders were read with."""
         present = set(self.rows.loc[~self.rows["method"].isin(BASELINES), "heads"])
         return [heads for heads in HEADS if heads in present]
 
-    @property
+    @cached_property
     def seeds(self) -> int:
         """Count the seeds."""
         return int(self.rows["seed"].nunique())
@@ -113,11 +120,13 @@ def views(results: pd.DataFrame) -> list[View]:
 
 def view(results: pd.DataFrame, backbone: str, regime: str) -> View:
     """Take one backbone in one regime out of the results."""
-    found = views(results)
-    for one in found:
-        if (one.backbone, one.regime) == (backbone, regime):
-            return one
-    raise unknown("backbone and regime", f"{backbone}, {regime}", (f"{one.backbone}, {one.regime}" for one in found))
+    if {"backbone", "regime"} <= set(results.columns):
+        own = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
+        if len(own):
+            return views(own)[0]
+    raise unknown(
+        "backbone and regime", f"{backbone}, {regime}", (f"{one.backbone}, {one.regime}" for one in views(results))
+    )
 
 
 def _largest_set(rows: pd.DataFrame) -> pd.DataFrame:
@@ -126,8 +135,8 @@ def _largest_set(rows: pd.DataFrame) -> pd.DataFrame:
     return rows if sizes.empty else rows[rows["tasks"] == sizes.idxmax()]
 
 
-def _unique(values: Iterable[object]) -> list[str]:
-    return list(dict.fromkeys(str(value) for value in values))
+def _unique(values: pd.Series[Any]) -> list[str]:
+    return [str(value) for value in values.drop_duplicates()]
 
 
 def short_backbone(address: str) -> str:
@@ -211,7 +220,7 @@ def _verdict(one: View, name_backbone: bool, name_regime: bool) -> str:
     text = _sentence(place, f"{_subject(one, first)} {_outcome(one, first)}")
     if not others:
         return text
-    best = max(others, key=lambda method: _validation(one, method))
+    best = max(others, key=lambda method: one.validation.get(method, -1.0))
     lead = f"{one_line(best)}, the best of {len(others)} other methods on validation," if others[1:] else one_line(best)
     return text + " " + _sentence([], f"{lead} {_outcome(one, best)}", capital=False)
 
@@ -225,13 +234,6 @@ def _subject(one: View, method: str) -> str:
     count = len(one.tasks)
     vectors = f"the {COUNTS[count] if count < len(COUNTS) else count} task vector{'s' if count != 1 else ''}"
     return f"adding {vectors}" if method == ADDITION else f"merging {vectors} with {one_line(method)}"
-
-
-def _validation(one: View, method: str) -> float:
-    """Score a method by the normalised accuracy that its choice had on validation, over heads and seeds."""
-    rows = one.rows[(one.rows["method"] == method) & (one.rows["split"] == "validation") & (one.rows["task"] == "")]
-    best = rows[rows["metric"] == "normalised_accuracy"].groupby(["heads", "seed"])["value"].max()
-    return -1.0 if best.empty else float(best.groupby("heads").mean().max())
 
 
 def _outcome(one: View, method: str) -> str:
@@ -285,6 +287,11 @@ def per_task(results: pd.DataFrame, backbone: str, regime: str, method: str = AD
     one = view(results, backbone, regime)
     if method not in one.methods:
         raise unknown("method in the results", method, one.methods)
+    return task_table(one, method)
+
+
+def task_table(one: View, method: str) -> pd.DataFrame:
+    """Do what ``per_task`` does for rows that were split already."""
     records = [{"Task": one_line(task) or "Mean", **_numbers(one, method, task)} for task in [*one.tasks, ""]]
     return _without_empty(pd.DataFrame(records))
 
@@ -339,7 +346,7 @@ def markdown(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> str:
     for one in views(results):
         for method in one.methods:
             parts.append(f"## {escape_markdown(title(one, method))}")
-            parts.append(_table(per_task(results, one.backbone, one.regime, method), bold_last=True))
+            parts.append(_table(task_table(one, method), bold_last=True))
     notes = "\n".join(f"- {note}" for note in definitions(results, heatmap))
     return "\n\n".join([*parts, "## What the words mean", notes]) + "\n"
 

@@ -65,7 +65,7 @@ def parse(address: str) -> tuple[str, str]:
             f"task address '{address}' is not of the form kind:name", "for example folder:PATH or lab:greek"
         )
     if kind not in SOURCES:
-        raise unknown("kind of task", kind, SOURCES)
+        raise TaskvecError(f"unknown kind of task '{kind}' in '{address}'", did_you_mean(kind, SOURCES))
     return kind, rest
 
 

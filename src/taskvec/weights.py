@@ -134,7 +134,7 @@ def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
     full = dict(state) | {name: state[twin] for name, twin in names.items()}
     shapes = {key: tuple(value.shape) for key, value in full.items()}
     wanted = {key: tuple(value.shape) for key, value in like.state().items()}
-    check_keys(shapes, wanted, source, "give weights of the same architecture and size")
+    check_keys(shapes, wanted, source, "give a checkpoint of that architecture, or name the one it was saved from")
     flat = torch.empty_like(like.flat, device="cpu")
     for entry in like.layout:
         view(flat, entry).copy_(full[entry.name])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
 from taskvec.errors import TaskvecError, unknown
@@ -28,8 +28,6 @@ from taskvec.training import Group, Progress, Schedule, no_progress, train
 
 MEAN = STD = (0.5, 0.5, 0.5)
 """Mean and standard deviation of the pixels, by which images are normalised before they enter an encoder."""
-WEIGHTS = Path(__file__).parent / "weights"
-"""Where the encoders that the package ships lie."""
 BATCH = 64
 LEARNING_RATE = 1.5e-3
 WEIGHT_DECAY = 0.05
@@ -46,11 +44,10 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One way to pre-train: its function (steps, seed, progress), its usual length, and what it does."""
+    """One way to pre-train: its function, called with steps, seed and progress, and the length of the shipped run."""
 
     function: Callable[[int, int, Progress], tuple[VisionTransformer, Figures]]
     steps: int
-    description: str
 
 
 def normalised(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
@@ -120,43 +117,8 @@ def pretrain_supervised(
         }
 
 
-ENCODERS: Mapping[str, Pretraining] = MappingProxyType(
-    {
-        "supervised": Pretraining(
-            pretrain_supervised, 7000, "classify glyphs of scripts and symbols that no task uses, from clean to hard"
-        ),
-    }
-)
-"""Every encoder of the lab by name."""
-
-
-def check_encoder(name: str) -> None:
-    """Raise with the nearest names if the lab has no such encoder."""
-    if name not in ENCODERS:
-        raise unknown("lab encoder", name, ENCODERS)
-
-
-def encoder_path(name: str) -> Path:
-    """Return the file of a shipped encoder; an unknown name raises ``TaskvecError``."""
-    check_encoder(name)
-    return WEIGHTS / f"{name}.safetensors"
-
-
-def record(name: str) -> dict[str, Any]:
-    """Return how a shipped encoder came to be: command, versions, figures, hash, architecture, normalisation."""
-    data: dict[str, Any] = json.loads(encoder_path(name).with_suffix(".json").read_text(encoding="utf-8"))
-    return data
-
-
-def load_encoder(name: str) -> VisionTransformer:
-    """Return a shipped encoder in float32, ready to evaluate; a file that is not the recorded one raises."""
-    path, known = encoder_path(name), record(name)
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != known["sha256"]:
-        raise TaskvecError(f"{path} is not the file that its record describes", "install the package again")
-    encoder = VisionTransformer(**known["architecture"])
-    encoder.load_state_dict(load(data))
-    return encoder.eval()
+PRETRAININGS: Mapping[str, Pretraining] = MappingProxyType({"supervised": Pretraining(pretrain_supervised, 7000)})
+"""How every encoder is pre-trained, by its name."""
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -191,16 +153,17 @@ def write_encoder(encoder: VisionTransformer, folder: Path, name: str, facts: Ma
 
 
 def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, progress: Progress = no_progress) -> Path:
-    """Pre-train one of ``ENCODERS`` on one thread and write it to the folder ``out``; return the weights' path.
+    """Pre-train one of ``PRETRAININGS`` on one thread and write it to the folder ``out``; return the weights' path.
 
     The same steps, seed and versions give the same bytes on one type of processor. An unknown name raises.
     """
-    check_encoder(name)
-    steps = ENCODERS[name].steps if steps is None else steps
+    if name not in PRETRAININGS:
+        raise unknown("pre-trained lab encoder", name, PRETRAININGS)
+    steps = PRETRAININGS[name].steps if steps is None else steps
     if steps < 1:
         raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
     start = time.perf_counter()
-    encoder, figures = ENCODERS[name].function(steps, seed, progress)
+    encoder, figures = PRETRAININGS[name].function(steps, seed, progress)
     facts = {
         "command": f"taskvec lab pretrain {name} --steps {steps} --seed {seed}",
         "seed": seed,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -158,7 +160,20 @@ SCRIPTS = {
 
 FONTS_LOOK = Look(turn=4, shrink=0.2, shift=0.08, fade=0.4, colour=0.3, dark=0.5, gradient=0.1, blur=0.2, noise=0.03)
 TEXTURES_LOOK = Look(fade=0.7, colour=0.4, dark=0.5, gradient=0.3, occlusion=0.2, blur=0.6, noise=0.15)
-TASKS: tuple[str, ...] = ("digits", "street", "greek", "chalk", "armenian", "signs", "fonts", "textures")
+DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "digits": "handwritten digits, light on dark: scikit-learn's 1797 real images, enlarged",
+        "street": "Latin capitals in any colour on cluttered ground",
+        "greek": "Greek small letters, dark blurred print on light paper",
+        "chalk": "Cyrillic capitals, light and grainy on dark, often crossed out",
+        "armenian": "Armenian capitals in strong colours on blotches",
+        "signs": "arrows in discs",
+        "fonts": "which of eight type faces, whatever the letter",
+        "textures": "sixteen procedural textures",
+    }
+)
+"""What every task shows, by name."""
+TASKS: tuple[str, ...] = tuple(DESCRIPTIONS)
 
 
 def task_code_points() -> frozenset[int]:
@@ -248,8 +263,9 @@ def draw(
 ) -> tuple[UInt8[np.ndarray, "count 3 32 32"], Int64[np.ndarray, " count"]]:
     """Draw ``count`` labelled images of a task's ``train`` or ``test`` split, the same ones for the same arguments.
 
-    Neither torch's global generator nor its number of threads matters, and no image is in both splits. ``digits`` has
-    1297 images to train and 500 to test, and returns no more. An unknown task or split raises ``TaskvecError``.
+    Neither torch's global generator nor its number of threads matters. No image is in both splits: drawn tasks share
+    glyphs and fonts between them but no random stream; ``digits`` has 1297 images to train and 500 others to test, and
+    returns no more. An unknown task or split raises ``TaskvecError``.
     """
     check_task(task)
     if split not in SPLITS:

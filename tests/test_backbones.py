@@ -1,0 +1,152 @@
+"""Encoders from timm and the lab: the library's own features, strict files, clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from taskvec import backbones
+from taskvec.backbones import load_backbone, read_backbone, write_backbone
+from taskvec.errors import TaskvecError
+from taskvec.images import normalise
+
+VIT = "vit_tiny_patch16_224"
+
+
+def timm_file(folder: Path, name: str, classes: int = 7, **options: object) -> tuple[Path, torch.nn.Module]:
+    """Write a timm model with seeded random weights, classifier and all, as timm itself saves it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=classes, **options).eval()
+    for buffer in (b for n, b in model.named_buffers() if n.endswith("running_mean")):
+        buffer.normal_()
+    path = folder / f"{name}.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    return path, model
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [(VIT, 224), ("resnet10t", 96), ("convnext_atto", 64), ("efficientnet_lite0", 64), ("mobilenetv3_small_050", 64)],
+)
+def test_features_are_timms_own(tmp_path: Path, name: str, size: int) -> None:
+    path, model = timm_file(tmp_path, name)
+    backbone = load_backbone(f"timm:{name}@{path}", size=size)
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, size, size), dtype=np.uint8)
+    inputs = normalise(torch.from_numpy(images), backbone.preprocessing, "cpu")
+    with torch.inference_mode():
+        want = model.forward_head(model.forward_features(inputs), pre_logits=True)
+    assert backbone.width == want.shape[1]
+    assert torch.allclose(backbone.features(images), want, atol=1e-5)
+    config = timm.data.resolve_data_config({}, model=model)
+    assert backbone.preprocessing.mean == config["mean"]
+    assert backbone.preprocessing.interpolation == config["interpolation"]
+
+
+def test_position_embeddings_are_resampled_as_timm_does(tmp_path: Path) -> None:
+    path, _ = timm_file(tmp_path, VIT)
+    backbone = load_backbone(f"timm:{VIT}@{path}", size=96)
+    overlay = {"file": str(path), "num_classes": 7}
+    reference = timm.create_model(VIT, True, num_classes=0, img_size=96, pretrained_cfg_overlay=overlay).eval()
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 96), dtype=np.uint8)
+    with torch.inference_mode():
+        want = reference(normalise(torch.from_numpy(images), backbone.preprocessing, "cpu"))
+    assert torch.allclose(backbone.features(images), want, atol=1e-5)
+
+
+def test_the_classifier_is_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = timm_file(tmp_path, VIT)
+    backbone = load_backbone(f"timm:{VIT}@{path}", size=32)
+    assert "left out 2 tensors of a classifier (head.bias, head.weight)" in capsys.readouterr().err
+    assert not [entry.name for entry in backbone.pretrained.layout if entry.name.startswith("head")]
+
+
+def test_a_backbone_folder_gives_the_same_features_back(tmp_path: Path) -> None:
+    path, _ = timm_file(tmp_path, "resnet10t")
+    backbone = load_backbone(f"timm:resnet10t@{path}", size=64)
+    write_backbone(backbone, tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
+    assert torch.equal(read_backbone(tmp_path).features(images), backbone.features(images))
+
+
+def edit(path: Path, how: str) -> Path:
+    from safetensors.torch import load_file
+
+    state = load_file(path)
+    if how == "missing":
+        del state["blocks.3.mlp.fc1.weight"]
+    elif how == "unexpected":
+        state["blocks.3.extra"] = torch.zeros(1)
+    elif how == "shape":
+        state["blocks.3.mlp.fc1.weight"] = torch.zeros(3, 3)
+    out = path.with_name("edited.safetensors")
+    save_file(state, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("how", "key"),
+    [("missing", "blocks.3.mlp.fc1.weight"), ("unexpected", "blocks.3.extra"), ("shape", "blocks.3.mlp.fc1.weight")],
+)
+def test_a_file_that_does_not_fit_is_refused_with_its_keys(tmp_path: Path, how: str, key: str) -> None:
+    path = edit(timm_file(tmp_path, VIT)[0], how)
+    with pytest.raises(TaskvecError, match=rf"edited\.safetensors.*{key}"):
+        load_backbone(f"timm:{VIT}@{path}", size=32)
+
+
+@pytest.mark.parametrize(("file_of", "into"), [("resnet10t", VIT), (VIT, "convnext_atto"), (VIT, "resnet10t")])
+def test_a_checkpoint_of_another_architecture_names_the_first_keys(tmp_path: Path, file_of: str, into: str) -> None:
+    path, _ = timm_file(tmp_path, file_of)
+    with pytest.raises(TaskvecError, match="does not fit: it is missing .* and .* more"):
+        load_backbone(f"timm:{into}@{path}", size=64)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("timm:vit_tiny_patch16_225@x.safetensors", "no weights file"),
+        ("timm:vit_tiny_patch16_244", "did you mean 'vit_tiny_patch16_224'"),
+        ("timm:vit_tiny_patch16_224.augreg_in22k", "augreg_in21k"),
+        ("lab:supervisd", "did you mean 'supervised'"),
+        ("lab", "not of the form"),
+        ("tim:x", "unknown kind of backbone 'tim' in 'tim:x'"),
+        ("timm:vit_tiny_patch16_224@weights", "not a file"),
+    ],
+)
+def test_bad_addresses_are_clear_errors(address: str, message: str) -> None:
+    with pytest.raises(TaskvecError, match=message):
+        backbones.describe(address, None)
+        load_backbone(address)
+
+
+def test_pickles_load_only_when_asked_for(tmp_path: Path) -> None:
+    path, _ = timm_file(tmp_path, VIT)
+    from safetensors.torch import load_file
+
+    pickled = tmp_path / "weights.pth"
+    torch.save({"state_dict": load_file(path)}, pickled)
+    with pytest.raises(TaskvecError, match="allow_pickle"):
+        load_backbone(f"timm:{VIT}@{pickled}", size=32)
+    backbone = load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
+    assert torch.equal(backbone.pretrained.flat, load_backbone(f"timm:{VIT}@{path}", size=32).pretrained.flat)
+    pickled.write_bytes(b"rubbish")
+    with pytest.raises(TaskvecError, match=r"weights\.pth"):
+        load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
+
+
+def test_random_lab_weights_are_seeded() -> None:
+    first, second = load_backbone("lab:random"), load_backbone("lab:random")
+    assert torch.equal(first.pretrained.flat, second.pretrained.flat)
+    shipped = load_backbone("lab:supervised")
+    assert shipped.pretrained.layout == first.pretrained.layout
+    assert not torch.equal(shipped.pretrained.flat, first.pretrained.flat)
+
+
+def test_an_impossible_size_is_a_clear_error(tmp_path: Path) -> None:
+    path, _ = timm_file(tmp_path, VIT)
+    with pytest.raises(TaskvecError, match="8 px"):
+        load_backbone(f"timm:{VIT}@{path}", size=8)

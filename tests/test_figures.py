@@ -1,0 +1,184 @@
+"""The figures draw what the rows say, name their axes, hold odd names, and come out the same each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import report_fixture as fixture
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from taskvec import figures
+from taskvec.errors import TaskvecError
+
+PLACE = ("lab:supervised", "aligned")
+
+
+def _line(ax: Axes, label: str) -> tuple[np.ndarray, np.ndarray]:
+    line = next(line for line in ax.get_lines() if str(line.get_label()).startswith(label))
+    return np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+
+
+def _rings(ax: Axes) -> list[float]:
+    return [float(x) for line in ax.get_lines() if line.get_gid() == "chosen" for x in line.get_xdata()]
+
+
+def _panels(figure: Figure) -> list[Axes]:
+    return [ax for ax in figure.axes if ax.get_title(loc="left")]
+
+
+def test_lambda_curve_draws_validation_and_marks_the_choice() -> None:
+    rows = fixture.results()
+    whole, close = figures.lambda_curve(rows, *PLACE).axes
+    wanted = rows[(rows["split"] == "validation") & (rows["metric"] == "normalised_accuracy") & (rows["task"] == "")]
+    kept = wanted[(wanted["method"] == "task_arithmetic") & (wanted["heads"] == "kept")]
+    x, y = _line(whole, "kept heads")
+    assert x == pytest.approx(kept["scale"].to_numpy(float))
+    assert y == pytest.approx(100 * kept["value"].to_numpy(float))
+    assert _rings(whole) == [0.1, 0.3]
+    level = 100 * float(wanted.loc[wanted["method"] == "probing", "value"].iloc[0])
+    assert _line(whole, "probing")[1] == pytest.approx([level, level])
+    assert close.get_ylim()[0] < level < close.get_ylim()[1]
+    assert whole.get_xlabel() == "scaling coefficient λ"
+    assert "(%)" in whole.get_ylabel()
+
+
+def test_lambda_curve_of_several_configurations_draws_the_chosen_one() -> None:
+    rows = fixture.results(heads=("kept",))
+    other = rows[(rows["method"] == "task_arithmetic") & (rows["split"] == "validation")]
+    other = other.assign(config='{"keep":0.1}', value=0.01)
+    both = figures.lambda_curve(pd.concat([other, rows]), *PLACE).axes[0]
+    assert _line(both, "kept")[1] == pytest.approx(_line(figures.lambda_curve(rows, *PLACE).axes[0], "kept")[1])
+
+
+def test_seeds_make_a_band_and_methods_and_backbones_a_line_each() -> None:
+    rows = fixture.results(backbones=("a", "b", "c"), seeds=(0, 1), methods={"task_arithmetic": 0.1, "iso_c": 0.3})
+    kept, reprobed = figures.lambda_methods(rows, "a", "aligned").axes
+    assert (kept.get_title(loc="left"), reprobed.get_title(loc="left")) == ("kept heads", "re-probed heads")
+    assert len(kept.collections) == 2
+    assert _line(kept, "iso_c")[1].max() > _line(kept, "addition")[1].max()
+    backbones = figures.lambda_curves(rows, "aligned").axes[0]
+    assert [_line(backbones, name)[0].size for name in ("a", "b", "c")] == [21, 21, 21]
+    colours = {line.get_color() for line in backbones.get_lines() if line.get_label() in ("a", "b", "c")}
+    assert len(colours) == 3
+
+
+def test_accuracies_has_a_row_for_each_task_and_the_mean_with_units() -> None:
+    rows = fixture.results()
+    left, right = figures.accuracies(rows, *PLACE).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == [*fixture.EIGHT, "mean"]
+    assert left.get_xlabel() == "test accuracy (%)"
+    assert right.get_xlabel() == "gain over probing\n(points, 95 % interval)"
+    labels = left.get_legend_handles_labels()[1]
+    names = ["probing", "addition, kept heads (λ = 0.10)", "addition, re-probed heads (λ = 0.30)", "fine-tuned"]
+    assert labels == names
+    drawn = left.containers[0].lines[0].get_xdata()
+    wanted = (rows["method"] == "probing") & (rows["split"] == "test") & (rows["metric"] == "accuracy")
+    assert list(drawn) == pytest.approx(list(100 * rows.loc[wanted, "value"]))
+
+
+def test_method_gains_has_a_row_for_each_method() -> None:
+    rows = fixture.results(methods={"ties": 0.1, "task_arithmetic": 0.2})
+    axes = figures.method_gains(rows, *PLACE).axes
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["addition", "ties"]
+
+
+def test_heatmap_has_a_red_box_equal_axes_and_a_star_at_zero() -> None:
+    figure = figures.heatmaps(fixture.heatmap(), *PLACE)
+    panels = _panels(figure)
+    assert [ax.get_title(loc="left") for ax in panels] == ["mean of the pairs", "cars + dtd", "mnist + svhn"]
+    for ax in panels:
+        box = [patch for patch in ax.patches if isinstance(patch, Rectangle)][-1]
+        assert (box.get_xy(), box.get_width(), box.get_height()) == ((-1, -1), 2, 2)
+        red, green, blue, _ = box.get_edgecolor()
+        assert red > 0.8 > 0.1 > max(green, blue)
+        assert ax.get_aspect() == 1
+        assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.get_lines()] == [(0, 0)]
+        assert ax.get_xlim() == pytest.approx((-3.3, 3.3))
+    assert (panels[1].get_xlabel(), panels[1].get_ylabel()) == ("λ of cars", "λ of dtd")
+    assert figure.axes[-1].get_ylabel() == "weight disentanglement error ξ (%)"
+
+
+def test_heatmap_puts_the_first_scale_on_x_and_is_light_where_disentangled() -> None:
+    rows = fixture.heatmap(pairs=[("cars", "dtd")])
+    rows[["error_1", "error_2"]] = 0.0
+    rows.loc[(rows["scale_1"] == 3) & (rows["scale_2"] == 0), "error_2"] = 0.5
+    (panel,) = _panels(figures.heatmaps(rows, *PLACE))
+    values = np.ma.getdata(panel.collections[0].get_array()).reshape(11, 11)
+    assert values[5, 10] == pytest.approx(50)
+    assert values.sum() == pytest.approx(50)
+    light, dark = (sum(figures.MAP(level)[:3]) for level in (0.0, 1.0))
+    assert light > 2 > 1 > dark
+
+
+def test_more_pairs_than_fit_are_counted_in_the_title() -> None:
+    pairs = [(f"t{i}", f"t{j}") for i in range(9) for j in range(i)]
+    figure = figures.heatmaps(fixture.heatmap(pairs=pairs, points=3), *PLACE)
+    assert len(_panels(figure)) == figures.MOST_PANELS + 1
+    assert "28 of 36 pairs shown" in figure.get_suptitle()
+
+
+def test_written_twice_the_files_are_the_same_and_hold_no_date(tmp_path: Path) -> None:
+    rows, errors = fixture.results(tasks=("one", "two"), scales=(0.0, 0.1, 0.3)), fixture.heatmap(points=3)
+    first, second = (figures.write(rows, errors, tmp_path / name) for name in ("first", "second"))
+    assert first == second
+    assert [name for name in first if name.endswith(".png")] == [
+        "accuracies--lab-supervised--aligned.png",
+        "lambda--lab-supervised--aligned.png",
+        "heatmap--lab-supervised--aligned.png",
+    ]
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(first)
+    for name in first:
+        data = (tmp_path / "first" / name).read_bytes()
+        assert data == (tmp_path / "second" / name).read_bytes()
+        assert b"CreationDate" not in data
+        assert data.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG")
+
+
+def test_odd_and_many_names_are_drawn_without_a_warning() -> None:
+    odd = ["a|b <i>&$x$_^{", "日本\n語", "x" * 80, "100 %", "\\frac"] + [f"task {i}" for i in range(35)]
+    rows = fixture.results(tasks=odd, backbones=("b$@/x/" + "y" * 90, "日本"), scales=(0.0, 0.1), heads=("kept",))
+    errors = fixture.heatmap(backbones=("日本",), pairs=[(odd[0], odd[1])], points=3)
+    for planned in figures.plan(rows, errors):
+        planned.draw().draw_without_rendering()
+        assert planned.stem.isascii()
+        assert len(planned.stem) < 120
+
+
+def test_file_names_of_different_backbones_differ() -> None:
+    names = ("lab:a", "lab/a", "lab:a@/x/f.pt", "lab:a@/y/f.pt", "日", "本", "x" * 99, "x" * 98)
+    stems = [figures._stem("lambda", name, "full") for name in names]
+    assert len(set(stems)) == len(stems)
+    assert figures._stem("lambda", "lab:x", "open-full") != figures._stem("lambda", "lab:x-open", "full")
+
+
+def test_one_task_one_scale_and_no_probing_still_give_figures() -> None:
+    rows = fixture.results(tasks=("only",), scales=(0.3,))
+    rows = rows[(rows["method"] != "probing") & ~rows["metric"].str.startswith("gain")]
+    for planned in figures.plan(rows, None):
+        planned.draw().draw_without_rendering()
+
+
+def test_without_normalised_accuracy_the_curve_says_why() -> None:
+    rows = fixture.results(methods={"task_arithmetic": 0.1, "iso_c": 0.2}, backbones=("a", "b"), scales=(0.0, 0.1))
+    rows = rows[rows["metric"] != "normalised_accuracy"]
+    whole = figures.lambda_curve(rows, "a", "aligned").axes[0]
+    assert "a fine-tuned accuracy is zero" in whole.texts[0].get_text()
+    for planned in figures.plan(rows, None):
+        planned.draw().draw_without_rendering()
+
+
+def test_mistakes_are_told() -> None:
+    rows = fixture.results()
+    with pytest.raises(TaskvecError, match="lab:supervised"):
+        figures.accuracies(rows, "lab:supervise", "aligned")
+    with pytest.raises(TaskvecError, match="task_arithmetic"):
+        figures.lambda_curve(rows, *PLACE, method="task_arithmetics")
+    with pytest.raises(TaskvecError, match="aligned"):
+        figures.lambda_curves(rows, "alined")
+    with pytest.raises(TaskvecError, match="lab:supervised, aligned"):
+        figures.heatmaps(fixture.heatmap(), "lab:super", "aligned")

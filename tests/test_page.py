@@ -1,0 +1,111 @@
+"""The page holds everything it shows, escapes what users wrote, and shows the numbers of the tables."""
+
+from __future__ import annotations
+
+import base64
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import report_fixture as fixture
+
+from taskvec import figures, page, tables
+from taskvec.errors import TaskvecError
+
+EVIL = ("<script>alert(1)</script>", "a|b & \"c\" 'd'", "<img src=http://example.org/x.png>")
+VOID = {"meta", "img", "br", "link"}
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self.open += [] if tag in VOID else [tag]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def _render(folder: Path, rows: pd.DataFrame, errors: pd.DataFrame | None = None, **lock: Any) -> str:
+    """Render with one-pixel pictures in place of the figures, which have tests of their own."""
+    for planned in figures.plan(rows, errors):
+        (folder / f"{planned.stem}.png").write_bytes(planned.stem.encode())
+    return page.render(rows, errors, folder, fixture.LOCK | lock, fixture.STUDY)
+
+
+def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
+    rows, errors = fixture.results(backbones=("a", "b"), methods={"task_arithmetic": 0.1, "x": 0.2}), None
+    read = Reader(_render(tmp_path, rows, errors))
+    assert all(load.startswith(("data:image/png;base64,", "#")) for load in read.loads)
+    assert not {"script", "link", "iframe", "object"} & set(read.tags)
+    assert "url(" not in "".join(read.text)
+    assert "@import" not in "".join(read.text)
+
+
+def test_every_planned_figure_is_inside(tmp_path: Path) -> None:
+    rows, errors = fixture.results(backbones=("a", "b")), fixture.heatmap(backbones=("b",))
+    read = Reader(_render(tmp_path, rows, errors))
+    inside = {base64.b64decode(load.partition(",")[2]).decode() for load in read.loads if load.startswith("data:")}
+    assert inside == {planned.stem for planned in figures.plan(rows, errors)}
+    assert read.tags.count("figcaption") == len(inside) == 6
+
+
+def test_the_page_says_what_the_tables_say(tmp_path: Path) -> None:
+    rows, errors = fixture.results(), fixture.heatmap()
+    words = " ".join(" ".join(Reader(_render(tmp_path, rows, errors)).text).split())
+    assert " ".join(tables.headline(rows).split()) in words
+    frame = tables.per_task(rows, "lab:supervised", "aligned")
+    for row in frame.to_numpy().tolist():
+        assert " ".join(row) in words
+    assert " ".join(tables.summary(rows, errors).iloc[0]) in words
+
+
+def test_what_users_wrote_is_text(tmp_path: Path) -> None:
+    rows = fixture.results(tasks=EVIL, backbones=('<b id="x">',)).assign(study="<title>&amp;")
+    html = _render(tmp_path, rows, command="taskvec run '<u>.yaml'")
+    read = Reader(html)
+    words = "".join(read.text)
+    assert not {"script", "u", "b"} & set(read.tags)
+    assert read.tags.count("title") == 1
+    for name in (*EVIL, '<b id="x">', "<title>&amp;", "taskvec run '<u>.yaml'", fixture.STUDY):
+        assert name in words
+
+
+def test_how_to_reproduce_holds_command_study_versions_seeds_and_threads(tmp_path: Path) -> None:
+    text = "".join(Reader(_render(tmp_path, fixture.results(), command="taskvec run quick", seeds=[3, 4])).text)
+    after = text[text.index("How to reproduce") :]
+    for shown in ("taskvec run quick", fixture.STUDY, "torch2.9.0", "seeds3, 4", "threads1", "a09c"):
+        assert shown in after
+
+
+def test_a_page_without_lock_or_heatmap_is_still_a_page(tmp_path: Path) -> None:
+    rows = fixture.results(tasks=("only",), heads=("kept",))
+    _render(tmp_path, rows)
+    text = "".join(Reader(page.render(rows, None, tmp_path, {}, "")).text)
+    assert "taskvec run study.yaml" in text
+    assert "Weight disentanglement" not in text
+
+
+def test_rendered_twice_it_is_the_same(tmp_path: Path) -> None:
+    assert _render(tmp_path, fixture.results()) == _render(tmp_path, fixture.results())
+
+
+def test_a_missing_figure_is_told(tmp_path: Path) -> None:
+    with pytest.raises(TaskvecError, match="write the figures before the page"):
+        page.render(fixture.results(), None, tmp_path, fixture.LOCK, fixture.STUDY)

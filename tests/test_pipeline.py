@@ -1,0 +1,242 @@
+"""Artifacts and steps: whole or not at all, skipped when done, resumed when killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskvec import pipeline
+from taskvec.errors import TaskvecError
+from taskvec.executors import Inline, Processes, decode, encode
+from taskvec.pipeline import Job, Step
+from taskvec.store import RECORD, Store, canonical, disk_errors, fingerprint
+
+HERE = "test_pipeline"
+CALLS: list[str] = []
+
+
+class Quiet:
+    """Watches and remembers what was run and what was reused."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.kept: list[str] = []
+
+    def planned(self, steps: Any) -> None: ...
+    def started(self, step: Step) -> None: ...
+    def advanced(self, step: Step, share: float) -> None: ...
+
+    def reused(self, step: Step) -> None:
+        self.kept.append(step.label)
+
+    def finished(self, step: Step, seconds: float) -> None:
+        self.ran.append(step.label)
+
+
+def number(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+    """Write a number: its own plus those it reads."""
+    total = config["value"] + sum(int((f / "n.txt").read_text()) for fs in inputs.values() for f in fs)
+    if config.get("fail"):
+        (out / "half.txt").write_text("half")
+        raise TaskvecError("the step failed", "mend it")
+    (out / "n.txt").write_text(str(total // config.get("divide", 1)))
+
+
+def slow(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+    (out / "n.txt").write_text(f"{os.getpid()}")
+    progress(0.5)
+    time.sleep(config["seconds"])
+
+
+def die(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def step(label: str, value: int, *reads: Step, **config: Any) -> Step:
+    return Step(label, f"{HERE}:number", 1, {"value": value, **config}, {"numbers": reads} if reads else {})
+
+
+def run(store: Store, *steps: Step) -> tuple[dict[Step, Any], Quiet]:
+    watcher = Quiet()
+    return pipeline.run(steps, store, Inline(), watcher), watcher
+
+
+def test_steps_run_in_order_and_a_second_run_does_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = step("one", 1)
+    two, three = step("two", 2, one), step("three", 3, one)
+    last = step("last", 10, two, three)
+    done, first = run(store, last)
+    assert (done[last].folder / "n.txt").read_text() == "17"
+    assert first.ran == ["one", "two", "three", "last"]
+    _, again = run(Store(tmp_path), last)
+    assert again.ran == []
+    assert again.kept == ["one", "two", "three", "last"]
+
+
+def test_only_what_changes_is_run_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    run(store, step("sum", 0, step("a", 1), step("b", 2)))
+    _, watcher = run(store, step("sum", 0, step("a", 1), step("b", 3)))
+    assert watcher.ran == ["b", "sum"]
+
+
+def test_a_step_whose_inputs_come_out_the_same_is_not_run_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    run(store, step("after", 5, step("a", 10, divide=10)))
+    _, watcher = run(store, step("after", 5, step("a", 11, divide=10)))
+    assert watcher.ran == ["a"]
+
+
+def test_a_failed_step_leaves_nothing_and_keeps_what_was_done(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    good = step("good", 1)
+    with pytest.raises(TaskvecError, match="the step failed"):
+        run(store, step("bad", 2, good, fail=True))
+    assert list((tmp_path / "tmp").iterdir()) == []
+    _, watcher = run(store, step("mended", 2, good))
+    assert watcher.kept == ["good"]
+
+
+def test_two_steps_of_the_same_work_run_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    done, watcher = run(store, step("one", 1), step("same", 1))
+    assert watcher.ran == ["one"]
+    assert len({artifact.id for artifact in done.values()}) == 1
+
+
+@pytest.mark.parametrize("damage", ["content", "missing", "record", "extra"])
+def test_a_damaged_artifact_is_made_again(tmp_path: Path, damage: str) -> None:
+    one = step("one", 1)
+    done, _ = run(Store(tmp_path), one)
+    folder = done[one].folder
+    if damage == "content":
+        (folder / "n.txt").write_text("2")
+    elif damage == "missing":
+        (folder / "n.txt").unlink()
+    elif damage == "record":
+        (folder / RECORD).write_text("{")
+    else:
+        (folder / "more.txt").write_text("")
+    again, watcher = run(Store(tmp_path), one)
+    assert watcher.ran == ["one"]
+    assert (again[one].folder / "n.txt").read_text() == "1"
+
+
+def test_every_artifact_knows_what_made_it(tmp_path: Path) -> None:
+    one = step("one", 1)
+    two = step("two", 2, one)
+    done, _ = run(Store(tmp_path), two)
+    about = done[two].json(RECORD)["about"]
+    assert about["function"] == f"{HERE}:number"
+    assert about["config"] == {"value": 2}
+    assert about["inputs"] == {"numbers": [done[one].id]}
+    assert about["versions"]["torch"]
+
+
+def test_worker_processes_give_what_this_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    steps = [step(f"s{i}", i) for i in range(4)]
+    last = step("last", 0, *steps)
+    done = pipeline.run([last], Store(tmp_path / "a"), Processes(2), Quiet())
+    here, _ = run(Store(tmp_path / "b"), last)
+    assert done[last].digest == here[last].digest
+    assert done[last].id == here[last].id
+
+
+def test_errors_and_sudden_deaths_of_workers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with pytest.raises(TaskvecError, match="the step failed"):
+        pipeline.run([step("bad", 1, fail=True)], Store(tmp_path), Processes(2), Quiet())
+    with pytest.raises(TaskvecError, match="'gone' was ended by signal 9"):
+        pipeline.run([Step("gone", f"{HERE}:die", 1, {})], Store(tmp_path), Processes(2), Quiet())
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_killing_the_parent_ends_its_workers_and_the_next_run_sweeps(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_pipeline import *\n"
+        "s = Step('slow', 'test_pipeline:slow', 1, {'seconds': 60})\n"
+        "pipeline.run([s], Store(Path(sys.argv[2])), Processes(2), Quiet())"
+    )
+    here = str(Path(__file__).parent)
+    env = os.environ | {"PYTHONPATH": here}
+    parent = subprocess.Popen([sys.executable, "-c", code, here, str(tmp_path)], env=env)
+    pid = wait_for_number(tmp_path / "tmp")
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(pid)
+    assert len(list((tmp_path / "tmp").iterdir())) == 1
+    Store(tmp_path).sweep()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def wait_for_number(folder: Path) -> int:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for file in folder.glob("*/n.txt"):
+            if text := file.read_text():
+                return int(text)
+        time.sleep(0.05)
+    raise AssertionError("the step never began")
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_full_disk_is_one_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(TaskvecError, match="no space left"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_tree_digest_follows_content_and_not_times(tmp_path: Path) -> None:
+    store, root = Store(tmp_path / "store"), tmp_path / "data"
+    root.mkdir()
+    (root / "a").write_text("1")
+    before = store.tree_digest(root, ["a"])
+    os.utime(root / "a", (1, 1))
+    assert store.tree_digest(root, ["a"]) == before
+    (root / "a").write_text("2")
+    assert store.tree_digest(root, ["a"]) != before
+
+
+def test_jobs_survive_the_way_to_a_worker(tmp_path: Path) -> None:
+    job = Job(step("one", 1), "abc", {"numbers": ["x"]}, tmp_path)
+    back = decode(encode(job))
+    assert (back.id, back.inputs, back.folder, back.step.config) == (job.id, job.inputs, job.folder, {"value": 1})
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers() | st.floats(allow_nan=False, allow_infinity=False)))
+def test_fingerprints_do_not_depend_on_the_order_of_keys(value: dict[str, float]) -> None:
+    assert fingerprint(value) == fingerprint(dict(reversed(value.items())))
+
+
+def test_fingerprints_refuse_what_has_no_stable_form() -> None:
+    for value in (float("nan"), {1, 2}, object()):
+        with pytest.raises((TypeError, ValueError)):
+            canonical(value)
+
+
+def test_threads_and_version_are_part_of_a_steps_identity_and_labels_are_not() -> None:
+    base = Step("a", "m:f", 1, {}, threads=1)
+    same, threads, version = Step("b", "m:f", 1, {}), Step("a", "m:f", 1, {}, threads=2), Step("a", "m:f", 2, {})
+    assert pipeline.step_id(base, {}) == pipeline.step_id(same, {})
+    assert len({pipeline.step_id(s, {}) for s in (base, threads, version)}) == 3

@@ -1,0 +1,73 @@
+"""The study file: defaults, short forms, and errors that say the line."""
+
+from __future__ import annotations
+
+import pytest
+
+from taskvec.errors import TaskvecError
+from taskvec.settings import Heatmap, parse_scales
+from taskvec.study import open_study, packaged, parse_study
+
+SMALL = "backbones: ['lab:supervised']\ntasks: ['lab:greek', {address: 'lab:signs', name: s}]\n"
+
+
+def test_everything_but_backbones_and_tasks_has_a_default() -> None:
+    study = parse_study(SMALL, "my study.yaml")
+    assert study.name == "my-study"
+    assert [task.address for task in study.tasks] == ["lab:greek", "lab:signs"]
+    assert study.methods[0].grid() == [round(0.05 * i, 10) for i in range(21)]
+    assert (study.probe.steps, study.probe.batch_size, study.finetune.warmup) == (2000, 128, 200)
+    assert study.heads == ("kept", "reprobed")
+
+
+def test_every_packaged_study_is_valid_and_says_what_to_expect() -> None:
+    for name, text in packaged().items():
+        assert open_study(name).study.name == name
+        top = text.split("\nname:")[0]
+        assert f"taskvec run {name}" in top
+        assert "Expected" in top
+        assert "Time" in top
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SMALL + "finetune: {stepz: 3}", r"line 3: unknown key 'finetune.stepz'\ndid you mean 'steps'"),
+        (SMALL + "regime: [aligned]", r"line 3: unknown key 'regime'\ndid you mean 'regimes'"),
+        (SMALL + "probe:\n  steps: many", r"line 4: 'probe.steps'.*many"),
+        (SMALL + "methods: [task_aritmetic]", "did you mean 'task_arithmetic'"),
+        (SMALL + "regimes: [alined]", "did you mean 'aligned'"),
+        (SMALL + "methods: [{name: task_arithmetic, scales: 0-1}]", "start:stop:step"),
+        (SMALL + "heads: [both]", "line 3: 'heads.0'"),
+        (SMALL + "name: a/b", "line 3: 'name'"),
+        (SMALL + "seeds: []", "line 3: 'seeds'"),
+        ("tasks: ['lab:greek']", "'backbones' is missing"),
+        ("backbones: [\ntasks: x", "line 2: not valid YAML"),
+        ("a: 1\na: 2", "line 2.*given twice"),
+        ("just words", "a study is a mapping"),
+        ("", "a study is a mapping"),
+        (SMALL + "backbones: ['lab:random']", "line 3.*'backbones' is given twice"),
+        (SMALL + "tasks_: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_mistakes_say_where_and_how_to_mend_them(text: str, message: str) -> None:
+    with pytest.raises(TaskvecError, match=message):
+        parse_study(text, "s.yaml")
+
+
+def test_an_unknown_study_names_the_nearest() -> None:
+    with pytest.raises(TaskvecError, match="did you mean 'quickstart'"):
+        open_study("quickstrat")
+    with pytest.raises(TaskvecError, match="no study file at 'nowhere.yaml'"):
+        open_study("nowhere.yaml")
+
+
+def test_scales_have_both_ends_and_no_drift() -> None:
+    assert parse_scales("0:1:0.05")[3] == 0.15
+    assert parse_scales("0:3:0.1")[-1] == 3.0
+    assert Heatmap(points=11, range=3).scales() == [-3.0, -2.4, -1.8, -1.2, -0.6, 0.0, 0.6, 1.2, 1.8, 2.4, 3.0]
+
+
+def test_smoke_shortens_any_study() -> None:
+    study = parse_study(SMALL, "s.yaml").smoke()
+    assert (study.probe.steps, study.finetune.steps, study.limit, study.name) == (2, 2, 32, "s-smoke")
