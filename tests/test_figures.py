@@ -124,23 +124,23 @@ def test_more_pairs_than_fit_are_counted_in_the_title() -> None:
 
 def test_written_twice_the_files_are_the_same_and_hold_no_date(tmp_path: Path) -> None:
     rows, errors = fixture.results(tasks=("one", "two"), scales=(0.0, 0.1, 0.3)), fixture.heatmap(points=3)
-    first, second = (figures.write(rows, errors, tmp_path / name) for name in ("first", "second"))
-    assert first == second
-    assert [name for name in first if name.endswith(".png")] == [
-        "accuracies--lab-supervised--aligned.png",
-        "lambda--lab-supervised--aligned.png",
-        "heatmap--lab-supervised--aligned.png",
-    ]
-    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(first)
-    for name in first:
-        data = (tmp_path / "first" / name).read_bytes()
-        assert data == (tmp_path / "second" / name).read_bytes()
+    names = figures.write(rows, errors, tmp_path)
+    stems = [f"{kind}--lab-supervised--aligned" for kind in ("accuracies", "lambda", "heatmap")]
+    assert names == [f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    first = {name: (tmp_path / name).read_bytes() for name in names}
+    for name, data in first.items():
         assert b"CreationDate" not in data
         assert data.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG")
+    assert figures._encode(figures.accuracies(rows, *PLACE), "png") == first[f"{stems[0]}.png"]
+    again = figures.heatmaps(errors, *PLACE)
+    assert figures._encode(again, "png") == first[f"{stems[2]}.png"]
+    again.set_layout_engine("none")
+    assert figures._encode(again, "pdf") == first[f"{stems[2]}.pdf"]
 
 
 def test_odd_and_many_names_are_drawn_without_a_warning() -> None:
-    odd = ["a|b <i>&$x$_^{", "日本\n語", "x" * 80, "100 %", "\\frac"] + [f"task {i}" for i in range(35)]
+    odd = ["a|b <i>&$x$_^{", "日本\n語", "x" * 80, "100 %", "\\frac"] + [f"task {i}" for i in range(7)]
     rows = fixture.results(tasks=odd, backbones=("b$@/x/" + "y" * 90, "日本"), scales=(0.0, 0.1), heads=("kept",))
     errors = fixture.heatmap(backbones=("日本",), pairs=[(odd[0], odd[1])], points=3)
     for planned in figures.plan(rows, errors):
@@ -166,10 +166,10 @@ def test_one_task_one_scale_and_no_probing_still_give_figures() -> None:
 def test_without_normalised_accuracy_the_curve_says_why() -> None:
     rows = fixture.results(methods={"task_arithmetic": 0.1, "iso_c": 0.2}, backbones=("a", "b"), scales=(0.0, 0.1))
     rows = rows[rows["metric"] != "normalised_accuracy"]
-    whole = figures.lambda_curve(rows, "a", "aligned").axes[0]
-    assert "a fine-tuned accuracy is zero" in whole.texts[0].get_text()
-    for planned in figures.plan(rows, None):
-        planned.draw().draw_without_rendering()
+    found = [figures.lambda_curve(rows, "a", "aligned"), figures.lambda_methods(rows, "a", "aligned")]
+    for figure in [*found, figures.lambda_curves(rows, "aligned")]:
+        assert "a fine-tuned accuracy is zero" in figure.axes[0].texts[0].get_text()
+    found[0].draw_without_rendering()
 
 
 def test_mistakes_are_told() -> None:

@@ -11,7 +11,7 @@ ORDER = """
 errors compute settings weights store pipeline executors images training
 lab lab.glyphs lab.looks lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 tasks backbones heads vectors finetuning lab.pretrain merging.averaging merging evaluation search disentangling
-model steps study plan results tables figures page runs progress studies cli
+model steps study plan results tables figures page runs progress studies cli __main__
 """.split()  # noqa: SIM905
 ROOT = Path(taskvec.__file__).parent
 EXEMPT = {"", "__init__"}

@@ -56,7 +56,7 @@ class Backbone:
         self.module.eval()
         out = torch.empty(len(images), self.width)
         for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size]))
+            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
             out[start : start + len(batch)] = (
                 self.module(normalise(batch, self.preprocessing, self.device)).float().cpu()
             )

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taskvec.errors import TaskvecError
 
 Precision = Literal["float32", "bfloat16"]
 Use = Literal["training", "evaluation"]
 
-WIDE = 256
-"""Feature width from which bfloat16 pays off in training on a CPU with AMX tiles; narrower models only lose by it."""
+WIDE = 128
+"""Feature width from which bfloat16 pays off in training on a CPU with AMX tiles (benchmarks/precision.py)."""
 
 
 def choose_device(setting: str = "auto") -> str:
@@ -53,8 +54,16 @@ def has_fast_bfloat16() -> bool:
 
 @contextlib.contextmanager
 def autocast(precision: Precision, device: str) -> Iterator[None]:
-    """Run the body under autocast for bfloat16, and plainly for float32."""
-    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16"):
+    """Run the body under autocast for bfloat16, and plainly for float32.
+
+    On a CPU the fused attention's backward pass is slow in bfloat16 (benchmarks/precision.py): the plain one is taken.
+    """
+    kind = device.split(":")[0]
+    with contextlib.ExitStack() as stack:
+        if precision == "bfloat16":
+            stack.enter_context(torch.autocast(kind, torch.bfloat16))
+            if kind == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 

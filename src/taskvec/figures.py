@@ -307,8 +307,21 @@ def _legend(figure: Figure, ax: Axes) -> None:
     rings = _rings(ax)
     if rings:
         handles, labels = [*handles, rings[0]], [*labels, "chosen on validation"]
-    columns = 3 if max(map(len, labels), default=0) > 24 else 4
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
+
+
+def _legend_columns(labels: list[str]) -> int:
+    """Choose as many columns, four at most, as fit on the width of a page (about 116 characters)."""
+    columns = min(4, len(labels))
+    while columns > 1 and _legend_width(labels, columns) > 116:
+        columns -= 1
+    return columns
+
+
+def _legend_width(labels: list[str], columns: int) -> int:
+    """Estimate the characters of the longest labels of all columns side by side, each with its mark."""
+    rows = math.ceil(len(labels) / columns)
+    return sum(8 + max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows))
 
 
 # ---------------------------------------------------------------- rows of dots
@@ -404,7 +417,7 @@ def _finish_dots(figure: Figure, axes: list[Axes], tasks: int, heading: str) -> 
     axes[1].set_xlabel("gain over probing\n(points, 95 % interval)")
     handles, labels = axes[0].get_legend_handles_labels()
     with matplotlib.rc_context(STYLE):
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
         figure.suptitle(heading, x=0.01, ha="left")
 
 

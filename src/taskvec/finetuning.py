@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -29,7 +28,7 @@ def training_batches(backbone: Backbone, split: Split, batch_size: int, seed: in
     generator = torch.Generator().manual_seed(seed)
     labels = torch.from_numpy(split.labels)
     for indices in index_batches(len(split), batch_size, seed):
-        images = torch.from_numpy(np.ascontiguousarray(split.images[indices.numpy()]))
+        images = torch.from_numpy(split.images[indices.numpy()])
         inputs = normalise(images, backbone.preprocessing, backbone.device)
         yield random_resized_crop(inputs, generator), labels[indices].to(backbone.device)
 

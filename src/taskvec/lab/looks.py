@@ -45,6 +45,10 @@ class Look:
     """Largest shift of the centre, as a share of half the image."""
     weight: float = 0.0
     """Largest change of stroke thickness: 1 moves the outline by one mask pixel."""
+    outline: float = 0.0
+    """Probability that only the outline is drawn."""
+    hatch: float = 0.0
+    """Largest share of the ink that is taken away in stripes."""
     warp: float = 0.0
     """Standard deviation of the elastic displacement, as a share of half the image."""
     fade: float = 0.0
@@ -148,6 +152,8 @@ def place(masks: Float[Tensor, "batch 40 40"], look: Look, generator: Generator)
     """Give every mask its own stroke thickness, affine map and elastic warp; return the ink, 0 to 1."""
     count = len(masks)
     ink = thicken(masks[:, None], uniform(generator, -1, 1, count, 1, 1, 1) * look.weight)
+    if look.outline:
+        ink = cover(ink, grow(ink) + grow(-ink), chance(generator, look.outline, count))
     grid = F.affine_grid(affine(count, look, generator), [count, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
     warp = look.warp * blotches(count, 2, generator, cells=4).permute(0, 2, 3, 1)
     return F.grid_sample(ink, grid + warp, align_corners=False)
@@ -197,6 +203,14 @@ def bars(count: int, generator: Generator) -> Float[Tensor, "count 1 32 32"]:
     return ((angle.cos() * horizontal + angle.sin() * vertical - offset).abs() < half).float()
 
 
+def stripes(count: int, generator: Generator) -> Float[Tensor, "count 1 32 32"]:
+    """Draw parallel stripes across each image, in any direction, as wide as their gaps, three to five pixels apart."""
+    horizontal, vertical = coordinates()
+    angle, phase = uniform(generator, 0, 2 * math.pi, 2, count, 1, 1, 1)
+    frequency = 2 * math.pi * IMAGE_SIZE / 2 / uniform(generator, 3, 5, count, 1, 1, 1)
+    return 0.5 + 0.5 * (frequency * (angle.cos() * horizontal + angle.sin() * vertical) + phase).sin()
+
+
 def discs(count: int, generator: Generator) -> Float[Tensor, "count 1 32 32"]:
     """Draw one disc in each image, near the centre and 27 to 32 pixels across, with a soft edge."""
     horizontal, vertical = coordinates()
@@ -229,6 +243,8 @@ def compose(
 ) -> UInt8[Tensor, "batch 3 32 32"]:
     """Paint ground, stray ink, disc, ink and bar over each other, then develop the images."""
     count = len(ink)
+    if look.hatch:
+        ink = ink * (1 - look.hatch * torch.rand(count, 1, 1, 1, generator=generator) * stripes(count, generator))
     ink_grey, ground_grey = two_greys(count, look, generator)
     ground = paint_ground(ground_grey, look, generator)
     disc = chance(generator, look.disc, count)

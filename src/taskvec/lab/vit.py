@@ -48,7 +48,8 @@ class Block(nn.Module):
     def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         """Apply both residual branches."""
         tokens = tokens + self.attend(self.norm1(tokens))
-        return tokens + self.contract(F.gelu(self.expand(self.norm2(tokens))))
+        change: Tensor = self.contract(F.gelu(self.expand(self.norm2(tokens))))
+        return tokens + change
 
 
 class VisionTransformer(nn.Module):
