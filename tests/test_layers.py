@@ -67,3 +67,8 @@ def test_reports_need_no_torch() -> None:
             n.name.split(".")[0] for x in ast.walk(ast.parse(source)) if isinstance(x, ast.Import) for n in x.names
         }
         assert "torch" not in names
+
+
+def test_the_documented_order_is_the_tested_one() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text("utf-8")
+    assert text.rsplit("```", 2)[1].split() == ORDER

@@ -1,0 +1,158 @@
+"""The command as users meet it: quick help, one clear message a mistake, exit codes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_folder_task
+from PIL import Image
+
+SMALL = "name: s\nbackbones: ['lab:random']\ntasks: ['folder:one']\nprobe: {steps: 2}\nfinetune: {steps: 2}\n"
+
+
+def taskvec(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "taskvec", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def loads_torch(*arguments: str) -> bool:
+    code = (
+        "import sys\nfrom taskvec.cli import app\n"
+        f"try:\n    app({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip().endswith("True")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("run", "--no-such"), ("list", "methods"), ("list", "studies")])
+def test_help_and_lists_need_no_torch(arguments: tuple[str, ...]) -> None:
+    assert not loads_torch(*arguments)
+
+
+def test_a_bad_study_file_and_an_unknown_method_need_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("backbones: [\n")
+    (tmp_path / "method.yaml").write_text(SMALL + "methods: [tie]\n")
+    assert not loads_torch("run", str(tmp_path / "bad.yaml"))
+    assert not loads_torch("run", str(tmp_path / "method.yaml"))
+
+
+def study(folder: Path, text: str = SMALL) -> Path:
+    (folder / "s.yaml").write_text(text)
+    return folder / "s.yaml"
+
+
+def broken(folder: Path, how: str) -> list[str | Path]:
+    """Prepare one mistake and return the command that meets it."""
+    tail: list[str | Path] = ["--out", folder / "out", "--store", folder / "store", "--workers", "1"]
+    text = SMALL
+    if how == "missing folder":
+        text = SMALL.replace("folder:one", "folder:two")
+    elif how == "corrupt image":
+        (folder / "one" / "train" / "ant" / "003.png").write_bytes(b"not an image")
+    elif how == "class only in test":
+        (folder / "one" / "test" / "zebra").mkdir()
+    elif how == "unknown task":
+        text = SMALL.replace("folder:one", "lab:greeek")
+    elif how == "unknown backbone":
+        text = SMALL.replace("lab:random", "lab:randon")
+    elif how == "unknown method":
+        text = SMALL + "methods: [task_aritmetic]"
+    elif how == "bad YAML":
+        text = SMALL + "heads: [kept"
+    elif how == "unknown key":
+        text = SMALL + "head: [kept]"
+    elif how == "same name twice":
+        text = SMALL.replace("['folder:one']", "['folder:one', 'folder:./one']")
+    elif how == "not a run folder":
+        (folder / "out").mkdir()
+        (folder / "out" / "thesis.txt").write_text("precious")
+    elif how == "another architecture":
+        from taskvec.lab import encoders
+
+        text = SMALL.replace("lab:random", f"timm:resnet10t@{encoders.path('supervised')}")
+    elif how == "bad device":
+        text = SMALL + "device: cudda"
+    return ["run", study(folder, text), *tail]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing folder", r"no task folder at '.*two'\ndid you mean|no task folder at '.*two'"),
+        ("corrupt image", r"image '.*one/train/ant/003\.png' cannot be read"),
+        ("class only in test", r"class 'zebra' is in '.*test' but not in train/"),
+        ("unknown task", "unknown lab task 'greeek'\ndid you mean 'greek'"),
+        ("unknown backbone", "unknown lab encoder 'randon'\ndid you mean 'random'"),
+        ("unknown method", "unknown merging method 'task_aritmetic'; did you mean 'task_arithmetic'"),
+        ("bad YAML", r"s\.yaml, line \d+: not valid YAML"),
+        ("unknown key", r"s\.yaml, line 6: unknown key 'head'\ndid you mean 'heads'"),
+        ("same name twice", "two tasks are named 'one'"),
+        ("not a run folder", r"'.*out' is not empty and not a run folder"),
+        ("another architecture", r"supervised\.safetensors' does not fit: it is missing conv1\.0\.weight"),
+        ("bad device", "device 'cudda' cannot be used"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path, how: str, message: str) -> None:
+    write_folder_task(tmp_path / "one")
+    done = taskvec(*broken(tmp_path, how))
+    assert done.returncode == 2, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "results.csv").exists()
+    assert not list(tmp_path.glob("store/tmp/*"))
+    if how == "not a run folder":
+        assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_small_study_runs_and_predicts(tmp_path: Path) -> None:
+    write_folder_task(tmp_path / "one")
+    out = tmp_path / "out"
+    done = taskvec("run", study(tmp_path), "--smoke", "--out", out, "--store", tmp_path / "store", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"page: {out / 'report.html'}" in done.stdout
+    image = tmp_path / "one" / "test" / "bee" / "000.png"
+    answer = taskvec("predict", out, image, "--task", "one")
+    assert answer.returncode == 0, answer.stderr
+    path, task, label, probability = answer.stdout.strip().split("\t")
+    assert (path, task) == (str(image), "one")
+    assert label in ("ant", "bee", "cow")
+    assert 0 < float(probability) <= 1
+    for wrong, message in (
+        (["predict", out, tmp_path / "none.png"], "no image at"),
+        (["predict", tmp_path, image], "no model in"),
+        (["predict", out, image, "--task", "two"], "unknown task 'two'"),
+    ):
+        failed = taskvec(*wrong)
+        assert (failed.returncode, message in failed.stderr, "Traceback" in failed.stderr) == (2, True, False)
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    """The store is on a full device: every write fails with 'no space left'."""
+    code = (
+        "import errno, sys\nfrom taskvec import store\nfrom taskvec.cli import app\n"
+        "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "store.write_json = full\napp(sys.argv[1:])"
+    )
+    write_folder_task(tmp_path / "one")
+    arguments = ["run", study(tmp_path), "--out", tmp_path / "out", "--store", tmp_path / "store", "--workers", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "no space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_lab_can_be_pre_trained_again_and_the_result_loaded(tmp_path: Path) -> None:
+    done = taskvec("lab", "pretrain", "supervised", "--steps", "2", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    write_folder_task(tmp_path / "one")
+    image = tmp_path / "a.png"
+    Image.new("RGB", (40, 40)).save(image)
+    text = SMALL.replace("lab:random", f"lab:supervised@{tmp_path / 'supervised.safetensors'}")
+    out = tmp_path / "out"
+    run = taskvec("run", study(tmp_path, text), "--smoke", "--out", out, "--store", tmp_path / "store", "--workers", "1")
+    assert run.returncode == 0, run.stderr
+    assert taskvec("predict", out, image).returncode == 0
