@@ -28,7 +28,9 @@ def loads_torch(*arguments: str) -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip().endswith("True")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("run", "--no-such"), ("list", "methods"), ("list", "studies")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("run", "--help"), ("run", "--no-such"), ("list", "methods"), ("list", "studies")]
+)
 def test_help_and_lists_need_no_torch(arguments: tuple[str, ...]) -> None:
     assert not loads_torch(*arguments)
 
@@ -153,6 +155,8 @@ def test_the_lab_can_be_pre_trained_again_and_the_result_loaded(tmp_path: Path) 
     Image.new("RGB", (40, 40)).save(image)
     text = SMALL.replace("lab:random", f"lab:supervised@{tmp_path / 'supervised.safetensors'}")
     out = tmp_path / "out"
-    run = taskvec("run", study(tmp_path, text), "--smoke", "--out", out, "--store", tmp_path / "store", "--workers", "1")
+    run = taskvec(
+        "run", study(tmp_path, text), "--smoke", "--out", out, "--store", tmp_path / "store", "--workers", "1"
+    )
     assert run.returncode == 0, run.stderr
     assert taskvec("predict", out, image).returncode == 0

@@ -76,7 +76,9 @@ def test_a_study_leaves_a_whole_run_folder_and_the_second_run_does_nothing(data:
 def test_test_rows_exist_only_for_what_validation_chose(data: Path) -> None:
     run(study_file(data), data / "out", data / "store")
     rows = rows_of(data / "out")
-    merged = rows[(rows.method == "task_arithmetic") & (rows.task == "") & rows.metric.isin(["accuracy", "normalised_accuracy"])]
+    merged = rows[
+        (rows.method == "task_arithmetic") & (rows.task == "") & rows.metric.isin(["accuracy", "normalised_accuracy"])
+    ]
     for heads in ("kept", "reprobed"):
         own = merged[merged.heads == heads]
         tested = set(own[own.split == "test"].scale)
@@ -99,7 +101,10 @@ def test_what_is_chosen_does_not_depend_on_the_test_split(data: Path) -> None:
     keep = [c for c in COLUMNS if c != "artifact"]
     same = [frame[frame.split == "validation"][keep].reset_index(drop=True) for frame in (first, second)]
     pd.testing.assert_frame_equal(*same)
-    chosen = [f[(f.split == "test") & (f.method == "task_arithmetic")][["heads", "scale"]].drop_duplicates() for f in (first, second)]
+    chosen = [
+        f[(f.split == "test") & (f.method == "task_arithmetic")][["heads", "scale"]].drop_duplicates()
+        for f in (first, second)
+    ]
     assert chosen[0].values.tolist() == chosen[1].values.tolist()
 
 
@@ -114,9 +119,11 @@ def test_two_workers_and_one_give_the_same_results(data: Path) -> None:
 def test_adding_a_task_keeps_what_does_not_change(data: Path) -> None:
     run(study_file(data, more="heads: [kept]"), data / "out", data / "store")
     write_folder_task(data / "three", ("up", "down"))
-    text = study_file(data, more="heads: [kept]").text.replace(']\nmethods', f', "folder:{data}/three"]\nmethods')
+    text = study_file(data, more="heads: [kept]").text.replace("]\nmethods", f', "folder:{data}/three"]\nmethods')
     _, watcher = run(StudyFile(parse_study(text, "small"), text, data), data / "out", data / "store")
-    assert not [label for label in watcher.ran if label.startswith(("decode one", "features of one", "probe one", "load"))]
+    assert not [
+        label for label in watcher.ran if label.startswith(("decode one", "features of one", "probe one", "load"))
+    ]
     assert [label for label in watcher.ran if label.startswith("fine-tune three")]
 
 
@@ -159,7 +166,16 @@ def test_the_kept_model_predicts_what_the_study_measured(data: Path) -> None:
 
 def command(data: Path, out: str, store: str) -> list[str]:
     (data / "small.yaml").write_text(study_file(data, steps=150).text)
-    arguments = ["run", str(data / "small.yaml"), "--out", str(data / out), "--store", str(data / store), "--workers", "2"]
+    arguments = [
+        "run",
+        str(data / "small.yaml"),
+        "--out",
+        str(data / out),
+        "--store",
+        str(data / store),
+        "--workers",
+        "2",
+    ]
     return [sys.executable, "-m", "taskvec", *arguments]
 
 

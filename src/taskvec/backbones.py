@@ -27,7 +27,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 @dataclass
 class Backbone:
-    """An encoder bound to a flat weight buffer; ``pretrained`` keeps the weights it came with.
+    """An encoder bound to a flat weight buffer; ``pretrained`` keeps the weights it came with, on the same device.
 
     ``architecture`` is what ``build`` needs to make the module again without the original file.
     """
@@ -262,7 +262,7 @@ def download_timm(name: str) -> dict[str, Tensor]:
 def resample_timm(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Let timm translate a checkpoint for the module: other key styles, position embeddings of another size.
 
-    A file of another architecture may break timm's translation; it is returned as it is, for the strict check to report.
+    A file of another architecture may break timm's translation: it is returned as it is, for the strict check.
     """
     translate = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if translate is None:

@@ -176,7 +176,7 @@ class Planner:
     def _probe(self, task: str, where: str, seed: int, data: Step, cached: Step) -> Step:
         probe = self.study.probe
         config = {"probe": probe.model_dump(mode="json"), "seed": seed}
-        cost = probe.steps * 10.0
+        cost = probe.steps * 6.0
         return self.step("probe_task", f"probe {task} {where}", config, {"task": [data], "features": [cached]}, cost)
 
     def _rates(self, probes: dict[str, Step], where: str) -> dict[str, Step]:
@@ -189,7 +189,7 @@ class Planner:
     def _finetune(self, task: str, where: str, seed: int, inputs: dict[str, list[Step]]) -> Step:
         settings = self.study.finetune
         config = {"finetune": settings.model_dump(mode="json"), "seed": seed, **self.training}
-        cost = settings.steps * settings.batch_size * 5.0
+        cost = settings.steps * settings.batch_size * 3.0
         return self.step("finetune", f"fine-tune {task} {where}", config, inputs, cost)
 
     def _merge(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from taskvec import figures, page, pipeline, tables
+from taskvec import pipeline
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.pipeline import Watcher
@@ -132,6 +132,8 @@ def write_report(
     rows: pd.DataFrame, heat: pd.DataFrame | None, out: Path, lock: dict[str, Any], text: str
 ) -> list[str]:
     """Write tables.md, the figures and report.html, and return their names."""
+    from taskvec import figures, page, tables  # matplotlib is slow to import and a finished run does not need it
+
     write_text(out / "tables.md", tables.markdown(rows, heat))
     pictures = out / "figures"
     shutil.rmtree(pictures, ignore_errors=True)

@@ -17,8 +17,8 @@ from taskvec.tasks import Task
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights
 
-STRIDE = 4
-"""A coarse search looks at every fourth scale of the grid, then at those between."""
+STRIDE = 5
+"""A coarse search looks at every fifth scale of the grid, then at neighbours two places and one place away."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def choose(scales: Sequence[float], values: Sequence[float]) -> float:
 
 
 def coarse(grid: Sequence[float]) -> list[float]:
-    """Return every fourth scale of the grid and its last."""
+    """Return every fifth scale of the grid and its last."""
     return [s for i, s in enumerate(grid) if i % STRIDE == 0 or i == len(grid) - 1]
 
 

@@ -64,9 +64,9 @@ class Weights:
         return Weights(self.layout, flat, self.carried)
 
     def clone(self) -> Weights:
-        """Return an independent copy on the CPU."""
-        carried = {name: tensor.detach().cpu().clone() for name, tensor in self.carried.items()}
-        return Weights(self.layout, self.flat.detach().to("cpu", copy=True), carried)
+        """Return an independent copy, on the same device."""
+        carried = {name: tensor.detach().clone() for name, tensor in self.carried.items()}
+        return Weights(self.layout, self.flat.detach().clone(), carried)
 
 
 def view(flat: Float32[Tensor, " size"], entry: Entry) -> Tensor:
@@ -125,7 +125,7 @@ def _some(verb: str, keys: list[str], most: int = 3) -> str:
 
 
 def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
-    """Copy ``state`` into the layout of ``like``: keys and shapes must be equal, or it raises.
+    """Copy ``state`` into the layout of ``like``, on its device: keys and shapes must be equal, or it raises.
 
     A tied entry may be missing from ``state`` when its twin is there.
     """
@@ -135,11 +135,12 @@ def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
     shapes = {key: tuple(value.shape) for key, value in full.items()}
     wanted = {key: tuple(value.shape) for key, value in like.state().items()}
     check_keys(shapes, wanted, source, "give a checkpoint of that architecture, or name the one it was saved from")
-    flat = torch.empty_like(like.flat, device="cpu")
+    flat = torch.empty_like(like.flat)
     for entry in like.layout:
         view(flat, entry).copy_(full[entry.name])
     check_finite(Weights(like.layout, flat), source)
-    return Weights(like.layout, flat, {name: full[name].clone() for name in like.carried})
+    carried = {name: full[name].to(tensor.device, copy=True) for name, tensor in like.carried.items()}
+    return Weights(like.layout, flat, carried)
 
 
 def check_finite(weights: Weights, source: str) -> None:

@@ -208,7 +208,9 @@ def stripes(count: int, generator: Generator) -> Float[Tensor, "count 1 32 32"]:
     horizontal, vertical = coordinates()
     angle, phase = uniform(generator, 0, 2 * math.pi, 2, count, 1, 1, 1)
     frequency = 2 * math.pi * IMAGE_SIZE / 2 / uniform(generator, 3, 5, count, 1, 1, 1)
-    return 0.5 + 0.5 * (frequency * (angle.cos() * horizontal + angle.sin() * vertical) + phase).sin()
+    ramp: Tensor = angle.cos() * horizontal + angle.sin() * vertical
+    wave: Tensor = (frequency * ramp + phase).sin()
+    return 0.5 + 0.5 * wave
 
 
 def discs(count: int, generator: Generator) -> Float[Tensor, "count 1 32 32"]:
