@@ -20,6 +20,7 @@ from taskvec.store import Store, disk_errors, fingerprint, read_json, write_json
 from taskvec.study import StudyFile
 
 LOCK = "study.lock.json"
+MARKER = ".taskvec"
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,15 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
 
 
 def _check_folder(out: Path) -> None:
-    """Make the run folder, unless something else is there already."""
+    """Make the run folder and mark it as ours; a folder that holds anything else is refused and stays as it is."""
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not (out / LOCK).exists() and not (out / "study.yaml").exists():
-        raise TaskvecError(f"'{out}' is not empty and not a run folder", "choose another with --out")
+        if not (out / MARKER).exists():
+            if any(not path.name.startswith(".") for path in out.iterdir()):
+                raise TaskvecError(f"'{out}' is not empty and not a run folder", "choose another with --out")
+            write_text(
+                out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n"
+            )
 
 
 def make_lock(file: StudyFile, done: Done, device: str, command: str) -> dict[str, Any]:
@@ -152,9 +157,10 @@ def write_models(cells: list[Cell], done: Done, out: Path) -> list[str]:
             value = float(artifact.json("model.json")["validation"])
             if cell.backbone not in best or value > best[cell.backbone][0]:
                 best[cell.backbone] = value, artifact.folder
-    shutil.rmtree(out, ignore_errors=True)
-    names = []
+    fresh = out.with_name(f".models-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
     for backbone, (_, source) in best.items():
-        shutil.copytree(source, out / backbone, ignore=shutil.ignore_patterns("record.json"))
-        names += [f"models/{backbone}/{file.name}" for file in sorted((out / backbone).iterdir())]
-    return names
+        shutil.copytree(source, fresh / backbone, ignore=shutil.ignore_patterns("record.json"))
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+    return [file.relative_to(out.parent).as_posix() for file in sorted(out.rglob("*")) if file.is_file()]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from numpy.lib.format import open_memmap
 
-from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import SUFFIXES, Preprocessing, decode
 from taskvec.store import read_json, write_json
 from taskvec.training import Progress, no_progress
@@ -155,6 +155,105 @@ def list_lab(name: str) -> Listing:
     return Listing(tuple(worlds.classes(name)), dict(items), {split: labels for split, (_, labels) in drawn.items()})
 
 
+def describe_lab(name: str) -> dict[str, Any]:
+    """Return what identifies a lab task's images; an unknown task raises with the nearest names."""
+    from taskvec.lab import worlds
+
+    worlds.check_task(name)
+    return {"lab": name, "counts": LAB_COUNTS, "version": worlds.VERSION}
+
+
+SOURCES:
+        raise TaskvecError(f"unknown kind of task '{kind}' in '{address}'", did_you_mean(kind, SOURCES))
+    return kind, rest
+
+
+def default_name(address: str) -> str:
+    """Return the name a task gets when none is given: the folder's or the lab task's."""
+    kind, rest = parse(address)
+    return Path(rest).expanduser().resolve().name if kind == "folder" else rest
+
+
+def list_task(address: str) -> Listing:
+    """List a task's images and labels by split; a task without a validation split gets the protocol's."""
+    kind, rest = parse(address)
+    listing = SOURCES[kind](rest)
+    return listing if "validation" in listing.labels else split_validation(listing, address)
+
+
+def list_folder(path: str) -> Listing:
+    """List ``train/ [val/] test/`` of class folders; classes and files are in the order of their names."""
+    root = Path(path).expanduser()
+    _check_root(root)
+    names = {"train": "train", "test": "test"} | ({"validation": "val"} if (root / "val").is_dir() else {})
+    found = {split: _class_files(root / name) for split, name in names.items()}
+    classes = tuple(sorted(found["train"]))
+    for split in names:
+        _check_classes(root / names[split], found[split], classes)
+    items = {split: [file for c in classes for file in files.get(c, [])] for split, files in found.items()}
+    labels = {
+        split: np.array([i for i, c in enumerate(classes) for _ in files.get(c, [])], dtype=np.int64)
+        for split, files in found.items()
+    }
+    return Listing(classes, dict(items), labels)
+
+
+def _check_root(root: Path) -> None:
+    layout = "expected train/, test/ and perhaps val/ in it, each with one folder a class"
+    if not root.is_dir():
+        near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        hint = did_you_mean(root.name, near) if near else layout
+        raise TaskvecError(f"no task folder at '{root}'", hint)
+    for name in ("train", "test"):
+        if not (root / name).is_dir():
+            held = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+            raise TaskvecError(f"task folder '{root}' has no {name}/ folder; it holds {held}", layout)
+
+
+def _class_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the image files of every class folder, by class name (in Unicode normal form C)."""
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise TaskvecError(
+            f"'{folder}' holds no class folders", "put the images of each class into a folder of its own"
+        )
+    return {unicodedata.normalize("NFC", c.name): _image_files(c) for c in classes}
+
+
+def _image_files(folder: Path) -> list[Path]:
+    files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    return sorted((p for p in files if p.is_file()), key=lambda p: p.relative_to(folder).as_posix())
+
+
+def _check_classes(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...]) -> None:
+    extra = sorted(set(files) - set(classes))
+    if extra:
+        raise TaskvecError(
+            f"class '{extra[0]}' is in '{folder}' but not in train/"
+            + (f" (and {len(extra) - 1} more)" if extra[1:] else ""),
+            f"add training images for it, or remove it; {did_you_mean(extra[0], classes)}",
+        )
+    empty = sorted(name for name, found in files.items() if not found)
+    if folder.name == "train" and empty:
+        raise TaskvecError(
+            f"class folder '{folder / empty[0]}' has no images",
+            f"readable are {' '.join(SUFFIXES)}; add some or remove it",
+        )
+    if folder.name == "train" and len(classes) < 2:
+        raise TaskvecError(f"'{folder}' has one class only, '{classes[0]}'", "a task needs at least two classes")
+    if not any(files.values()):
+        raise TaskvecError(f"'{folder}' has no images", f"readable are {' '.join(SUFFIXES)}")
+
+
+def list_lab(name: str) -> Listing:
+    """Draw one of the lab's tasks."""
+    from taskvec.lab import worlds
+
+    drawn = {split: worlds.draw(name, split, count) for split, count in LAB_COUNTS.items()}
+    items = {split: images for split, (images, _) in drawn.items()}
+    return Listing(tuple(worlds.classes(name)), dict(items), {split: labels for split, (_, labels) in drawn.items()})
+
+
 def check_lab(name: str) -> None:
     """Raise unless the lab has a task of that name."""
     from taskvec.lab import worlds
@@ -202,8 +301,7 @@ def describe(address: str, digest: Callable[[Path, Sequence[str]], str]) -> dict
     """Return what identifies a task's images, for a fingerprint: the lab's name, or a digest of the files."""
     kind, rest = parse(address)
     if kind == "lab":
-        check_lab(rest)
-        return {"lab": rest, "counts": LAB_COUNTS}
+        return describe_lab(rest)
     listing = list_task(address)
     root = Path(rest).expanduser()
     files = [p.relative_to(root).as_posix() for items in listing.items.values() for p in items if isinstance(p, Path)]

@@ -29,6 +29,8 @@ from taskvec.lab.looks import IMAGE_SIZE, Look, compose, one_thread, paint, stre
 from taskvec.lab.textures import FIELDS, texture_ink
 
 SPLITS = ("train", "test")
+VERSION = 1
+"""Raise it when the same task, split, count and seed would give other images: finished work is kept under it."""
 CHUNK = 500
 """Images that are drawn at a time."""
 TEST_DIGITS = 500
