@@ -88,8 +88,31 @@ def run(
     else:
         again = "the run folder was written again" if outcome.written else "nothing to do"
         typer.echo(f"all {outcome.steps} steps were done before: {again}")
-    typer.echo((folder / "tables.md").read_text("utf-8").split("\n## ")[0].strip())
-    typer.echo(f"\npage: {(folder / 'report.html').resolve()}")
+    _show(folder)
+    typer.echo(f"page: {(folder / 'report.html').resolve()}")
+
+
+def _show(folder: Path) -> None:
+    """Print the verdict and the table of tasks of every merge."""
+    import pandas as pd
+    from rich.table import Table
+
+    from taskvec import tables
+
+    results = pd.read_csv(folder / "results.csv", keep_default_na=False)
+    console = Console(width=max(100, Console().width))
+    console.print("", tables.headline(results), "", sep="\n", markup=False, highlight=False)
+    for view in tables.views(results):
+        for method in view.methods:
+            frame = tables.task_table(view, method)
+            shown = Table(title=tables.title(view, method) + ": test accuracy, %", title_justify="left", box=None)
+            columns = [name for name in frame.columns if "gain" not in name]
+            for name in columns:
+                head = name.replace("Kept heads: ", "kept\n").replace("Re-probed heads: ", "re-probed\n")
+                shown.add_column(head, justify="left" if name == "Task" else "right")
+            for row in frame[columns].itertuples(index=False):
+                shown.add_row(*map(str, row))
+            console.print(shown, "", sep="\n", markup=False)
 
 
 @app.command()
