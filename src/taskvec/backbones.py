@@ -29,7 +29,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 class Backbone:
     """An encoder bound to a flat weight buffer; ``pretrained`` keeps the weights it came with, on the same device.
 
-    ``architecture`` is what ``build`` needs to make the module again without the original file.
+    ``architecture`` is what ``build`` needs to make the module again without the original file; ``left_out`` names the
+    tensors of a classifier in that file.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Backbone:
     pretrained: Weights
     bound: Weights
     device: str = "cpu"
+    left_out: tuple[str, ...] = ()
 
     def use(self, weights: Weights) -> None:
         """Move the encoder to other weights of its layout; integer buffers stay the pre-trained encoder's."""
@@ -283,6 +285,7 @@ def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     backbone.use(backbone.pretrained)
     for name, tensor in backbone.pretrained.carried.items():
         backbone.bound.carried[name].copy_(tensor)
+    backbone.left_out = tuple(dropped)
     if dropped:
         print(f"{source}: left out {len(dropped)} tensors of a classifier ({', '.join(dropped[:3])})", file=sys.stderr)
 
@@ -299,7 +302,12 @@ def build_lab(options: dict[str, Any]) -> nn.Module:
     """Make the lab's small ViT."""
     from taskvec.lab.vit import VisionTransformer
 
-    return VisionTransformer(**options)
+    try:
+        return VisionTransformer(**options)
+    except ValueError as error:
+        raise TaskvecError(
+            f"the lab's encoder cannot be made for {options['size']} px: {error}", "choose a multiple of 8"
+        ) from None
 
 
 def build_timm(options: dict[str, Any]) -> nn.Module:
@@ -337,6 +345,7 @@ def write_backbone(backbone: Backbone, folder: Path) -> None:
         "architecture": backbone.architecture,
         "preprocessing": backbone.preprocessing.to_json(),
         "width": backbone.width,
+        "left_out": list(backbone.left_out),
     }
     write_json(folder / "backbone.json", record)
 

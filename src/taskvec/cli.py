@@ -30,7 +30,7 @@ Given = ParamSpec("Given")
 
 
 def guarded(command: Callable[Given, None]) -> Callable[Given, None]:
-    """Turn a user's mistake into one message and exit code 2, and Ctrl-C into 130."""
+    """Turn a user's mistake into one message and exit code 2."""
 
     @functools.wraps(command)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> None:
@@ -39,9 +39,6 @@ def guarded(command: Callable[Given, None]) -> Callable[Given, None]:
         except TaskvecError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            print("\ninterrupted: finished steps are kept, the same command goes on from there", file=sys.stderr)
-            raise typer.Exit(130) from None
 
     return wrapped
 
@@ -69,7 +66,7 @@ def run(
 
     from taskvec.progress import Terminal, clock
     from taskvec.runs import default_store, run_study
-    from taskvec.store import Store
+    from taskvec.store import Store, read_json
 
     if smoke:
         file = replace(file, study=file.study.smoke())
@@ -89,6 +86,9 @@ def run(
         again = "the run folder was written again" if outcome.written else "nothing to do"
         typer.echo(f"all {outcome.steps} steps were done before: {again}")
     _show(folder)
+    for name, keys in read_json(folder / "study.lock.json")["left_out"].items():
+        if keys:
+            typer.echo(f"{name}: left out {len(keys)} tensors of a classifier in its file ({', '.join(keys[:3])})")
     typer.echo(f"page: {(folder / 'report.html').resolve()}")
 
 
@@ -186,8 +186,3 @@ def pretrain(
         task = bar.add_task(f"pre-training {encoder}", total=1.0)
         path = make(encoder, out, steps, seed, lambda share: bar.update(task, completed=share))
     typer.echo(f"{path} and its record {path.with_suffix('.json').name}")
-
-
-def main() -> None:
-    """Run the command."""
-    app()

@@ -69,7 +69,10 @@ def disentanglement(
     singles: tuple[Predictions, Predictions] | None = None,
     progress: Progress = no_progress,
 ) -> Errors:
-    """Measure xi(l1, l2) on a grid; on the axes, where one term compares a model with itself, that term is 0."""
+    """Measure xi(l1, l2) on a grid; on the axes, where one term compares a model with itself, that term is 0.
+
+    Where the merged model gives no class (NaN scores) the prediction counts as changed.
+    """
     if singles is None:
         first, second = (
             single_predictions(backbone, v, h, x, scales) for v, h, x in zip(task_vectors, heads, images, strict=True)
@@ -82,7 +85,7 @@ def disentanglement(
             for task, (own, other) in enumerate([(i, two), (j, one)]):
                 if other != 0:
                     merged = predictions(backbone, heads[task], images[task])
-                    shares[task, i, j] = np.mean(merged != singles[task][own])
+                    shares[task, i, j] = np.mean((merged != singles[task][own]) | (merged < 0))
             progress((i * len(scales) + j + 1) / len(scales) ** 2)
     backbone.use(backbone.pretrained)
     return Errors(tuple(scales), shares[0], shares[1])

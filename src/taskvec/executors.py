@@ -40,10 +40,16 @@ def resolve(function: str) -> Callable[..., None]:
 
 def perform_here(job: Job, progress: Callable[[float], None]) -> Finished:
     """Run a job in this process with the step's number of threads."""
+    import torch
+
     from taskvec.compute import threads
 
-    with threads(job.step.threads):
-        return perform(job, resolve(job.step.function), progress)
+    try:
+        with threads(job.step.threads):
+            return perform(job, resolve(job.step.function), progress)
+    except torch.OutOfMemoryError:
+        fix = "lower batch_size, raise accumulate, or choose another device"
+        raise TaskvecError(f"no memory left on the device in step '{job.step.label}'", fix) from None
 
 
 class Inline:
@@ -128,7 +134,12 @@ class Processes:
 
     def _hire(self) -> _Worker:
         log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed with the worker
-        command = [sys.executable, "-m", "taskvec.executors"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "taskvec.executors",
+        ]  # -P: no import from the folder one happens to be in
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
@@ -140,9 +151,11 @@ class Processes:
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            self._messages.put((process.pid, json.loads(line)))
-        self._messages.put((process.pid, None))
+        try:
+            for line in process.stdout:
+                self._messages.put((process.pid, json.loads(line)))
+        finally:  # a worker that dies in mid-line is dead all the same
+            self._messages.put((process.pid, None))
 
     def _died(self, worker: _Worker, job: Job) -> TaskvecError:
         code = worker.process.wait()

@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from taskvec.backbones import Backbone
 from taskvec.compute import autocast, choose_precision
+from taskvec.errors import TaskvecError
 from taskvec.heads import Head
 from taskvec.images import normalise, random_resized_crop
 from taskvec.settings import Finetune
 from taskvec.tasks import Split, Task
 from taskvec.training import Group, Progress, Schedule, index_batches, no_progress, train
 from taskvec.vectors import subtract
-from taskvec.weights import Weights, bind
+from taskvec.weights import Weights, bind, check_finite
 
 Batch = tuple[Float[Tensor, "batch 3 size size"], Int64[Tensor, " batch"]]
 
@@ -48,6 +50,7 @@ def finetune(
     bound = bind(module)
     bound.flat.copy_(backbone.pretrained.flat)
     module.train()
+    check_batch(module, settings)
     chosen = choose_precision(precision, "training", backbone.width, backbone.device)
 
     def loss(batch: Batch) -> Float[Tensor, ""]:
@@ -59,8 +62,18 @@ def finetune(
         settings.steps, min(settings.warmup, settings.steps // 2), settings.weight_decay, accumulate=settings.accumulate
     )
     batches = training_batches(backbone, task.train, max(1, settings.batch_size // settings.accumulate), seed)
-    train([Group(list(module.parameters()), settings.learning_rate)], loss, batches, schedule, progress=progress)
+    with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
+        torch.manual_seed(seed)  # for dropout and stochastic depth
+        train([Group(list(module.parameters()), settings.learning_rate)], loss, batches, schedule, progress=progress)
+    check_finite(bound, f"fine-tuning on '{task.name}' diverged", "lower finetune.learning_rate")
     return bound.clone()
+
+
+def check_batch(module: torch.nn.Module, settings: Finetune) -> None:
+    """Raise when batch norm would see a single image at a time."""
+    images = settings.batch_size // settings.accumulate
+    if images < 2 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+        raise TaskvecError(f"batch norm cannot train on batches of {images}", "raise finetune.batch_size to 2 or more")
 
 
 def task_vector(backbone: Backbone, fine_tuned: Weights) -> Weights:

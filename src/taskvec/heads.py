@@ -30,8 +30,9 @@ class Head:
         return F.linear(features.float(), self.weight.to(features.device), self.bias.to(features.device))
 
     def predict(self, features: Float[Tensor, "batch width"]) -> Int64[Tensor, " batch"]:
-        """Return the class of highest score; ties go to the first."""
-        return self.logits(features).argmax(dim=1)
+        """Return the class of highest score, ties to the first; -1 (no class) where a score is NaN or infinite."""
+        scores = self.logits(features)
+        return scores.argmax(dim=1).where(scores.isfinite().all(dim=1), -1)
 
 
 @dataclass(frozen=True)

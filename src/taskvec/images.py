@@ -18,7 +18,7 @@ from torch import Tensor
 
 from taskvec.errors import TaskvecError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -75,8 +75,11 @@ def open_image(path: Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert grey, palette, 16-bit and transparent images to 8-bit RGB; transparency is laid on white."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(np.clip(values.round(), 0, 255).astype(np.uint8))
+        values = np.asarray(image).astype(np.float64)
+        deep = image.mode != "I" or values.max(initial=0) > 255
+        image = Image.fromarray(np.clip((values / 257 if deep else values).round(), 0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its values are floating-point numbers without a range; save it with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,12 +1,14 @@
 """Steps: a named function, a frozen configuration and the steps it reads; run in order, skipped when done before.
 
-A step's fingerprint is made of its function, version, configuration and threads, and of the *content* of its inputs:
+A step's fingerprint is made of its function, version, configuration and threads, of the versions of the packages that
+compute, and of the *content* of its inputs:
 a step whose inputs come out the same is not run again, whatever was done to make them. Output paths and the number of
 workers are not part of it.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 import time
@@ -18,7 +20,7 @@ from typing import Any, Protocol
 
 from taskvec.store import Artifact, Store, disk_errors, fingerprint
 
-PACKAGES = ("taskvec", "torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
+PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,7 @@ def step_id(step: Step, inputs: Mapping[str, Sequence[Artifact]]) -> str:
             "version": step.version,
             "config": step.config,
             "threads": step.threads,
+            "versions": versions(),
             "inputs": {role: [artifact.digest for artifact in artifacts] for role, artifacts in inputs.items()},
         }
     )
@@ -188,6 +191,7 @@ def about(finished: Finished) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of every package that can change a number."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}

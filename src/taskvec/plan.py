@@ -60,6 +60,7 @@ class Cell:
     regime: str
     seed: int
     tasks: tuple[str, ...]
+    encoder: Step
     head: dict[str, Step] = field(default_factory=dict)
     finetuned: dict[str, Step] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
@@ -93,38 +94,23 @@ class Planner:
         """Return the steps of every backbone, regime and seed."""
         study = self.study
         names = unique([b.name or backbones.default_name(b.address) for b in study.backbones], "backbones")
-        about = {name: self._describe(task) for name, task in zip(self.names, study.tasks, strict=True)}
+        chosen = dict(zip(self.names, study.tasks, strict=True))
+        about = {name: self._describe(task) for name, task in chosen.items()}
+        self.images = {name: self._count(found["source"]) for name, found in about.items()}
         cells = []
         for name, choice in zip(names, study.backbones, strict=True):
             encoder = self._backbone(name, choice)
             view = self.step("preprocessing", f"preprocessing of {name}", {}, {"backbone": [encoder]})
-            data = {
-                task: self.step(
-                    "decode_task",
-                    f"decode {task}",
-                    {"address": self._address(choice_of), "limit": study.limit, **about[task]},
-                    {"preprocessing": [view]},
-                    cost=2000,
-                )
-                for task, choice_of in zip(self.names, study.tasks, strict=True)
-            }
-            cached = {
-                task: self.step(
-                    "features",
-                    f"features of {task} ({name})",
-                    self.device,
-                    {"backbone": [encoder], "task": [data[task]]},
-                    cost=5000,
-                )
-                for task in self.names
-            }
+            data = {t: self._decode(t, name, self._address(c), about[t], view) for t, c in chosen.items()}
+            cached = {t: self._features(t, name, encoder, data[t]) for t in self.names}
             for regime, seed in itertools.product(study.regimes, study.seeds):
-                cells.append(self.cell(Cell(name, regime, seed, tuple(self.names)), encoder, data, cached))
+                cells.append(self.cell(Cell(name, regime, seed, tuple(self.names), encoder), data, cached))
         return cells
 
-    def cell(self, cell: Cell, encoder: Step, data: dict[str, Step], cached: dict[str, Step]) -> Cell:
+    def cell(self, cell: Cell, data: dict[str, Step], cached: dict[str, Step]) -> Cell:
         """Fill in the steps of one backbone, regime and seed."""
         where = f"({cell.backbone}, {cell.regime}, seed {cell.seed})"
+        encoder = cell.encoder
         probes = {t: self._probe(t, where, cell.seed, data[t], cached[t]) for t in cell.tasks}
         rates = self._rates(probes, where)
         for t in cell.tasks:
@@ -167,16 +153,29 @@ class Planner:
     def _describe(self, task: TaskChoice) -> dict[str, Any]:
         return {"source": tasks.describe(self._address(task), self.store.tree_digest)}
 
+    def _count(self, source: dict[str, Any]) -> float:
+        """Return about how many images a task has, for estimates of time."""
+        return float(min(source["images"], 3 * (self.study.limit or source["images"])))
+
     def _backbone(self, name: str, choice: BackboneChoice) -> Step:
         address = self._address(choice)
         about = backbones.describe(address, choice.size, self.study.allow_pickle)
         config = {"address": address, "size": choice.size, "name": name, "allow_pickle": self.study.allow_pickle}
         return self.step("load_backbone", f"load {name}", config | {"source": about})
 
+    def _decode(self, task: str, backbone: str, address: str, about: dict[str, Any], view: Step) -> Step:
+        config = {"address": address, "limit": self.study.limit, **about}
+        cost = 0.8 * self.images[task]
+        return self.step("decode_task", f"decode {task} ({backbone})", config, {"preprocessing": [view]}, cost)
+
+    def _features(self, task: str, backbone: str, encoder: Step, data: Step) -> Step:
+        inputs = {"backbone": [encoder], "task": [data]}
+        return self.step("features", f"features of {task} ({backbone})", self.device, inputs, self.images[task])
+
     def _probe(self, task: str, where: str, seed: int, data: Step, cached: Step) -> Step:
         probe = self.study.probe
         config = {"probe": probe.model_dump(mode="json"), "seed": seed}
-        cost = probe.steps * 6.0
+        cost = probe.steps * 8.0
         return self.step("probe_task", f"probe {task} {where}", config, {"task": [data], "features": [cached]}, cost)
 
     def _rates(self, probes: dict[str, Step], where: str) -> dict[str, Step]:
@@ -224,7 +223,8 @@ class Planner:
                     extra = {} if kind == "kept" else {"rate": [rates[t]]}
                     plan = {"plan": [candidate.choice]} if number else {}
                     config = self._curve_config(kind, [] if number else scales, cell.seed)
-                    cost = len(scales) * (400.0 if kind == "kept" else 6000.0) / (1 + 2 * bool(number))
+                    tried = 2 if number else len(scales)
+                    cost = tried * self.images[t] * (0.1 if kind == "kept" else 1.4)
                     label = f"scales of {t}, round {number + 1}: {title}"
                     curves[t] = self.step(f"{kind}_curve", label, config, shared[t] | extra | plan, cost)
                 candidate.rounds.append(curves)
@@ -254,7 +254,11 @@ class Planner:
             }
             rounds = {f"rounds{i}": [one[t] for one in c.rounds] for i, c in enumerate(cell.candidates)}
             cell.test[t] = self.step(
-                "test_task", f"test {t} {where}", {"candidates": kinds, **self.device}, inputs | common | rounds, 4000
+                "test_task",
+                f"test {t} {where}",
+                {"candidates": kinds, **self.device},
+                inputs | common | rounds,
+                self.images[t],
             )
         names = {"tasks": list(cell.tasks), "candidates": kinds}
         cell.gains = self.step("gains", f"gains {where}", names, {"tests": list(cell.test.values())})
@@ -309,9 +313,9 @@ def unique(names: list[str], kind: str) -> list[str]:
             raise TaskvecError(
                 f"two {kind} are named '{name}'", f"give each a name of its own: {{address: ..., name: {name}-2}}"
             )
-        if "+" in name or "/" in name or "\n" in name:
+        if name.startswith(".") or any(sign in name for sign in "+/\\\n\r\t"):
             raise TaskvecError(
-                f"'{name}' cannot name one of the {kind}: it has a '+', a '/' or a line break",
+                f"'{name}' cannot name one of the {kind}: it begins with a dot, or has a + or a slash or a line break",
                 "give it another name: key",
             )
     return names

@@ -11,6 +11,9 @@ from rich.text import Text
 
 from taskvec.pipeline import Step
 
+FIRST = 0.02
+"""Share of the work before which there is no estimate of the time left."""
+
 
 def clock(seconds: float) -> str:
     """Write a duration as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
@@ -68,6 +71,8 @@ class Terminal:
 
     def finished(self, step: Step, seconds: float) -> None:
         """Count a step that was done now; without a terminal, write a line."""
+        if not self.cost:
+            self.begin = time.monotonic() - seconds  # what came before, such as starting workers, is no measure
         self.shares.pop(step, None)
         self.cost += step.cost
         self.number += 1
@@ -83,7 +88,7 @@ class Terminal:
         """Return the seconds left, from the cost done now and the time it took; None before anything is done."""
         done = self.cost + sum(step.cost * share for step, share in self.shares.items())
         elapsed = time.monotonic() - self.begin
-        if done <= 0 or elapsed < 3:
+        if not self.cost or elapsed < 3 or done < FIRST * (self.total - self.reused_cost):
             return None
         return elapsed * (self.total - self.reused_cost - done) / done
 

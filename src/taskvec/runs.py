@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from taskvec.executors import open_executor
 from taskvec.pipeline import Watcher
 from taskvec.plan import Cell, plan
 from taskvec.results import Done, heatmaps, results
-from taskvec.store import Store, disk_errors, fingerprint, read_json, write_json, write_text
+from taskvec.store import Store, digests, disk_errors, fingerprint, read_json, write_json, write_text
 from taskvec.study import StudyFile
 
 LOCK = "study.lock.json"
@@ -65,15 +66,18 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
     """Run what is not done yet and write the run folder; a run with nothing to do leaves the folder as it is."""
     from taskvec.compute import choose_device
 
-    _check_folder(out)
+    check_folder(out)
     store.sweep()
     device = choose_device(file.study.device)
     cells = plan(file, store)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n")
     counter = Counter(watcher)
     steps = [step for cell in cells for step in cell.steps()]
     executor = open_executor(workers or default_workers(device, file.study.threads))
     done = pipeline.run(steps, store, executor, counter)
-    lock = make_lock(file, done, device, command)
+    lock = make_lock(file, cells, done, device, command)
     fresh = not is_written(out, lock)
     if fresh:
         with disk_errors(out):
@@ -81,74 +85,84 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
     return Outcome(out, len(done), counter.ran, fresh)
 
 
-def _check_folder(out: Path) -> None:
-    """Make the run folder and mark it as ours; a folder that holds anything else is refused and stays as it is."""
+def check_folder(out: Path) -> None:
+    """Raise if the run folder holds anything that is not ours: it stays as it is."""
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / MARKER).exists():
-            if any(not path.name.startswith(".") for path in out.iterdir()):
-                raise TaskvecError(f"'{out}' is not empty and not a run folder", "choose another with --out")
-            write_text(
-                out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n"
-            )
+        held = [path.name for path in out.iterdir()] if out.exists() else []
+    if MARKER not in held and any(not name.startswith(".") for name in held):
+        raise TaskvecError(f"'{out}' is not empty and not a run folder", "choose another with --out")
 
 
-def make_lock(file: StudyFile, done: Done, device: str, command: str) -> dict[str, Any]:
+def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, command: str) -> dict[str, Any]:
     """Return what is needed to get the same numbers again: study, versions, seeds, threads, device, fingerprints."""
     study = file.study
+    tuned = [done[step].json("metrics.json") for cell in cells for step in cell.finetuned.values()]
     lock = {
         "study": study.model_dump(mode="json"),
         "command": command,
-        "versions": pipeline.versions(),
+        "versions": {"taskvec": metadata.version("taskvec")} | pipeline.versions(),
         "seeds": list(study.seeds),
         "threads": study.threads,
         "device": device,
-        "precision": sorted(
-            {done[s].json("metrics.json").get("precision", "") for s in done if s.function.endswith(":finetune")}
-        ),
+        "precision": sorted({metrics["precision"] for metrics in tuned}),
+        "left_out": {cell.backbone: done[cell.encoder].json("backbone.json")["left_out"] for cell in cells},
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
     return lock | {"fingerprint": fingerprint(lock)}
 
 
 def is_written(out: Path, lock: dict[str, Any]) -> bool:
-    """Say whether the folder holds exactly this run, whole."""
+    """Say whether the folder holds exactly this run, whole and undamaged."""
     try:
         written = read_json(out / LOCK)
-    except (OSError, ValueError):
+        return bool(written["fingerprint"] == lock["fingerprint"] and written["files"] == held(out))
+    except (OSError, TaskvecError, KeyError, TypeError):
         return False
-    return written.get("fingerprint") == lock["fingerprint"] and all((out / name).exists() for name in written["files"])
+
+
+def held(out: Path) -> dict[str, str]:
+    """Return the digests of the files of a run folder, but for its lock and hidden files."""
+    return {name: digest for name, digest in digests(out).items() if name != LOCK and not name.startswith(".")}
 
 
 def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: dict[str, Any]) -> None:
-    """Write the whole run folder; the lock, which says that it is complete, comes last."""
+    """Write the whole run into a hidden folder, then move it into place; a failure leaves the old run as it was."""
+    fresh = out / f".fresh-{os.getpid()}"
+    try:
+        fresh.mkdir()
+        write_text(fresh / "study.yaml", file.text)
+        rows, heat = results(file.study.name, cells, done), heatmaps(cells, done)
+        write_text(fresh / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
+        if heat is not None:
+            write_text(fresh / "disentanglement.csv", heat.to_csv(index=False, lineterminator="\n"))
+        write_models(cells, done, fresh / "models")
+        write_report(rows, heat, fresh, lock, file.text)
+        write_json(fresh / LOCK, lock | {"files": held(fresh)})
+        swap(fresh, out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def swap(fresh: Path, out: Path) -> None:
+    """Replace what the run folder shows by what is in ``fresh``: the lock, which says that it is whole, comes last."""
     (out / LOCK).unlink(missing_ok=True)
-    write_text(out / "study.yaml", file.text)
-    rows, heat = results(file.study.name, cells, done), heatmaps(cells, done)
-    write_text(out / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
-    if heat is not None:
-        write_text(out / "disentanglement.csv", heat.to_csv(index=False, lineterminator="\n"))
-    models = write_models(cells, done, out / "models")
-    names = ["study.yaml", "results.csv", *models, *write_report(rows, heat, out, lock, file.text)]
-    write_json(out / LOCK, lock | {"files": names + (["disentanglement.csv"] if heat is not None else [])})
+    for old in [path for path in out.iterdir() if not path.name.startswith(".")]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for new in sorted(fresh.iterdir(), key=lambda path: path.name == LOCK):
+        new.rename(out / new.name)
 
 
-def write_report(
-    rows: pd.DataFrame, heat: pd.DataFrame | None, out: Path, lock: dict[str, Any], text: str
-) -> list[str]:
-    """Write tables.md, the figures and report.html, and return their names."""
+def write_report(rows: pd.DataFrame, heat: pd.DataFrame | None, out: Path, lock: dict[str, Any], text: str) -> None:
+    """Write tables.md, the figures and report.html."""
     from taskvec import figures, page, tables  # matplotlib is slow to import and a finished run does not need it
 
     write_text(out / "tables.md", tables.markdown(rows, heat))
-    pictures = out / "figures"
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir(parents=True)
-    names = figures.write(rows, heat, pictures)
-    write_text(out / "report.html", page.render(rows, heat, pictures, lock, text))
-    return ["tables.md", "report.html", *(f"figures/{name}" for name in names)]
+    (out / "figures").mkdir()
+    figures.write(rows, heat, out / "figures")
+    write_text(out / "report.html", page.render(rows, heat, out / "figures", lock, text))
 
 
-def write_models(cells: list[Cell], done: Done, out: Path) -> list[str]:
+def write_models(cells: list[Cell], done: Done, out: Path) -> None:
     """Copy the best model of every backbone (over regimes and seeds, by validation) into its folder."""
     best: dict[str, tuple[float, Path]] = {}
     for cell in cells:
@@ -157,10 +171,7 @@ def write_models(cells: list[Cell], done: Done, out: Path) -> list[str]:
             value = float(artifact.json("model.json")["validation"])
             if cell.backbone not in best or value > best[cell.backbone][0]:
                 best[cell.backbone] = value, artifact.folder
-    fresh = out.with_name(f".models-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
     for backbone, (_, source) in best.items():
-        shutil.copytree(source, fresh / backbone, ignore=shutil.ignore_patterns("record.json"))
-    shutil.rmtree(out, ignore_errors=True)
-    fresh.rename(out)
-    return [file.relative_to(out.parent).as_posix() for file in sorted(out.rglob("*")) if file.is_file()]
+        (out / backbone).mkdir(parents=True)
+        for name in ("encoder.safetensors", "heads.safetensors", "model.json"):
+            shutil.copyfile(source / name, out / backbone / name)

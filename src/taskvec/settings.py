@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 Rate = Annotated[float, Field(gt=0, le=100)]
 Count = Annotated[int, Field(ge=1)]
@@ -25,7 +26,7 @@ class Probe(Settings):
     steps: Count = 2000
     batch_size: Count = 128
     warmup: Annotated[int, Field(ge=0)] = 200
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.1
     learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     rate_per_task: bool = False
 
@@ -38,26 +39,29 @@ class Finetune(Settings):
     accumulate: Count = 1
     learning_rate: Rate = 1e-5
     warmup: Annotated[int, Field(ge=0)] = 200
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.1
 
 
 class Heatmap(Settings):
     """Which disentanglement errors to measure: ``points`` coefficients in [-range, range] an axis, some pairs."""
 
     pairs: Annotated[int, Field(ge=0)] = 2
-    points: Annotated[int, Field(ge=2)] = 11
-    range: Annotated[float, Field(gt=0)] = 3.0
+    points: Annotated[int, Field(ge=2, le=201)] = 11
+    range: Annotated[FiniteFloat, Field(gt=0, le=100)] = 3.0
     samples: Count = 256
 
     def scales(self) -> list[float]:
         """Return the coefficients of one axis; an odd number of points includes 0."""
         step = 2 * self.range / (self.points - 1)
-        return [round(-self.range + index * step, 10) for index in range(self.points)]
+        return [round(-self.range + index * step, 10) + 0.0 for index in range(self.points)]
 
 
 def parse_scales(text: str) -> list[float]:
-    """Return the scales of ``start:stop:step`` with both ends, without rounding drift."""
+    """Return the scales of ``start:stop:step``, both ends included, without rounding drift; at most 1001 of them."""
     start, stop, step = (float(part) for part in text.split(":"))
-    if step <= 0 or stop < start:
-        raise ValueError("want start <= stop and step > 0")
-    return [round(start + index * step, 10) for index in range(round((stop - start) / step) + 1)]
+    if not all(map(math.isfinite, (start, stop, step))) or step <= 0 or stop < start or (stop - start) / step > 1000:
+        raise ValueError("want start <= stop, step > 0 and at most 1001 scales")
+    count = round((stop - start) / step)
+    if abs(start + count * step - stop) > 1e-9:
+        raise ValueError("the steps do not end at stop")
+    return [round(start + index * step, 10) + 0.0 for index in range(count + 1)]

@@ -157,8 +157,8 @@ def reprobed_curve(config: Config, inputs: Inputs, out: Path, progress: Progress
     settings = Probe(**config["probe"])
     values, heads = search.reprobed_curve(backbone, vector, task, rate, settings, scales, config["seed"], progress)
     curve = dict(zip(scales, values, strict=True)) | {0: read_json(inputs["head"][0] / "metrics.json")["validation"]}
-    fitted = dict(zip(map(str, scales), heads, strict=True)) | ({"0.0": head} if 0 in wanted else {})
-    save_heads(fitted, out / "heads.safetensors")
+    fitted = dict(zip(scales, heads, strict=True)) | ({0.0: head} if 0 in wanted else {})
+    save_heads({scale_key(scale): fit for scale, fit in fitted.items()}, out / "heads.safetensors")
     _write_curve(out, wanted, curve)
 
 
@@ -199,12 +199,17 @@ def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     write_json(out / "test.json", {name: float(values.mean()) for name, values in right.items()})
 
 
+def scale_key(scale: float) -> str:
+    """Return the name under which a scale's head is kept; 0.0 and -0.0 are one scale."""
+    return repr(float(scale) + 0.0)
+
+
 def find_head(rounds: list[Path], scale: float) -> Head:
     """Return the head that a round of re-probing fitted at a scale."""
     for folder in rounds:
         heads = read_heads(folder / "heads.safetensors")
-        if str(scale) in heads:
-            return heads[str(scale)]
+        if scale_key(scale) in heads:
+            return heads[scale_key(scale)]
     raise ValueError(f"no head was fitted at scale {scale}")
 
 

@@ -30,9 +30,27 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:20]
 
 
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write into one clear message that says where and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TaskvecError(
+                f"no space left on the disk of '{where}'", "free some space and run again: it resumes"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            place = error.filename or where
+            raise TaskvecError(
+                f"cannot use '{place}': {error.strerror}", "mend its permissions or choose another"
+            ) from None
+        raise
+
+
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file's bytes, in hexadecimal; one that cannot be read is an error with its path."""
+    with disk_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -52,23 +70,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk or a refused write into one clear message that says where and how to go on."""
+    """Read a JSON file; a damaged one is an error with its path."""
     try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TaskvecError(
-                f"no space left on the disk of '{where}'", "free some space and run again: it resumes"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise TaskvecError(f"cannot write to '{where}': {error.strerror}", "choose another folder") from None
-        raise
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TaskvecError(f"'{path}' is damaged: {error}", "run the study again, or restore the file") from None
 
 
 @dataclass(frozen=True)
@@ -114,16 +120,20 @@ class Store:
 
     def finish(self, id: str, folder: Path, about: dict[str, Any]) -> Artifact:
         """Write the record last, then rename the temporary folder into place; who comes second gives way."""
-        with disk_errors(self.folder):
-            write_json(folder / RECORD, {"about": about, "files": _digests(folder)})
-            place = self._place(id)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                folder.rename(place)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                shutil.rmtree(folder)
+        place = self._place(id)
+        try:
+            with disk_errors(self.folder):
+                write_json(folder / RECORD, {"about": about, "files": digests(folder)})
+                place.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    folder.rename(place)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    shutil.rmtree(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         artifact = self.find(id)
         if artifact is None:
             raise TaskvecError(f"artifact '{place}' was damaged while it was written", "check the disk and run again")
@@ -131,8 +141,9 @@ class Store:
 
     def sweep(self) -> None:
         """Remove temporary folders that processes of this host left behind when they were killed."""
-        for folder in (self.folder / "tmp").glob(f"{socket.gethostname()}-*"):
-            if not _alive(int(folder.name.rsplit("-", 2)[1])):
+        for folder in (self.folder / "tmp").glob("*-*-*"):
+            host, pid, _ = folder.name.rsplit("-", 2)
+            if host == socket.gethostname() and not _alive(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def tree_digest(self, root: Path, files: Iterable[str]) -> str:
@@ -140,7 +151,7 @@ class Store:
         stats = {name: (root / name).stat() for name in files}
         seen = fingerprint({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
         memo = self.folder / "digests" / f"{fingerprint(str(root.resolve()))}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
             if (known := read_json(memo))["seen"] == seen:
                 return str(known["digest"])
         digest = fingerprint({name: file_digest(root / name) for name in stats})
@@ -153,7 +164,8 @@ class Store:
         return self.folder / id[:2] / id
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
+    """Return the digest of every file in a folder but its record, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
@@ -161,9 +173,9 @@ def _digests(folder: Path) -> dict[str, str]:
 def _checked(id: str, folder: Path) -> Artifact | None:
     try:
         files = read_json(folder / RECORD)["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, TaskvecError, KeyError, TypeError):
         return None
-    return Artifact(id, folder, fingerprint(files)) if files == _digests(folder) else None
+    return Artifact(id, folder, fingerprint(files)) if files == digests(folder) else None
 
 
 def _alive(pid: int) -> bool:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.merging import METHODS, find_method
@@ -19,41 +19,38 @@ from taskvec.settings import Finetune, Heatmap, Probe, Settings, parse_scales
 REGIMES = ("aligned",)
 
 
-class BackboneChoice(Settings):
+class Choice(Settings):
+    """A mapping with one key that matters, for which a plain string may stand."""
+
+    short_for: ClassVar[str] = "address"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _long(cls, value: Any) -> Any:
+        return {cls.short_for: value} if isinstance(value, str) else value
+
+
+class BackboneChoice(Choice):
     """A backbone: its address, its input size in pixels (its own when left out), and a name for tables."""
 
     address: str
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
     name: str = ""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"address": value} if isinstance(value, str) else value
 
-
-class TaskChoice(Settings):
+class TaskChoice(Choice):
     """A task: its address and a name for tables."""
 
     address: str
     name: str = ""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"address": value} if isinstance(value, str) else value
 
-
-class MethodChoice(Settings):
+class MethodChoice(Choice):
     """A merging method and its scales, ``start:stop:step`` or a list."""
 
+    short_for: ClassVar[str] = "name"
     name: str
-    scales: tuple[float, ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+    scales: tuple[FiniteFloat, ...] = ()
 
     @field_validator("name")
     @classmethod
@@ -68,9 +65,16 @@ class MethodChoice(Settings):
         if isinstance(value, str):
             try:
                 return tuple(parse_scales(value))
-            except ValueError:
-                raise ValueError(f"'{value}' is not of the form start:stop:step, for example 0:1:0.05") from None
-        return tuple(sorted({float(scale) for scale in value}))
+            except ValueError as error:
+                raise ValueError(f"'{value}' is not start:stop:step, for example 0:1:0.05 ({error})") from None
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError("scales are start:stop:step or a list of numbers")
+        return value
+
+    @field_validator("scales")
+    @classmethod
+    def _rising(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted({scale + 0.0 for scale in scales}))
 
     def grid(self) -> list[float]:
         """Return the scales to try in rising order, the method's own by default."""
@@ -85,13 +89,13 @@ class Study(Settings):
     tasks: Annotated[tuple[TaskChoice, ...], Field(min_length=1)]
     regimes: Annotated[tuple[str, ...], Field(min_length=1)] = ("aligned",)
     methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name="task_arithmetic"),)
-    heads: tuple[Literal["kept", "reprobed"], ...] = ("kept", "reprobed")
+    heads: Annotated[tuple[Literal["kept", "reprobed"], ...], Field(min_length=1)] = ("kept", "reprobed")
     heatmap: Heatmap = Heatmap()
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)] = (0,)
     probe: Probe = Probe()
     finetune: Finetune = Finetune()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
     allow_pickle: bool = False
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -103,6 +107,15 @@ class Study(Settings):
             if regime not in REGIMES:
                 raise ValueError(f"unknown regime '{regime}'; {did_you_mean(regime, REGIMES)}")
         return regimes
+
+    @field_validator("regimes", "methods", "heads", "seeds")
+    @classmethod
+    def _distinct(cls, chosen: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [item.name if isinstance(item, MethodChoice) else item for item in chosen]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is given twice")
+        return chosen
 
     def smoke(self) -> Study:
         """Return the same study with 2 steps and 32 images a split: minutes become seconds, numbers mean nothing."""
@@ -169,7 +182,7 @@ def parse_study(text: str, source: str) -> Study:
         raise TaskvecError(f"{source}: not valid YAML: {str(error).splitlines()[0]}", "mend the file") from None
     if not isinstance(data, dict):
         raise TaskvecError(f"{source}: a study is a mapping of keys to values", "see docs/study.md for an example")
-    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem).strip("-") or "study")
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem).strip("-._") or "study")
     try:
         return Study.model_validate(data)
     except ValidationError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import SUFFIXES, Preprocessing, decode
@@ -85,9 +87,9 @@ def list_task(address: str) -> Listing:
 def list_folder(path: str) -> Listing:
     """List ``train/ [val/] test/`` of class folders; classes and files are in the order of their names."""
     root = Path(path).expanduser()
-    _check_root(root)
-    names = {"train": "train", "test": "test"} | ({"validation": "val"} if (root / "val").is_dir() else {})
-    found = {split: _class_files(root / name) for split, name in names.items()}
+    check_root(root)
+    names = {"train": "train", "test": "test"} | ({"validation": "val"} if (root / "val").exists() else {})
+    found = {split: class_files(root / name) for split, name in names.items()}
     classes = tuple(sorted(found["train"]))
     for split in names:
         _check_classes(root / names[split], found[split], classes)
@@ -99,31 +101,83 @@ def list_folder(path: str) -> Listing:
     return Listing(classes, dict(items), labels)
 
 
-def _check_root(root: Path) -> None:
+def check_root(root: Path) -> None:
+    """Raise unless a folder has train/ and test/, or where its validation folder has another name than val/."""
     layout = "expected train/, test/ and perhaps val/ in it, each with one folder a class"
     if not root.is_dir():
         near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
         hint = did_you_mean(root.name, near) if near else layout
         raise TaskvecError(f"no task folder at '{root}'", hint)
+    held = sorted(p.name for p in root.iterdir())
     for name in ("train", "test"):
         if not (root / name).is_dir():
-            held = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-            raise TaskvecError(f"task folder '{root}' has no {name}/ folder; it holds {held}", layout)
+            shown = ", ".join(held[:8]) or "nothing"
+            raise TaskvecError(f"task folder '{root}' has no {name}/ folder; it holds {shown}", layout)
+    for name in ("valid", "validation"):
+        if name in held:
+            raise TaskvecError(f"task folder '{root}' holds {name}/, which would be passed over", "rename it to val/")
 
 
-def _class_files(folder: Path) -> dict[str, list[Path]]:
+def class_files(folder: Path) -> dict[str, list[Path]]:
     """Return the image files of every class folder, by class name (in Unicode normal form C)."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    entries = sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    classes = [p for p in entries if p.is_dir()]
     if not classes:
         raise TaskvecError(
             f"'{folder}' holds no class folders", "put the images of each class into a folder of its own"
         )
-    return {unicodedata.normalize("NFC", c.name): _image_files(c) for c in classes}
+    loose = [p.name for p in entries if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if loose:
+        raise TaskvecError(f"image '{folder / loose[0]}' is in no class folder", "move it into one or remove it")
+    found: dict[str, list[Path]] = {}
+    for path in classes:
+        name = class_name(path)
+        if name in found:
+            raise TaskvecError(
+                f"'{folder}' has two class folders named '{name}'", "one is spelt with combining accents: merge them"
+            )
+        found[name] = image_files(path)
+    return found
 
 
-def _image_files(folder: Path) -> list[Path]:
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    return sorted((p for p in files if p.is_file()), key=lambda p: p.relative_to(folder).as_posix())
+def class_name(folder: Path) -> str:
+    """Return a class folder's name in Unicode normal form C; a name that is no text is an error."""
+    try:
+        folder.name.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = folder.name.encode("utf-8", "backslashreplace").decode()
+        raise TaskvecError(
+            f"class folder '{shown}' in '{folder.parent}' has a name that is not UTF-8", "rename it"
+        ) from None
+    return unicodedata.normalize("NFC", folder.name)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder and below it (links are followed, hidden ones left out), in the order of names.
+
+    Other files are left out with a message that counts them.
+    """
+    every = [Path(top) / name for top, _, names in visible(folder) for name in names if not name.startswith(".")]
+    images = [path for path in every if path.suffix.lower() in SUFFIXES]
+    if len(images) < len(every):
+        odd = next(path for path in every if path.suffix.lower() not in SUFFIXES)
+        print(
+            f"'{folder}': left out {len(every) - len(images)} files that are no images, such as {odd.name}",
+            file=sys.stderr,
+        )
+    return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def visible(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder and those below it that are not hidden, through links, each real folder once."""
+    seen = set()
+    for top, below, names in os.walk(folder, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if (real := os.path.realpath(top)) not in seen:
+            seen.add(real)
+            yield top, below, names
+        else:
+            below.clear()
 
 
 def _check_classes(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...]) -> None:
@@ -160,7 +214,7 @@ def describe_lab(name: str) -> dict[str, Any]:
     from taskvec.lab import worlds
 
     worlds.check_task(name)
-    return {"lab": name, "counts": LAB_COUNTS, "version": worlds.VERSION}
+    return {"lab": name, "counts": LAB_COUNTS, "images": sum(LAB_COUNTS.values()), "version": worlds.VERSION}
 
 
 SOURCES: dict[str, Callable[[str], Listing]] = {"folder": list_folder, "lab": list_lab}
@@ -206,7 +260,7 @@ def describe(address: str, digest: Callable[[Path, Sequence[str]], str]) -> dict
     listing = list_task(address)
     root = Path(rest).expanduser()
     files = [p.relative_to(root).as_posix() for items in listing.items.values() for p in items if isinstance(p, Path)]
-    return {"content": digest(root, files), "files": len(files)}
+    return {"content": digest(root, files), "images": len(files)}
 
 
 def write_task(
@@ -218,12 +272,14 @@ def write_task(
     total, before = sum(map(len, chosen.values())), 0
     for split, indices in chosen.items():
         items, labels = pick(listing.items[split], indices), listing.labels[split][indices]
-        out = open_memmap(folder / f"{split}.npy", "w+", np.uint8, (len(labels), 3, to.size, to.size))
-        for start in range(0, len(labels), CHUNK):
-            part = slice(start, start + CHUNK)
-            decode(items[part], to, out[part])
-            progress((before + min(part.stop, len(labels))) / total)
-        out.flush()
+        with (folder / f"{split}.npy").open("wb") as file:  # written, not mapped: a full disk is an error, not a crash
+            shape = (len(labels), 3, to.size, to.size)
+            write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for start in range(0, len(labels), CHUNK):
+                part = np.empty((len(labels[start : start + CHUNK]), *shape[1:]), np.uint8)
+                decode(items[start : start + CHUNK], to, part)
+                file.write(part.tobytes())
+                progress((before + start + len(part)) / total)
         np.save(folder / f"{split}-labels.npy", labels)
         before += len(labels)
     write_json(folder / "classes.json", list(listing.classes))

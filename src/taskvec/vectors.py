@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from taskvec.weights import Weights, check_keys
+from taskvec.weights import Weights, check_keys, mend_variances
 
 
 def subtract(fine_tuned: Weights, pretrained: Weights) -> Weights:
@@ -15,18 +15,21 @@ def subtract(fine_tuned: Weights, pretrained: Weights) -> Weights:
 
 
 def add(pretrained: Weights, vector: Weights, scale: float = 1.0) -> Weights:
-    """Return theta_pre + scale * tau in float32; integer buffers are those of theta_pre."""
-    return pretrained.with_flat(torch.add(pretrained.flat, matching(vector, pretrained).flat, alpha=scale))
+    """Return theta_pre + scale * tau in float32; integer buffers are those of theta_pre, variances stay >= 0."""
+    return mend_variances(
+        pretrained.with_flat(torch.add(pretrained.flat, matching(vector, pretrained).flat, alpha=scale))
+    )
 
 
 def move(bound: Weights, pretrained: Weights, vectors: Sequence[Weights], scales: Sequence[float]) -> None:
-    """Write theta_pre + sum_t scale_t * tau_t into a bound model, always from theta_pre so that no rounding adds up."""
-    if not vectors:
-        bound.flat.copy_(pretrained.flat)
-        return
+    """Write theta_pre + sum_t scale_t * tau_t into a bound model, always from theta_pre so that no rounding adds up.
+
+    ``vectors`` has at least one; running variances stay >= 0.
+    """
     torch.add(pretrained.flat, vectors[0].flat, alpha=scales[0], out=bound.flat)
     for vector, scale in zip(vectors[1:], scales[1:], strict=True):
         bound.flat.add_(vector.flat, alpha=scale)
+    mend_variances(bound)
 
 
 def scale(vector: Weights, factor: float) -> Weights:

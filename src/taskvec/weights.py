@@ -7,6 +7,7 @@ A model's parameters can be *bound* to such a buffer, so that moving to other we
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,14 @@ class Weights:
         return Weights(self.layout, self.flat.detach().clone(), carried)
 
 
+def mend_variances(weights: Weights) -> Weights:
+    """Raise negative running variances to 0 in place: far along a vector batch norm would give NaN otherwise."""
+    for entry in weights.layout:
+        if entry.name.endswith("running_var"):
+            view(weights.flat, entry).clamp_(min=0)
+    return weights
+
+
 def view(flat: Float32[Tensor, " size"], entry: Entry) -> Tensor:
     """Return the part of the buffer that holds ``entry``, in its shape."""
     return flat[entry.start : entry.start + entry.size].view(entry.shape)
@@ -115,6 +124,8 @@ def check_keys(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: 
     if not (missing or extra or reshaped):
         return
     parts = [_some("is missing", missing), _some("has unexpected", extra)]
+    if reshaped and not missing and not extra:
+        fix += "; perhaps it was made for another input size: give a size"
     parts += [_some("has another shape for", [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in reshaped])]
     raise TaskvecError(f"{source} does not fit: it " + "; ".join(part for part in parts if part), fix)
 
@@ -143,14 +154,12 @@ def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
     return Weights(like.layout, flat, carried)
 
 
-def check_finite(weights: Weights, source: str) -> None:
+def check_finite(weights: Weights, source: str, fix: str = "give a checkpoint whose training did not diverge") -> None:
     """Raise when an entry holds NaN or infinity, and name it."""
     if bool(torch.isfinite(weights.flat).all()):
         return
     bad = next(entry.name for entry in weights.layout if not torch.isfinite(view(weights.flat, entry)).all())
-    raise TaskvecError(
-        f"{source}: tensor '{bad}' holds NaN or infinity", "give a checkpoint whose training did not diverge"
-    )
+    raise TaskvecError(f"{source}: tensor '{bad}' holds NaN or infinity", fix)
 
 
 def save(weights: Weights, path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -165,6 +174,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
     try:
         save_file(tensors, str(temporary), metadata=dict(metadata or {}))
         temporary.replace(path)
+    except SafetensorError as error:  # its writer hides the system's error number in the text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number.group(1)), str(error), str(path)) if number else error from None
     finally:
         temporary.unlink(missing_ok=True)
 
