@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,11 @@ def broken(folder: Path, how: str) -> list[str | Path]:
 
         text = SMALL.replace("lab:random", f"timm:resnet10t@{encoders.path('supervised')}")
     elif how == "bad device":
-        text = SMALL + "device: cudda"
+        text = SMALL + "device: cuda:7"
+    elif how == "odd size":
+        text = SMALL.replace("['lab:random']", "[{address: 'lab:random', size: 33}]")
+    elif how == "diverged":
+        text = SMALL.replace("finetune: {steps: 2}", "finetune: {steps: 40, warmup: 0, learning_rate: 100}")
     return ["run", study(folder, text), *tail]
 
 
@@ -95,7 +101,9 @@ def broken(folder: Path, how: str) -> list[str | Path]:
         ("same name twice", "two tasks are named 'one'"),
         ("not a run folder", r"'.*out' is not empty and not a run folder"),
         ("another architecture", r"supervised\.safetensors' does not fit: it is missing conv1\.0\.weight"),
-        ("bad device", "device 'cudda' cannot be used"),
+        ("bad device", "device 'cuda:7' cannot be used"),
+        ("odd size", "cannot be made for 33 px"),
+        ("diverged", "fine-tune one .*: fine-tuning diverged.*\nlower finetune.learning_rate"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path, how: str, message: str) -> None:
@@ -106,6 +114,8 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path, how: str, mess
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "results.csv").exists()
     assert not list(tmp_path.glob("store/tmp/*"))
+    if how.startswith(("missing", "class", "unknown", "bad")):
+        assert not (tmp_path / "out").exists()
     if how == "not a run folder":
         assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
 
@@ -132,19 +142,39 @@ def test_a_small_study_runs_and_predicts(tmp_path: Path) -> None:
         assert (failed.returncode, message in failed.stderr, "Traceback" in failed.stderr) == (2, True, False)
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
-    """The store is on a full device: every write fails with 'no space left'."""
+@pytest.mark.parametrize("full", ["store", "out"])
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path: Path, full: str) -> None:
+    """The first write of weights to the store, or of a model to the run folder, finds the disk full."""
     code = (
-        "import errno, sys\nfrom taskvec import store\nfrom taskvec.cli import app\n"
-        "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "store.write_json = full\napp(sys.argv[1:])"
+        "import errno, sys\nfrom pathlib import Path\nfrom taskvec import runs, steps, store, weights\n"
+        "from taskvec.cli import app\n"
+        "def no_room(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        f"if {full!r} == 'store': weights.save_file = no_room\n"
+        "else: runs.shutil.copyfile = no_room\n"
+        "app(sys.argv[1:])"
     )
     write_folder_task(tmp_path / "one")
-    arguments = ["run", study(tmp_path), "--out", tmp_path / "out", "--store", tmp_path / "store", "--workers", "1"]
+    out, store = tmp_path / "out", tmp_path / "store"
+    arguments = ["run", study(tmp_path), "--smoke", "--out", out, "--store", store, "--workers", "1"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "no space left" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(store.glob("tmp/*"))
+    assert [path.name for path in out.iterdir()] == [".taskvec"]
+    assert taskvec(*arguments).returncode == 0
+    assert (out / "report.html").exists()
+
+
+def test_ctrl_c_in_the_first_moments_is_no_traceback(tmp_path: Path) -> None:
+    write_folder_task(tmp_path / "one")
+    command = [sys.executable, "-m", "taskvec", "run", str(study(tmp_path)), "--out", str(tmp_path / "out")]
+    for wait in (0.4, 1.0):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        message = process.communicate()[1]
+        assert (process.returncode, "Traceback" in message) == (130, False), message
 
 
 def test_the_lab_can_be_pre_trained_again_and_the_result_loaded(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -144,6 +145,13 @@ def break_folder(root: Path, how: str) -> None:
         for path in sorted(root.glob("train/*/*.png")):
             if path.name > "001.png":
                 path.unlink()
+    elif how == "two spellings":
+        for name in ("caf\u00e9", "cafe\u0301"):
+            shutil.copytree(root / "train" / "ant", root / "train" / name)
+    elif how == "loose image":
+        shutil.copy(root / "train" / "ant" / "000.png", root / "train" / "stray.png")
+    elif how == "valid":
+        shutil.copytree(root / "test", root / "valid")
     elif how == "missing":
         root.rename(root.with_name("task-b"))
 
@@ -159,6 +167,9 @@ def break_folder(root: Path, how: str) -> None:
         ("no classes", "holds no class folders"),
         ("one class", "one class only, 'ant'"),
         ("too few", "too few to hold out"),
+        ("two spellings", "two class folders named 'caf\u00e9'"),
+        ("loose image", r"train/stray\.png' is in no class folder"),
+        ("valid", "holds valid/.*\nrename it to val/"),
     ],
 )
 def test_broken_folders_are_clear_errors(tmp_path: Path, how: str, message: str) -> None:
@@ -166,6 +177,32 @@ def test_broken_folders_are_clear_errors(tmp_path: Path, how: str, message: str)
     break_folder(root, how)
     with pytest.raises(TaskvecError, match=message):
         tasks.list_task(f"folder:{root}")
+
+
+def test_hidden_files_are_left_out_links_followed_and_others_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_folder_task(tmp_path / "t")
+    ant = root / "train" / "ant"
+    (ant / ".checkpoints").mkdir()
+    shutil.copy(ant / "000.png", ant / ".checkpoints" / "x.png")
+    shutil.copy(ant / "000.png", ant / "._000.png")
+    (ant / "notes.txt").write_text("no image")
+    (tmp_path / "more").mkdir()
+    shutil.copy(ant / "000.png", tmp_path / "more" / "LINKED.PNG")
+    (ant / "link").symlink_to(tmp_path / "more")
+    (ant / "loop").symlink_to(ant)
+    listing = tasks.list_folder(str(root))
+    names = [path.name for path in listing.items["train"] if isinstance(path, Path) and "ant" in path.parts]
+    assert names == [*(f"{i:03}.png" for i in range(12)), "LINKED.PNG"]
+    assert "left out 1 files that are no images, such as notes.txt" in capsys.readouterr().err
+
+
+def test_a_class_folder_whose_name_is_no_text_is_an_error(tmp_path: Path) -> None:
+    root = write_folder_task(tmp_path / "t")
+    os.mkdir(os.fsencode(root / "train") + b"/caf\xe9")  # noqa: PTH102
+    with pytest.raises(TaskvecError, match="not UTF-8"):
+        tasks.list_folder(str(root))
 
 
 @pytest.mark.parametrize("address", ["birds", "folders:/x", "lab:greeek", "lab:"])

@@ -19,7 +19,7 @@ from taskvec.finetuning import training_batches
 from taskvec.heads import Head
 from taskvec.settings import Finetune, Probe
 from taskvec.tasks import Task
-from taskvec.weights import Weights
+from taskvec.weights import Weights, mend_variances
 
 QUICK = Probe(steps=60, batch_size=16, warmup=5, learning_rates=(0.003, 0.03))
 TUNE = Finetune(steps=12, batch_size=16, warmup=2, learning_rate=0.01)
@@ -162,9 +162,9 @@ def slow_errors(
     pre = backbone.pretrained
     for i, one in enumerate(scales):
         for j, two in enumerate(scales):
-            both = pre.with_flat(pre.flat + one * taus[0].flat + two * taus[1].flat)
+            both = mend_variances(pre.with_flat(pre.flat + one * taus[0].flat + two * taus[1].flat))
             for t, own in enumerate((one, two)):
-                backbone.use(pre.with_flat(pre.flat + own * taus[t].flat))
+                backbone.use(mend_variances(pre.with_flat(pre.flat + own * taus[t].flat)))
                 single = probed[t].predict(backbone.features(tasks[t].test.images))
                 backbone.use(both)
                 together = probed[t].predict(backbone.features(tasks[t].test.images))
@@ -185,6 +185,34 @@ def test_the_disentanglement_error_equals_a_slow_double_loop(backbone: Backbone,
     assert errors.second[1, :].max() == 0
     inside = (slow[0] + slow[1])[1:3, 1:3]
     assert errors.mean_in_box() == pytest.approx(inside.mean())
+
+
+def test_dropout_and_stochastic_depth_come_from_the_seed(backbone: Backbone, tasks: list[Task]) -> None:
+    backbone.module.register_forward_hook(lambda module, inputs, out: F.dropout(out, 0.5, module.training))
+    head = tv.fit_head(backbone, tasks[0], QUICK)
+    first = tv.finetune(backbone, tasks[0], head, TUNE)
+    torch.rand(3)
+    assert torch.equal(tv.finetune(backbone, tasks[0], head, TUNE).flat, first.flat)
+    assert not torch.equal(tv.finetune(backbone, tasks[0], head, TUNE, seed=1).flat, first.flat)
+
+
+def test_predictions_that_are_not_numbers_are_wrong_and_never_agree(backbone: Backbone, tasks: list[Task]) -> None:
+    head = tv.fit_head(backbone, tasks[0], QUICK)
+    assert head.predict(torch.tensor([[float("nan")] * 6, [0.0] * 6]))[0] == -1
+    broken = backbone.pretrained.with_flat(torch.full_like(backbone.pretrained.flat, float("inf")))
+    assert tv.evaluate(backbone, vectors.add(backbone.pretrained, broken), tasks[:1], [head]) == {"warm": 0.0}
+    images = tasks[0].test.images
+    errors = disentanglement(backbone, (broken, broken), (head, head), (images, images), [0.0, 1.0])
+    assert errors.first[1, 1] == errors.second[1, 1] == 1
+
+
+def test_running_variances_stay_positive_far_along_a_vector(backbone: Backbone, tasks: list[Task]) -> None:
+    _, _, (tau,) = tune(backbone, tasks[:1])
+    for far in (-30.0, 30.0):
+        vectors.move(backbone.bound, backbone.pretrained, [tau], [far])
+        assert float(backbone.bound["norm.running_var"].min()) >= 0
+        assert float(tv.merge(backbone.pretrained, [tau], far)["norm.running_var"].min()) >= 0
+    assert bool(backbone.features(tasks[0].test.images).isfinite().all())
 
 
 def test_pairs_are_different_and_spread_over_the_tasks() -> None:

@@ -202,6 +202,25 @@ def running(pid: int) -> bool:
         return False
 
 
+def test_workers_do_not_import_from_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    (tmp_path / "queue.py").write_text("raise RuntimeError('wrong file')")
+    monkeypatch.chdir(tmp_path)
+    one = step("one", 1)
+    done = pipeline.run([one], Store(tmp_path / "store"), Processes(2), Quiet())
+    assert (done[one].folder / "n.txt").read_text() == "1"
+
+
+def test_a_full_disk_while_finishing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("taskvec.store.write_json", full)
+    with pytest.raises(TaskvecError, match="no space left"):
+        run(Store(tmp_path), step("one", 1))
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_a_full_disk_is_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(TaskvecError, match="no space left"), disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -68,9 +68,15 @@ def test_a_study_leaves_a_whole_run_folder_and_the_second_run_does_nothing(data:
     assert (again.ran, again.written, watcher.ran) == (0, False, [])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
     shutil.rmtree(out / "figures")
+    (out / "results.csv").write_text("damaged")
     mended, _ = run(study_file(data), out, store)
     assert (mended.ran, mended.written) == (0, True)
     assert (out / "figures").is_dir()
+    assert tuple(rows_of(out).columns) == tuple(COLUMNS)
+    assert (out / "disentanglement.csv").exists()
+    text = study_file(data).text.replace("pairs: 1", "pairs: 0")
+    run(StudyFile(parse_study(text, "small"), text, data), out, store)
+    assert not (out / "disentanglement.csv").exists()
 
 
 def test_test_rows_exist_only_for_what_validation_chose(data: Path) -> None:
@@ -165,7 +171,7 @@ def test_the_kept_model_predicts_what_the_study_measured(data: Path) -> None:
 
 
 def command(data: Path, out: str, store: str) -> list[str]:
-    (data / "small.yaml").write_text(study_file(data, steps=150).text)
+    (data / "small.yaml").write_text(study_file(data, steps=100).text)
     arguments = [
         "run",
         str(data / "small.yaml"),

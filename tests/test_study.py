@@ -38,6 +38,16 @@ def test_every_packaged_study_is_valid_and_says_what_to_expect() -> None:
         (SMALL + "methods: [task_aritmetic]", "did you mean 'task_arithmetic'"),
         (SMALL + "regimes: [alined]", "did you mean 'aligned'"),
         (SMALL + "methods: [{name: task_arithmetic, scales: 0-1}]", "start:stop:step"),
+        (SMALL + "methods: [{name: task_arithmetic, scales: 0.5}]", "start:stop:step or a list"),
+        (SMALL + "methods: [{name: task_arithmetic, scales: [.nan]}]", "finite number"),
+        (SMALL + "methods: [{name: task_arithmetic, scales: '0:inf:1'}]", "'0:inf:1' is not start:stop:step"),
+        (SMALL + "methods: [{name: task_arithmetic, scales: '0:1:0.6'}]", "do not end at stop"),
+        (SMALL + "methods: [task_arithmetic, task_arithmetic]", "task_arithmetic is given twice"),
+        (SMALL + "seeds: [1, 1]", "1 is given twice"),
+        (SMALL + "heads: [kept, kept]", "kept is given twice"),
+        (SMALL + "seeds: [99999999999999999999999]", "line 3: 'seeds.0'"),
+        (SMALL + "finetune: {weight_decay: .inf}", "line 3: 'finetune.weight_decay'"),
+        (SMALL + "device: meta", "line 3: 'device'"),
         (SMALL + "heads: [both]", "line 3: 'heads.0'"),
         (SMALL + "name: a/b", "line 3: 'name'"),
         (SMALL + "seeds: []", "line 3: 'seeds'"),
@@ -65,6 +75,8 @@ def test_an_unknown_study_names_the_nearest() -> None:
 def test_scales_have_both_ends_and_no_drift() -> None:
     assert parse_scales("0:1:0.05")[3] == 0.15
     assert parse_scales("0:3:0.1")[-1] == 3.0
+    assert parse_scales("-0.9:0.9:0.3") == [-0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9]
+    assert str(parse_scales("-0.9:0.9:0.3")[3]) == "0.0"
     assert Heatmap(points=11, range=3).scales() == [-3.0, -2.4, -1.8, -1.2, -0.6, 0.0, 0.6, 1.2, 1.8, 2.4, 3.0]
 
 

@@ -65,7 +65,7 @@ def finetune(
     with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
         torch.manual_seed(seed)  # for dropout and stochastic depth
         train([Group(list(module.parameters()), settings.learning_rate)], loss, batches, schedule, progress=progress)
-    check_finite(bound, f"fine-tuning on '{task.name}' diverged", "lower finetune.learning_rate")
+    check_finite(bound, "fine-tuning diverged", "lower finetune.learning_rate")
     return bound.clone()
 
 

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from taskvec.errors import TaskvecError
 from taskvec.store import Artifact, Store, disk_errors, fingerprint
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
@@ -198,13 +199,15 @@ def versions() -> dict[str, str]:
 
 
 def perform(job: Job, function: Callable[..., None], progress: Callable[[float], None]) -> Finished:
-    """Run a job in this process; its folder is removed when it fails."""
+    """Run a job in this process; when it fails its folder is removed, and a user's mistake is told with its label."""
     start = time.perf_counter()
     inputs = {role: [Path(folder) for folder in folders] for role, folders in job.inputs.items()}
     try:
         with disk_errors(job.folder):
             function(dict(job.step.config), inputs, job.folder, progress)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(job.folder, ignore_errors=True)
+        if isinstance(error, TaskvecError):
+            raise TaskvecError(f"{job.step.label}: {error.problem}", error.fix) from None
         raise
     return Finished(job, time.perf_counter() - start)

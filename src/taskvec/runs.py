@@ -72,7 +72,10 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
     cells = plan(file, store)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n")
+        if not (out / MARKER).exists():
+            write_text(
+                out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n"
+            )
     counter = Counter(watcher)
     steps = [step for cell in cells for step in cell.steps()]
     executor = open_executor(workers or default_workers(device, file.study.threads))
