@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from taskvec.pipeline import Step
@@ -43,8 +44,9 @@ class Terminal:
         self.total, self.count, self.number = 0.0, 0, 0
         self.reused_cost, self.cost = 0.0, 0.0
         self.shares: dict[Step, float] = {}
-        columns = (BarColumn(30), TextColumn("{task.description}"), TimeElapsedColumn(), Left())
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        what = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        columns = (BarColumn(20), what, TimeElapsedColumn(), Left(table_column=Column(no_wrap=True, min_width=22)))
+        self.bar = Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal)
         self.task = self.bar.add_task("starting")
 
     def planned(self, steps: Sequence[Step]) -> None:
