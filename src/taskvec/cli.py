@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 from rich.console import Console
 
 from taskvec.errors import TaskvecError, unknown
+
+if TYPE_CHECKING:
+    from taskvec.runs import Outcome
 
 app = typer.Typer(
     help="Edit pre-trained image classifiers in weight space.",
@@ -66,7 +69,7 @@ def run(
 
     from taskvec.progress import Terminal, clock
     from taskvec.runs import default_store, run_study
-    from taskvec.store import Store, read_json
+    from taskvec.store import Store
 
     if smoke:
         file = replace(file, study=file.study.smoke())
@@ -78,10 +81,17 @@ def run(
         outcome = run_study(file, folder, Store((store or default_store()).expanduser()), workers, watcher, command)
     finally:
         watcher.close()
+    _tell(outcome, clock(time.monotonic() - begin))
+
+
+def _tell(outcome: Outcome, duration: str) -> None:
+    """Say what a run did, its results, and where its page is."""
+    from taskvec.store import read_json
+
+    folder, reused = outcome.folder, outcome.steps - outcome.ran
     if outcome.ran:
-        reused = outcome.steps - outcome.ran
         kept = f", {reused} were done before" if reused else ""
-        typer.echo(f"{outcome.ran} steps run in {clock(time.monotonic() - begin)}{kept}")
+        typer.echo(f"{outcome.ran} steps run in {duration}{kept}")
     else:
         again = "the run folder was written again" if outcome.written else "nothing to do"
         typer.echo(f"all {outcome.steps} steps were done before: {again}")
