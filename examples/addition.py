@@ -1,4 +1,4 @@
-"""Task addition in memory on the lab, as a script: prints the table of the paper's columns (about 3 minutes).
+"""Task addition in memory on the lab, as a script: prints the table of the paper's columns (about 2 minutes).
 
 python examples/addition.py
 """
