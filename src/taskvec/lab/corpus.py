@@ -101,13 +101,16 @@ def spread(items: Sequence[int], most: int) -> list[int]:
 
 
 @cache
-def pretraining_code_points() -> tuple[int, ...]:
-    """Return the classes of supervised pre-training: code points that share no shape with a task.
+def pretraining_code_points(few: bool = False) -> tuple[int, ...]:
+    """Return the classes of supervised pre-training: 389 code points that share no shape with a task, or 130 of them.
 
     Left out are the tasks' scripts as a whole, so accented Latin, Greek and Cyrillic as well; every code point whose
     compatibility decomposition holds a letter, digit or arrow of a task; combining and modifier characters; and
-    whatever looks like a task's glyph or like another class in one font. Every class has four masks or more.
+    whatever looks like a task's glyph or like another class in one font. Every class has four masks or more. With
+    ``few``, every third class: it is to all classes as ImageNet-1k is to ImageNet-21k.
     """
+    if few:
+        return pretraining_code_points()[::3]
     blocks = [range(start, stop) for start, stop in PRETRAINING_BLOCKS]
     free = [cp for block in blocks for cp in block if unicodedata.category(chr(cp)) in CATEGORIES]
     distinct = without_look_alikes([cp for cp in free if not tied_to_task(cp)], sorted(task_code_points()))
@@ -116,15 +119,19 @@ def pretraining_code_points() -> tuple[int, ...]:
 
 
 @cache
-def pretraining_masks() -> MaskTable:
-    """Draw the masks of every pre-training class in every text font that has it."""
-    return mask_table([font_masks([code_point], TEXT_FONTS) for code_point in pretraining_code_points()])
+def pretraining_masks(few: bool = False) -> MaskTable:
+    """Draw the masks of every pre-training class, or of the ``few``, in every text font that has it."""
+    return mask_table([font_masks([code_point], TEXT_FONTS) for code_point in pretraining_code_points(few)])
 
 
 def draw_pretraining(
-    count: int, difficulty: float, generator: Generator
+    count: int, difficulty: float, generator: Generator, few: bool = False
 ) -> tuple[UInt8[Tensor, "count 3 32 32"], Int64[Tensor, " count"]]:
-    """Draw images of random pre-training classes, the look eased to ``difficulty`` (0 clean, 1 full)."""
-    table = pretraining_masks()
+    """Draw images of random pre-training classes, the look eased to ``difficulty`` (0 clean, 1 full).
+
+    With ``few``, of the 130 classes only that ``supervised-few`` learns; MAE and DINO see these images and no others,
+    as the paper's saw ImageNet-1k. Labels count the classes drawn from, in the order of ``pretraining_code_points``.
+    """
+    table = pretraining_masks(few)
     labels = torch.randint(len(table.count), (count,), generator=generator)
     return paint(table.pick(labels, generator), PRETRAINING_LOOK.eased(difficulty), generator), labels
