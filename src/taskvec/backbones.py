@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,19 @@ def parse(address: str) -> tuple[str, str, str]:
     if kind not in LOADERS:
         raise TaskvecError(f"unknown kind of backbone '{kind}' in '{address}'", did_you_mean(kind, LOADERS))
     name, _, file = rest.partition("@")
+    if kind == "lab" and file and not is_file(file):
+        return kind, rest, ""
     return kind, name, file
+
+
+def split_step(name: str) -> tuple[str, int | None]:
+    """Split ``NAME@STEP`` of a lab encoder along its pre-training; without a step it is the finished one."""
+    base, at, step = name.partition("@")
+    if at and not step.isdigit():
+        raise TaskvecError(
+            f"'@{step}' in 'lab:{name}' is neither a step nor a file", "for example lab:supervised@500, or give a path"
+        )
+    return base, int(step) if at else None
 
 
 def default_name(address: str) -> str:
@@ -93,9 +105,45 @@ def describe(address: str, size: int | None, allow_pickle: bool = False) -> dict
     elif kind == "lab":
         from taskvec.lab import encoders
 
-        path = encoders.path(name)
+        path = encoders.path(split_step(name)[0])
         about["content"] = file_digest(path) if path else None
     return about
+
+
+def has_text(address: str) -> bool:
+    """Say whether a backbone comes with a text tower, from which zero-shot heads can be built."""
+    kind, name, file = parse(address)
+    if kind != "lab" or file:
+        return False
+    from taskvec.lab import encoders
+
+    return encoders.has_text(name)
+
+
+def describe_text(address: str) -> str:
+    """Return the digest of a backbone's text tower, for a fingerprint."""
+    from taskvec.lab import encoders
+
+    return file_digest(encoders.text_path(parse(address)[1]))
+
+
+def is_file(after: str) -> bool:
+    """Say whether what follows the @ of an address is a file: it has a path separator or a weight suffix."""
+    return "/" in after or Path(after).suffix in WEIGHT_SUFFIXES
+
+
+def load_cost(address: str) -> float:
+    """Estimate the cost of loading a backbone in forward passes: much where a snapshot has to be trained."""
+    kind, name, _ = parse(address)
+    return 10.0 + 200.0 * (split_step(name)[1] or 0) if kind == "lab" else 10.0
+
+
+def text_features(address: str, captions: Sequence[str]) -> tuple[Float[Tensor, "captions width"], float]:
+    """Return the text features of captions, of unit length, and the scale of similarities (1 / temperature)."""
+    from taskvec.lab.contrastive import logit_scale, text_features
+
+    name = parse(address)[1]
+    return text_features(name, captions), logit_scale(name)
 
 
 def weights_file(file: str, allow_pickle: bool = False) -> Path:
@@ -194,16 +242,24 @@ class Loaded:
 
 
 def load_lab(name: str, file: Path | None, size: int | None) -> Loaded:
-    """Find one of the lab's encoders, in the package or in a file; ``random`` keeps its seeded random weights."""
+    """Find one of the lab's encoders, in the package or in a file; ``random`` keeps its seeded random weights.
+
+    ``NAME@STEP`` is pre-trained again up to that step of its run.
+    """
     from taskvec.lab import encoders
 
-    path = file or encoders.path(name)
-    options = encoders.options(name) | ({"size": size} if size else {})
-    return Loaded(
-        {"family": "lab", "options": options},
-        lambda _: Preprocessing(size=options["size"]),
-        lambda _: read_checkpoint(path) if path is not None else None,
-    )
+    base, step = split_step(name)
+    path = file or encoders.path(base)
+    options = encoders.options(base) | ({"size": size} if size else {})
+
+    def state(_: nn.Module) -> dict[str, Tensor] | None:
+        if step is None:
+            return read_checkpoint(path) if path is not None else None
+        from taskvec.lab.pretrain import snapshot
+
+        return dict(snapshot(base, step).state_dict())
+
+    return Loaded({"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"]), state)
 
 
 def load_timm(name: str, file: Path | None, size: int | None) -> Loaded:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,6 +91,68 @@ def disentanglement(
             progress((i * len(scales) + j + 1) / len(scales) ** 2)
     backbone.use(backbone.pretrained)
     return Errors(tuple(scales), shares[0], shares[1])
+
+
+def box_error(
+    backbone: Backbone,
+    task_vectors: Sequence[Weights],
+    heads: Sequence[Head],
+    images: Sequence[Images],
+    singles: Sequence[Predictions],
+    scales: Sequence[float],
+    points: int,
+    seed: int = 0,
+    half_width: float = 1.0,
+) -> float:
+    """Measure the disentanglement error of T tasks: the mean of xi_T over seeded points of the box.
+
+    xi_T(l) = 2/T sum_t P_t[f(x; theta_pre + l_t tau_t) != f(x; theta_pre + sum_s l_s tau_s)], which is the paper's xi
+    for two tasks and within 0 to 2 for any number. Points are drawn from the axis ``scales`` in [-half_width,
+    half_width], for which ``singles`` hold the predictions of each task under its own vector.
+    """
+    inside = [i for i, scale in enumerate(scales) if abs(scale) <= half_width + 1e-9]
+    drawn = np.random.default_rng(seed).choice(inside, (points, len(task_vectors)))
+    errors = []
+    for places in drawn:
+        vectors.move(backbone.bound, backbone.pretrained, task_vectors, [scales[place] for place in places])
+        for place, head, own, single in zip(places, heads, images, singles, strict=True):
+            merged = predictions(backbone, head, own)
+            errors.append(np.mean((merged != single[place]) | (merged < 0)))
+    backbone.use(backbone.pretrained)
+    return 2 * float(np.mean(errors))
+
+
+def choose_sets(names: Sequence[str], size: int, count: int, seed: int = 0) -> list[tuple[str, ...]]:
+    """Return ``count`` seeded sets of ``size`` names (all of them where there are no more), every name about as often.
+
+    Names keep their order within a set.
+    """
+    if math.comb(len(names), size) <= count:
+        return list(itertools.combinations(names, size))
+    generator = np.random.default_rng([seed, size])
+    uses = dict.fromkeys(names, 0)
+    chosen: dict[tuple[str, ...], None] = {}
+    while len(chosen) < count:
+        luck = dict(zip(names, generator.random(len(names)), strict=True))
+        rarest = sorted(names, key=lambda name: (uses[name], luck[name]))[:size]
+        found = tuple(name for name in names if name in rarest)
+        if found in chosen:  # the rarest names were together before: any set will do
+            found = tuple(names[i] for i in sorted(generator.choice(len(names), size, replace=False)))
+        if found not in chosen:
+            chosen[found] = None
+            uses |= {name: uses[name] + 1 for name in found}
+    return list(chosen)
+
+
+def spread_sets(names: Sequence[str], sizes: Sequence[int], limit: int, seed: int = 0) -> list[tuple[str, ...]]:
+    """Return at most ``limit`` sets of names, as many of each size as there are or as an even share allows."""
+    counts = dict.fromkeys(sizes, 0)
+    while sum(counts.values()) < limit:
+        open_sizes = [size for size in sizes if counts[size] < math.comb(len(names), size)]
+        if not open_sizes:
+            break
+        counts[min(open_sizes, key=lambda size: counts[size])] += 1
+    return [found for size, count in counts.items() for found in choose_sets(names, size, count, seed)]
 
 
 def choose_pairs(names: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, str]]:

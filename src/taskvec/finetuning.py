@@ -1,9 +1,14 @@
-"""Regimes of fine-tuning. Aligned: the probed head is frozen and the encoder learns (paper, section 3.1)."""
+"""Regimes of fine-tuning: with frozen heads, with a head that learns too, and on all tasks at once.
+
+Aligned: the probed head is frozen and the encoder learns (paper, section 3.1). Full: encoder and a random head learn
+together (appendix G). Open and open full: the same two from a zero-shot head (appendix H). Joint: one encoder for all.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from taskvec.backbones import Backbone
 from taskvec.compute import autocast, choose_precision
 from taskvec.errors import TaskvecError
-from taskvec.heads import Head
+from taskvec.heads import Head, random_head
 from taskvec.images import normalise, random_resized_crop
 from taskvec.settings import Finetune
 from taskvec.tasks import Split, Task
@@ -23,6 +28,14 @@ from taskvec.vectors import subtract
 from taskvec.weights import Weights, bind, check_finite
 
 Batch = tuple[Float[Tensor, "batch 3 size size"], Int64[Tensor, " batch"]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What fine-tuning gives: the encoder's weights, and a head for every task it was tuned on."""
+
+    encoder: Weights
+    heads: tuple[Head, ...]
 
 
 def training_batches(backbone: Backbone, split: Split, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -44,34 +57,84 @@ def finetune(
     precision: str = "auto",
     progress: Progress = no_progress,
 ) -> Weights:
-    """Fine-tune a copy of the encoder with the task's head frozen, and return its weights (aligned regime)."""
-    settings = settings or Finetune()
+    """Fine-tune a copy of the encoder with the task's head frozen, and return its weights (aligned or open regime)."""
+    return optimise(backbone, [task], [head], False, settings or Finetune(), seed, precision, progress).encoder
+
+
+def finetune_full(
+    backbone: Backbone,
+    task: Task,
+    head: Head | None = None,
+    settings: Finetune | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    progress: Progress = no_progress,
+) -> Tuned:
+    """Fine-tune encoder and head together, from ``head`` or else a seeded random one (full and open-full regimes)."""
+    start = head or random_head(backbone.width, len(task.classes), seed)
+    return optimise(backbone, [task], [start], True, settings or Finetune(), seed, precision, progress)
+
+
+def finetune_joint(
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    heads: Sequence[Head],
+    settings: Finetune | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    progress: Progress = no_progress,
+) -> Weights:
+    """Fine-tune one encoder on all tasks at once with their heads frozen; every batch holds images of every task."""
+    return optimise(backbone, tasks, heads, False, settings or Finetune(), seed, precision, progress).encoder
+
+
+def optimise(
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    heads: Sequence[Head],
+    heads_learn: bool,
+    settings: Finetune,
+    seed: int,
+    precision: str,
+    progress: Progress = no_progress,
+) -> Tuned:
+    """Minimise the mean cross-entropy over tasks of a copy of the encoder, and of the heads where they learn too."""
     module = copy.deepcopy(backbone.module)
     bound = bind(module)
     bound.flat.copy_(backbone.pretrained.flat)
     module.train()
-    check_batch(module, settings)
+    images = max(1, settings.batch_size // settings.accumulate // len(tasks))
+    check_batch(module, images * len(tasks))
     chosen = choose_precision(precision, "training", backbone.width, backbone.device)
+    heads = [head.on(backbone.device, learns=heads_learn) for head in heads]
 
-    def loss(batch: Batch) -> Float[Tensor, ""]:
+    def loss(batches: Sequence[Batch]) -> Float[Tensor, ""]:
         with autocast(chosen, backbone.device):
-            features = module(batch[0])
-        return F.cross_entropy(head.logits(features), batch[1])
+            features = module(torch.cat([images for images, _ in batches]))
+        parts = features.split([len(labels) for _, labels in batches])
+        each = [
+            F.cross_entropy(head.logits(own), labels)
+            for head, own, (_, labels) in zip(heads, parts, batches, strict=True)
+        ]
+        return torch.stack(each).mean()
 
-    schedule = Schedule(
-        settings.steps, min(settings.warmup, settings.steps // 2), settings.weight_decay, accumulate=settings.accumulate
-    )
-    batches = training_batches(backbone, task.train, max(1, settings.batch_size // settings.accumulate), seed)
+    learning = [*module.parameters(), *(p for head in heads for p in (head.weight, head.bias) if heads_learn)]
+    batches = zip(*(training_batches(backbone, task.train, images, seed) for task in tasks), strict=True)
     with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
         torch.manual_seed(seed)  # for dropout and stochastic depth
-        train([Group(list(module.parameters()), settings.learning_rate)], loss, batches, schedule, progress=progress)
+        train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
     check_finite(bound, "fine-tuning diverged", "lower finetune.learning_rate")
-    return bound.clone()
+    return Tuned(bound.clone(), tuple(head.on("cpu") for head in heads))
 
 
-def check_batch(module: torch.nn.Module, settings: Finetune) -> None:
+def schedule_of(settings: Finetune) -> Schedule:
+    """Return the schedule of fine-tuning; a warm-up takes at most half of the steps."""
+    warmup = min(settings.warmup, settings.steps // 2)
+    return Schedule(settings.steps, warmup, settings.weight_decay, accumulate=settings.accumulate)
+
+
+def check_batch(module: torch.nn.Module, images: int) -> None:
     """Raise when batch norm would see a single image at a time."""
-    images = settings.batch_size // settings.accumulate
     if images < 2 and any(isinstance(part, _BatchNorm) for part in module.modules()):
         raise TaskvecError(f"batch norm cannot train on batches of {images}", "raise finetune.batch_size to 2 or more")
 

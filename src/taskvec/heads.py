@@ -20,14 +20,21 @@ from taskvec.weights import read, save_tensors
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on features: one row of weights a class."""
+    """A linear classifier on features: one row of weights a class; ``normalised`` features are of unit length first."""
 
     weight: Float[Tensor, "classes width"]
     bias: Float[Tensor, " classes"]
+    normalised: bool = False
 
     def logits(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
         """Return class scores in float32, on the features' device."""
-        return F.linear(features.float(), self.weight.to(features.device), self.bias.to(features.device))
+        features = F.normalize(features.float(), dim=1) if self.normalised else features.float()
+        return F.linear(features, self.weight.to(features.device), self.bias.to(features.device))
+
+    def on(self, device: str, learns: bool = False) -> Head:
+        """Return a copy on a device, whose weights are leaves that learn or constants."""
+        weight, bias = (p.detach().to(device, copy=True).requires_grad_(learns) for p in (self.weight, self.bias))
+        return Head(weight, bias, self.normalised)
 
     def predict(self, features: Float[Tensor, "batch width"]) -> Int64[Tensor, " batch"]:
         """Return the class of highest score, ties to the first; -1 (no class) where a score is NaN or infinite."""
@@ -63,9 +70,7 @@ def fit(
     progress: Progress = no_progress,
 ) -> list[Head]:
     """Fit one linear head for every learning rate on the same batches, from the same random start (cross-entropy)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        start = torch.nn.Linear(features.shape[1], classes)
+    start = random_head(features.shape[1], classes, seed)
     heads = [[p.detach().clone().requires_grad_() for p in (start.weight, start.bias)] for _ in rates]
 
     def loss(batch: Tensor) -> Tensor:
@@ -111,14 +116,33 @@ def fit_head(backbone: Backbone, task: Task, settings: Probe | None = None, seed
     return probed.heads[probed.best()]
 
 
+def random_head(width: int, classes: int, seed: int) -> Head:
+    """Return a head as torch initialises a linear layer, from a seed and no other random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        start = torch.nn.Linear(width, classes)
+    return Head(start.weight.detach(), start.bias.detach())
+
+
+def zero_shot_head(texts: Float[Tensor, "classes width"], scale: float) -> Head:
+    """Return the head that scores by the cosine of features and text features, times ``scale`` (paper, appendix B)."""
+    weight = scale * F.normalize(texts.float(), dim=1)
+    return Head(weight, torch.zeros(len(weight)), normalised=True)
+
+
 def save_heads(heads: dict[str, Head], path: Path) -> None:
-    """Write heads by name to one safetensors file, as ``NAME.weight`` and ``NAME.bias``."""
+    """Write heads by name to one safetensors file: ``NAME.weight``, ``NAME.bias``, perhaps ``NAME.normalised``."""
     tensors = {f"{name}.weight": head.weight.contiguous() for name, head in heads.items()}
-    save_tensors(tensors | {f"{name}.bias": head.bias.contiguous() for name, head in heads.items()}, path)
+    tensors |= {f"{name}.bias": head.bias.contiguous() for name, head in heads.items()}
+    tensors |= {f"{name}.normalised": torch.tensor(True) for name, head in heads.items() if head.normalised}
+    save_tensors(tensors, path)
 
 
 def read_heads(path: Path) -> dict[str, Head]:
     """Read heads by name from a safetensors file."""
     tensors = read(path)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
-    return {name: Head(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names}
+    return {
+        name: Head(tensors[f"{name}.weight"], tensors[f"{name}.bias"], f"{name}.normalised" in tensors)
+        for name in names
+    }

@@ -10,12 +10,13 @@ from typing import Any
 
 from taskvec import backbones, tasks
 from taskvec.compute import choose_device, has_fast_bfloat16
-from taskvec.disentangling import choose_pairs
+from taskvec.disentangling import choose_pairs, spread_sets
 from taskvec.errors import TaskvecError
 from taskvec.pipeline import Step
 from taskvec.search import coarse
+from taskvec.settings import Finetune, parse_scales
 from taskvec.store import Store
-from taskvec.study import BackboneChoice, MethodChoice, StudyFile, TaskChoice
+from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, StudyFile, TaskChoice
 
 VERSIONS = {
     "load_backbone": 1,
@@ -25,27 +26,40 @@ VERSIONS = {
     "probe_task": 1,
     "choose_rate": 1,
     "pick_head": 1,
-    "finetune": 1,
+    "zero_shot": 1,
+    "finetune": 2,
+    "finetune_joint": 1,
+    "choose_learning_rate": 1,
     "merge": 1,
-    "kept_curve": 1,
-    "reprobed_curve": 1,
+    "per_task_scales": 1,
+    "kept_curve": 2,
+    "reprobed_curve": 2,
     "choose_scale": 1,
-    "test_task": 1,
+    "test_task": 2,
     "gains": 1,
-    "single_task_predictions": 1,
-    "heatmap": 1,
-    "build_model": 1,
+    "subset": 1,
+    "single_task_predictions": 2,
+    "heatmap": 2,
+    "build_model": 2,
 }
 """The version of each step's meaning: raise it when the same configuration would give another result."""
 ROUNDS = (2, 1)
 """Re-probing refines its coarse search by neighbours two places away, then one."""
+PER_TASK = "task_arithmetic_per_task"
+"""The name in results of addition with one lambda a task."""
+LEARNING = ("full", "open-full")
+"""Regimes in which the head learns with the encoder."""
+OPEN = ("open", "open-full")
+"""Regimes that start from a zero-shot head, which needs a text tower and captions."""
+Inputs = dict[str, list[Step]]
 
 
 @dataclass
 class Candidate:
     """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales."""
 
-    method: MethodChoice
+    name: str
+    grid: list[float]
     heads: str
     merged: Step
     rounds: list[dict[str, Step]]
@@ -53,31 +67,57 @@ class Candidate:
 
 
 @dataclass
+class Ground:
+    """What all regimes of one backbone share: the encoder, decoded tasks and cached features by task name."""
+
+    backbone: str
+    choice: BackboneChoice
+    encoder: Step
+    data: dict[str, Step]
+    features: dict[str, Step]
+
+
+@dataclass
 class Cell:
-    """All steps of one backbone, regime and seed; steps of single tasks are by task name."""
+    """All steps of one backbone, regime and seed; steps of single tasks are by task name.
+
+    ``first`` marks the first seed of a regime, for which alone heatmaps, subsets and per-task scales are measured.
+    """
 
     backbone: str
     regime: str
     seed: int
     tasks: tuple[str, ...]
     encoder: Step
+    first: bool = True
+    probe: dict[str, Step] = field(default_factory=dict)
     head: dict[str, Step] = field(default_factory=dict)
+    zero_shot: dict[str, Step] = field(default_factory=dict)
     finetuned: dict[str, Step] = field(default_factory=dict)
+    joint: Step | None = None
+    rate: tuple[str, dict[float, Step]] | None = None
     candidates: list[Candidate] = field(default_factory=list)
     test: dict[str, Step] = field(default_factory=dict)
     heatmaps: dict[tuple[str, str], Step] = field(default_factory=dict)
+    subsets: dict[tuple[str, ...], Step] = field(default_factory=dict)
     gains: Step | None = None
     model: Step | None = None
 
+    @property
+    def where(self) -> str:
+        """Say which cell it is, for labels."""
+        return f"({self.backbone}, {self.regime}, seed {self.seed})"
+
     def steps(self) -> Iterator[Step]:
         """Yield the steps whose results a report needs."""
-        yield from itertools.chain(
-            self.head.values(), self.finetuned.values(), self.test.values(), self.heatmaps.values()
-        )
+        by_task = (self.probe, self.head, self.zero_shot, self.finetuned, self.test)
+        yield from itertools.chain(*(steps.values() for steps in by_task))
+        yield from itertools.chain(self.heatmaps.values(), self.subsets.values())
+        yield from self.rate[1].values() if self.rate else ()
         for candidate in self.candidates:
             yield from (step for one in candidate.rounds for step in one.values())
             yield candidate.choice
-        yield from (step for step in (self.gains, self.model) if step is not None)
+        yield from (step for step in (self.joint, self.gains, self.model) if step is not None)
 
 
 class Planner:
@@ -88,51 +128,65 @@ class Planner:
         device = choose_device(file.study.device)
         self.device = {"device": device}
         self.training = {"device": device, "precision": file.study.precision, "fast_bfloat16": has_fast_bfloat16()}
-        self.names = unique([t.name or tasks.default_name(self._address(t)) for t in file.study.tasks], "tasks")
+        names = unique([t.name or tasks.default_name(self._address(t)) for t in file.study.tasks], "tasks")
+        self.addresses = {name: self._address(task) for name, task in zip(names, file.study.tasks, strict=True)}
+        self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
+        self.joint = next((regime for regime in file.study.regimes if regime.name == "joint"), None)
 
     def cells(self) -> list[Cell]:
         """Return the steps of every backbone, regime and seed."""
         study = self.study
         names = unique([b.name or backbones.default_name(b.address) for b in study.backbones], "backbones")
-        chosen = dict(zip(self.names, study.tasks, strict=True))
-        about = {name: self._describe(task) for name, task in chosen.items()}
+        about = {name: {"source": tasks.describe(a, self.store.tree_digest)} for name, a in self.addresses.items()}
         self.images = {name: self._count(found["source"]) for name, found in about.items()}
-        cells = []
-        for name, choice in zip(names, study.backbones, strict=True):
-            encoder = self._backbone(name, choice)
-            view = self.step("preprocessing", f"preprocessing of {name}", {}, {"backbone": [encoder]})
-            data = {t: self._decode(t, name, self._address(c), about[t], view) for t, c in chosen.items()}
-            cached = {t: self._features(t, name, encoder, data[t]) for t in self.names}
-            for regime, seed in itertools.product(study.regimes, study.seeds):
-                cells.append(self.cell(Cell(name, regime, seed, tuple(self.names), encoder), data, cached))
-        return cells
+        grounds = [self._ground(name, choice, about) for name, choice in zip(names, study.backbones, strict=True)]
+        self._check_open()
+        return [
+            self.cell(ground, regime, seed)
+            for ground in grounds
+            for regime in study.regimes
+            if regime.name != "joint" and (regime.name not in OPEN or backbones.has_text(ground.choice.address))
+            for seed in regime.seeds or study.seeds
+        ]
 
-    def cell(self, cell: Cell, data: dict[str, Step], cached: dict[str, Step]) -> Cell:
-        """Fill in the steps of one backbone, regime and seed."""
-        where = f"({cell.backbone}, {cell.regime}, seed {cell.seed})"
-        encoder = cell.encoder
-        probes = {t: self._probe(t, where, cell.seed, data[t], cached[t]) for t in cell.tasks}
-        rates = self._rates(probes, where)
-        for t in cell.tasks:
-            cell.head[t] = self.step(
-                "pick_head", f"head of {t} {where}", {}, {"probe": [probes[t]], "rate": [rates[t]]}
-            )
-        for t in cell.tasks:
-            inputs = {"backbone": [encoder], "task": [data[t]], "head": [cell.head[t]]}
-            cell.finetuned[t] = self._finetune(t, where, cell.seed, inputs)
+    def _check_open(self) -> None:
+        """Raise if a regime that starts from zero-shot heads can have none."""
+        for name in (regime.name for regime in self.study.regimes if regime.name in OPEN):
+            if not any(backbones.has_text(choice.address) for choice in self.study.backbones):
+                raise TaskvecError(
+                    f"regime '{name}' needs a backbone with a text tower, and there is none",
+                    "add one (lab:contrastive), or leave the regime out",
+                )
+            if not any(self.captions.values()):
+                raise TaskvecError(
+                    f"regime '{name}' needs tasks whose classes have captions, and there is none",
+                    "add one (lab:greek), or leave the regime out",
+                )
+
+    def _ground(self, name: str, choice: BackboneChoice, about: dict[str, dict[str, Any]]) -> Ground:
+        encoder = self._backbone(name, choice)
+        view = self.step("preprocessing", f"preprocessing of {name}", {}, {"backbone": [encoder]})
+        data = {t: self._decode(t, name, a, about[t], view) for t, a in self.addresses.items()}
+        return Ground(name, choice, encoder, data, {t: self._features(t, name, encoder, data[t]) for t in data})
+
+    def cell(self, ground: Ground, regime: RegimeChoice, seed: int) -> Cell:
+        """Return the steps of one backbone, regime and seed."""
+        chosen = tuple(t for t in self.addresses if regime.name not in OPEN or self.captions[t])
+        first = seed == (regime.seeds or self.study.seeds)[0]
+        cell = Cell(ground.backbone, regime.name, seed, chosen, ground.encoder, first)
+        rates = self._heads(cell, ground)
+        self._finetune_all(cell, ground, regime)
         for method in self.study.methods:
-            self._merge(cell, method, encoder, data, rates, where)
-        self._test(cell, encoder, data, where)
-        self._heatmaps(cell, encoder, data, where)
+            self._merge(cell, method, ground, rates)
+        if first and self.study.scales == "per-task":
+            self._per_task(cell, ground)
+        self._test(cell, ground)
+        if first:
+            self._disentanglement(cell, ground)
         return cell
 
     def step(
-        self,
-        function: str,
-        label: str,
-        config: dict[str, Any],
-        inputs: dict[str, list[Step]] | None = None,
-        cost: float = 10,
+        self, function: str, label: str, config: dict[str, Any], inputs: Inputs | None = None, cost: float = 10
     ) -> Step:
         """Return a step with the study's threads; costs are in forward passes of one image."""
         return Step(
@@ -145,13 +199,12 @@ class Planner:
         name, at, file = rest.partition("@")
         if kind == "folder":
             return f"{kind}:{self._path(rest)}"
-        return f"{kind}{colon}{name}{at}{self._path(file)}" if at else choice.address
+        if at and backbones.is_file(file):
+            return f"{kind}{colon}{name}{at}{self._path(file)}"
+        return choice.address
 
     def _path(self, path: str) -> Path:
         return self.folder / Path(path).expanduser()
-
-    def _describe(self, task: TaskChoice) -> dict[str, Any]:
-        return {"source": tasks.describe(self._address(task), self.store.tree_digest)}
 
     def _count(self, source: dict[str, Any]) -> float:
         """Return about how many images a task has, for estimates of time."""
@@ -161,7 +214,7 @@ class Planner:
         address = self._address(choice)
         about = backbones.describe(address, choice.size, self.study.allow_pickle)
         config = {"address": address, "size": choice.size, "name": name, "allow_pickle": self.study.allow_pickle}
-        return self.step("load_backbone", f"load {name}", config | {"source": about})
+        return self.step("load_backbone", f"load {name}", config | {"source": about}, cost=backbones.load_cost(address))
 
     def _decode(self, task: str, backbone: str, address: str, about: dict[str, Any], view: Step) -> Step:
         config = {"address": address, "limit": self.study.limit, **about}
@@ -172,11 +225,24 @@ class Planner:
         inputs = {"backbone": [encoder], "task": [data]}
         return self.step("features", f"features of {task} ({backbone})", self.device, inputs, self.images[task])
 
-    def _probe(self, task: str, where: str, seed: int, data: Step, cached: Step) -> Step:
+    def _heads(self, cell: Cell, ground: Ground) -> dict[str, Step]:
+        """Probe all tasks, so that all regimes share a rate, keep this cell's heads, and return every task's rate."""
+        where = f"({cell.backbone}, seed {cell.seed})"
+        probes = {t: self._probe(t, where, cell.seed, ground) for t in ground.data}
+        rates = self._rates(probes, where)
+        for t in cell.tasks:
+            cell.probe[t] = probes[t]
+            inputs = {"probe": [probes[t]], "rate": [rates[t]]}
+            cell.head[t] = self.step("pick_head", f"head of {t} {where}", {}, inputs)
+            if cell.regime in OPEN:
+                cell.zero_shot[t] = self._zero_shot(t, ground)
+        return rates
+
+    def _probe(self, task: str, where: str, seed: int, ground: Ground) -> Step:
         probe = self.study.probe
         config = {"probe": probe.model_dump(mode="json"), "seed": seed}
-        cost = probe.steps * 8.0
-        return self.step("probe_task", f"probe {task} {where}", config, {"task": [data], "features": [cached]}, cost)
+        inputs = {"task": [ground.data[task]], "features": [ground.features[task]]}
+        return self.step("probe_task", f"probe {task} {where}", config, inputs, probe.steps * 8.0)
 
     def _rates(self, probes: dict[str, Step], where: str) -> dict[str, Step]:
         """Choose one learning rate for all tasks, or one for each."""
@@ -185,125 +251,196 @@ class Planner:
         rate = self.step("choose_rate", f"rate {where}", {}, {"probes": list(probes.values())})
         return dict.fromkeys(probes, rate)
 
-    def _finetune(self, task: str, where: str, seed: int, inputs: dict[str, list[Step]]) -> Step:
-        settings = self.study.finetune
-        config = {"finetune": settings.model_dump(mode="json"), "seed": seed, **self.training}
-        cost = settings.steps * settings.batch_size * 3.0
-        return self.step("finetune", f"fine-tune {task} {where}", config, inputs, cost)
+    def _zero_shot(self, task: str, ground: Ground) -> Step:
+        address = ground.choice.address
+        config = {"address": address, "captions": self.captions[task], "text": backbones.describe_text(address)}
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
+        label = f"zero-shot head of {task} ({ground.backbone})"
+        return self.step("zero_shot", label, config | self.device, inputs, 0.1 * self.images[task])
 
-    def _merge(
-        self,
-        cell: Cell,
-        method: MethodChoice,
-        encoder: Step,
-        data: dict[str, Step],
-        rates: dict[str, Step],
-        where: str,
-    ) -> None:
+    def _finetune_all(self, cell: Cell, ground: Ground, regime: RegimeChoice) -> None:
+        """Fine-tune on every task, and on all at once where the study asks for it; search the learning rate first."""
+        settings = self._settings(ground.choice, regime)
+        rate: Inputs = {}
+        if settings.learning_rates:
+            rate = {"rate": [self._learning_rate(cell, ground, regime, settings)]}
+        for t in cell.tasks:
+            cell.finetuned[t] = self._finetune(t, cell, ground, settings, rate)
+        joint = self.joint
+        if cell.regime == "aligned" and joint and cell.seed in (joint.seeds or self.study.seeds):
+            own = self._settings(ground.choice, joint)
+            fixed = "joint" in ground.choice.learning_rates
+            cell.joint = self._finetune_joint(
+                cell,
+                ground,
+                own if fixed else own.model_copy(update={"learning_rate": settings.learning_rate}),
+                {} if fixed else rate,
+            )
+
+    def _settings(self, choice: BackboneChoice, regime: RegimeChoice) -> Finetune:
+        """Return the settings of fine-tuning in a regime; a backbone's own learning rate needs no search."""
+        update: dict[str, Any] = {"steps": regime.steps} if regime.steps else {}
+        if regime.name in choice.learning_rates:
+            update |= {"learning_rate": choice.learning_rates[regime.name], "learning_rates": ()}
+        return self.study.finetune.model_copy(update=update)
+
+    def _learning_rate(self, cell: Cell, ground: Ground, regime: RegimeChoice, settings: Finetune) -> Step:
+        """Search the learning rate on the first task, with the first seed (paper, appendix C)."""
+        seed = (regime.seeds or self.study.seeds)[0]
+        first = cell if cell.first else Cell(cell.backbone, cell.regime, seed, cell.tasks, cell.encoder)
+        if not cell.first:
+            self._heads(first, ground)
+        tried = {}
+        for rate in sorted(set(settings.learning_rates)):
+            one = settings.model_copy(update={"learning_rate": rate})
+            tried[rate] = self._finetune(cell.tasks[0], first, ground, one, {})
+        config = {"rates": list(tried)}
+        label = f"learning rate ({cell.backbone}, {cell.regime})"
+        chosen = self.step("choose_learning_rate", label, config, {"finetuned": list(tried.values())})
+        cell.rate = (cell.tasks[0], tried) if cell.first else None
+        return chosen
+
+    def _finetune(self, task: str, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs) -> Step:
+        learns = cell.regime in LEARNING
+        start: Inputs = {"head": [(cell.zero_shot or cell.head)[task]]} if cell.regime != "full" else {}
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]} | start | rate
+        config = {"finetune": training_config(settings, rate), "seed": cell.seed, "head_learns": learns}
+        at = "" if rate else f" at {settings.learning_rate:g}"
+        cost = settings.steps * settings.batch_size * 3.0
+        return self.step("finetune", f"fine-tune {task}{at} {cell.where}", config | self.training, inputs, cost)
+
+    def _finetune_joint(self, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs) -> Step:
+        inputs = {"backbone": [ground.encoder], "task": list(ground.data.values()), "head": list(cell.head.values())}
+        config = {"finetune": training_config(settings, rate), "seed": cell.seed, **self.training}
+        cost = settings.steps * settings.batch_size * 3.0
+        return self.step("finetune_joint", f"fine-tune jointly {cell.where}", config, inputs | rate, cost)
+
+    def _merge(self, cell: Cell, method: MethodChoice, ground: Ground, rates: dict[str, Step]) -> None:
         """Merge, and try the scales with each kind of head: kept heads all at once, re-probed ones coarse to fine."""
-        finetuned = list(cell.finetuned.values())
         merged = self.step(
             "merge",
-            f"merge by {method.name} {where}",
+            f"merge by {method.name} {cell.where}",
             {"method": method.name},
-            {"backbone": [encoder], "finetuned": finetuned},
+            {"backbone": [ground.encoder], "finetuned": list(cell.finetuned.values())},
         )
-        shared = {
-            t: {"backbone": [encoder], "task": [data[t]], "head": [cell.head[t]], "merged": [merged]}
-            for t in cell.tasks
-        }
         for kind in self.study.heads:
-            title = f"{method.name}, {kind} heads {where}"
-            candidate = Candidate(method, kind, merged, [], merged)
-            strides = (0,) if kind == "kept" else (*ROUNDS, 0)
-            for number, stride in enumerate(strides):
-                scales = method.grid() if kind == "kept" else coarse(method.grid())
-                curves = {}
-                for t in cell.tasks:
-                    extra = {} if kind == "kept" else {"rate": [rates[t]]}
-                    plan = {"plan": [candidate.choice]} if number else {}
-                    config = self._curve_config(kind, [] if number else scales, cell.seed)
-                    tried = 2 if number else len(scales)
-                    cost = tried * self.images[t] * (0.1 if kind == "kept" else 1.4)
-                    label = f"scales of {t}, round {number + 1}: {title}"
-                    curves[t] = self.step(f"{kind}_curve", label, config, shared[t] | extra | plan, cost)
-                candidate.rounds.append(curves)
-                candidate.choice = self._choice(cell, candidate, stride, title)
+            candidate = Candidate(method.name, method.grid(), kind, merged, [], merged)
+            for number, stride in enumerate((0,) if kind == "kept" else (*ROUNDS, 0)):
+                candidate.rounds.append({t: self._curve(t, cell, candidate, number, ground, rates) for t in cell.tasks})
+                candidate.choice = self._choice(cell, candidate, stride)
             cell.candidates.append(candidate)
 
-    def _curve_config(self, kind: str, scales: list[float], seed: int) -> dict[str, Any]:
-        config = {"scales": scales, **self.device}
-        return config if kind == "kept" else config | {"probe": self.study.probe.model_dump(mode="json"), "seed": seed}
+    def _curve(
+        self, task: str, cell: Cell, candidate: Candidate, number: int, ground: Ground, rates: dict[str, Step]
+    ) -> Step:
+        """Try the scales of one round on one task; rounds after the first read which."""
+        kept = candidate.heads == "kept"
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
+        scales = [] if number else candidate.grid if kept else coarse(candidate.grid)
+        config: dict[str, Any] = {"scales": scales, **self.device}
+        if kept:
+            known = {} if cell.regime in LEARNING else {"start": [(cell.zero_shot or cell.head)[task]]}
+            inputs |= {"head": [cell.finetuned[task]], **known}
+        else:
+            inputs |= {"head": [cell.head[task]], "rate": [rates[task]]}
+            inputs |= {"plan": [candidate.choice]} if number else {}
+            config |= {"probe": self.study.probe.model_dump(mode="json"), "seed": cell.seed}
+        cost = (2 if number else len(scales)) * self.images[task] * (0.1 if kept else 1.4)
+        label = f"scales of {task}, round {number + 1}: {candidate.name}, {candidate.heads} heads {cell.where}"
+        return self.step("kept_curve" if kept else "reprobed_curve", label, config, inputs, cost)
 
-    def _choice(self, cell: Cell, candidate: Candidate, stride: int, title: str) -> Step:
+    def _choice(self, cell: Cell, candidate: Candidate, stride: int) -> Step:
         inputs = {f"round{i}": list(curves.values()) for i, curves in enumerate(candidate.rounds)}
         inputs["finetuned"] = list(cell.finetuned.values())
-        config = {"grid": candidate.method.grid(), "refine": stride}
-        return self.step("choose_scale", f"choose lambda: {title}", config, inputs)
+        label = f"choose lambda: {candidate.name}, {candidate.heads} heads {cell.where}"
+        return self.step("choose_scale", label, {"grid": candidate.grid, "refine": stride}, inputs)
 
-    def _test(self, cell: Cell, encoder: Step, data: dict[str, Step], where: str) -> None:
+    def _per_task(self, cell: Cell, ground: Ground) -> None:
+        """Search one lambda a task for addition with kept heads, from the common one."""
+        common = [c for c in cell.candidates if (c.name, c.heads) == ("task_arithmetic", "kept")]
+        for one in common:
+            inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in cell.tasks]}
+            inputs |= {"finetuned": list(cell.finetuned.values()), "choice": [one.choice]}
+            cost = 6 * len(cell.tasks) * sum(0.1 * self.images[t] for t in cell.tasks)
+            config = {"grid": one.grid, **self.device}
+            found = self.step("per_task_scales", f"lambda of each task {cell.where}", config, inputs, cost)
+            cell.candidates.append(Candidate(PER_TASK, one.grid, "kept", found, [], found))
+
+    def _test(self, cell: Cell, ground: Ground) -> None:
         """Plan the only steps that look at test labels: they read every choice, so they come after all of them."""
         common = {"choices": [c.choice for c in cell.candidates], "merged": [c.merged for c in cell.candidates]}
         kinds = [c.heads for c in cell.candidates]
+        baselines = {"joint": [cell.joint]} if cell.joint else {}
         for t in cell.tasks:
-            inputs = {
-                "backbone": [encoder],
-                "task": [data[t]],
-                "head": [cell.head[t]],
-                "finetuned": [cell.finetuned[t]],
-            }
-            rounds = {f"rounds{i}": [one[t] for one in c.rounds] for i, c in enumerate(cell.candidates)}
-            cell.test[t] = self.step(
-                "test_task",
-                f"test {t} {where}",
-                {"candidates": kinds, **self.device},
-                inputs | common | rounds,
-                self.images[t],
-            )
+            inputs = {"backbone": [ground.encoder], "task": [ground.data[t]], "probe": [cell.head[t]]}
+            inputs |= {"finetuned": [cell.finetuned[t]], **baselines}
+            inputs |= {"zero_shot": [cell.zero_shot[t]]} if cell.zero_shot else {}
+            inputs |= common | {f"rounds{i}": [one[t] for one in c.rounds] for i, c in enumerate(cell.candidates)}
+            config = {"candidates": kinds, **self.device}
+            cell.test[t] = self.step("test_task", f"test {t} {cell.where}", config, inputs, self.images[t])
         names = {"tasks": list(cell.tasks), "candidates": kinds}
-        cell.gains = self.step("gains", f"gains {where}", names, {"tests": list(cell.test.values())})
-        own = {
+        cell.gains = self.step("gains", f"gains {cell.where}", names, {"tests": list(cell.test.values())})
+        inputs = {"backbone": [ground.encoder], "probe": list(cell.head.values())}
+        inputs |= {"finetuned": list(cell.finetuned.values()), "tasks": [ground.data[t] for t in cell.tasks]}
+        inputs |= common | {
             f"rounds{i}-{k}": [one[t] for one in c.rounds]
             for i, c in enumerate(cell.candidates)
             for k, t in enumerate(cell.tasks)
         }
-        kept = {
-            "heads": list(cell.head.values()),
-            "finetuned": list(cell.finetuned.values()),
-            "tasks": list(data.values()),
-        }
         config = {
             "tasks": list(cell.tasks),
-            "candidates": [{"method": c.method.name, "heads": c.heads} for c in cell.candidates],
+            "candidates": [{"method": c.name, "heads": c.heads} for c in cell.candidates],
         }
-        cell.model = self.step(
-            "build_model", f"model {where}", config, {"backbone": [encoder], **kept, **common, **own}
-        )
+        cell.model = self.step("build_model", f"model {cell.where}", config, inputs)
 
-    def _heatmaps(self, cell: Cell, encoder: Step, data: dict[str, Step], where: str) -> None:
+    def _disentanglement(self, cell: Cell, ground: Ground) -> None:
+        """Plan the heatmaps of pairs, and the sets of tasks; both read each task's predictions along its own axis."""
+        pairs = choose_pairs(cell.tasks, self.study.heatmap.pairs)
+        subsets = self.study.subsets
+        sets = spread_sets(cell.tasks, subsets.of(len(cell.tasks)), subsets.limit)
+        seen = {t for pair in pairs for t in pair} | {t for one in sets for t in one if subsets.points}
+        singles = {t: self._single(t, cell, ground) for t in cell.tasks if t in seen}
+        for pair in pairs:
+            cell.heatmaps[pair] = self._heatmap(pair, cell, ground, singles)
+        for one in sets:
+            whole = len(one) == len(cell.tasks)
+            if subsets.points or not whole:  # the merge of all tasks is measured elsewhere
+                cell.subsets[one] = self._subset(one, cell, ground, singles, not whole)
+
+    def _single(self, task: str, cell: Cell, ground: Ground) -> Step:
         settings = self.study.heatmap
-        scales = settings.scales()
-        pairs = choose_pairs(cell.tasks, settings.pairs)
-        singles = {}
-        for t in dict.fromkeys(name for pair in pairs for name in pair):
-            inputs = {
-                "backbone": [encoder],
-                "task": [data[t]],
-                "head": [cell.head[t]],
-                "finetuned": [cell.finetuned[t]],
-            }
-            config = {"scales": scales, "samples": settings.samples, **self.device}
-            cost = len(scales) * float(settings.samples)
-            singles[t] = self.step("single_task_predictions", f"heatmap axis of {t} {where}", config, inputs, cost)
-        for a, b in pairs:
-            inputs = {"backbone": [encoder]}
-            inputs |= {
-                role: [by[a], by[b]]
-                for role, by in (("finetuned", cell.finetuned), ("heads", cell.head), ("singles", singles))
-            }
-            cost = 2.0 * len(scales) ** 2 * settings.samples
-            config = {"scales": scales, **self.device}
-            cell.heatmaps[a, b] = self.step("heatmap", f"heatmap of {a} and {b} {where}", config, inputs, cost)
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "finetuned": [cell.finetuned[task]]}
+        config = {"scales": settings.scales(), "samples": settings.samples, **self.device}
+        cost = settings.points * float(settings.samples)
+        return self.step("single_task_predictions", f"heatmap axis of {task} {cell.where}", config, inputs, cost)
+
+    def _heatmap(self, pair: tuple[str, str], cell: Cell, ground: Ground, singles: dict[str, Step]) -> Step:
+        settings = self.study.heatmap
+        inputs = {"backbone": [ground.encoder], "finetuned": [cell.finetuned[t] for t in pair]}
+        inputs |= {"singles": [singles[t] for t in pair]}
+        config = {"scales": settings.scales(), **self.device}
+        cost = 2.0 * settings.points**2 * settings.samples
+        return self.step("heatmap", f"heatmap of {' and '.join(pair)} {cell.where}", config, inputs, cost)
+
+    def _subset(
+        self, names: tuple[str, ...], cell: Cell, ground: Ground, singles: dict[str, Step], merge: bool
+    ) -> Step:
+        settings, axis = self.study.subsets, self.study.heatmap
+        grid = next((m.grid() for m in self.study.methods if m.name == "task_arithmetic"), None)
+        config = {"merge": merge, "grid": grid or parse_scales("0:1:0.05"), "samples": settings.samples, **self.device}
+        config |= {"points": settings.points, "axis": axis.scales()}
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in names]}
+        inputs |= {"finetuned": [cell.finetuned[t] for t in names]}
+        inputs |= {"singles": [singles[t] for t in names]} if settings.points else {}
+        images = sum(0.1 * self.images[t] + 8 * min(settings.samples, 0.1 * self.images[t]) for t in names)
+        cost = merge * images + settings.points * len(names) * axis.samples
+        return self.step("subset", f"add {', '.join(names)} {cell.where}", config, inputs, cost)
+
+
+def training_config(settings: Finetune, rate: Inputs) -> dict[str, Any]:
+    """Return the settings that a fine-tuning step depends on: no rate where it reads one, and not those of a search."""
+    left_out = {"learning_rates"} | ({"learning_rate"} if rate else set())
+    return settings.model_dump(mode="json", exclude=left_out)
 
 
 def unique(names: list[str], kind: str) -> list[str]:

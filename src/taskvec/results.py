@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
 from taskvec.pipeline import Step
-from taskvec.plan import Candidate, Cell
+from taskvec.plan import PER_TASK, Candidate, Cell
 from taskvec.store import Artifact, canonical
 
 COLUMNS = (
     "study backbone regime seed tasks method config heads scale task split metric value artifact".split()  # noqa: SIM905
 )
 HEATMAP_COLUMNS = "backbone regime seed task_1 task_2 scale_1 scale_2 error_1 error_2 n".split()  # noqa: SIM905
+ADDITION = "task_arithmetic"
+SCALE = {"probing": 0.0, "zero_shot": 0.0, "joint": 1.0, "fine_tuned": 1.0}
+"""The scale under which each baseline stands."""
+NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
 Done = Mapping[Step, Artifact]
 Row = dict[str, Any]
 
@@ -31,17 +37,31 @@ class Writer:
     def rows(self) -> Iterator[Row]:
         """Yield all rows: validation for every scale tried, test for what was chosen."""
         cell = self.cell
-        single = {"probing": (0.0, cell.head), "fine_tuned": (1.0, cell.finetuned)}
-        tuned = {t: self.done[s].json("metrics.json")["validation"] for t, s in cell.finetuned.items()}
-        for method, (scale, steps) in single.items():
-            values = {t: self.done[s].json("metrics.json")["validation"] for t, s in steps.items()}
-            made_by = {t: self.done[s].id for t, s in steps.items()} | {"": self._id(cell.model)}
-            yield from self.measured(method, "kept", scale, "validation", values, tuned, made_by)
+        for method, steps in (("probing", cell.head), ("zero_shot", cell.zero_shot), ("fine_tuned", cell.finetuned)):
+            if steps:
+                made_by = {t: self.done[s].id for t, s in steps.items()} | {"": self._id(cell.model)}
+                yield from self.measured(method, "kept", SCALE[method], "validation", self.validation(steps), made_by)
+        if cell.joint:
+            values = dict(zip(cell.tasks, self.metrics(cell.joint)["validation"], strict=True))
+            made_by = dict.fromkeys([*cell.tasks, ""], self._id(cell.joint))
+            yield from self.measured("joint", "kept", SCALE["joint"], "validation", values, made_by)
         for candidate in cell.candidates:
-            yield from self.curve(candidate, tuned)
+            yield from self.tried_together(candidate) if candidate.name == PER_TASK else self.curve(candidate)
         yield from self.test_rows()
+        for names, step in cell.subsets.items():
+            yield from self.subset_rows(names, step)
+        yield from self.learning_rates()
 
-    def curve(self, candidate: Candidate, tuned: Mapping[str, float]) -> Iterator[Row]:
+    def metrics(self, step: Step) -> dict[str, Any]:
+        """Return what a step has measured on validation."""
+        found: dict[str, Any] = self.done[step].json("metrics.json")
+        return found
+
+    def validation(self, steps: Mapping[str, Step]) -> dict[str, float]:
+        """Return the validation accuracy that the step of each task has measured."""
+        return {t: self.metrics(step)["validation"] for t, step in steps.items()}
+
+    def curve(self, candidate: Candidate) -> Iterator[Row]:
         """Yield the validation rows of every scale that a candidate tried, in rising order."""
         found: dict[float, tuple[dict[str, float], dict[str, str]]] = {}
         for steps in candidate.rounds:
@@ -51,28 +71,78 @@ class Writer:
                     values, made_by = found.setdefault(scale, ({}, {"": self._id(candidate.choice)}))
                     values[task], made_by[task] = value, self.done[step].id
         for scale, (values, made_by) in sorted(found.items()):
-            yield from self.measured(
-                candidate.method.name, candidate.heads, scale, "validation", values, tuned, made_by
-            )
+            yield from self.measured(candidate.name, candidate.heads, scale, "validation", values, made_by)
+
+    def tried_together(self, candidate: Candidate) -> Iterator[Row]:
+        """Yield the validation rows of every set of scales that was tried, one a task; ``scale`` is their mean."""
+        made_by = dict.fromkeys([*self.cell.tasks, ""], self._id(candidate.choice))
+        for scales, accuracies in self.done[candidate.choice].json("choice.json")["tried"]:
+            values = dict(zip(self.cell.tasks, accuracies, strict=True))
+            mean, config = self.scales_of(scales)
+            yield from self.measured(candidate.name, candidate.heads, mean, "validation", values, made_by, config)
+
+    def scales_of(self, scales: Sequence[float]) -> tuple[float, dict[str, Any]]:
+        """Return the mean of one scale a task, and the configuration that tells them all."""
+        return sum(scales) / len(scales), {"scales": dict(zip(self.cell.tasks, scales, strict=True))}
 
     def test_rows(self) -> Iterator[Row]:
-        """Yield the test rows: probing, fine-tuned, and the chosen scale of every candidate with its gain."""
+        """Yield the test rows: the baselines, fine-tuned, and the chosen scale of every candidate with its gain."""
         cell = self.cell
         measured = {t: self.done[s].json("test.json") for t, s in cell.test.items()}
-        tuned = {t: values["fine_tuned"] for t, values in measured.items()}
         made_by = {t: self.done[s].id for t, s in cell.test.items()} | {"": self._id(cell.gains)}
-        for method, scale in (("probing", 0.0), ("fine_tuned", 1.0)):
-            values = {t: found[method] for t, found in measured.items()}
-            yield from self.measured(method, "kept", scale, "test", values, tuned, made_by)
+        for method, scale in SCALE.items():
+            if all(method in found for found in measured.values()):
+                values = {t: found[method] for t, found in measured.items()}
+                yield from self.measured(method, "kept", scale, "test", values, made_by)
         gains = self.done[cell.gains].json("gains.json") if cell.gains else {}
         for index, candidate in enumerate(cell.candidates):
-            scale = self.done[candidate.choice].json("choice.json")["scale"]
+            choice = self.done[candidate.choice].json("choice.json")
+            scale, config = self.scales_of(choice["scales"]) if "scales" in choice else (choice["scale"], {})
             values = {t: found[str(index)] for t, found in measured.items()}
-            name, heads = candidate.method.name, candidate.heads
-            yield from self.measured(name, heads, scale, "test", values, tuned, made_by)
+            name, heads = candidate.name, candidate.heads
+            yield from self.measured(name, heads, scale, "test", values, made_by, config)
             for task, gain in gains[str(index)].items():
                 for part, metric in GAINS.items():
-                    yield self.row(name, heads, scale, task, "test", metric, gain[part], made_by[task])
+                    yield self.row(name, heads, scale, task, "test", metric, gain[part], made_by[task], config)
+
+    def subset_rows(self, names: tuple[str, ...], step: Step) -> Iterator[Row]:
+        """Yield the rows of one set of tasks: scales tried, the test of the chosen one, and the error in the box."""
+        found, smaller = self.done[step].json("subset.json"), replace(self, cell=replace(self.cell, tasks=names))
+        made_by = dict.fromkeys([*names, ""], self.done[step].id)
+        if "test" in found:
+            for scale, values in zip(found["scales"], found["validation"], strict=True):
+                by_task = dict(zip(names, values, strict=True))
+                yield from smaller.measured(ADDITION, "kept", scale, "validation", by_task, made_by)
+            by_task = dict(zip(names, found["test"], strict=True))
+            yield from smaller.measured(ADDITION, "kept", found["scale"], "test", by_task, made_by)
+        if "error" in found:
+            error, id = found["error"], self.done[step].id
+            yield smaller.row(ADDITION, "kept", "", "", "test", "disentanglement_error", error, id)
+
+    def learning_rates(self) -> Iterator[Row]:
+        """Yield the learning rates that were used, and what each rate that was tried reached on validation."""
+        cell = self.cell
+        for task, step in cell.probe.items():
+            tried = self.done[step].json("probe.json")
+            for rate, value in zip(tried["rates"], tried["validation"], strict=True):
+                yield self.tried_rate("probing", task, rate, value, step)
+        for task, step in cell.finetuned.items():
+            rate = self.metrics(step)["learning_rate"]
+            yield self.row("fine_tuned", "kept", 1.0, task, "", "learning_rate", rate, self.done[step].id)
+        if cell.rate:
+            for rate, step in cell.rate[1].items():
+                yield self.tried_rate("fine_tuned", cell.rate[0], rate, self.metrics(step)["validation"], step)
+
+    def tried_rate(self, method: str, task: str, rate: float, value: float, step: Step) -> Row:
+        """Return the row of one learning rate that was tried on one task."""
+        config, id = {"learning_rate": rate}, self.done[step].id
+        return self.row(method, "kept", SCALE[method], task, "validation", "accuracy", value, id, config)
+
+    @cached_property
+    def tuned(self) -> dict[str, dict[str, float]]:
+        """Return the accuracy of every fine-tuned encoder by split, which normalises all others."""
+        test = {t: self.done[step].json("test.json")["fine_tuned"] for t, step in self.cell.test.items()}
+        return {"validation": self.validation(self.cell.finetuned), "test": test}
 
     def measured(
         self,
@@ -81,32 +151,37 @@ class Writer:
         scale: float,
         split: str,
         values: Mapping[str, float],
-        tuned: Mapping[str, float],
         made_by: Mapping[str, str],
+        config: Mapping[str, Any] = NO_CONFIG,
     ) -> Iterator[Row]:
         """Yield accuracy and normalised accuracy of every task and their means; nothing is normalised by zero."""
-        ordered = {t: values[t] for t in self.cell.tasks}
+        ordered, tuned = {t: values[t] for t in self.cell.tasks}, self.tuned[split]
         columns = {"accuracy": ordered}
         if all(tuned[t] > 0 for t in ordered):
             columns["normalised_accuracy"] = {t: value / tuned[t] for t, value in ordered.items()}
         for metric, column in columns.items():
             for task, value in column.items():
-                yield self.row(method, heads, scale, task, split, metric, value, made_by[task])
-            yield self.row(method, heads, scale, "", split, metric, sum(column.values()) / len(column), made_by[""])
+                yield self.row(method, heads, scale, task, split, metric, value, made_by[task], config)
+            mean = sum(column.values()) / len(column)
+            yield self.row(method, heads, scale, "", split, metric, mean, made_by[""], config)
 
     def row(
-        self, method: str, heads: str, scale: float, task: str, split: str, metric: str, value: float, artifact: str
+        self,
+        method: str,
+        heads: str,
+        scale: float | str,
+        task: str,
+        split: str,
+        metric: str,
+        value: float,
+        artifact: str,
+        config: Mapping[str, Any] = NO_CONFIG,
     ) -> Row:
         """Return one row of results.csv."""
         cell = self.cell
         place = (self.study, cell.backbone, cell.regime, cell.seed, "+".join(cell.tasks))
-        return dict(
-            zip(
-                COLUMNS,
-                (*place, method, canonical({}), heads, scale, task, split, metric, value, artifact),
-                strict=True,
-            )
-        )
+        about = (method, canonical(dict(config)), heads, scale, task, split, metric, value, artifact)
+        return dict(zip(COLUMNS, (*place, *about), strict=True))
 
     def _id(self, step: Step | None) -> str:
         return self.done[step].id if step is not None else ""

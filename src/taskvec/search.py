@@ -21,6 +21,10 @@ STRIDE = 5
 """A coarse search looks at every fifth scale of the grid, then at neighbours two places and one place away."""
 
 
+COORDINATE_STRIDES = (4, 2, 1)
+"""A coordinate search moves each task's scale by so many places of the grid, one sweep over the tasks a stride."""
+
+
 @dataclass(frozen=True)
 class Search:
     """The outcome of a line search: the chosen scale, and what was measured on validation to choose it."""
@@ -82,6 +86,76 @@ def kept_curve(
         values.append(accuracy(head, *features_of(backbone, task.validation)))
         progress((index + 1) / len(scales))
     return values
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The outcome of a search for one scale a task: the scales, and everything that was tried, the best one last."""
+
+    scales: tuple[float, ...]
+    tried: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+
+
+def coordinate_search(
+    backbone: Backbone,
+    task_vectors: Sequence[Weights],
+    tasks: Sequence[Task],
+    heads: Sequence[Head],
+    fine_tuned: Sequence[float],
+    grid: Sequence[float],
+    start: float,
+    progress: Progress = no_progress,
+) -> Coordinates:
+    """Give every task vector a scale of its own (paper, section 2), one after the other from the common ``start``.
+
+    Each sweep tries a neighbour to either side on the grid for every task, wide strides first, and keeps what raises
+    the mean normalised validation accuracy; ties keep what is there.
+    """
+    places = [list(grid).index(start)] * len(tasks)
+    known: dict[tuple[int, ...], tuple[float, ...]] = {}
+
+    def value(at: list[int]) -> float:
+        if tuple(at) not in known:
+            vectors.move(backbone.bound, backbone.pretrained, task_vectors, [grid[place] for place in at])
+            pairs = zip(tasks, heads, strict=True)
+            known[tuple(at)] = tuple(accuracy(head, *features_of(backbone, task.validation)) for task, head in pairs)
+        return value_of(known[tuple(at)], fine_tuned)
+
+    moves = [(stride, index) for stride in COORDINATE_STRIDES for index in range(len(tasks))]
+    for done, (stride, index) in enumerate(moves):
+        near = [places[index], places[index] - stride, places[index] + stride]
+        options = [[*places[:index], place, *places[index + 1 :]] for place in near if 0 <= place < len(grid)]
+        places = max(options, key=value)
+        progress((done + 1) / len(moves))
+    backbone.use(backbone.pretrained)
+    best = known.pop(tuple(places))
+    tried = {tuple(grid[place] for place in at): found for at, found in [*known.items(), (tuple(places), best)]}
+    return Coordinates(tuple(grid[place] for place in places), tuple(tried.items()))
+
+
+def coarse_search(
+    backbone: Backbone,
+    merged: Weights,
+    tasks: Sequence[Task],
+    heads: Sequence[Head],
+    fine_tuned: Sequence[float],
+    grid: Sequence[float],
+) -> Search:
+    """Choose the scale of a merged vector coarse to fine: every fifth of the grid, then neighbours of the best."""
+    rows: dict[float, tuple[float, ...]] = {}
+
+    def best_of(scales: Sequence[float]) -> float:
+        curves = [kept_curve(backbone, merged, *pair, scales) for pair in zip(tasks, heads, strict=True)]
+        rows.update({scale: tuple(curve[i] for curve in curves) for i, scale in enumerate(scales)})
+        return choose(list(rows), [value_of(row, fine_tuned) for row in rows.values()])
+
+    best = best_of(coarse(grid))
+    for step in (2, 1):
+        near = refine(grid, list(rows), best, step)
+        best = best_of(near) if near else best
+    ordered = sorted(rows)
+    values = tuple(value_of(rows[scale], fine_tuned) for scale in ordered)
+    return Search(best, tuple(ordered), values, tuple(rows[scale] for scale in ordered))
 
 
 def reprobed_curve(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 
 Rate = Annotated[float, Field(gt=0, le=100)]
 Count = Annotated[int, Field(ge=1)]
@@ -32,12 +32,17 @@ class Probe(Settings):
 
 
 class Finetune(Settings):
-    """How an encoder is fine-tuned with its head frozen; ``accumulate`` splits a batch into so many passes."""
+    """How an encoder is fine-tuned; ``accumulate`` splits a batch into so many passes.
+
+    With ``learning_rates`` one of them is chosen for each backbone and regime, on the validation split of the study's
+    first task (paper, appendix C), and ``learning_rate`` is not used.
+    """
 
     steps: Count = 2000
     batch_size: Count = 128
     accumulate: Count = 1
     learning_rate: Rate = 1e-5
+    learning_rates: tuple[Rate, ...] = ()
     warmup: Annotated[int, Field(ge=0)] = 200
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.1
 
@@ -54,6 +59,29 @@ class Heatmap(Settings):
         """Return the coefficients of one axis; an odd number of points includes 0."""
         step = 2 * self.range / (self.points - 1)
         return [round(-self.range + index * step, 10) + 0.0 for index in range(self.points)]
+
+
+class Subsets(Settings):
+    """Which sets of fewer tasks to merge: their ``sizes`` (two up to all tasks), and how many sets in all.
+
+    lambda is chosen coarse to fine for every set, on ``samples`` validation images a task. ``points`` coefficients from
+    the box measure the disentanglement error of more than two tasks; 0 leaves it out.
+    """
+
+    sizes: Literal["all"] | tuple[Annotated[int, Field(ge=2)], ...] = ()
+    limit: Count = 40
+    samples: Count = 256
+    points: Annotated[int, Field(ge=0)] = 8
+
+    @field_validator("sizes")
+    @classmethod
+    def _rising(cls, sizes: Literal["all"] | tuple[int, ...]) -> Literal["all"] | tuple[int, ...]:
+        return "all" if sizes == "all" else tuple(sorted(set(sizes)))
+
+    def of(self, count: int) -> tuple[int, ...]:
+        """Return the sizes wanted among those that ``count`` tasks allow."""
+        possible = range(2, count + 1)
+        return tuple(possible) if self.sizes == "all" else tuple(size for size in self.sizes if size in possible)
 
 
 def parse_scales(text: str) -> list[float]:

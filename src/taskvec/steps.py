@@ -5,25 +5,23 @@ Every function has the signature ``(config, inputs, out, progress)``: ``inputs``
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from taskvec import backbones, evaluation, model, search, tasks
+from taskvec import backbones, disentangling, evaluation, finetuning, model, search, tasks, vectors
 from taskvec.backbones import Backbone
 from taskvec.compute import choose_device, choose_precision
-from taskvec.disentangling import disentanglement, sample, single_predictions
-from taskvec.finetuning import finetune as finetune_encoder
 from taskvec.finetuning import task_vector
-from taskvec.heads import Head, Probed, probe, read_heads, save_heads
+from taskvec.heads import Head, Probed, probe, read_heads, save_heads, zero_shot_head
 from taskvec.images import Preprocessing
 from taskvec.settings import Finetune, Probe
 from taskvec.store import read_json, write_json
-from taskvec.tasks import Task, read_task
+from taskvec.tasks import Split, Task, read_task
 from taskvec.training import Progress
-from taskvec.vectors import add
 from taskvec.weights import Weights, save
 
 Config = dict[str, Any]
@@ -37,12 +35,37 @@ def open_backbone(inputs: Inputs, config: Config) -> Backbone:
 
 def open_task(inputs: Inputs) -> Task:
     """Open the decoded task that a step reads."""
-    return read_task(inputs["task"][0], inputs["task"][0].name)
+    return open_tasks(inputs)[0]
 
 
-def open_head(inputs: Inputs) -> Head:
-    """Open the probed head that a step reads."""
-    return read_heads(inputs["head"][0] / "head.safetensors")["head"]
+def open_tasks(inputs: Inputs) -> list[Task]:
+    """Open all decoded tasks that a step reads."""
+    return [read_task(folder, folder.name) for folder in inputs["task"]]
+
+
+def open_head(inputs: Inputs, role: str = "head") -> Head:
+    """Open the head that a step reads."""
+    return open_heads(inputs, role)[0]
+
+
+def open_heads(inputs: Inputs, role: str = "head") -> list[Head]:
+    """Open the heads in the folders of a role; a fine-tuned encoder's folder holds the head that goes with it."""
+    return [read_heads(folder / "head.safetensors")["head"] for folder in inputs[role]]
+
+
+def save_head(head: Head, out: Path) -> None:
+    """Write the one head of a step."""
+    save_heads({"head": head}, out / "head.safetensors")
+
+
+def open_task_vectors(inputs: Inputs, backbone: Backbone) -> list[Weights]:
+    """Open the fine-tuned encoders that a step reads, as task vectors."""
+    return [task_vector(backbone, open_encoder(folder, backbone)) for folder in inputs["finetuned"]]
+
+
+def validations(folders: list[Path]) -> list[float]:
+    """Return the validation accuracies that steps have measured."""
+    return [read_json(folder / "metrics.json")["validation"] for folder in folders]
 
 
 def open_vector(folder: Path, backbone: Backbone) -> Weights:
@@ -115,36 +138,100 @@ def pick_head(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     """Keep the head of the chosen learning rate, with its validation accuracy."""
     index = read_json(inputs["rate"][0] / "rate.json")["index"]
     folder = inputs["probe"][0]
-    save_heads({"head": read_heads(folder / "heads.safetensors")[str(index)]}, out / "head.safetensors")
+    save_head(read_heads(folder / "heads.safetensors")[str(index)], out)
     write_json(out / "metrics.json", {"validation": read_json(folder / "probe.json")["validation"][index]})
 
 
+def zero_shot(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Build a task's head from the captions of its classes, and measure it on validation."""
+    backbone, task = open_backbone(inputs, config), open_task(inputs)
+    texts, scale = backbones.text_features(config["address"], config["captions"])
+    head = zero_shot_head(texts, scale)
+    save_head(head, out)
+    right = evaluation.correct(backbone, backbone.pretrained, task.validation, head)
+    write_json(out / "metrics.json", {"validation": float(right.mean())})
+
+
 def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Fine-tune the encoder with the task's head frozen, and measure it on validation."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
-    weights = finetune_encoder(
-        backbone, task, head, Finetune(**config["finetune"]), config["seed"], config["precision"], progress
-    )
+    """Fine-tune the encoder with its head frozen or learning (from a random head if none), and measure both."""
+    backbone, task = open_backbone(inputs, config), open_task(inputs)
+    head = open_head(inputs) if "head" in inputs else None
+    settings = finetune_settings(config, inputs)
+    how = (settings, config["seed"], config["precision"], progress)
+    if config["head_learns"]:
+        tuned = finetuning.finetune_full(backbone, task, head, *how)
+        weights, head = tuned.encoder, tuned.heads[0]
+    else:
+        assert head is not None
+        weights = finetuning.finetune(backbone, task, head, *how)
     save(weights, out / "encoder.safetensors")
+    save_head(head, out)
     right = evaluation.correct(backbone, weights, task.validation, head)
+    write_json(out / "metrics.json", {"validation": float(right.mean()), **training_facts(config, settings, backbone)})
+
+
+def finetune_settings(config: Config, inputs: Inputs) -> Finetune:
+    """Return the settings of fine-tuning, with the learning rate that a search has chosen where there was one."""
+    settings = Finetune(**config["finetune"])
+    if "rate" not in inputs:
+        return settings
+    return settings.model_copy(update={"learning_rate": read_json(inputs["rate"][0] / "rate.json")["rate"]})
+
+
+def training_facts(config: Config, settings: Finetune, backbone: Backbone) -> dict[str, Any]:
+    """Return what a fine-tuned encoder's record says of its training."""
     precision = choose_precision(config["precision"], "training", backbone.width, backbone.device)
-    write_json(out / "metrics.json", {"validation": float(right.mean()), "precision": precision})
+    return {"precision": precision, "learning_rate": settings.learning_rate}
+
+
+def finetune_joint(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Fine-tune one encoder on all tasks at once with their heads frozen, and measure it on every validation split."""
+    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs)
+    settings = finetune_settings(config, inputs)
+    weights = finetuning.finetune_joint(backbone, every, heads, settings, config["seed"], config["precision"], progress)
+    save(weights, out / "encoder.safetensors")
+    measured = [
+        float(evaluation.correct(backbone, weights, task.validation, head).mean())
+        for task, head in zip(every, heads, strict=True)
+    ]
+    write_json(out / "metrics.json", {"validation": measured, **training_facts(config, settings, backbone)})
+
+
+def choose_learning_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Choose the fine-tuning rate with the highest validation accuracy on one task; ties go to the smaller."""
+    rates, values = config["rates"], validations(inputs["finetuned"])
+    best = Probed(tuple(rates), (), tuple(values)).best()
+    write_json(out / "rate.json", {"rate": rates[best], "rates": rates, "validation": values})
 
 
 def merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Make a method's merged task vector out of the fine-tuned encoders."""
     backbone = open_backbone(inputs, config)
-    tuned = [task_vector(backbone, open_encoder(folder, backbone)) for folder in inputs["finetuned"]]
+    tuned = open_task_vectors(inputs, backbone)
     save(search.direction(backbone.pretrained, tuned, config["method"]), out / "direction.safetensors")
 
 
+def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Search one scale a task from the common one, and write the sum as a merged vector whose scale is 1."""
+    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs, "finetuned")
+    tuned, normal = open_task_vectors(inputs, backbone), validations(inputs["finetuned"])
+    start = read_json(inputs["choice"][0] / "choice.json")["scale"]
+    found = search.coordinate_search(backbone, tuned, every, heads, normal, config["grid"], start, progress)
+    total = torch.stack([vector.flat * scale for vector, scale in zip(tuned, found.scales, strict=True)]).sum(0)
+    save(backbone.pretrained.with_flat(total), out / "direction.safetensors")
+    best = found.tried[-1][1]
+    chosen = {"scale": 1.0, "scales": found.scales, "value": search.value_of(best, normal)}
+    write_json(out / "choice.json", chosen | {"accuracy": float(np.mean(best)), "tried": found.tried})
+
+
 def kept_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Measure a task at every scale with its head kept; scale 0 is the probe, known already."""
+    """Measure a task at every scale with its head kept; where that head did not learn, its scale 0 is known already."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
     vector = open_vector(inputs["merged"][0], backbone)
-    scales = [scale for scale in config["scales"] if scale != 0]
+    known = {0.0: validations(inputs["start"])[0]} if "start" in inputs else {}
+    scales = [scale for scale in config["scales"] if scale not in known]
     curve = dict(zip(scales, search.kept_curve(backbone, vector, task, head, scales, progress), strict=True))
-    _write_curve(out, config["scales"], curve | {0: read_json(inputs["head"][0] / "metrics.json")["validation"]})
+    _write_curve(out, config["scales"], curve | known)
 
 
 def reprobed_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
@@ -156,7 +243,7 @@ def reprobed_curve(config: Config, inputs: Inputs, out: Path, progress: Progress
     scales = [scale for scale in wanted if scale != 0]
     settings = Probe(**config["probe"])
     values, heads = search.reprobed_curve(backbone, vector, task, rate, settings, scales, config["seed"], progress)
-    curve = dict(zip(scales, values, strict=True)) | {0: read_json(inputs["head"][0] / "metrics.json")["validation"]}
+    curve = dict(zip(scales, values, strict=True)) | {0.0: validations(inputs["head"])[0]}
     fitted = dict(zip(scales, heads, strict=True)) | ({0.0: head} if 0 in wanted else {})
     save_heads({scale_key(scale): fit for scale, fit in fitted.items()}, out / "heads.safetensors")
     _write_curve(out, wanted, curve)
@@ -168,7 +255,7 @@ def _write_curve(out: Path, scales: list[float], values: dict[float, float]) -> 
 
 def choose_scale(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the scale by mean normalised validation accuracy, and name the scales that a next round should try."""
-    tuned = [read_json(folder / "metrics.json")["validation"] for folder in inputs["finetuned"]]
+    tuned = validations(inputs["finetuned"])
     scales: list[float] = []
     rows: list[tuple[float, ...]] = []
     for role in sorted(role for role in inputs if role.startswith("round")):
@@ -183,20 +270,55 @@ def choose_scale(config: Config, inputs: Inputs, out: Path, progress: Progress) 
 
 
 def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Touch a task's test split, once: probing, fine-tuned, and what validation chose for every candidate."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
-    right = {"probing": evaluation.correct(backbone, backbone.pretrained, task.test, head)}
+    """Touch a task's test split, once: the baselines, fine-tuned, and what validation chose for every candidate."""
+    backbone, task, own = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
+    probed = open_head(inputs, "probe")
+    right = {"probing": evaluation.correct(backbone, backbone.pretrained, task.test, probed)}
+    if "zero_shot" in inputs:
+        zero = open_head(inputs, "zero_shot")
+        right["zero_shot"] = evaluation.correct(backbone, backbone.pretrained, task.test, zero)
+    if "joint" in inputs:
+        joint = open_encoder(inputs["joint"][0], backbone)
+        right["joint"] = evaluation.correct(backbone, joint, task.test, probed)
     tuned = open_encoder(inputs["finetuned"][0], backbone)
-    right["fine_tuned"] = evaluation.correct(backbone, tuned, task.test, head)
+    right["fine_tuned"] = evaluation.correct(backbone, tuned, task.test, own)
     progress(2 / (2 + len(config["candidates"])))
     for index, kind in enumerate(config["candidates"]):
         scale = read_json(inputs["choices"][index] / "choice.json")["scale"]
-        weights = add(backbone.pretrained, open_vector(inputs["merged"][index], backbone), scale)
-        own = head if kind == "kept" else find_head(inputs[f"rounds{index}"], scale)
-        right[str(index)] = evaluation.correct(backbone, weights, task.test, own)
+        weights = vectors.add(backbone.pretrained, open_vector(inputs["merged"][index], backbone), scale)
+        head = own if kind == "kept" else find_head(inputs[f"rounds{index}"], scale)
+        right[str(index)] = evaluation.correct(backbone, weights, task.test, head)
         progress((3 + index) / (2 + len(config["candidates"])))
     np.savez(out / "correct.npz", **right)  # type: ignore[arg-type]
     write_json(out / "test.json", {name: float(values.mean()) for name, values in right.items()})
+
+
+def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Merge a set of tasks: choose lambda on a sample of validation images, then test; measure the error in the box."""
+    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs, "finetuned")
+    tuned = open_task_vectors(inputs, backbone)
+    found: dict[str, Any] = {}
+    if config["merge"]:
+        few = [replace(task, validation=fewer(task.validation, config["samples"])) for task in every]
+        merged = search.direction(backbone.pretrained, tuned, "task_arithmetic")
+        chosen = search.coarse_search(backbone, merged, few, heads, validations(inputs["finetuned"]), config["grid"])
+        progress(0.5)
+        weights = vectors.add(backbone.pretrained, merged, chosen.scale)
+        test = list(evaluation.evaluate(backbone, weights, every, heads).values())
+        found = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
+        progress(0.8)
+    if config["points"]:
+        images = [np.load(folder / "images.npy") for folder in inputs["singles"]]
+        singles = [np.load(folder / "predictions.npy") for folder in inputs["singles"]]
+        axis, points = config["axis"], config["points"]
+        found["error"] = disentangling.box_error(backbone, tuned, heads, images, singles, axis, points)
+    write_json(out / "subset.json", found)
+
+
+def fewer(split: Split, count: int) -> Split:
+    """Return a seeded choice of at most ``count`` images of a split."""
+    order = np.sort(np.random.default_rng(0).permutation(len(split))[:count])
+    return Split(split.images[order], split.labels[order])
 
 
 def scale_key(scale: float) -> str:
@@ -232,21 +354,22 @@ def gains(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None
 
 def single_task_predictions(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Predict a sample of a task's images under its own vector at every coefficient; all pairs share it."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
-    vector = task_vector(backbone, open_encoder(inputs["finetuned"][0], backbone))
-    images = sample(task.test.images, config["samples"])
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
+    vector = open_task_vectors(inputs, backbone)[0]
+    images = disentangling.sample(task.test.images, config["samples"])
     np.save(out / "images.npy", images)
-    np.save(out / "predictions.npy", single_predictions(backbone, vector, head, images, config["scales"], progress))
+    rows = disentangling.single_predictions(backbone, vector, head, images, config["scales"], progress)
+    np.save(out / "predictions.npy", rows)
 
 
 def heatmap(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure the disentanglement error of a pair of tasks over a grid of coefficients."""
     backbone = open_backbone(inputs, config)
-    first, second = (task_vector(backbone, open_encoder(folder, backbone)) for folder in inputs["finetuned"])
-    heads = [read_heads(folder / "head.safetensors")["head"] for folder in inputs["heads"]]
+    first, second = open_task_vectors(inputs, backbone)
+    heads = open_heads(inputs, "finetuned")
     images = [np.load(folder / "images.npy") for folder in inputs["singles"]]
     singles = [np.load(folder / "predictions.npy") for folder in inputs["singles"]]
-    errors = disentanglement(
+    errors = disentangling.disentanglement(
         backbone,
         (first, second),
         (heads[0], heads[1]),
@@ -263,15 +386,15 @@ def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -
     """Write the model that was best on validation: the merged encoder, one head a task, and how to use them."""
     backbone = open_backbone(inputs, config)
     best = best_candidate(config, inputs)
-    scale, weights, own = best["scale"], backbone.pretrained, inputs["heads"]
-    heads = [read_heads(folder / "head.safetensors")["head"] for folder in own]
-    if best["index"] is not None:
-        index = best["index"]
-        weights = add(backbone.pretrained, open_vector(inputs["merged"][index], backbone), scale)
+    index, scale = best.pop("index"), best["scale"]
+    if index is None:
+        weights, heads = backbone.pretrained, open_heads(inputs, "probe")
+    else:
+        weights = vectors.add(backbone.pretrained, open_vector(inputs["merged"][index], backbone), scale)
+        heads = open_heads(inputs, "finetuned")
         if best["heads"] == "reprobed":
             heads = [find_head(inputs[f"rounds{index}-{t}"], scale) for t in range(len(heads))]
     classes = [read_json(folder / "classes.json") for folder in inputs["tasks"]]
-    del best["index"]
     model.save_model(out, backbone, weights, dict(zip(config["tasks"], heads, strict=True)), classes, best)
 
 
@@ -280,8 +403,7 @@ def best_candidate(config: Config, inputs: Inputs) -> dict[str, Any]:
 
     ``validation`` is its mean accuracy there (a fraction), by which models of several backbones compare.
     """
-    tuned = [read_json(folder / "metrics.json")["validation"] for folder in inputs["finetuned"]]
-    probed = [read_json(folder / "metrics.json")["validation"] for folder in inputs["heads"]]
+    tuned, probed = validations(inputs["finetuned"]), validations(inputs["probe"])
     best = {"method": "probing", "heads": "kept", "scale": 0.0, "validation": float(np.mean(probed)), "index": None}
     highest = search.value_of(probed, tuned)
     for index, candidate in enumerate(config["candidates"]):
@@ -289,4 +411,5 @@ def best_candidate(config: Config, inputs: Inputs) -> dict[str, Any]:
         if choice["value"] > highest:
             highest = choice["value"]
             best = {**candidate, "scale": choice["scale"], "validation": choice["accuracy"], "index": index}
+            best |= {"scales": choice["scales"]} if "scales" in choice else {}
     return best

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.merging import METHODS, find_method
-from taskvec.settings import Finetune, Heatmap, Probe, Settings, parse_scales
+from taskvec.settings import Count, Finetune, Heatmap, Probe, Rate, Settings, Subsets, parse_scales
 
-REGIMES = ("aligned",)
+REGIMES = ("aligned", "full", "open", "open-full", "joint")
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
 
 
 class Choice(Settings):
@@ -30,12 +31,37 @@ class Choice(Settings):
         return {cls.short_for: value} if isinstance(value, str) else value
 
 
+def check_regime(regime: str) -> str:
+    """Return the name of a regime, or raise with the nearest."""
+    if regime not in REGIMES:
+        raise ValueError(f"unknown regime '{regime}'; {did_you_mean(regime, REGIMES)}")
+    return regime
+
+
+Regime = Annotated[str, AfterValidator(check_regime)]
+
+
 class BackboneChoice(Choice):
-    """A backbone: its address, its input size in pixels (its own when left out), and a name for tables."""
+    """A backbone: its address, its input size in pixels (its own when left out), and a name for tables.
+
+    ``learning_rates`` of its own, by regime, go before those of ``finetune``; ``paper`` names the row of the paper's
+    tables that it stands for.
+    """
 
     address: str
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
     name: str = ""
+    learning_rates: dict[Regime, Rate] = Field(default={})
+    paper: str = ""
+
+
+class RegimeChoice(Choice):
+    """A regime of fine-tuning, with seeds and steps of its own where they differ from the study's."""
+
+    short_for: ClassVar[str] = "name"
+    name: Regime
+    seeds: Seeds | None = None
+    steps: Count | None = None
 
 
 class TaskChoice(Choice):
@@ -87,11 +113,13 @@ class Study(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     backbones: Annotated[tuple[BackboneChoice, ...], Field(min_length=1)]
     tasks: Annotated[tuple[TaskChoice, ...], Field(min_length=1)]
-    regimes: Annotated[tuple[str, ...], Field(min_length=1)] = ("aligned",)
+    regimes: Annotated[tuple[RegimeChoice, ...], Field(min_length=1)] = (RegimeChoice(name="aligned"),)
     methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name="task_arithmetic"),)
     heads: Annotated[tuple[Literal["kept", "reprobed"], ...], Field(min_length=1)] = ("kept", "reprobed")
+    scales: Literal["common", "per-task"] = "common"
     heatmap: Heatmap = Heatmap()
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)] = (0,)
+    subsets: Subsets = Subsets()
+    seeds: Seeds = (0,)
     probe: Probe = Probe()
     finetune: Finetune = Finetune()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -102,16 +130,16 @@ class Study(Settings):
 
     @field_validator("regimes")
     @classmethod
-    def _regimes(cls, regimes: tuple[str, ...]) -> tuple[str, ...]:
-        for regime in regimes:
-            if regime not in REGIMES:
-                raise ValueError(f"unknown regime '{regime}'; {did_you_mean(regime, REGIMES)}")
+    def _joint(cls, regimes: tuple[RegimeChoice, ...]) -> tuple[RegimeChoice, ...]:
+        names = [regime.name for regime in regimes]
+        if "joint" in names and "aligned" not in names:
+            raise ValueError("joint fine-tuning starts from the aligned regime's heads; add aligned")
         return regimes
 
     @field_validator("regimes", "methods", "heads", "seeds")
     @classmethod
     def _distinct(cls, chosen: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [item.name if isinstance(item, MethodChoice) else item for item in chosen]
+        names = [item.name if isinstance(item, Choice) else item for item in chosen]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{name} is given twice")
@@ -124,6 +152,10 @@ class Study(Settings):
                 "name": f"{self.name}-smoke",
                 "probe": self.probe.model_copy(update={"steps": 2, "warmup": 0}),
                 "finetune": self.finetune.model_copy(update={"steps": 2, "warmup": 0}),
+                "regimes": tuple(
+                    regime.model_copy(update={"steps": None if regime.steps is None else 2}) for regime in self.regimes
+                ),
+                "subsets": self.subsets.model_copy(update={"limit": min(self.subsets.limit, 8)}),
                 "limit": 32,
             }
         )
@@ -227,8 +259,10 @@ def known_keys(place: Sequence[Any]) -> list[str]:
     inside: dict[str, type[BaseModel]] = {
         "backbones": BackboneChoice,
         "tasks": TaskChoice,
+        "regimes": RegimeChoice,
         "methods": MethodChoice,
         "heatmap": Heatmap,
+        "subsets": Subsets,
         "probe": Probe,
         "finetune": Finetune,
     }

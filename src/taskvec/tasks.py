@@ -217,6 +217,14 @@ def describe_lab(name: str) -> dict[str, Any]:
     return {"lab": name, "counts": LAB_COUNTS, "images": sum(LAB_COUNTS.values()), "version": worlds.VERSION}
 
 
+def captions(address: str) -> list[str] | None:
+    """Return a caption for each class of a task, for zero-shot heads; None where its classes have none."""
+    from taskvec.lab import worlds
+
+    kind, rest = parse(address)
+    return worlds.captions(rest) if kind == "lab" else None
+
+
 SOURCES: dict[str, Callable[[str], Listing]] = {"folder": list_folder, "lab": list_lab}
 
 

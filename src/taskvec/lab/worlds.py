@@ -206,6 +206,13 @@ def classes(task: str) -> list[str]:
     return {"digits": [str(digit) for digit in range(10)], "fonts": list(FAMILIES), "textures": list(FIELDS)}[task]
 
 
+def captions(task: str) -> list[str] | None:
+    """Return a caption for each class of a task, in the order of its labels; None where classes have no Unicode name."""
+    if task == "digits":
+        return [caption(ord(digit)) for digit in classes(task)]
+    return classes(task) if task in SCRIPTS else None
+
+
 def check_task(task: str) -> None:
     """Raise with the nearest names if the lab has no such task."""
     if task not in TASKS:
