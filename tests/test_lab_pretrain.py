@@ -12,8 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 from taskvec.errors import TaskvecError
-from taskvec.lab import encoders, pretrain, worlds
+from taskvec.lab import encoders, objective, pretrain, worlds
+from taskvec.lab.corpus import draw_pretraining, pretraining_code_points
+from taskvec.lab.looks import stream
+from taskvec.lab.supervised import SMOOTHING, Supervised
 from taskvec.lab.vit import VisionTransformer, sine_positions
+from taskvec.training import Group, Schedule, train
+
+SHIPPED = [name for name in encoders.pretrained() if (encoders.WEIGHTS / f"{name}.json").exists()]
+LARGEST_PACKAGE = 25e6
+"""Bytes of all weights together at most."""
+
+
+class Killed(Exception):
+    """Ends a run as a signal would."""
 
 
 def test_encoder_shapes() -> None:
@@ -50,40 +62,144 @@ def test_patches_are_cut_row_by_row() -> None:
     torch.testing.assert_close(patches[0, 1].view(3, 2, 2), image[0, :, :2, 2:])
 
 
-def test_two_short_runs_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "HELD_OUT", 64)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the figures on few images, and write a checkpoint every other step."""
+    monkeypatch.setattr(objective, "HELD_OUT", 64)
+    monkeypatch.setattr(pretrain, "EVERY", 2)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", pretrain.PRETRAININGS)
+def test_a_run_that_was_killed_continues_and_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
+    def kill(share: float) -> None:
+        if share == 3 / 4:
+            raise Killed
+
     shares: list[float] = []
-    first = pretrain.pretrain("supervised", tmp_path / "a", steps=3, progress=shares.append)
+    whole = pretrain.pretrain(name, tmp_path / "a", steps=4)
+    with pytest.raises(Killed):
+        pretrain.pretrain(name, tmp_path / "b", steps=4, progress=kill)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [f".{name}.checkpoint"]
     torch.manual_seed(5)
-    second = pretrain.pretrain("supervised", tmp_path / "b", steps=3)
-    other = pretrain.pretrain("supervised", tmp_path / "c", steps=3, seed=1)
-    assert shares == [1 / 3, 2 / 3, 1.0]
-    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
-    assert sorted(path.name for path in first.parent.iterdir()) == ["supervised.json", "supervised.safetensors"]
-    known = json.loads(first.with_suffix(".json").read_text())
-    assert known["sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
-    assert known["command"] == "taskvec lab pretrain supervised --steps 3 --seed 0"
+    resumed = pretrain.pretrain(name, tmp_path / "b", steps=4, progress=shares.append)
+    assert shares == [3 / 4, 1.0]
+    made = sorted(path.name for path in whole.parent.iterdir())
+    assert made == sorted(path.name for path in resumed.parent.iterdir())
+    for file in made:
+        if not file.endswith(".json"):
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    known, again = (json.loads(path.with_suffix(".json").read_text()) for path in (whole, resumed))
+    assert known | {"seconds": 0} == again | {"seconds": 0}
+    assert known["sha256"] == hashlib.sha256(whole.read_bytes()).hexdigest()
+    assert known["command"] == f"taskvec lab pretrain {name} --steps 4 --seed 0"
     assert math.isfinite(known["figures"]["final_loss"])
 
 
-@pytest.mark.parametrize("name", pretrain.PRETRAININGS)
+@pytest.mark.usefixtures("quick")
+def test_the_seed_matters_and_a_checkpoint_of_another_run_does_not(tmp_path: Path) -> None:
+    def kill(share: float) -> None:
+        if share == 2 / 3:
+            raise Killed
+
+    first = pretrain.pretrain("supervised", tmp_path / "a", steps=3)
+    with pytest.raises(Killed):
+        pretrain.pretrain("supervised", tmp_path / "b", steps=3, seed=1, progress=kill)
+    again = pretrain.pretrain("supervised", tmp_path / "b", steps=3)
+    assert first.read_bytes() == again.read_bytes()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / ".supervised.checkpoint").write_bytes(b"cut off")
+    other = pretrain.pretrain("supervised", tmp_path / "c", steps=3, seed=1)
+    assert first.read_bytes() != other.read_bytes()
+
+
+def test_the_recipe_is_the_plain_loop() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = VisionTransformer()
+        head = torch.nn.Linear(128, len(pretraining_code_points()))
+    generator = stream("supervised", "train", 0)
+
+    def loss(step: int) -> torch.Tensor:
+        images, labels = draw_pretraining(64, min(1.0, step / (0.6 * 7000)), generator)
+        return torch.nn.functional.cross_entropy(head(encoder(images / 127.5 - 1)), labels, label_smoothing=SMOOTHING)
+
+    groups = [Group([*encoder.parameters(), *head.parameters()], 1.5e-3)]
+    train(groups, loss, range(2), Schedule(7000, warmup=350, weight_decay=0.05), steps=range(2))
+    snapshot = pretrain.snapshot("supervised", 2)
+    for mine, theirs in zip(encoder.parameters(), snapshot.parameters(), strict=True):
+        torch.testing.assert_close(mine.half().float(), theirs, rtol=0, atol=1e-4)
+
+
+def test_the_snapshot_at_step_0_is_the_random_start() -> None:
+    start = Supervised(10, 0).encoder
+    for mine, theirs in zip(start.parameters(), pretrain.snapshot("supervised", 0).parameters(), strict=True):
+        assert torch.equal(mine.half().float(), theirs)
+    with pytest.raises(TaskvecError, match="'supervised' has no step 7001"):
+        pretrain.snapshot("supervised", 7001)
+
+
+def test_few_classes_are_among_all() -> None:
+    few = pretraining_code_points(few=True)
+    assert len(few) == 130
+    assert set(few) < set(pretraining_code_points())
+    _, labels = draw_pretraining(2000, 0.0, stream("few"), few=True)
+    assert labels.max() == 129
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_made_already_is_known(tmp_path: Path) -> None:
+    path = pretrain.pretrain("supervised", tmp_path, steps=1)
+    assert pretrain.is_made("supervised", tmp_path, steps=1)
+    assert not pretrain.is_made("supervised", tmp_path)
+    assert not pretrain.is_made("supervised", tmp_path, steps=1, seed=1)
+    assert not pretrain.is_made("contrastive", tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not pretrain.is_made("supervised", tmp_path, steps=1)
+
+
+def test_every_recipe_is_described_and_all_weights_are_small() -> None:
+    assert tuple(pretrain.PRETRAININGS) == encoders.pretrained()
+    assert sum(path.stat().st_size for path in encoders.WEIGHTS.iterdir()) < LARGEST_PACKAGE
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_encoder_is_the_recorded_one(name: str) -> None:
     known = encoders.record(name)
-    assert hashlib.sha256(encoders.WEIGHTS.joinpath(f"{name}.safetensors").read_bytes()).hexdigest() == known["sha256"]
-    assert known["steps"] == pretrain.PRETRAININGS[name].steps
+    assert pretrain.is_made(name, encoders.WEIGHTS)
+    assert known["seed"] == 0
+    assert known["seconds"] > 60
     assert known["mean"] == known["std"] == [0.5, 0.5, 0.5]
+    made = Supervised(1, 0, **encoders.options(name)).encoder
+    assert load_file(encoders.WEIGHTS / f"{name}.safetensors").keys() == made.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", pretrain.PRETRAININGS)
-def test_shipped_encoder_tells_classes_apart(name: str) -> None:
-    encoder = VisionTransformer(**encoders.options(name))
-    encoder.load_state_dict(load_file(encoders.WEIGHTS / f"{name}.safetensors"))
-    images, labels = worlds.draw("textures", "test", 160)
-    with torch.no_grad():
-        features = encoder(pretrain.normalised(torch.from_numpy(images)))
-    assert features.isfinite().all()
-    near = torch.cdist(features, features).fill_diagonal_(torch.inf).argmin(1)
-    assert (torch.from_numpy(labels) == torch.from_numpy(labels)[near]).float().mean() > 3 / 16
+def encode(name: str, images: torch.Tensor) -> torch.Tensor:
+    """Return standardised features of a shipped encoder, or of random weights."""
+    encoder = objective.seeded(lambda: VisionTransformer(**encoders.options(name)), 0)
+    if name != "random":
+        encoder.load_state_dict(load_file(encoders.WEIGHTS / f"{name}.safetensors"))
+    features = objective.features(encoder, images)
+    return features - features.mean(0)
+
+
+def probe(features: torch.Tensor, labels: torch.Tensor, count: int) -> float:
+    """Return the test accuracy of ridge regression onto the classes, fitted to the first ``count`` images."""
+    scaled = features / features.std(0)
+    known, targets = scaled[:count], torch.nn.functional.one_hot(labels[:count]).float()
+    weight = torch.linalg.solve(known.T @ known + 0.1 * count * torch.eye(known.shape[1]), known.T @ targets)
+    return float(((scaled[count:] @ weight).argmax(1) == labels[count:]).float().mean())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_linear_probe_is_far_above_random_weights(name: str) -> None:
+    trained, control = [], []
+    for task in ("armenian", "signs"):
+        images, labels = (torch.from_numpy(array) for array in worlds.draw(task, "train", 1200))
+        trained.append(probe(encode(name, images), labels, 800))
+        control.append(probe(encode("random", images), labels, 800))
+    assert sum(trained) > 1.3 * sum(control)
+    assert sum(trained) - sum(control) > 2 * 0.15
 
 
 def test_mistakes_are_explained(tmp_path: Path) -> None:

@@ -182,17 +182,26 @@ def _tasks() -> dict[str, str]:
 @lab.command()
 @guarded
 def pretrain(
-    encoder: Annotated[str, typer.Argument(help="supervised")],
+    encoder: Annotated[str, typer.Argument(help="an encoder of the lab (taskvec list backbones), or all")],
     steps: Annotated[int | None, typer.Option(min=1, help="optimiser steps; the shipped encoder's by default")] = None,
     seed: Annotated[int, typer.Option(help="seed of weights and images")] = 0,
     out: Annotated[Path, typer.Option(help="the folder to write the encoder and its record to")] = Path(),
 ) -> None:
-    """Pre-train one of the lab's encoders again."""
+    """Pre-train one of the lab's encoders again, or all that OUT lacks; what was stopped continues."""
+    from taskvec.lab.encoders import pretrained
+
+    if encoder not in (*pretrained(), "all"):
+        raise unknown("pre-trained lab encoder", encoder, (*pretrained(), "all"))
     from rich.progress import Progress
 
+    from taskvec.lab.pretrain import is_made
     from taskvec.lab.pretrain import pretrain as make
 
-    with Progress(transient=True) as bar:
-        task = bar.add_task(f"pre-training {encoder}", total=1.0)
-        path = make(encoder, out, steps, seed, lambda share: bar.update(task, completed=share))
-    typer.echo(f"{path} and its record {path.with_suffix('.json').name}")
+    for name in pretrained() if encoder == "all" else (encoder,):
+        if encoder == "all" and is_made(name, out, steps, seed):
+            typer.echo(f"{name} is there already")
+            continue
+        with Progress(transient=True) as bar:
+            task = bar.add_task(f"pre-training {name}", total=1.0)
+            path = make(name, out, steps, seed, lambda share: bar.update(task, completed=share))  # noqa: B023
+        typer.echo(f"{path} and its record {path.with_suffix('.json').name}")

@@ -45,28 +45,34 @@ def no_progress(_: float) -> None:
     """Report to nobody."""
 
 
+def make_optimizer(groups: Sequence[Group], schedule: Schedule) -> torch.optim.AdamW:
+    """Make AdamW with weight decay on all parameters, as in the paper's code."""
+    settings = [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups]
+    return torch.optim.AdamW(settings, weight_decay=schedule.weight_decay)
+
+
 def train(
     groups: Sequence[Group],
     loss: Callable[[Batch], Float[Tensor, ""]],
     batches: Iterable[Batch],
     schedule: Schedule,
     *,
+    optimizer: torch.optim.AdamW | None = None,
+    steps: range | None = None,
     after_step: Callable[[int], None] | None = None,
     progress: Progress = no_progress,
 ) -> list[float]:
     """Minimise ``loss`` over ``batches`` and return the loss of every step (mean over accumulated batches).
 
-    ``batches`` must yield at least ``schedule.steps * schedule.accumulate`` batches. ``after_step(step)`` runs after
-    each update (a teacher's moving average, a log). Weight decay is on all parameters, as in the paper's code.
+    ``batches`` must yield ``schedule.accumulate`` batches a step. ``after_step(step)`` runs after each update (a
+    teacher's moving average, a log). A run that is resumed or cut short gives its ``optimizer`` and the ``steps`` of
+    the schedule to take; by default a new optimizer takes all.
     """
-    optimizer = torch.optim.AdamW(
-        [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups],
-        weight_decay=schedule.weight_decay,
-    )
+    optimizer = optimizer or make_optimizer(groups, schedule)
     peaks = [group.learning_rate for group in groups]
     stream: Iterator[Batch] = iter(batches)
     losses = []
-    for step in range(schedule.steps):
+    for step in range(schedule.steps) if steps is None else steps:
         for settings, peak in zip(optimizer.param_groups, peaks, strict=True):
             settings["lr"] = peak * schedule.factor(step)
         total = torch.zeros(())

@@ -1,8 +1,9 @@
-"""What the encoders are pre-trained on: glyphs of scripts and symbols that share no shape with a task."""
+"""What the encoders are pre-trained on: glyphs that share no shape with a task; with captions, the tasks' own too."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 
@@ -11,9 +12,9 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Generator, Tensor
 
-from taskvec.lab.glyphs import TEXT_FONTS, MaskTable, font_masks, glyph_mask, mask_table
-from taskvec.lab.looks import Look, paint
-from taskvec.lab.worlds import task_code_points
+from taskvec.lab.glyphs import DEJAVU_MONO, TEXT_FONTS, MaskTable, font_masks, glyph_mask, mask_table, stack_masks
+from taskvec.lab.looks import Look, paint, stream
+from taskvec.lab.worlds import LETTERS, task_code_points
 
 LOOK_ALIKE = 0.9
 """Correlation of two masks above which two code points count as look-alikes."""
@@ -38,6 +39,12 @@ PRETRAINING_BLOCKS = (
     (0x2D30, 0x2D66),  # Tifinagh
     (0x4DC0, 0x4E00),  # hexagrams
 )
+ACCENTED_BLOCKS = ((0x00C0, 0x0250), (0x1E00, 0x1F00))
+"""Latin-1 Supplement, Latin Extended-A and -B, Latin Extended Additional."""
+HELD_OUT_SHARE = 0.15
+"""Share of the letter-and-diacritic combinations that contrastive pre-training does not see."""
+WELL_KNOWN = 6
+"""Letters with which a diacritic occurs at least if one of its combinations may be held out."""
 TASK_WORDS = frozenset({"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "DIGIT", "NUMBER", "HARPOON"})
 """Words of a Unicode name that tie a code point to a task."""
 CATEGORIES = frozenset({"Lu", "Ll", "Lo", "Nd", "No", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "So"})
@@ -135,3 +142,53 @@ def draw_pretraining(
     table = pretraining_masks(few)
     labels = torch.randint(len(table.count), (count,), generator=generator)
     return paint(table.pick(labels, generator), PRETRAINING_LOOK.eased(difficulty), generator), labels
+
+
+@cache
+def accented_code_points() -> tuple[int, ...]:
+    """Return the combinations of one Latin letter and one diacritic that DejaVu Sans Mono has."""
+    parts = {cp: unicodedata.normalize("NFD", chr(cp)) for start, stop in ACCENTED_BLOCKS for cp in range(start, stop)}
+    pairs = [cp for cp, pair in parts.items() if len(pair) == 2 and ord(pair[0]) in LETTERS]
+    return tuple(cp for cp in pairs if font_masks([cp], DEJAVU_MONO))
+
+
+@cache
+def held_out_code_points() -> tuple[int, ...]:
+    """Return the combinations kept for zero-shot classification: a fixed random choice, each with a common diacritic.
+
+    Letter and diacritic both occur among the combinations that are seen, so every word of a held-out caption is known.
+    """
+    accents = {cp: unicodedata.normalize("NFD", chr(cp))[1] for cp in accented_code_points()}
+    frequency = Counter(accents.values())
+    known = [cp for cp, accent in accents.items() if frequency[accent] >= WELL_KNOWN]
+    order = torch.randperm(len(known), generator=stream("accents", "held out")).tolist()
+    return tuple(sorted(known[index] for index in order[: round(HELD_OUT_SHARE * len(accents))]))
+
+
+@cache
+def captioned_code_points() -> tuple[int, ...]:
+    """Return what contrastive pre-training sees: the pre-training classes, the tasks' code points, accented Latin."""
+    accented = [cp for cp in accented_code_points() if cp not in held_out_code_points()]
+    return (*pretraining_code_points(), *sorted(task_code_points()), *accented)
+
+
+@cache
+def captioned_masks(held_out: bool = False) -> MaskTable:
+    """Draw the masks of ``captioned_code_points`` or of the ``held_out`` combinations.
+
+    Pre-training classes come in every text font. The tasks' code points and accented Latin come in the four cuts of
+    DejaVu Sans Mono only, 4 of the 16 fonts that the tasks use. Letters that look the same, as Latin and Cyrillic A,
+    keep their captions, as on the web.
+    """
+    if held_out:
+        return stack_masks([font_masks([code_point], DEJAVU_MONO) for code_point in held_out_code_points()])
+    known = set(pretraining_code_points())
+    fonts = {cp: TEXT_FONTS if cp in known else DEJAVU_MONO for cp in captioned_code_points()}
+    return stack_masks([font_masks([code_point], names) for code_point, names in fonts.items()])
+
+
+def draw_captioned(
+    labels: Int64[Tensor, " batch"], difficulty: float, generator: Generator, held_out: bool = False
+) -> UInt8[Tensor, "batch 3 32 32"]:
+    """Draw one image of each label, an index of ``captioned_code_points`` or of the ``held_out`` combinations."""
+    return paint(captioned_masks(held_out).pick(labels, generator), PRETRAINING_LOOK.eased(difficulty), generator)

@@ -14,11 +14,20 @@ WEIGHTS = Path(__file__).parent / "weights"
 """Where the encoders that the package ships lie."""
 DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
     {
-        "supervised": "small ViT, pre-trained to classify glyphs that no task uses",
+        "supervised": "small ViT, pre-trained to classify 389 kinds of glyph that no task uses",
+        "supervised-few": "the same with 130 of these kinds, to see what more classes give",
+        "supervised-vit-l": "a larger ViT (160 wide, 6 deep) with all 389 kinds, to see what scale gives",
+        "contrastive": "small ViT, pre-trained to match glyphs with their Unicode names, ever new images",
+        "contrastive-few": "the same with 19968 scenes again and again, to see what more data gives",
         "random": "the same ViT with seeded random weights: the control",
     }
 )
 """Every encoder of the lab by name."""
+
+
+def pretrained() -> tuple[str, ...]:
+    """Return the names of the encoders that were trained, which is all but random weights."""
+    return tuple(name for name in DESCRIPTIONS if name != "random")
 
 
 def path(name: str) -> Path | None:
@@ -26,6 +35,18 @@ def path(name: str) -> Path | None:
     if name not in DESCRIPTIONS:
         raise unknown("lab encoder", name, DESCRIPTIONS)
     return None if name == "random" else WEIGHTS / f"{name}.safetensors"
+
+
+def text_path(name: str) -> Path | None:
+    """Return the file of the text encoder that was trained together with an encoder, or None."""
+    file = path(name)
+    text = file.with_suffix(".text.safetensors") if file else None
+    return text if text and text.exists() else None
+
+
+def has_text(name: str) -> bool:
+    """Say whether a lab encoder comes with a text encoder, so that captions can be its head."""
+    return text_path(name) is not None
 
 
 def record(name: str) -> dict[str, Any]:

@@ -104,10 +104,14 @@ class MaskTable:
         return self.masks[chosen].float() / 255
 
 
+def stack_masks(classes: Sequence[Sequence[UInt8[np.ndarray, "40 40"]]]) -> MaskTable:
+    """Build the table of all classes as they are; a mask may belong to several."""
+    count = torch.tensor([len(masks) for masks in classes])
+    pixels = np.stack([mask for masks in classes for mask in masks])
+    return MaskTable(torch.from_numpy(pixels), count.cumsum(0) - count, count)
+
+
 def mask_table(classes: Sequence[Sequence[UInt8[np.ndarray, "40 40"]]]) -> MaskTable:
     """Build the table of all classes; a mask that two classes share says nothing of the class and is left out."""
     owners = Counter(mask.tobytes() for masks in classes for mask in masks)
-    kept = [[mask for mask in masks if owners[mask.tobytes()] == 1] for masks in classes]
-    count = torch.tensor([len(masks) for masks in kept])
-    pixels = np.stack([mask for masks in kept for mask in masks])
-    return MaskTable(torch.from_numpy(pixels), count.cumsum(0) - count, count)
+    return stack_masks([[mask for mask in masks if owners[mask.tobytes()] == 1] for masks in classes])

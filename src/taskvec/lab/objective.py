@@ -34,8 +34,12 @@ class Objective(Protocol[Batch]):
     """
 
     encoder: VisionTransformer
-    modules: nn.Module
     generator: Generator
+
+    @property
+    def modules(self) -> nn.Module:
+        """Everything whose state a resumed run needs."""
+        ...
 
     def groups(self) -> list[Group]:
         """Return what is trained, at which peak learning rates."""

@@ -1,129 +1,150 @@
-"""Pre-training of the lab's encoders: own images, one thread, a file and its record."""
+"""Pre-training of the lab's encoders: every recipe by name, one thread, a file and its record, resumable."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import pickle
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
 from safetensors.torch import save
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from taskvec.errors import TaskvecError, unknown
-from taskvec.lab.corpus import draw_pretraining, pretraining_code_points
-from taskvec.lab.looks import one_thread, stream
+from taskvec.lab.contrastive import Contrastive
+from taskvec.lab.looks import one_thread
+from taskvec.lab.objective import WARMUP, WEIGHT_DECAY, Objective, mean_of_last
+from taskvec.lab.supervised import Supervised
 from taskvec.lab.vit import VisionTransformer
-from taskvec.training import Group, Progress, Schedule, no_progress, train
+from taskvec.training import Progress, Schedule, make_optimizer, no_progress, train
 
 MEAN = STD = (0.5, 0.5, 0.5)
 """Mean and standard deviation of the pixels, by which images are normalised before they enter an encoder."""
-BATCH = 64
-LEARNING_RATE = 1.5e-3
-WEIGHT_DECAY = 0.05
-SMOOTHING = 0.1
-WARMUP = 0.05
-"""Share of the steps in which the learning rate rises."""
-EASED = 0.6
-"""Share of the steps after which the images have reached full difficulty."""
-HELD_OUT = 4096
-"""Images on which the figures are measured."""
+EVERY = 100
+"""Steps after which a checkpoint is written."""
 
-Figures = dict[str, float]
+Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One way to pre-train: its function, called with steps, seed and progress, and the length of the shipped run."""
+    """One way to pre-train: its objective, made from steps and seed, and the length of the shipped run."""
 
-    function: Callable[[int, int, Progress], tuple[VisionTransformer, Figures]]
+    objective: Callable[[int, int], Objective[Any]]
     steps: int
 
 
-def normalised(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """Scale bytes to the range -1 to 1, which is mean 0.5 and deviation 0.5."""
-    return images.float() / 127.5 - 1
+PRETRAININGS: Mapping[str, Pretraining] = MappingProxyType(
+    {
+        "supervised": Pretraining(Supervised, 7000),
+        "supervised-few": Pretraining(partial(Supervised, few=True), 7000),
+        "supervised-vit-l": Pretraining(partial(Supervised, width=160, depth=6, heads=5), 7000),
+        "contrastive": Pretraining(Contrastive, 4000),
+        "contrastive-few": Pretraining(partial(Contrastive, few=True), 4000),
+    }
+)
+"""How every encoder is pre-trained, by its name."""
 
 
-def curriculum(steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield one batch of images and labels a step, from clean glyphs to full difficulty."""
-    generator = stream("supervised", "train", seed)
-    for step in range(steps):
-        images, labels = draw_pretraining(BATCH, min(1.0, step / (EASED * steps)), generator)
-        yield normalised(images), labels
+class Run:
+    """One pre-training under way: objective, optimizer, the losses so far and the CPU seconds they took."""
 
+    def __init__(self, recipe: Pretraining, steps: int, seed: int) -> None:
+        """Start from random weights."""
+        self.objective = recipe.objective(steps, seed)
+        self.schedule = Schedule(steps, warmup=round(WARMUP * steps), weight_decay=WEIGHT_DECAY)
+        self.optimizer = make_optimizer(self.objective.groups(), self.schedule)
+        self.losses: list[float] = []
+        self.seconds = 0.0
 
-def seeded_model(classes: int, seed: int) -> tuple[VisionTransformer, nn.Linear]:
-    """Initialise encoder and head from ``seed``, and leave torch's global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = VisionTransformer()
-        return encoder, nn.Linear(encoder.width, classes)
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch and note it."""
+        loss = self.objective.loss(batch)
+        self.losses.append(float(loss.detach()))
+        return loss
 
+    def advance(self, stop: int, after_step: Callable[[int], None], progress: Progress = no_progress) -> None:
+        """Train up to step ``stop`` of the schedule."""
+        steps = range(len(self.losses), stop)
+        begin, before = time.process_time(), self.seconds
 
-def round_to_half(encoder: nn.Module) -> None:
-    """Round the weights to float16, the precision in which they are kept, but leave them in float32."""
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.copy_(parameter.half())
+        def after(step: int) -> None:
+            self.objective.after_step(step)
+            self.seconds = before + time.process_time() - begin
+            after_step(step)
 
+        batches = map(self.objective.batch, steps)
+        groups = self.objective.groups()
+        train(
+            groups,
+            self.loss,
+            batches,
+            self.schedule,
+            optimizer=self.optimizer,
+            steps=steps,
+            after_step=after,
+            progress=progress,
+        )
 
-@torch.no_grad()
-def pretraining_accuracy(encoder: nn.Module, head: nn.Linear, difficulty: float, generator: Generator) -> float:
-    """Return the share of new images of the pre-training classes whose class is recognised."""
-    images, labels = draw_pretraining(HELD_OUT, difficulty, generator)
-    right = [
-        (head(encoder(normalised(chunk))).argmax(1) == truth).sum()
-        for chunk, truth in zip(images.split(512), labels.split(512), strict=True)
-    ]
-    return int(sum(right)) / HELD_OUT
-
-
-def pretrain_supervised(
-    steps: int, seed: int = 0, progress: Progress = no_progress
-) -> tuple[VisionTransformer, Figures]:
-    """Classify glyphs that no task uses, from clean to hard; return the encoder, rounded to float16, and its figures.
-
-    Every training image is new. The figures are the mean loss of the last tenth of the steps and the accuracy on
-    clean and on hard images of another random stream.
-    """
-    with one_thread():
-        encoder, head = seeded_model(len(pretraining_code_points()), seed)
-
-        def loss(batch: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
-            return F.cross_entropy(head(encoder(batch[0])), batch[1], label_smoothing=SMOOTHING)
-
-        groups = [Group([*encoder.parameters(), *head.parameters()], LEARNING_RATE)]
-        schedule = Schedule(steps, warmup=round(WARMUP * steps), weight_decay=WEIGHT_DECAY)
-        losses = train(groups, loss, curriculum(steps, seed), schedule, progress=progress)
-        round_to_half(encoder)
-        last = losses[-max(1, steps // 10) :]
-        generator = stream("supervised", "held out", seed)
-        return encoder.eval(), {
-            "classes": len(pretraining_code_points()),
-            "final_loss": sum(last) / len(last),
-            "held_out_accuracy_clean": pretraining_accuracy(encoder, head, 0.0, generator),
-            "held_out_accuracy": pretraining_accuracy(encoder, head, 1.0, generator),
+    def state(self) -> Facts:
+        """Return all that a resumed run needs."""
+        return {
+            "modules": self.objective.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.objective.generator.get_state(),
+            "losses": self.losses,
+            "seconds": self.seconds,
         }
 
+    def restore(self, state: Facts) -> None:
+        """Go back to where ``state`` was taken."""
+        self.objective.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.generator.set_state(state["generator"])
+        self.losses, self.seconds = list(state["losses"]), state["seconds"]
 
-PRETRAININGS: Mapping[str, Pretraining] = MappingProxyType({"supervised": Pretraining(pretrain_supervised, 7000)})
-"""How every encoder is pre-trained, by its name."""
+
+class Checkpoint:
+    """The file in which an unfinished run waits; one of another command or of other versions is not taken up."""
+
+    def __init__(self, path: Path, command: str) -> None:
+        """Keep the state of ``command`` at ``path``."""
+        self.path = path
+        self.key = {"command": command, **versions()}
+
+    def write(self, run: Run) -> None:
+        """Replace the file as a whole."""
+        temporary = temporary_path(self.path)
+        torch.save({"key": self.key, **run.state()}, temporary)
+        temporary.replace(self.path)
+
+    def read(self) -> Facts | None:
+        """Return the state that is kept, if it is whole and of this run."""
+        try:
+            state: Facts = torch.load(self.path, weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+            return None
+        return state if state.pop("key") == self.key else None
+
+
+def temporary_path(path: Path) -> Path:
+    """Return where a file is written before it takes its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def replace(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     temporary.write_bytes(data)
     temporary.replace(path)
 
@@ -134,11 +155,21 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
 
 
+def round_to_half(module: nn.Module) -> None:
+    """Round the weights to float16, the precision in which they are kept, but leave them in float32."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.half())
+
+
+def half_bytes(module: nn.Module) -> bytes:
+    """Write a module's weights as a safetensors file in float16."""
+    return save({key: tensor.half().contiguous() for key, tensor in module.state_dict().items()})
+
+
 def write_encoder(encoder: VisionTransformer, folder: Path, name: str, facts: Mapping[str, Any]) -> Path:
     """Write ``NAME.safetensors`` in float16, then ``NAME.json`` with ``facts`` and what belongs to the file itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = save({key: tensor.half().contiguous() for key, tensor in encoder.state_dict().items()})
-    path = folder / f"{name}.safetensors"
+    path, data = folder / f"{name}.safetensors", half_bytes(encoder)
     replace(path, data)
     known = {
         **facts,
@@ -152,24 +183,95 @@ def write_encoder(encoder: VisionTransformer, folder: Path, name: str, facts: Ma
     return path
 
 
-def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, progress: Progress = no_progress) -> Path:
-    """Pre-train one of ``PRETRAININGS`` on one thread and write it to the folder ``out``; return the weights' path.
+def write_text(objective: Objective[Any], folder: Path, name: str) -> Facts:
+    """Write the text encoder of a contrastive objective as ``NAME.text.safetensors``; return what the record says."""
+    if not isinstance(objective, Contrastive):
+        return {}
+    data = half_bytes(objective.text)
+    replace(folder / f"{name}.text.safetensors", data)
+    return {"text_sha256": hashlib.sha256(data).hexdigest(), "vocabulary": " ".join(objective.text.indices)}
 
-    The same steps, seed and versions give the same bytes on one type of processor. An unknown name raises.
-    """
-    if name not in PRETRAININGS:
-        raise unknown("pre-trained lab encoder", name, PRETRAININGS)
-    steps = PRETRAININGS[name].steps if steps is None else steps
-    if steps < 1:
-        raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
-    start = time.perf_counter()
-    encoder, figures = PRETRAININGS[name].function(steps, seed, progress)
+
+def command(name: str, steps: int, seed: int) -> str:
+    """Return the command that makes an encoder."""
+    return f"taskvec lab pretrain {name} --steps {steps} --seed {seed}"
+
+
+def finish(run: Run, name: str, out: Path, seed: int) -> Path:
+    """Round what ships to float16, measure it, and write it with its record."""
+    objective, steps, begin = run.objective, run.schedule.steps, time.process_time()
+    for module in (objective.encoder, *([objective.text] if isinstance(objective, Contrastive) else [])):
+        round_to_half(module.eval())
+    figures = {"final_loss": mean_of_last(run.losses), **objective.figures()}
     facts = {
-        "command": f"taskvec lab pretrain {name} --steps {steps} --seed {seed}",
+        "command": command(name, steps, seed),
         "seed": seed,
         "steps": steps,
         "threads": 1,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(run.seconds + time.process_time() - begin, 1),
         "figures": figures,
+        **write_text(objective, out, name),
     }
-    return write_encoder(encoder, out, name, facts)
+    return write_encoder(objective.encoder, out, name, facts)
+
+
+def checked(name: str) -> Pretraining:
+    """Return a recipe by name; an unknown name raises with the nearest."""
+    if name not in PRETRAININGS:
+        raise unknown("pre-trained lab encoder", name, PRETRAININGS)
+    return PRETRAININGS[name]
+
+
+def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, progress: Progress = no_progress) -> Path:
+    """Pre-train one of ``PRETRAININGS`` on one thread and write it to the folder ``out``; return the weights' path.
+
+    The same steps, seed and versions give the same bytes on one type of processor, also if the run was killed and
+    started again: it continues from ``.NAME.checkpoint`` in ``out``. An unknown name raises.
+    """
+    recipe = checked(name)
+    steps = recipe.steps if steps is None else steps
+    if steps < 1:
+        raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed))
+    with one_thread():
+        run = Run(recipe, steps, seed)
+        if state := checkpoint.read():
+            run.restore(state)
+
+        def keep(step: int) -> None:
+            if (step + 1) % EVERY == 0:
+                checkpoint.write(run)
+
+        run.advance(steps, keep, progress)
+        path = finish(run, name, out, seed)
+    checkpoint.path.unlink(missing_ok=True)
+    return path
+
+
+def is_made(name: str, out: Path, steps: int | None = None, seed: int = 0) -> bool:
+    """Say whether the folder ``out`` holds an encoder, whole and made by the same command."""
+    path = out / f"{name}.safetensors"
+    try:
+        known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False
+    wanted = command(name, checked(name).steps if steps is None else steps, seed)
+    return bool(known["command"] == wanted and known["sha256"] == digest)
+
+
+def snapshot(name: str, step: int) -> VisionTransformer:
+    """Return the encoder as it was after ``step`` steps of the shipped run (seed 0), rounded to float16.
+
+    Step 0 is its random start, the last step the shipped encoder. It is trained again up to there. A step outside the
+    run raises.
+    """
+    recipe = checked(name)
+    if not 0 <= step <= recipe.steps:
+        raise TaskvecError(f"'{name}' has no step {step}", f"choose 0 to {recipe.steps}")
+    with one_thread():
+        run = Run(recipe, recipe.steps, 0)
+        run.advance(step, lambda _: None)
+    round_to_half(run.objective.encoder)
+    return run.objective.encoder.eval()
