@@ -124,7 +124,8 @@ def describe_text(address: str) -> str:
     """Return the digest of a backbone's text tower, for a fingerprint."""
     from taskvec.lab import encoders
 
-    return file_digest(encoders.text_path(parse(address)[1]))
+    path = encoders.text_path(parse(address)[1])
+    return file_digest(path) if path else ""
 
 
 def is_file(after: str) -> bool:

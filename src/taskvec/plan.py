@@ -145,9 +145,14 @@ class Planner:
             self.cell(ground, regime, seed)
             for ground in grounds
             for regime in study.regimes
-            if regime.name != "joint" and (regime.name not in OPEN or backbones.has_text(ground.choice.address))
+            if regime.name != "joint" and self._takes_part(ground.choice, regime.name)
             for seed in regime.seeds or study.seeds
         ]
+
+    def _takes_part(self, choice: BackboneChoice, regime: str) -> bool:
+        """Say whether a backbone is fine-tuned in a regime: the study does not leave it out, and it can be."""
+        wanted = not choice.regimes or regime in choice.regimes
+        return wanted and (regime not in OPEN or backbones.has_text(choice.address))
 
     def _check_open(self) -> None:
         """Raise if a regime that starts from zero-shot heads can have none."""
@@ -181,7 +186,8 @@ class Planner:
         if first and self.study.scales == "per-task":
             self._per_task(cell, ground)
         self._test(cell, ground)
-        if first:
+        self._model(cell, ground)
+        if first and regime.disentanglement:
             self._disentanglement(cell, ground)
         return cell
 
@@ -267,15 +273,15 @@ class Planner:
         for t in cell.tasks:
             cell.finetuned[t] = self._finetune(t, cell, ground, settings, rate)
         joint = self.joint
-        if cell.regime == "aligned" and joint and cell.seed in (joint.seeds or self.study.seeds):
+        if cell.regime != "aligned" or not joint or not self._takes_part(ground.choice, "joint"):
+            return
+        if cell.seed in (joint.seeds or self.study.seeds):
             own = self._settings(ground.choice, joint)
-            fixed = "joint" in ground.choice.learning_rates
-            cell.joint = self._finetune_joint(
-                cell,
-                ground,
-                own if fixed else own.model_copy(update={"learning_rate": settings.learning_rate}),
-                {} if fixed else rate,
-            )
+            if "joint" in ground.choice.learning_rates:
+                rate = {}
+            else:
+                own = own.model_copy(update={"learning_rate": settings.learning_rate})
+            cell.joint = self._finetune_joint(cell, ground, own, rate)
 
     def _settings(self, choice: BackboneChoice, regime: RegimeChoice) -> Finetune:
         """Return the settings of fine-tuning in a regime; a backbone's own learning rate needs no search."""
@@ -380,17 +386,19 @@ class Planner:
             cell.test[t] = self.step("test_task", f"test {t} {cell.where}", config, inputs, self.images[t])
         names = {"tasks": list(cell.tasks), "candidates": kinds}
         cell.gains = self.step("gains", f"gains {cell.where}", names, {"tests": list(cell.test.values())})
+
+    def _model(self, cell: Cell, ground: Ground) -> None:
+        """Plan the model of a cell: what was best on validation, ready to use."""
         inputs = {"backbone": [ground.encoder], "probe": list(cell.head.values())}
         inputs |= {"finetuned": list(cell.finetuned.values()), "tasks": [ground.data[t] for t in cell.tasks]}
-        inputs |= common | {
+        inputs |= {"choices": [c.choice for c in cell.candidates], "merged": [c.merged for c in cell.candidates]}
+        inputs |= {
             f"rounds{i}-{k}": [one[t] for one in c.rounds]
             for i, c in enumerate(cell.candidates)
             for k, t in enumerate(cell.tasks)
         }
-        config = {
-            "tasks": list(cell.tasks),
-            "candidates": [{"method": c.name, "heads": c.heads} for c in cell.candidates],
-        }
+        candidates = [{"method": c.name, "heads": c.heads} for c in cell.candidates]
+        config = {"tasks": list(cell.tasks), "candidates": candidates}
         cell.model = self.step("build_model", f"model {cell.where}", config, inputs)
 
     def _disentanglement(self, cell: Cell, ground: Ground) -> None:

@@ -21,7 +21,7 @@ STRIDE = 5
 """A coarse search looks at every fifth scale of the grid, then at neighbours two places and one place away."""
 
 
-COORDINATE_STRIDES = (4, 2, 1)
+COORDINATE_STRIDES = (4, 1)
 """A coordinate search moves each task's scale by so many places of the grid, one sweep over the tasks a stride."""
 
 

@@ -44,24 +44,29 @@ Regime = Annotated[str, AfterValidator(check_regime)]
 class BackboneChoice(Choice):
     """A backbone: its address, its input size in pixels (its own when left out), and a name for tables.
 
-    ``learning_rates`` of its own, by regime, go before those of ``finetune``; ``paper`` names the row of the paper's
-    tables that it stands for.
+    ``learning_rates`` of its own, by regime, go before those of ``finetune``; ``regimes`` are those of the study that
+    it takes part in, all when left out; ``paper`` names the row of the paper's tables that it stands for.
     """
 
     address: str
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
     name: str = ""
+    regimes: tuple[Regime, ...] = ()
     learning_rates: dict[Regime, Rate] = Field(default={})
     paper: str = ""
 
 
 class RegimeChoice(Choice):
-    """A regime of fine-tuning, with seeds and steps of its own where they differ from the study's."""
+    """A regime of fine-tuning, with seeds and steps of its own where they differ from the study's.
+
+    ``disentanglement: false`` leaves out its heatmaps and sets of tasks.
+    """
 
     short_for: ClassVar[str] = "name"
     name: Regime
     seeds: Seeds | None = None
     steps: Count | None = None
+    disentanglement: bool = True
 
 
 class TaskChoice(Choice):
@@ -139,7 +144,7 @@ class Study(Settings):
     @field_validator("regimes", "methods", "heads", "seeds")
     @classmethod
     def _distinct(cls, chosen: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [item.name if isinstance(item, Choice) else item for item in chosen]
+        names = [getattr(item, "name", item) for item in chosen]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{name} is given twice")
