@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -131,6 +133,108 @@ def heatmap(
 
 def _error(own: float, other: float, hardness: int) -> float:
     return min(0.95, (0.06 + 0.02 * hardness) * other**2 * (1 + 0.15 * abs(own))) if other else 0.0
+
+
+# ---------------------------------------------------------------- a run with everything the paper shows
+
+ROLES = {
+    "sup-1k": "vit-b16-in1k",
+    "sup-21k": "vit-b16-in21k",
+    "masked": "vit-b16-mae",
+    "self-distilled": "vit-b16-dino",
+    "clip-small": "vit-b16-clip-400m",
+    "clip-large": "vit-b16-clip-2b",
+    "sup-21k-L": "vit-l16-in21k",
+}
+LEVEL = {"sup-1k": -0.06, "sup-21k": -0.02, "masked": -0.2, "self-distilled": -0.03, "clip-small": 0.0,
+         "clip-large": 0.02, "sup-21k-L": 0.0, "random-init": -0.4}  # fmt: skip
+RISE = {"self-distilled": -0.1, "clip-small": 0.3, "clip-large": 0.3}
+HARDNESS = {"clip-small": 1, "clip-large": 0, "sup-21k-L": 2, "sup-21k": 3, "sup-1k": 4, "self-distilled": 6,
+            "masked": 8, "random-init": 20}  # fmt: skip
+OPEN_REGIMES = ("open", "open-full")
+
+
+def full_run(
+    backbones: Sequence[str] = tuple(LEVEL), tasks: Sequence[str] = EIGHT, seeds: Sequence[int] = (0, 1, 2)
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Make results and heatmaps of many backbones in all regimes: sets of tasks, joint, zero-shot, λ per task."""
+    cells = [
+        (backbone, regime, seed)
+        for backbone in backbones
+        for regime in ("aligned", "full", *(OPEN_REGIMES if "clip" in backbone else ()))
+        for seed in (seeds if regime == "aligned" else seeds[:1])
+    ]
+    rows = pd.DataFrame([row for cell in cells for row in _whole_cell(*cell, tasks)])[list(COLUMNS)]
+    pairs = [("cars", "dtd"), ("mnist", "svhn"), ("gtsrb", "sun397")]
+    heat = [
+        _harder(heatmap(backbones=(name,), regimes=(regime,), pairs=pairs), HARDNESS[name] * (1 + (regime == "full")))
+        for name in backbones
+        for regime in ("aligned", "full")
+    ]
+    return rows, pd.concat(heat, ignore_index=True)
+
+
+def _harder(rows: pd.DataFrame, hardness: int) -> pd.DataFrame:
+    errors = {name: (rows[name] * (1 + 0.3 * hardness)).clip(upper=0.95) for name in ("error_1", "error_2")}
+    return rows.assign(**errors)
+
+
+def _whole_cell(backbone: str, regime: str, seed: int, tasks: Sequence[str]) -> list[Key]:
+    """All rows of one cell; full fine-tuning keeps half of what aligned has, open-full more, and open less."""
+    key: Key = {"study": "fixture", "backbone": backbone, "regime": regime, "seed": seed, "tasks": "+".join(tasks)}
+    key |= {"config": "{}", "artifact": f"{backbone}-{regime}-{seed}"}
+    shift = LEVEL[backbone] + 0.003 * seed
+    methods = {"task_arithmetic": RISE.get(backbone, 0.15), "task_arithmetic_per_task": 0.35}
+    share = {"aligned": 1.0, "full": 0.3 if backbone == "masked" else 0.5, "open": 0.9, "open-full": 0.85}[regime]
+    rows = _setting(key, tasks, methods, ["kept"], 0.007, SCALES, shift)
+    rows = [_lowered(row, share, rows) for row in rows]
+    for row in rows:
+        if row["method"] == "task_arithmetic_per_task":
+            row["config"] = json.dumps({"scales": {task: round(0.05 * (i % 5), 2) for i, task in enumerate(tasks)}})
+    rows += _baselines(key, tasks, shift, "joint" if regime == "aligned" else "zero_shot")
+    return rows + (_sets(key, tasks, rows) if seed == 0 and regime in ("aligned", "full") else [])
+
+
+def _lowered(row: Key, share: float, rows: list[Key]) -> Key:
+    """Take a share of a merged accuracy, and take what a gain lost by that."""
+    if not str(row["method"]).startswith("task_arithmetic") or share == 1:
+        return row
+    value = float(str(row["value"]))
+    if not str(row["metric"]).startswith("gain"):
+        return {**row, "value": share * value}
+    same = {name: known for name, known in (row | {"metric": "accuracy"}).items() if name != "value"}
+    accuracy = next(float(str(other["value"])) for other in rows if same.items() <= other.items())
+    return {**row, "value": value - (1 - share) * accuracy}
+
+
+def _baselines(key: Key, tasks: Sequence[str], shift: float, method: str) -> list[Key]:
+    """Joint training between probing and fine-tuned, or a zero-shot head well below probing, where there is one."""
+    if method == "zero_shot" and key["regime"] not in OPEN_REGIMES:
+        return []
+    tuned = {task: _tuned(i, shift) for i, task in enumerate(tasks)}
+    values = {task: value - (0.01 if method == "joint" else 0.35) for task, value in tuned.items()}
+    return _rows({**key, "method": method, "heads": "kept", "scale": 0.0, "split": "test"}, values, tuned)
+
+
+def _sets(key: Key, tasks: Sequence[str], rows: list[Key]) -> list[Key]:
+    """Six sets of each size below all, on a line from 0.97 (masked: 0.75) down to the merge of all tasks."""
+    wanted = {"method": "task_arithmetic", "split": "test", "metric": "normalised_accuracy", "task": ""}
+    end = next(float(str(row["value"])) for row in rows if all(row[name] == value for name, value in wanted.items()))
+    top = 0.75 if key["backbone"] == "masked" else 0.97
+    base: Key = {**key, "method": "task_arithmetic", "heads": "kept", "scale": 0.1, "split": "test", "task": ""}
+    out: list[Key] = []
+    for size in range(2, len(tasks) + 1):
+        mean = top + (end - top) * (size - 1) / (len(tasks) - 1)
+        error = 0.01 * (1 + HARDNESS[str(key["backbone"])]) * size
+        for number, some in enumerate(list(combinations(tasks, size))[:6]):
+            at: Key = {**base, "tasks": "+".join(some)}
+            tuned = sum(_tuned(tasks.index(task), LEVEL[str(key["backbone"])]) for task in some) / size
+            value = mean + 0.01 * (number - 2.5)
+            if size < len(tasks):
+                out += [{**at, "metric": "accuracy", "value": tuned * value}]
+                out += [{**at, "metric": "normalised_accuracy", "value": value}]
+            out += [{**at, "metric": "disentanglement_error", "value": error}]
+    return out
 
 
 LOCK: dict[str, object] = {

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from taskvec import figures
 from taskvec.errors import TaskvecError
+from taskvec.figures import maps
 
 PLACE = ("lab:supervised", "aligned")
 
@@ -111,14 +112,14 @@ def test_heatmap_puts_the_first_scale_on_x_and_is_light_where_disentangled() -> 
     values = np.ma.getdata(panel.collections[0].get_array()).reshape(11, 11)
     assert values[5, 10] == pytest.approx(50)
     assert values.sum() == pytest.approx(50)
-    light, dark = (sum(figures.MAP(level)[:3]) for level in (0.0, 1.0))
+    light, dark = (sum(maps.MAP(level)[:3]) for level in (0.0, 1.0))
     assert light > 2 > 1 > dark
 
 
 def test_more_pairs_than_fit_are_counted_in_the_title() -> None:
     pairs = [(f"t{i}", f"t{j}") for i in range(9) for j in range(i)]
     figure = figures.heatmaps(fixture.heatmap(pairs=pairs, points=3), *PLACE)
-    assert len(_panels(figure)) == figures.MOST_PANELS + 1
+    assert len(_panels(figure)) == maps.MOST_PANELS + 1
     assert "28 of 36 pairs shown" in figure.get_suptitle()
 
 
@@ -172,6 +173,97 @@ def test_without_normalised_accuracy_the_curve_says_why() -> None:
     found[0].draw_without_rendering()
 
 
+# ---------------------------------------------------------------- many backbones
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[pd.DataFrame, pd.DataFrame]:
+    return fixture.full_run(seeds=(0,))
+
+
+def _kinds(planned: list[figures.Planned], regime: str) -> list[str]:
+    return [one.kind for one in planned if one.regime == regime and not one.backbone]
+
+
+def test_every_figure_of_the_paper_is_planned_once(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    planned = figures.plan(*whole, fixture.ROLES)
+    both = ["backbones", "heatmaps-algorithm", "heatmaps-data", "heatmaps-scale", "combinations", "counts-all"]
+    both += ["counts-scale", "counts-data", "errors", "scales"]
+    assert _kinds(planned, "aligned") == _kinds(planned, "full") == both
+    assert _kinds(planned, "open") == ["backbones", "scales"]
+    assert len({one.stem for one in planned}) == len(planned)
+    own = [one.kind for one in planned if (one.backbone, one.regime) == ("clip-large", "open")]
+    assert own == ["accuracies", "gains", "lambda"]
+
+
+def test_without_roles_all_backbones_are_compared(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    plain = ["backbones", "heatmaps-all", "combinations", "counts-all", "errors", "scales"]
+    assert _kinds(figures.plan(*whole), "aligned") == plain
+    one = figures.plan(*fixture.full_run(backbones=("masked",), seeds=(0,)))
+    assert _kinds(one, "aligned") == ["combinations", "errors", "scales"]
+
+
+def test_backbones_are_grouped_as_in_the_paper(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    found = {group.name: group.backbones for group in figures.groups(whole[0], fixture.ROLES)}
+    assert found["algorithm"] == ["sup-1k", "masked", "self-distilled", "clip-large", "random-init"]
+    assert found["data"] == ["sup-1k", "sup-21k", "clip-small", "clip-large"]
+    assert found["scale"] == ["sup-21k", "sup-21k-L"]
+    with pytest.raises(TaskvecError, match="vit-b16-mae"):
+        figures.groups(whole[0], {"masked": "vit-b16-mea"})
+
+
+def test_heatmaps_of_backbones_are_means_over_pairs_on_one_scale(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    heat = whole[1]
+    figure = figures.by_backbone(heat, ["masked", "clip-large"], "full", "two of them")
+    first, second = _panels(figure)
+    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("masked", "clip-large")
+    assert figure.get_suptitle() == "full, two of them (mean of 3 pairs of tasks)"
+    own = heat[(heat["backbone"] == "masked") & (heat["regime"] == "full")]
+    corner = own[(own["scale_1"] == 3) & (own["scale_2"] == -3)]
+    values = np.ma.getdata(first.collections[0].get_array()).reshape(11, 11)
+    assert values[0, 10] == pytest.approx(100 * (corner["error_1"] + corner["error_2"]).mean())
+    assert first.collections[0].get_clim() == second.collections[0].get_clim() == (0, 100)
+
+
+def test_combinations_draw_every_set_and_the_mean_of_each_size(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    absolute, normalised = figures.combinations(whole[0], "sup-1k", "full").axes
+    assert absolute.get_ylabel() == "test accuracy (%)"
+    x, y = _line(normalised, "one set")
+    assert len(x) == 37
+    sizes, means = _line(normalised, "mean")
+    assert list(sizes) == [2, 3, 4, 5, 6, 7, 8]
+    assert means == pytest.approx([y[x == size].mean() for size in sizes])
+
+
+def test_counts_have_a_line_for_each_backbone_in_its_own_style(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    figure = figures.by_count(whole[0], ["masked", "clip-large"], "full", "two of them")
+    styles = [(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()]
+    alone = figures.error_by_count(whole[0], ["clip-large"], "aligned", "one").axes[0]
+    assert [(line.get_color(), line.get_marker()) for line in alone.get_lines()] == styles[1:]
+    assert _line(alone, "clip-large")[1] == pytest.approx([2, 3, 4, 5, 6, 7, 8])
+    assert "ξ (%)" in alone.get_ylabel()
+
+
+def test_scales_draw_a_dot_a_task_and_the_common_one(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    rows = whole[0][whole[0]["backbone"].isin(["sup-1k", "masked", "clip-small"])]
+    panels = figures.scales(rows, "aligned").axes
+    assert [ax.get_title(loc="left") for ax in panels] == ["sup-1k", "masked", "clip-small"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == list(fixture.EIGHT)
+    dots = panels[0].containers[0].lines[0].get_xdata()
+    assert list(dots) == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2, 0.0, 0.05, 0.1])
+    assert list(_line(panels[0], "common")[0]) == pytest.approx([0.1, 0.1])
+
+
+def test_a_run_with_holes_is_still_drawn() -> None:
+    rows, heat = fixture.full_run(backbones=("sup-1k", "masked", "clip-large"), tasks=fixture.EIGHT[:3], seeds=(0,))
+    lacking = (rows["backbone"] == "masked") & (rows["metric"] == "normalised_accuracy")
+    rows.loc[lacking & (rows["task"] == ""), "value"] = float("nan")
+    heat = heat[(heat["backbone"] != "masked") | (heat["task_1"] == "cars")]
+    for planned in figures.plan(rows, heat, fixture.ROLES):
+        if planned.regime in ("aligned", "open") and planned.backbone in ("", "masked"):
+            planned.draw().draw_without_rendering()
+
+
 def test_mistakes_are_told() -> None:
     rows = fixture.results()
     with pytest.raises(TaskvecError, match="lab:supervised"):
@@ -182,3 +274,7 @@ def test_mistakes_are_told() -> None:
         figures.lambda_curves(rows, "alined")
     with pytest.raises(TaskvecError, match="lab:supervised, aligned"):
         figures.heatmaps(fixture.heatmap(), "lab:super", "aligned")
+    with pytest.raises(TaskvecError, match="none is known"):
+        figures.combinations(rows, *PLACE)
+    with pytest.raises(TaskvecError, match="none|aligned"):
+        figures.scales(rows, "aligned")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import report_fixture as fixture
 
 from taskvec import figures, page, tables
+from taskvec.claims import claims
 from taskvec.errors import TaskvecError
 
 EVIL = ("<script>alert(1)</script>", "a|b & \"c\" 'd'", "<img src=http://example.org/x.png>")
@@ -42,11 +44,21 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
-def _render(folder: Path, rows: pd.DataFrame, errors: pd.DataFrame | None = None, **lock: Any) -> str:
+def _render(
+    folder: Path,
+    rows: pd.DataFrame,
+    errors: pd.DataFrame | None = None,
+    roles: dict[str, str] | None = None,
+    **lock: Any,
+) -> str:
     """Render with one-pixel pictures in place of the figures, which have tests of their own."""
-    for planned in figures.plan(rows, errors):
+    for planned in figures.plan(rows, errors, roles):
         (folder / f"{planned.stem}.png").write_bytes(planned.stem.encode())
-    return page.render(rows, errors, folder, fixture.LOCK | lock, fixture.STUDY)
+    return page.render(rows, errors, folder, fixture.LOCK | lock, fixture.STUDY, roles)
+
+
+def _words(html: str) -> str:
+    return " ".join(" ".join(Reader(html).text).replace("\N{NO-BREAK SPACE}", " ").split())
 
 
 def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
@@ -74,6 +86,43 @@ def test_the_page_says_what_the_tables_say(tmp_path: Path) -> None:
     for row in frame.to_numpy().tolist():
         assert " ".join(row) in words
     assert " ".join(tables.summary(rows, errors).iloc[0]) in words
+
+
+def test_claims_tables_and_comparisons_come_before_the_folded_parts(tmp_path: Path) -> None:
+    rows, heat = fixture.full_run(backbones=("sup-1k", "masked", "clip-large"), seeds=(0,))
+    html = _render(tmp_path, rows, heat, fixture.ROLES)
+    ids = re.findall(r' id="([a-z0-9-]+)"', html)
+    assert ids[:4] == ["claims", "table1", "table3", "table4"]
+    assert ids[4:10] == ["summary", "compared-1", "compared-2", "compared-3", "compared-4", "part-1"]
+    assert html.count('<details class="part"') == 8
+    links = {load.removeprefix("#") for load in Reader(html).loads if load.startswith("#")}
+    assert links == set(ids)
+    words = _words(html)
+    for row in claims(rows, heat, fixture.ROLES).to_numpy().tolist():
+        assert " ".join(row) in words
+    assert "69.6 (72.1)" in words
+    assert "in grey the paper's own" in words
+
+
+def test_figures_are_numbered_as_in_the_paper_where_the_paper_has_them(tmp_path: Path) -> None:
+    rows, heat = fixture.full_run(backbones=("sup-1k", "sup-21k", "clip-large", "sup-21k-L"), seeds=(0,))
+    words = _words(_render(tmp_path, rows, heat, fixture.ROLES))
+    found = re.findall(r"\(the paper's Figure (\d)\)\. ", words)
+    assert [found.count(str(number)) for number in (1, 3, 4, 5, 6, 7, 8, 9)] == [1] * 8
+    assert "A λ for each task beside the common one. Dots" in words
+
+
+def test_two_sections_or_fewer_are_open_and_there_are_no_claims_without_roles(tmp_path: Path) -> None:
+    html = _render(tmp_path, *fixture.full_run(backbones=("masked",), seeds=(0,)))
+    assert '<details class="part"' not in html
+    assert 'id="claims"' not in html
+    assert 'id="table3"' in html
+    assert "in grey" not in html
+
+
+def test_a_long_summary_is_folded(tmp_path: Path) -> None:
+    rows = fixture.results(backbones=[f"b{i}" for i in range(25)], tasks=("one", "two"), scales=(0.0, 0.1))
+    assert "<summary>All 25 rows</summary>" in _render(tmp_path, rows)
 
 
 def test_what_users_wrote_is_text(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import report_fixture as fixture
 
 from taskvec import tables
 from taskvec.errors import TaskvecError
+from taskvec.texts import MISSING, escape_markdown, short_backbone
+from taskvec.views import box_error, task_sets, view
 
 
 def _value(rows: pd.DataFrame, method: str, heads: str, metric: str, task: str = "") -> float:
@@ -73,6 +75,42 @@ def test_headline_names_backbones_regimes_seeds_and_other_methods() -> None:
     assert alone.startswith("Merging the one task vector with iso_c gained")
 
 
+def test_many_backbones_and_regimes_are_summed_up_in_a_line_a_regime() -> None:
+    rows, _ = fixture.full_run(backbones=("sup-1k", "self-distilled", "clip-small"), seeds=(0,))
+    lines = tables.headline(rows).splitlines()
+    assert len(lines) == 5
+    assert lines[0] == (
+        "In the aligned regime, adding the eight task vectors beat linear probing on 2 of 3 backbones with kept heads, "
+        "gains from +0.0 (self-distilled) to +2.5 (clip-small) points; clip-small ends highest, at 78.0 % "
+        "(probing 75.6, kept heads)."
+    )
+    assert lines[2].startswith(
+        "In the open regime, adding the eight task vectors beat linear probing on 0 of 1 backbone "
+    )
+    assert lines[4] == (
+        "Of the other methods, addition, λ per task was the best on validation most often, in 8 of 8 pairs of a "
+        "backbone and a regime."
+    )
+    bare = rows[~rows["metric"].str.startswith("gain")]
+    assert tables.headline(bare).startswith("In the aligned regime, merging was not compared with linear probing.")
+
+
+def test_nothing_added_is_probing_only_where_the_heads_are_probes() -> None:
+    rows, _ = fixture.full_run(backbones=("self-distilled",), seeds=(0,))
+    aligned, full = tables.headline(rows).splitlines()
+    assert "validation chose lambda 0, which is probing itself" in aligned
+    assert "-36.3 points, 95 % interval -37.0 to -35.6, lambda 0.00" in full
+
+
+def test_joint_and_zero_shot_are_baselines_and_not_merges() -> None:
+    rows, heat = fixture.full_run(backbones=("clip-small",), seeds=(0,))
+    frame = tables.summary(rows, heat)
+    assert list(frame["Method"].unique()) == ["addition", "addition, λ per task"]
+    assert list(frame["Joint"]) == ["82.8", "82.8", *["–"] * 6]
+    assert list(frame["Zero-shot"]) == [*["–"] * 4, *["48.8"] * 4]
+    assert "*Zero-shot*" in tables.markdown(rows, heat)
+
+
 def test_without_merges_or_gains_the_headline_still_says_what_there_is() -> None:
     rows = fixture.results()
     assert "nothing was merged" in tables.headline(rows[rows["method"].isin(["probing", "fine_tuned"])])
@@ -111,7 +149,7 @@ def test_all_rows_of_a_table_have_the_same_number_of_cells() -> None:
     odd = ("a|b", "line\nbreak", "x" * 90, "<script>", "*bold*", "_it_", "a\\|b")
     text = tables.markdown(fixture.results(tasks=odd))
     blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         counts = {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in block.splitlines()}
         assert len(counts) == 1
@@ -122,7 +160,7 @@ def test_all_rows_of_a_table_have_the_same_number_of_cells() -> None:
 
 
 def test_an_underscore_inside_a_word_is_left_alone() -> None:
-    assert tables.escape_markdown("vit_small_patch14") == "vit_small_patch14"
+    assert escape_markdown("vit_small_patch14") == "vit_small_patch14"
 
 
 def test_several_seeds_are_mean_and_standard_deviation() -> None:
@@ -149,7 +187,7 @@ def test_summary_has_a_row_for_each_backbone_regime_and_method() -> None:
     frame = tables.summary(rows, fixture.heatmap(backbones=("a",)))
     assert len(frame) == 8
     assert list(frame["Method"][:2]) == ["addition", "iso_c"]
-    assert list(frame["ξ in the box"][:3]) == ["3.8", "3.8", tables.MISSING]
+    assert list(frame["ξ in the box"][:3]) == ["3.8", "3.8", MISSING]
 
 
 def test_columns_that_nothing_fills_are_left_out() -> None:
@@ -161,12 +199,35 @@ def test_box_error_is_the_mean_of_the_sum_within_one() -> None:
     rows = fixture.heatmap(points=7)
     inside = rows[(rows["scale_1"].abs() <= 1) & (rows["scale_2"].abs() <= 1)]
     expected = (inside["error_1"] + inside["error_2"]).mean()
-    assert tables.box_error(rows, "lab:supervised", "aligned").mean == pytest.approx(expected)
+    assert box_error(rows, "lab:supervised", "aligned").mean == pytest.approx(expected)
 
 
 def test_subsets_of_tasks_stay_out_of_the_tables() -> None:
     rows, pair = fixture.results(), fixture.results(tasks=fixture.EIGHT[:2])
     assert tables.summary(pd.concat([pair, rows])).equals(tables.summary(rows))
+
+
+def test_sets_of_tasks_are_rows_by_size_with_the_whole_set_from_the_main_merge() -> None:
+    rows, _ = fixture.full_run(backbones=("sup-1k",))
+    sets = task_sets(rows, "sup-1k", "full")
+    assert list(sets.groupby("size").size()) == [6, 6, 6, 6, 6, 6, 1]
+    assert float(sets["normalised_accuracy"].iloc[-1]) == pytest.approx(
+        view(rows, "sup-1k", "full").cell("task_arithmetic", metric="normalised_accuracy").mean
+    )
+    assert float(sets["disentanglement_error"].iloc[0]) == pytest.approx(0.1)
+    assert task_sets(rows, "sup-1k", "open").empty
+    assert task_sets(rows[rows["seed"] == 1], "sup-1k", "aligned").empty
+
+
+def test_a_number_that_is_nan_in_one_seed_counts_the_others() -> None:
+    rows = fixture.results(seeds=(0, 1, 2))
+    probing = (rows["method"] == "probing") & (rows["split"] == "test") & (rows["task"] == "")
+    rows.loc[probing & (rows["seed"] == 0), "value"] = float("nan")
+    known = rows.loc[probing & (rows["seed"] > 0) & (rows["metric"] == "accuracy"), "value"]
+    cell = view(rows, "lab:supervised", "aligned").cell("probing")
+    assert (cell.mean, cell.sd) == (pytest.approx(known.mean()), pytest.approx(known.std()))
+    rows.loc[probing, "value"] = float("nan")
+    assert tables.summary(rows).get("Probing") is None
 
 
 def test_rows_read_back_from_a_file_give_the_same_tables(tmp_path: Path) -> None:
@@ -188,5 +249,5 @@ def test_mistakes_are_told() -> None:
 
 
 def test_a_backbone_from_a_file_is_named_without_its_folder() -> None:
-    assert tables.short_backbone("timm:vit_s@/data/models/dino.safetensors") == "timm:vit_s@dino.safetensors"
-    assert tables.short_backbone("hf:facebook/dino-vitb16") == "hf:facebook/dino-vitb16"
+    assert short_backbone("timm:vit_s@/data/models/dino.safetensors") == "timm:vit_s@dino.safetensors"
+    assert short_backbone("hf:facebook/dino-vitb16") == "hf:facebook/dino-vitb16"

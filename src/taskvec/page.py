@@ -1,11 +1,11 @@
-"""Metric rows in, one HTML file out: verdict, tables, figures, how to get them again; loads nothing."""
+"""Metric rows in, one HTML file out: verdict, claims, tables, figures, how to get them again; loads nothing."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -16,14 +16,61 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from taskvec import tables
+from taskvec.claims import HOW_CLAIMS_ARE_DECIDED, claims
+from taskvec.comparison import comparisons
 from taskvec.errors import TaskvecError
 from taskvec.figures import Planned, plan
+from taskvec.texts import NAMES, method_label, one_line, short_backbone
+from taskvec.verdict import headline
+from taskvec.views import View, views
 
+FIGURES = {  # of the paper, by kind and regime
+    ("heatmaps-algorithm", "aligned"): 1,
+    ("backbones", "aligned"): 2,
+    ("heatmaps-data", "aligned"): 3,
+    ("heatmaps-scale", "aligned"): 4,
+    ("heatmaps-algorithm", "full"): 5,
+    ("combinations", "full"): 6,
+    ("counts-all", "full"): 7,
+    ("counts-data", "full"): 8,
+    ("counts-scale", "full"): 9,
+}
+MAPS = (
+    "Each point adds the vectors of two tasks with the coefficients on the axes, and shows the mean over pairs of "
+    "tasks, on one scale of colours. Light means that the sum answers as each single vector would alone. The red box "
+    "is the space from -1 to 1, the star the pre-trained encoder."
+)
+COUNTS = (
+    "Every line is the mean over the sets of tasks of one size, each with the λ that validation chose for it. "
+    "Normalised divides by the accuracy of the fine-tuned encoders."
+)
 READING = {
     "backbones": (
-        "The line search of every backbone (the paper's Figure 2).",
+        "The line search of every backbone.",
         "A curve that falls from the start means that the task vectors of that backbone only disturb each other. Rings "
         "mark the λ chosen on validation.",
+    ),
+    "heatmaps-algorithm": ("Weight disentanglement by pre-training algorithm.", MAPS),
+    "heatmaps-data": ("Weight disentanglement by size of the pre-training data.", MAPS),
+    "heatmaps-scale": ("Weight disentanglement by model scale.", MAPS),
+    "heatmaps-all": ("Weight disentanglement of every backbone.", MAPS),
+    "combinations": (
+        "Accuracy against the number of merged tasks.",
+        "Every dot is one set of tasks with the λ that validation chose for it, the line their mean. Left: test "
+        "accuracy. Right: divided by the accuracy of the fine-tuned encoders.",
+    ),
+    "counts-all": ("Every backbone against the number of merged tasks.", COUNTS),
+    "counts-data": ("Size of the pre-training data against the number of merged tasks.", COUNTS),
+    "counts-scale": ("Model scale against the number of merged tasks.", COUNTS),
+    "errors": (
+        "Weight disentanglement error against the number of merged tasks.",
+        "The mean over random points of the box from -1 to 1 and over sets of one size; for two tasks it is the ξ of "
+        "the paper, and in general twice the mean share of changed predictions. Lower is better.",
+    ),
+    "scales": (
+        "A λ for each task beside the common one.",
+        "Dots are the λ of each task, found one after the other on validation; the dashed line is the common λ. "
+        "Dots on the line mean that one λ is enough.",
     ),
     "accuracies": (
         "What each task gets.",
@@ -37,9 +84,10 @@ READING = {
         "one standard deviation where there are several seeds. Right: points over probing with 95 % intervals.",
     ),
     "lambda": (
-        "How far to go along the task vectors (the paper's Figure 2).",
-        "At λ = 0 nothing is added, and kept heads are linear probing. Above the dashed line the merge beats probing; "
-        "100 is the accuracy of the fine-tuned encoders. Rings mark the λ chosen on validation.",
+        "How far to go along the task vectors (as in the paper's Figure 2).",
+        "At λ = 0 nothing is added: in the aligned regime, kept heads are then linear probing. Above the dashed line "
+        "the merge beats probing; 100 is the accuracy of the fine-tuned encoders. Rings mark the λ chosen on "
+        "validation.",
     ),
     "lambdas": (
         "The line search of every method.",
@@ -47,7 +95,7 @@ READING = {
         "where they peak. Rings mark the λ chosen on validation.",
     ),
     "heatmap": (
-        "How well two task vectors get along (the paper's Figure 1).",
+        "How well two task vectors get along (as in the paper's Figure 1).",
         "Each point adds two vectors with the coefficients on the axes. Light means that the sum answers as each "
         "single vector would alone, dark that it does not. The star is the pre-trained encoder, the red box the search "
         "space from -1 to 1. The error ξ adds two shares of changed predictions, so it reaches 200 %; colours end at "
@@ -73,18 +121,28 @@ class Column(NamedTuple):
 
 
 def render(
-    results: pd.DataFrame, heatmap: pd.DataFrame | None, figures: Path, lock: dict[str, Any], study_yaml: str
+    results: pd.DataFrame,
+    heatmap: pd.DataFrame | None,
+    figures: Path,
+    lock: dict[str, Any],
+    study_yaml: str,
+    roles: Mapping[str, str] | None = None,
 ) -> str:
     """Write the whole report of a run as one HTML file, with the PNG figures of folder ``figures`` inside."""
-    planned = plan(results, heatmap)
+    planned = plan(results, heatmap, roles)
     pictures = {one.stem: _picture(one, figures) for one in planned}
-    study = tables.one_line(str(results["study"].iloc[0])) if "study" in results else "study"
+    sections = [_section(view, planned, pictures) for view in views(results)]
+    compared = comparisons(results, heatmap, roles or {})
     page: str = _template().render(
-        study=study,
-        verdicts=tables.headline(results).splitlines(),
+        study=one_line(str(results["study"].iloc[0])) if "study" in results else "study",
+        verdicts=headline(results).splitlines(),
+        claims=claims(results, heatmap, roles or {}),
+        how_claims=HOW_CLAIMS_ARE_DECIDED,
+        comparisons=compared,
+        of_paper=any(table.has_paper for table in compared),
         summary=tables.summary(results, heatmap),
-        backbones=[pictures[one.stem] for one in planned if one.kind == "backbones"],
-        sections=[_section(view, planned, pictures) for view in tables.views(results)],
+        regimes=_regimes(planned, pictures),
+        sections=sections,
         notes=[_emphasis(note) for note in tables.definitions(results, heatmap)],
         command=lock.get("command", "taskvec run study.yaml"),
         yaml=study_yaml,
@@ -95,24 +153,33 @@ def render(
     return page
 
 
+def _regimes(planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, list[Picture]]:
+    """Gather the figures that compare backbones, by regime."""
+    own = [one for one in planned if not one.backbone]
+    return {
+        one_line(regime): [pictures[one.stem] for one in own if one.regime == regime]
+        for regime in dict.fromkeys(one.regime for one in own)
+    }
+
+
 def _template() -> Any:
     text = resources.files("taskvec").joinpath("page.html.j2").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "groups": _groups,
         "heads": _heads,
-        "is_name": tables.NAMES.__contains__,
+        "is_name": NAMES.__contains__,
         "unbroken": _unbroken,
     }
     return environment.from_string(text)
 
 
-def _section(view: tables.View, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:
+def _section(view: View, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:
     """Gather what belongs to one backbone in one regime."""
     own = [one for one in planned if (one.backbone, one.regime) == (view.backbone, view.regime)]
-    merges = [(tables.method_label(method), tables.task_table(view, method)) for method in view.methods]
+    merges = [(method_label(method), tables.task_table(view, method)) for method in view.methods]
     return {
-        "title": f"{tables.short_backbone(view.backbone)}, {tables.one_line(view.regime)}",
+        "title": f"{short_backbone(view.backbone)}, {one_line(view.regime)}",
         "pictures": [pictures[one.stem] for one in own if one.kind != "heatmap"],
         "heatmaps": [pictures[one.stem] for one in own if one.kind == "heatmap"],
         "merges": merges,
@@ -123,8 +190,10 @@ def _picture(one: Planned, folder: Path) -> Picture:
     path = folder / f"{one.stem}.png"
     if not path.is_file():
         raise TaskvecError(f"no figure '{path}'", "write the figures before the page")
-    where = ", ".join(part for part in (tables.short_backbone(one.backbone), tables.one_line(one.regime)) if part)
+    where = ", ".join(part for part in (short_backbone(one.backbone), one_line(one.regime)) if part)
     name, reading = READING[one.kind]
+    if (one.kind, one.regime) in FIGURES:
+        name = f"{name.removesuffix('.')} (the paper's Figure {FIGURES[one.kind, one.regime]})."
     return Picture(base64.b64encode(path.read_bytes()).decode("ascii"), f"{name} {where}", name, reading)
 
 

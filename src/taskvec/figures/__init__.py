@@ -1,0 +1,184 @@
+"""Metric rows in, PNG and PDF out: every figure of the paper, and accuracy for each task at a glance."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from taskvec import paper
+from taskvec.figures.counts import by_count, combinations, error_by_count, with_sets
+from taskvec.figures.curves import lambda_curve, lambda_curves, lambda_methods
+from taskvec.figures.dots import accuracies, method_gains, scales, with_own_scales
+from taskvec.figures.maps import by_backbone, heatmaps
+from taskvec.figures.style import STYLE
+from taskvec.texts import short_backbone
+from taskvec.views import PER_TASK, View, error_rows, views
+
+FIGURE_6 = "vit-b16-in21k"
+UNDATED: dict[str, dict[str, None]] = {  # endings, and what would differ between two days or two installations
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+}
+
+
+class Planned(NamedTuple):
+    """One figure of a run: the stem of its file names, what it is, and whose rows it draws (empty: all)."""
+
+    stem: str
+    kind: str
+    backbone: str
+    regime: str
+    draw: Callable[[], Figure]
+
+
+class Group(NamedTuple):
+    """Backbones that are compared in one figure, and in what they differ."""
+
+    name: str
+    what: str
+    backbones: list[str]
+
+
+def groups(results: pd.DataFrame, roles: Mapping[str, str]) -> list[Group]:
+    """List the comparisons of the paper's figures; the backbone without pre-training stands beside the algorithms."""
+    named = paper.backbone_of(paper.checked(roles))
+    algorithms = [found[0] for keys in paper.ALGORITHMS if (found := [named[key] for key in keys if key in named])]
+    control = [str(name) for name in results["backbone"].unique() if name not in roles and paper.is_control(str(name))]
+    data, scale = (
+        [named[key] for pair in pairs if set(pair) <= set(named) for key in pair]
+        for pairs in (paper.MORE_DATA, paper.LARGER)
+    )
+    everything = [str(name) for name in results["backbone"].unique()]
+    return [
+        Group("algorithm", "by pre-training algorithm", algorithms + control if algorithms else []),
+        Group("data", "by size of the pre-training data", data),
+        Group("scale", "by model scale", scale),
+        Group("all", "all backbones", everything),
+    ]
+
+
+def plan(
+    results: pd.DataFrame, heatmap: pd.DataFrame | None = None, roles: Mapping[str, str] | None = None
+) -> list[Planned]:
+    """List the figures of a run in reading order, comparisons first; files are the stem with .png and .pdf."""
+    found = [one for one in views(results) if one.methods]
+    compared = groups(results, roles or {})
+    out: list[Planned] = []
+    for regime in dict.fromkeys(one.regime for one in found):
+        out += _curves([one for one in found if one.regime == regime], results, regime)
+        out += _heatmaps(compared, heatmap, regime)
+        out += _counts(compared, results, regime, roles or {})
+        if with_own_scales(found, regime):
+            out.append(_of_regime("scales", regime, partial(scales, results, regime)))
+    return out + [planned for one in found for planned in _of_view(one, results, heatmap)]
+
+
+def _of_regime(kind: str, regime: str, draw: Callable[[], Figure], backbone: str = "") -> Planned:
+    return Planned(_stem(kind, *(name for name in (backbone, regime) if name)), kind, "", regime, draw)
+
+
+def _curves(found: list[View], results: pd.DataFrame, regime: str) -> list[Planned]:
+    """Plan the paper's Figure 2 where a regime has several backbones."""
+    return [_of_regime("backbones", regime, partial(lambda_curves, results, regime))] if len(found) > 1 else []
+
+
+def _heatmaps(compared: list[Group], heatmap: pd.DataFrame | None, regime: str) -> list[Planned]:
+    """Plan the paper's Figures 1, 3, 4 and 5, or one of all backbones where no comparison of the paper can be drawn."""
+    if heatmap is None:
+        return []
+    measured = set(heatmap.loc[heatmap["regime"] == regime, "backbone"])
+    present = [one for one in _among(compared, measured) if one.name != "all"] or _among(compared, measured)
+    return [
+        _of_regime(f"heatmaps-{one.name}", regime, partial(by_backbone, heatmap, one.backbones, regime, one.what))
+        for one in present
+    ]
+
+
+def _counts(compared: list[Group], results: pd.DataFrame, regime: str, roles: Mapping[str, str]) -> list[Planned]:
+    """Plan the paper's Figures 6 to 9, and the disentanglement error by the number of tasks."""
+    measured = with_sets(results, regime)
+    out: list[Planned] = []
+    if measured:
+        one = next((name for name in measured if roles.get(name) == FIGURE_6), measured[0])
+        out.append(_of_regime("combinations", regime, partial(combinations, results, one, regime)))
+    for group in reversed(_among(compared, measured)):
+        if group.name != "algorithm":
+            draw = partial(by_count, results, group.backbones, regime, group.what)
+            out.append(_of_regime(f"counts-{group.name}", regime, draw))
+    erring = with_sets(results, regime, "disentanglement_error")
+    if erring:
+        out.append(_of_regime("errors", regime, partial(error_by_count, results, erring, regime, "all backbones")))
+    return out
+
+
+def _among(compared: list[Group], measured: Collection[str]) -> list[Group]:
+    """Keep of each group what was measured, and the groups that still compare something."""
+    present = [one._replace(backbones=[name for name in one.backbones if name in measured]) for one in compared]
+    return [one for one in present if len(one.backbones) > 1]
+
+
+def _of_view(one: View, results: pd.DataFrame, heatmap: pd.DataFrame | None) -> list[Planned]:
+    """Plan the figures of one backbone in one regime."""
+    kinds: dict[str, Callable[..., Figure]] = {"accuracies": accuracies}
+    kinds |= {"gains": method_gains} if one.methods[1:] else {}
+    kinds |= {"lambda": lambda_curve}
+    searched = [method for method in one.methods if method != PER_TASK]
+    kinds |= {"lambdas": lambda_methods} if searched[1:] else {}
+    out = [_planned(kind, draw, results, one) for kind, draw in kinds.items()]
+    if heatmap is not None and len(error_rows(heatmap, one.backbone, one.regime)):
+        out.append(_planned("heatmap", heatmaps, heatmap, one))
+    return out
+
+
+def _planned(kind: str, draw: Callable[..., Figure], rows: pd.DataFrame, one: View) -> Planned:
+    stem = _stem(kind, one.backbone, one.regime)
+    return Planned(stem, kind, one.backbone, one.regime, lambda: draw(rows, one.backbone, one.regime))
+
+
+def _stem(kind: str, *names: str) -> str:
+    """Make a file name that stays the same from run to run; names that lose characters get a digest of the whole."""
+    short = [short_backbone(name) for name in names]
+    parts = [re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")[:48] for name in short]
+    plain = all(part == name.replace(":", "-", 1) for part, name in zip(parts, names, strict=True))
+    digest = [] if plain else [hashlib.blake2b("\0".join(names).encode(), digest_size=3).hexdigest()]
+    return "--".join([kind, *(part for part in parts if part), *digest])
+
+
+def write(
+    results: pd.DataFrame, heatmap: pd.DataFrame | None, folder: Path, roles: Mapping[str, str] | None = None
+) -> list[str]:
+    """Write every figure of a run as PNG (200 dpi) and PDF, the same bytes for the same rows; return the file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
+    for planned in plan(results, heatmap, roles):
+        figure = planned.draw()
+        for ending in UNDATED:
+            name = f"{planned.stem}.{ending}"
+            _write_whole(folder / name, _encode(figure, ending))
+            names.append(name)
+            figure.set_layout_engine("none")  # the PDF keeps the layout of the PNG
+    return names
+
+
+def _encode(figure: Figure, ending: str) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format=ending, dpi=200, metadata=UNDATED[ending])
+    return buffer.getvalue()
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write beside the file and rename, so that no reader meets half a figure."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(data)
+    beside.replace(path)

@@ -1,0 +1,129 @@
+"""What all figures share: colours, type, legends, and names that are safe to draw."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
+
+from taskvec.errors import unknown
+from taskvec.texts import method_label, one_line, short_backbone
+from taskvec.views import ADDITION, View
+
+# Okabe and Ito's colour-blind-safe palette; its yellow is left out, too faint for lines on white.
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+CYCLE = (BLUE, VERMILLION, PURPLE, ORANGE, SKY)  # without those of probing and fine-tuned
+WIDE_CYCLE = (*CYCLE, BLACK, "#7F7F7F")  # for figures in which probing has no line
+HEAD_COLOUR = {"kept": BLUE, "reprobed": VERMILLION}
+HEAD_MARKER = {"kept": "o", "reprobed": "s"}
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH = 7.2  # inches, the width of a page
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "legend.handletextpad": 0.5,
+    "legend.columnspacing": 1.6,
+    "figure.titlesize": 9.5,
+    "figure.titleweight": "bold",
+    "pdf.fonttype": 42,
+    "text.usetex": False,
+    "axes.unicode_minus": True,
+}
+
+
+# ---------------------------------------------------------------- legends
+
+
+def chosen_rings(ax: Axes) -> list[Line2D]:
+    """Find the rings drawn around chosen scales."""
+    return [line for line in ax.get_lines() if line.get_gid() == "chosen" and np.size(line.get_xdata())]
+
+
+def legend(figure: Figure, ax: Axes) -> None:
+    """Put the legend below the panels, with the ring of the chosen scale explained once."""
+    handles, labels = ax.get_legend_handles_labels()
+    rings = chosen_rings(ax)
+    if rings:
+        handles, labels = [*handles, rings[0]], [*labels, "chosen on validation"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns(labels))
+
+
+def legend_columns(labels: list[str]) -> int:
+    """Choose as many columns, four at most, as fit on the width of a page (about 116 characters)."""
+    columns = min(4, len(labels))
+    while columns > 1 and _legend_width(labels, columns) > 116:
+        columns -= 1
+    return columns
+
+
+def _legend_width(labels: list[str], columns: int) -> int:
+    """Estimate the characters of the longest labels of all columns side by side, each with its mark."""
+    rows = math.ceil(len(labels) / columns)
+    return sum(8 + max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows))
+
+
+# ---------------------------------------------------------------- names
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    """List the characters that the font of the figures can draw."""
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+
+
+def safe_name(text: str, longest: int) -> str:
+    """Make a user's name safe to draw: one line, no mathematics, known characters, its middle cut when too long."""
+    known = _drawable()
+    text = "".join(letter if ord(letter) in known else "\N{REPLACEMENT CHARACTER}" for letter in one_line(text))
+    if len(text) > longest:
+        tail = (longest - 1) // 3
+        text = text[: longest - 1 - tail] + "…" + text[-tail:]
+    return text.replace("$", r"\$")
+
+
+def line_styles(results: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Give every backbone of a run its colour, marker and dashes, the same in all figures."""
+    return {str(backbone): line_style(i, WIDE_CYCLE) for i, backbone in enumerate(results["backbone"].unique())}
+
+
+def line_style(i: int, colours: tuple[str, ...] = CYCLE) -> dict[str, Any]:
+    """Tell lines apart by colour, marker and dashes."""
+    dashes = DASHES[i // len(colours) % len(DASHES)]
+    return {"color": colours[i % len(colours)], "marker": MARKERS[i % len(MARKERS)], "linestyle": dashes}
+
+
+def heading(one: View, method: str = "") -> str:
+    """Name backbone, regime, method and seeds over a figure."""
+    seeds = f", mean of {one.seeds} seeds" if one.seeds > 1 else ""
+    named = f", {safe_name(method_label(method), 24)}" if method else ""
+    return safe_name(short_backbone(one.backbone), 56) + f", {safe_name(one.regime, 24)}{named}{seeds}"
+
+
+def merged_by(one: View, method: str) -> str:
+    """Take the method asked for, or the first there is: the paper's addition where it was run."""
+    if method and method not in one.methods:
+        raise unknown("method in the results", method, one.methods)
+    if not one.methods:
+        raise unknown("method in the results", ADDITION, one.methods)
+    return method or one.methods[0]

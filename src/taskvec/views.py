@@ -1,0 +1,220 @@
+"""Metric rows in, numbers out: one backbone in one regime over its seeds, its sets of tasks, its errors in the box."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import pandas as pd
+
+from taskvec.errors import TaskvecError, unknown
+
+ADDITION = "task_arithmetic"
+PER_TASK = "task_arithmetic_per_task"
+BASELINES = ("probing", "zero_shot", "fine_tuned", "joint")
+HEADS = {"kept": "kept heads", "reprobed": "re-probed heads"}
+BOX = 1.0  # half the width of the red box of the paper's Figure 1
+NEEDED = ("backbone", "regime", "seed", "tasks", "method", "heads", "scale", "task", "split", "metric", "value")
+OF_SETS = ("accuracy", "normalised_accuracy", "disentanglement_error")
+
+
+class Cell(NamedTuple):
+    """One number over seeds: mean, standard deviation (NaN for one seed), smallest and largest scale."""
+
+    mean: float
+    sd: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+NOTHING = Cell(math.nan)
+
+
+def _over_seeds(entries: list[tuple[float, float]]) -> Cell:
+    """Sum up the (scale, value) of every seed; NaN counts as not measured."""
+    scales = [scale for scale, _ in entries if not math.isnan(scale)] or [math.nan]
+    values = [value for _, value in entries if not math.isnan(value)]
+    if not values:
+        return NOTHING
+    sd = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Cell(statistics.fmean(values), sd, min(scales), max(scales))
+
+
+class Gain(NamedTuple):
+    """Accuracy over probing as fractions: mean and spread over seeds, the ends of its interval, the scales chosen."""
+
+    heads: str
+    mean: float
+    sd: float
+    low: float
+    high: float
+    scale: Cell
+
+    @property
+    def beats(self) -> bool:
+        """Say whether the whole interval, as it is printed, lies above zero."""
+        return round(100 * self.low, 1) > 0
+
+    @property
+    def stays(self) -> bool:
+        """Say whether every seed chose to add nothing and its heads are the probes, so that the merge is probing."""
+        return self.heads == "kept" and self.scale.low == self.scale.high == 0 and abs(self.mean) < 1e-9
+
+
+@dataclass(frozen=True)
+class View:
+    """The rows of one backbone in one regime, on the largest set of tasks that was merged there."""
+
+    backbone: str
+    regime: str
+    rows: pd.DataFrame
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str, str, str], Cell]:
+        """Take mean and spread over seeds of every (method, heads, metric, task) on the test split."""
+        test = self.rows[self.rows["split"] == "test"]
+        entries: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
+        keys = zip(*(test[name] for name in ("method", "heads", "metric", "task")), strict=True)
+        for key, scale, value in zip(keys, test["scale"], test["value"], strict=True):
+            entries[cast("tuple[str, str, str, str]", key)].append((scale, value))
+        return {key: _over_seeds(found) for key, found in entries.items()}
+
+    def cell(self, method: str, heads: str = "kept", metric: str = "accuracy", task: str = "") -> Cell:
+        """Look up a number of the test split as a fraction; an empty task is the mean over tasks."""
+        return self._cells.get((method, heads, metric, task), NOTHING)
+
+    def gain(self, method: str, heads: str = "kept", task: str = "") -> Gain:
+        """Look up what a merge adds to probing."""
+        middle, low, high = (self.cell(method, heads, f"gain_over_probing{end}", task) for end in ("", "_low", "_high"))
+        return Gain(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
+
+    @cached_property
+    def validation(self) -> dict[str, float]:
+        """Score each method by the best mean normalised accuracy on validation, over seeds, of its better heads."""
+        rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
+        rows = rows[rows["metric"] == "normalised_accuracy"]
+        best = rows.groupby(["method", "heads", "seed"])["value"].max().groupby(["method", "heads"]).mean()
+        return {str(method): float(value) for method, value in best.groupby("method").max().items()}
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Name the tasks in the order of the rows."""
+        return [task for task in _unique(self.rows["task"]) if task]
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Name the merging methods, the paper's addition first."""
+        found = _unique(self._merges["method"])
+        return sorted(found, key=lambda method: method != ADDITION)
+
+    @cached_property
+    def heads(self) -> list[str]:
+        """Name the kinds of heads that merged encoders were read with."""
+        return [heads for heads in HEADS if heads in set(self._merges["heads"])]
+
+    @cached_property
+    def _merges(self) -> pd.DataFrame:
+        return self.rows[~self.rows["method"].isin(BASELINES) & (self.rows["metric"] == "accuracy")]
+
+    @cached_property
+    def seeds(self) -> int:
+        """Count the seeds."""
+        return int(self.rows["seed"].nunique())
+
+
+def views(results: pd.DataFrame) -> list[View]:
+    """Split results into backbones and regimes, each on its largest set of tasks; subsets of tasks are left out."""
+    settings = numeric(results).groupby(["backbone", "regime"], sort=False)
+    keyed = ((cast("tuple[str, str]", key), rows) for key, rows in settings)
+    return [View(str(backbone), str(regime), _largest_set(rows)) for (backbone, regime), rows in keyed]
+
+
+def numeric(results: pd.DataFrame) -> pd.DataFrame:
+    """Check that the columns are there, and read scales and values as numbers."""
+    lacking = [column for column in NEEDED if column not in results.columns]
+    if lacking or results.empty:
+        problem = f"results without the columns {', '.join(lacking)}" if lacking else "results without a row"
+        raise TaskvecError(problem, "give the rows of results.csv, read with keep_default_na=False")
+    return results.assign(**{name: pd.to_numeric(results[name], errors="coerce") for name in ("scale", "value")})
+
+
+def view(results: pd.DataFrame, backbone: str, regime: str) -> View:
+    """Take one backbone in one regime out of the results."""
+    if {"backbone", "regime"} <= set(results.columns):
+        own = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
+        if len(own):
+            return views(own)[0]
+    raise unknown(
+        "backbone and regime", f"{backbone}, {regime}", (f"{one.backbone}, {one.regime}" for one in views(results))
+    )
+
+
+def _largest_set(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of the merged set with the most tasks."""
+    sizes = rows[rows["task"] != ""].groupby("tasks", sort=False)["task"].nunique()
+    return rows if sizes.empty else rows[rows["tasks"] == sizes.idxmax()]
+
+
+def _unique(values: pd.Series[Any]) -> list[str]:
+    return [str(value) for value in values.drop_duplicates()]
+
+
+def line_search(one: View, method: str, heads: str) -> pd.DataFrame:
+    """Read normalised accuracy on validation by scale: mean and std (%) over seeds, and whether a seed chose the scale.
+
+    Of several configurations only the one that went to the test split.
+    """
+    rows = one.rows[(one.rows["method"] == method) & (one.rows["heads"] == heads) & (one.rows["task"] == "")]
+    rows = rows[rows["metric"] == "normalised_accuracy"]
+    test = rows[rows["split"] == "test"]
+    tried = rows[rows["split"] == "validation"].merge(test[["seed", "config"]].drop_duplicates(), on=["seed", "config"])
+    values = 100 * tried.groupby("scale")["value"].agg(["mean", "std"]).fillna({"std": 0.0})
+    return values.assign(chosen=values.index.isin(test["scale"])).reset_index()
+
+
+# ---------------------------------------------------------------- sets of tasks
+
+
+def task_sets(results: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame:
+    """Put each merged set of tasks in one row: tasks, size, and as fractions accuracy, normalised accuracy and error.
+
+    Of addition with kept heads, on the test split, over the seeds that merged more than one set; else without a row.
+    """
+    rows = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
+    rows = rows[(rows["split"] == "test") & (rows["task"] == "") & rows["metric"].isin(OF_SETS)]
+    added = (rows["method"] == ADDITION) & (rows["heads"] == "kept")
+    rows = rows[added | (rows["metric"] == "disentanglement_error")]
+    size = rows["tasks"].str.count(r"\+") + 1
+    rows = rows.assign(size=size, value=pd.to_numeric(rows["value"], errors="coerce"))
+    rows = rows[rows["seed"].isin(rows.loc[size < size.max(), "seed"])]
+    table = rows.pivot_table(index=["size", "tasks"], columns="metric", values="value", aggfunc="mean")
+    return table.reindex(columns=list(OF_SETS)).reset_index()
+
+
+# ---------------------------------------------------------------- the disentanglement error
+
+
+def with_errors(heatmap: pd.DataFrame) -> pd.DataFrame:
+    """Add to the rows of a heatmap the error 0..2 and whether a point is in the box."""
+    inside = (heatmap["scale_1"].abs() <= BOX + 1e-9) & (heatmap["scale_2"].abs() <= BOX + 1e-9)
+    return heatmap.assign(error=heatmap["error_1"] + heatmap["error_2"], inside=inside)
+
+
+def error_rows(heatmap: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame:
+    """Take the heatmap rows of one backbone in one regime, with errors."""
+    return with_errors(heatmap[(heatmap["backbone"] == backbone) & (heatmap["regime"] == regime)])
+
+
+def box_error(heatmap: pd.DataFrame | None, backbone: str, regime: str) -> Cell:
+    """Average the disentanglement error (0..2) over the box and the pairs; its spread is over seeds."""
+    if heatmap is None:
+        return NOTHING
+    rows = error_rows(heatmap, backbone, regime)
+    means = rows[rows["inside"]].groupby("seed")["error"].mean()
+    if means.empty:
+        return NOTHING
+    return Cell(float(means.mean()), float(means.std()) if len(means) > 1 else math.nan)
