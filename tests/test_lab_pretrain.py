@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from taskvec.cli import app
 from taskvec.errors import TaskvecError
 from taskvec.lab import encoders, objective, pretrain, worlds
 from taskvec.lab.corpus import draw_pretraining, pretraining_code_points
@@ -156,6 +160,26 @@ def test_what_is_made_already_is_known(tmp_path: Path) -> None:
     assert not pretrain.is_made("contrastive", tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     assert not pretrain.is_made("supervised", tmp_path, steps=1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_makes_what_a_folder_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "DESCRIPTIONS", {"supervised": "", "random": ""})
+    call = ["lab", "pretrain", "all", "--steps", "1", "--out", str(tmp_path)]
+    first = CliRunner().invoke(app, call)
+    assert (first.exit_code, first.output) == (0, f"{tmp_path}/supervised.safetensors and its record supervised.json\n")
+    made = (tmp_path / "supervised.json").stat().st_mtime_ns
+    again = CliRunner().invoke(app, call)
+    assert (again.exit_code, again.output) == (0, "supervised is there already\n")
+    assert (tmp_path / "supervised.json").stat().st_mtime_ns == made
+
+
+def test_a_mistyped_encoder_is_explained_without_torch() -> None:
+    code = "import sys; from taskvec.cli import app; app(['lab', 'pretrain', 'contrastiv'], standalone_mode=False)"
+    code = f"try:\n    {code}\nfinally:\n    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "did you mean 'contrastive'" in done.stderr
+    assert done.stdout.strip() == "False"
 
 
 def test_every_recipe_is_described_and_all_weights_are_small() -> None:

@@ -201,7 +201,7 @@ def pretrain(
         if encoder == "all" and is_made(name, out, steps, seed):
             typer.echo(f"{name} is there already")
             continue
-        with Progress(transient=True) as bar:
+        with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(f"pre-training {name}", total=1.0)
             path = make(name, out, steps, seed, lambda share: bar.update(task, completed=share))  # noqa: B023
         typer.echo(f"{path} and its record {path.with_suffix('.json').name}")
