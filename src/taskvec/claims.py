@@ -24,12 +24,13 @@ HIGH = 80.0  # % of normalised accuracy
 STEADY = 0.5  # points that a falling curve may rise from one scale to the next
 STRAIGHT = 0.9  # share of the variance that a line explains
 HOW_CLAIMS_ARE_DECIDED = (
-    "Each claim is an inequality, and its margin says how far the measured numbers lie on the claimed side. It holds "
+    "Each claim is an inequality, and its margin says how far the measured numbers lie on the claimed side, in points "
+    "(in λ or R² where the claim is on one of them). It holds "
     "if the whole 95 % interval of the margin lies on that side, does not hold if it lies on the other, and is "
     "undecided between. Of several backbones the one with the smallest margin is shown, and the claim holds only if "
     "it does for each. Intervals of gains are paired bootstraps over test images, all others percentile bootstraps "
-    f"over tasks, pairs or sets of tasks, and there is none for fewer than {FEWEST}; none covers the spread over "
-    "seeds. The paper's numbers are those of its own checkpoints and tasks."
+    f"over tasks, pairs or sets of tasks, and there is none for fewer than {FEWEST}; with few they are too narrow, "
+    "and none covers the spread over seeds. The paper's numbers are those of its own checkpoints and tasks."
 )
 
 
