@@ -53,17 +53,45 @@ class Backbone:
         images: UInt8[np.ndarray, "count 3 size size"],
         batch_size: int = 256,
         progress: Progress = no_progress,
-    ) -> Float[Tensor, "count width"]:
-        """Return the float32 features of all images under the present weights, on the CPU."""
+        per_patch: bool = False,
+    ) -> Float[Tensor, "count *patches width"]:
+        """Return the float32 features of all images under the present weights, on the CPU; one a patch if wanted."""
         self.module.eval()
-        out = torch.empty(len(images), self.width)
+        out = torch.empty(0, self.width)
         for start in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            out[start : start + len(batch)] = (
-                self.module(normalise(batch, self.preprocessing, self.device)).float().cpu()
-            )
+            found = encode(self.module, normalise(batch, self.preprocessing, self.device), per_patch).float().cpu()
+            out = out if start else torch.empty(len(images), *found.shape[1:])
+            out[start : start + len(batch)] = found
             progress((start + len(batch)) / len(images))
         return out
+
+
+def encode(
+    module: nn.Module, images: Float[Tensor, "batch 3 size size"], per_patch: bool
+) -> Float[Tensor, "batch *patches width"]:
+    """Return a module's feature of every image, or of every patch."""
+    features: Tensor = patch_tokens(module, images) if per_patch else module(images)
+    return features
+
+
+def patch_tokens(module: nn.Module, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch patches width"]:
+    """Return the final token of every patch, row by row: those of the lab's transformer, or of timm's.
+
+    Raises for a module that has none, such as a convolutional network.
+    """
+    encoder: Any = module
+    if not hasattr(encoder, "tokens") and not hasattr(encoder, "num_prefix_tokens"):
+        raise TaskvecError(
+            f"a {type(module).__name__} gives no feature a patch, which a task with a label a patch needs",
+            "choose a vision transformer, or leave the task out",
+        )
+    tokens: Tensor
+    if hasattr(encoder, "tokens"):
+        tokens = encoder.tokens(images)
+    else:
+        tokens = encoder.forward_features(images)[:, encoder.num_prefix_tokens :]
+    return tokens
 
 
 def parse(address: str) -> tuple[str, str, str]:

@@ -17,7 +17,7 @@ from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights
 
 Images = UInt8[np.ndarray, "count 3 size size"]
-Predictions = Int64[np.ndarray, "points count"]
+Predictions = Int64[np.ndarray, "points count *patches"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ class Errors:
         return float(self.xi()[np.ix_(inside, inside)].mean())
 
 
-def predictions(backbone: Backbone, head: Head, images: Images) -> Int64[np.ndarray, " count"]:
-    """Return the predicted classes under the backbone's present weights."""
-    predicted: Int64[np.ndarray, " count"] = head.predict(backbone.features(images)).numpy()
+def predictions(backbone: Backbone, head: Head, images: Images) -> Int64[np.ndarray, " count *patches"]:
+    """Return the predicted classes (of every patch, or sectors of angles) under the backbone's present weights."""
+    predicted: Int64[np.ndarray, " count *patches"] = head.predict(
+        backbone.features(images, per_patch=head.rules.per_patch)
+    ).numpy()
     return predicted
 
 
@@ -73,7 +75,8 @@ def disentanglement(
 ) -> Errors:
     """Measure xi(l1, l2) on a grid; on the axes, where one term compares a model with itself, that term is 0.
 
-    Where the merged model gives no class (NaN scores) the prediction counts as changed.
+    Where the merged model gives no class (NaN scores) the prediction counts as changed. Where a task has a label a
+    patch, it is the share of patches that change; an angle changes when it falls into another sector.
     """
     if singles is None:
         first, second = (

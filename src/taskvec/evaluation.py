@@ -6,32 +6,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64, Shaped
 
 from taskvec.backbones import Backbone
 from taskvec.heads import Head, features_of
 from taskvec.tasks import Split, Task
 from taskvec.weights import Weights
 
+Scores = Bool[np.ndarray, " count"] | Float64[np.ndarray, " count"]
+"""How right a model is on every image: yes or no, or the share of its patches."""
 
-def correct(backbone: Backbone, weights: Weights, split: Split, head: Head) -> Bool[np.ndarray, " count"]:
-    """Say for every image of a split whether the encoder at ``weights`` with ``head`` gives its class."""
+
+def correct(backbone: Backbone, weights: Weights, split: Split, head: Head) -> Scores:
+    """Say for every image of a split whether the encoder at ``weights`` with ``head`` gives its class.
+
+    Heads of other kinds say whether the angle is near, or give the share of patches whose class is right.
+    """
     backbone.use(weights)
-    features, labels = features_of(backbone, split)
-    right: Bool[np.ndarray, " count"] = (head.predict(features) == labels).numpy()
+    right: Scores = head.score(*features_of(backbone, split, head.kind)).numpy()
     return right
 
 
 def evaluate(
     backbone: Backbone, weights: Weights, tasks: Sequence[Task], heads: Sequence[Head], split: str = "test"
 ) -> dict[str, float]:
-    """Return the accuracy (a fraction) of each task under common encoder weights, each with its own head."""
+    """Return the accuracy (or its kind's metric; a fraction) of each task under common weights, with its own head."""
     pairs = zip(tasks, heads, strict=True)
     return {task.name: float(correct(backbone, weights, getattr(task, split), head).mean()) for task, head in pairs}
 
 
 def normalised_accuracy(merged: Sequence[float], fine_tuned: Sequence[float]) -> float | None:
-    """Return mean_t acc_t(merged) / acc_t(fine-tuned), both on one split; None where a fine-tuned accuracy is zero."""
+    """Return mean_t acc_t(merged) / acc_t(fine-tuned), both on one split; None where a fine-tuned accuracy is zero.
+
+    Each task may have a metric of its own in the place of accuracy.
+    """
     if any(value == 0 for value in fine_tuned):
         return None
     return float(np.mean([a / b for a, b in zip(merged, fine_tuned, strict=True)]))
@@ -47,23 +55,31 @@ class Gain:
 
 
 def paired_gain(
-    ours: Mapping[str, Bool[np.ndarray, " count"]],
-    baseline: Mapping[str, Bool[np.ndarray, " count"]],
+    ours: Mapping[str, Scores],
+    baseline: Mapping[str, Scores],
     draws: int = 10_000,
     seed: int = 0,
 ) -> Gain:
     """Bootstrap the mean over tasks of the accuracy gained on the same test images (percentile interval).
 
-    Images are drawn anew within each task. An image gains, loses or ties, so a draw of n images is one draw of three
-    counts from a multinomial: exact, and as fast for a million images as for ten.
+    Images are drawn anew within each task. An image gains, loses or ties (or changes by one of a few shares), so a draw
+    of n images is one draw of as many counts from a multinomial: exact, and as fast for a million images as for ten.
     """
     generator = np.random.default_rng(seed)
     means, samples = [], []
     for task in baseline:
-        change = ours[task].astype(np.int8) - baseline[task].astype(np.int8)
-        share = np.array([(change == value).mean() for value in (-1, 0, 1)])
+        change, values = changes(ours[task], baseline[task])
+        share = np.array([(change == value).mean() for value in values])
         counts = generator.multinomial(len(change), share / share.sum(), size=draws)
         means.append(change.mean())
-        samples.append((counts[:, 2] - counts[:, 0]) / len(change))
+        samples.append(counts @ values / len(change))
     low, high = np.quantile(np.mean(samples, axis=0), [0.025, 0.975])
     return Gain(float(np.mean(means)), float(low), float(high))
+
+
+def changes(ours: Scores, baseline: Scores) -> tuple[Shaped[np.ndarray, " count"], Shaped[np.ndarray, " values"]]:
+    """Return the difference of two models on every image, and which values it takes (-1, 0 and 1 for yes and no)."""
+    if ours.dtype == bool:
+        return ours.astype(np.int8) - baseline.astype(np.int8), np.array([-1, 0, 1])
+    change = ours - baseline
+    return change, np.unique(change)

@@ -11,23 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taskvec.backbones import Backbone
+from taskvec.backbones import Backbone, encode
 from taskvec.compute import autocast, choose_precision
 from taskvec.errors import TaskvecError
 from taskvec.heads import Head, random_head
 from taskvec.images import normalise, random_resized_crop
+from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.settings import Finetune
 from taskvec.tasks import Split, Task
 from taskvec.training import Group, Progress, Schedule, index_batches, no_progress, train
 from taskvec.vectors import subtract
 from taskvec.weights import Weights, bind, check_finite
 
-Batch = tuple[Float[Tensor, "batch 3 size size"], Int64[Tensor, " batch"]]
+Batch = tuple[Float[Tensor, "batch 3 size size"], Shaped[Tensor, "batch ..."]]
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,20 @@ class Tuned:
     heads: tuple[Head, ...]
 
 
-def training_batches(backbone: Backbone, split: Split, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Yield augmented, normalised batches forever, on the backbone's device; all draws come from the seed."""
+def training_batches(
+    backbone: Backbone, split: Split, batch_size: int, seed: int, kind: str = CLASSIFICATION
+) -> Iterator[Batch]:
+    """Yield normalised batches forever, on the backbone's device, augmented where the kind's labels stay right.
+
+    All draws come from the seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.from_numpy(split.labels)
     for indices in index_batches(len(split), batch_size, seed):
         images = torch.from_numpy(split.images[indices.numpy()])
         inputs = normalise(images, backbone.preprocessing, backbone.device)
-        yield random_resized_crop(inputs, generator), labels[indices].to(backbone.device)
+        cropped = random_resized_crop(inputs, generator) if KINDS[kind].crops else inputs
+        yield cropped, labels[indices].to(backbone.device)
 
 
 def finetune(
@@ -71,7 +77,7 @@ def finetune_full(
     progress: Progress = no_progress,
 ) -> Tuned:
     """Fine-tune encoder and head together, from ``head`` or else a seeded random one (full and open-full regimes)."""
-    start = head or random_head(backbone.width, len(task.classes), seed)
+    start = head or random_head(backbone.width, len(task.classes), seed, task.kind)
     return optimise(backbone, [task], [start], True, settings or Finetune(), seed, precision, progress)
 
 
@@ -98,7 +104,7 @@ def optimise(
     precision: str,
     progress: Progress = no_progress,
 ) -> Tuned:
-    """Minimise the mean cross-entropy over tasks of a copy of the encoder, and of the heads where they learn too."""
+    """Minimise the mean loss over tasks of a copy of the encoder, and of the heads where they learn too."""
     module = copy.deepcopy(backbone.module)
     bound = bind(module)
     bound.flat.copy_(backbone.pretrained.flat)
@@ -110,21 +116,29 @@ def optimise(
 
     def loss(batches: Sequence[Batch]) -> Float[Tensor, ""]:
         with autocast(chosen, backbone.device):
-            features = module(torch.cat([images for images, _ in batches]))
-        parts = features.split([len(labels) for _, labels in batches])
-        each = [
-            F.cross_entropy(head.logits(own), labels)
-            for head, own, (_, labels) in zip(heads, parts, batches, strict=True)
-        ]
+            parts = encode_all(module, [images for images, _ in batches], [head.rules.per_patch for head in heads])
+        each = [head.loss(own, labels) for head, own, (_, labels) in zip(heads, parts, batches, strict=True)]
         return torch.stack(each).mean()
 
     learning = [*module.parameters(), *(p for head in heads for p in (head.weight, head.bias) if heads_learn)]
-    batches = zip(*(training_batches(backbone, task.train, images, seed) for task in tasks), strict=True)
+    batches = zip(*(training_batches(backbone, task.train, images, seed, task.kind) for task in tasks), strict=True)
     with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
         torch.manual_seed(seed)  # for dropout and stochastic depth
         train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
     check_finite(bound, "fine-tuning diverged", "lower finetune.learning_rate")
     return Tuned(bound.clone(), tuple(head.on("cpu") for head in heads))
+
+
+def encode_all(
+    module: torch.nn.Module, images: Sequence[Float[Tensor, "batch 3 size size"]], per_patch: Sequence[bool]
+) -> list[Float[Tensor, "batch *patches width"]]:
+    """Return the features of each batch, of images or of patches; all batches that need the same share one pass."""
+    found: dict[int, Tensor] = {}
+    for wanted in sorted(set(per_patch)):
+        places = [place for place, needed in enumerate(per_patch) if needed == wanted]
+        features = encode(module, torch.cat([images[place] for place in places]), wanted)
+        found |= zip(places, features.split([len(images[place]) for place in places]), strict=True)
+    return [found[place] for place in range(len(images))]
 
 
 def schedule_of(settings: Finetune) -> Schedule:

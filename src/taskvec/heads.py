@@ -2,44 +2,70 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from taskvec.backbones import Backbone
+from taskvec.errors import TaskvecError
+from taskvec.kinds import CLASSIFICATION, KINDS, Kind
 from taskvec.settings import Probe
 from taskvec.tasks import Split, Task
 from taskvec.training import Group, Progress, Schedule, index_batches, no_progress, train
-from taskvec.weights import read, save_tensors
+from taskvec.weights import read, read_metadata, save_tensors
+
+Features = Float[Tensor, "count *patches width"]
+Labels = Shaped[Tensor, "count ..."]
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier on features: one row of weights a class; ``normalised`` features are of unit length first."""
+    """A linear layer on features: one row of weights a class, or an output of another kind of task.
+
+    Where it is ``normalised``, features are brought to unit length first.
+    """
 
     weight: Float[Tensor, "classes width"]
     bias: Float[Tensor, " classes"]
     normalised: bool = False
+    kind: str = CLASSIFICATION
 
-    def logits(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
-        """Return class scores in float32, on the features' device."""
-        features = F.normalize(features.float(), dim=1) if self.normalised else features.float()
+    @property
+    def rules(self) -> Kind:
+        """What its kind of task says of its scores."""
+        return KINDS[self.kind]
+
+    def logits(self, features: Features) -> Float[Tensor, "count *patches classes"]:
+        """Return scores in float32, on the features' device."""
+        features = F.normalize(features.float(), dim=-1) if self.normalised else features.float()
         return F.linear(features, self.weight.to(features.device), self.bias.to(features.device))
 
     def on(self, device: str, learns: bool = False) -> Head:
         """Return a copy on a device, whose weights are leaves that learn or constants."""
         weight, bias = (p.detach().to(device, copy=True).requires_grad_(learns) for p in (self.weight, self.bias))
-        return Head(weight, bias, self.normalised)
+        return replace(self, weight=weight, bias=bias)
 
-    def predict(self, features: Float[Tensor, "batch width"]) -> Int64[Tensor, " batch"]:
-        """Return the class of highest score, ties to the first; -1 (no class) where a score is NaN or infinite."""
-        scores = self.logits(features)
-        return scores.argmax(dim=1).where(scores.isfinite().all(dim=1), -1)
+    def predict(self, features: Features) -> Int64[Tensor, " count *patches"]:
+        """Return the class of highest score, ties to the first; -1 (no class) where a score is NaN or infinite.
+
+        A head for regression gives the sector of the predicted angle (``kinds.sector``).
+        """
+        return self.rules.decide(self.logits(features))
+
+    def score(self, features: Features, labels: Labels) -> Shaped[Tensor, " count"]:
+        """Return how right the head is on every image: true or false, or the share of patches."""
+        return self.rules.score(self.logits(features), labels)
+
+    def loss(self, features: Features, labels: Labels) -> Float[Tensor, ""]:
+        """Return the mean training loss."""
+        return self.rules.loss(self.logits(features), labels)
 
 
 @dataclass(frozen=True)
@@ -55,73 +81,88 @@ class Probed:
         return max(range(len(self.rates)), key=lambda i: (self.validation[i], -self.rates[i]))
 
 
-def accuracy(head: Head, features: Float[Tensor, "count width"], labels: Int64[Tensor, " count"]) -> float:
-    """Return the share of samples whose predicted class is their label."""
-    return float((head.predict(features) == labels).double().mean())
+def accuracy(head: Head, features: Features, labels: Labels) -> float:
+    """Return the share of samples whose predicted class is their label, or what the head's kind measures instead."""
+    return float(head.score(features, labels).double().mean())
 
 
 def fit(
-    features: Float[Tensor, "count width"],
-    labels: Int64[Tensor, " count"],
+    features: Features,
+    labels: Labels,
     classes: int,
     rates: Sequence[float],
     settings: Probe,
     seed: int,
     progress: Progress = no_progress,
+    kind: str = CLASSIFICATION,
 ) -> list[Head]:
-    """Fit one linear head for every learning rate on the same batches, from the same random start (cross-entropy)."""
-    start = random_head(features.shape[1], classes, seed)
-    heads = [[p.detach().clone().requires_grad_() for p in (start.weight, start.bias)] for _ in rates]
+    """Fit one linear head for every learning rate on the same batches, from the same random start."""
+    start = random_head(features.shape[-1], classes, seed, kind)
+    heads = [start.on("cpu", learns=True) for _ in rates]
 
     def loss(batch: Tensor) -> Tensor:
         inputs, targets = features[batch], labels[batch]
-        return torch.stack([F.cross_entropy(F.linear(inputs, w, b), targets) for w, b in heads]).sum()
+        return torch.stack([head.loss(inputs, targets) for head in heads]).sum()
 
     schedule = Schedule(settings.steps, min(settings.warmup, settings.steps // 2), settings.weight_decay)
-    groups = [Group(head, rate) for head, rate in zip(heads, rates, strict=True)]
+    groups = [Group([head.weight, head.bias], rate) for head, rate in zip(heads, rates, strict=True)]
     train(groups, loss, index_batches(len(labels), settings.batch_size, seed), schedule, progress=progress)
-    return [Head(weight.detach(), bias.detach()) for weight, bias in heads]
+    return [head.on("cpu") for head in heads]
 
 
 def probe(
-    train_features: Float[Tensor, "train width"],
-    train_labels: Int64[Tensor, " train"],
-    validation_features: Float[Tensor, "validation width"],
-    validation_labels: Int64[Tensor, " validation"],
+    train_features: Float[Tensor, "train *patches width"],
+    train_labels: Shaped[Tensor, "train ..."],
+    validation_features: Float[Tensor, "validation *patches width"],
+    validation_labels: Shaped[Tensor, "validation ..."],
     classes: int,
     settings: Probe,
     seed: int = 0,
     progress: Progress = no_progress,
+    kind: str = CLASSIFICATION,
 ) -> Probed:
     """Fit heads for all learning rates on cached features and measure each on the validation split."""
-    heads = fit(train_features, train_labels, classes, settings.learning_rates, settings, seed, progress)
+    heads = fit(train_features, train_labels, classes, settings.learning_rates, settings, seed, progress, kind)
     values = tuple(accuracy(head, validation_features, validation_labels) for head in heads)
     return Probed(tuple(settings.learning_rates), tuple(heads), values)
 
 
-def features_of(backbone: Backbone, split: Split) -> tuple[Float[Tensor, "count width"], Int64[Tensor, " count"]]:
-    """Return the features and labels of a split under the backbone's present weights."""
-    return backbone.features(split.images), torch.from_numpy(split.labels)
+def features_of(
+    backbone: Backbone, split: Split, kind: str = CLASSIFICATION, progress: Progress = no_progress
+) -> tuple[Features, Labels]:
+    """Return the features that a kind of task needs, and the labels, of a split under the backbone's present weights.
+
+    Raises where the encoder has another number of patches than are labelled.
+    """
+    per_patch = KINDS[kind].per_patch
+    features = backbone.features(split.images, progress=progress, per_patch=per_patch)
+    if per_patch and features.shape[1] != split.labels.shape[1]:
+        raise TaskvecError(
+            f"'{backbone.name}' has {features.shape[1]} patches an image, but {split.labels.shape[1]} are labelled",
+            "choose an encoder or an input size with as many patches, or leave out the tasks with a label a patch",
+        )
+    return features, torch.from_numpy(split.labels)
 
 
 def fit_head(backbone: Backbone, task: Task, settings: Probe | None = None, seed: int = 0) -> Head:
     """Probe a task on the backbone's present weights and return the head of the best rate on validation."""
     probed = probe(
-        *features_of(backbone, task.train),
-        *features_of(backbone, task.validation),
+        *features_of(backbone, task.train, task.kind),
+        *features_of(backbone, task.validation, task.kind),
         len(task.classes),
         settings or Probe(),
         seed,
+        kind=task.kind,
     )
     return probed.heads[probed.best()]
 
 
-def random_head(width: int, classes: int, seed: int) -> Head:
+def random_head(width: int, classes: int, seed: int, kind: str = CLASSIFICATION) -> Head:
     """Return a head as torch initialises a linear layer, from a seed and no other random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = torch.nn.Linear(width, classes)
-    return Head(start.weight.detach(), start.bias.detach())
+    return Head(start.weight.detach(), start.bias.detach(), kind=kind)
 
 
 def zero_shot_head(texts: Float[Tensor, "classes width"], scale: float) -> Head:
@@ -131,18 +172,24 @@ def zero_shot_head(texts: Float[Tensor, "classes width"], scale: float) -> Head:
 
 
 def save_heads(heads: dict[str, Head], path: Path) -> None:
-    """Write heads by name to one safetensors file: ``NAME.weight``, ``NAME.bias``, perhaps ``NAME.normalised``."""
+    """Write heads by name to a safetensors file: ``NAME.weight`` and ``NAME.bias``; what else they are is metadata."""
     tensors = {f"{name}.weight": head.weight.contiguous() for name, head in heads.items()}
     tensors |= {f"{name}.bias": head.bias.contiguous() for name, head in heads.items()}
-    tensors |= {f"{name}.normalised": torch.tensor(True) for name, head in heads.items() if head.normalised}
-    save_tensors(tensors, path)
+    about = {name: _unusual(head) for name, head in heads.items() if _unusual(head)}
+    save_tensors(tensors, path, {"heads": json.dumps(about, sort_keys=True)} if about else None)
+
+
+def _unusual(head: Head) -> dict[str, bool | str]:
+    """Return what tells a head from a plain classifier."""
+    return ({"normalised": True} if head.normalised else {}) | (
+        {"kind": head.kind} if head.kind != CLASSIFICATION else {}
+    )
 
 
 def read_heads(path: Path) -> dict[str, Head]:
-    """Read heads by name from a safetensors file."""
+    """Read heads by name from a safetensors file; early ones have a tensor ``NAME.normalised`` as a flag."""
     tensors = read(path)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
-    return {
-        name: Head(tensors[f"{name}.weight"], tensors[f"{name}.bias"], f"{name}.normalised" in tensors)
-        for name in names
-    }
+    about: dict[str, Any] = {name: {"normalised": True} for name in names if f"{name}.normalised" in tensors}
+    about |= json.loads(read_metadata(path).get("heads", "{}"))
+    return {name: Head(tensors[f"{name}.weight"], tensors[f"{name}.bias"], **about.get(name, {})) for name in names}

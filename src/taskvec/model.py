@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,7 +22,11 @@ from taskvec.weights import Weights, save
 
 @dataclass(frozen=True)
 class Prediction:
-    """A task's answer for one image: the class and its softmax probability."""
+    """A task's answer for one image: the class and its softmax probability.
+
+    Tasks of other kinds answer how many patches are of each class, with the mean of their probabilities, or an angle in
+    degrees, with the length of the predicted vector (1 is sure, 0 is at a loss).
+    """
 
     image: str
     task: str
@@ -33,16 +36,18 @@ class Prediction:
 
 @dataclass(frozen=True)
 class MultiTaskModel:
-    """An encoder with a head for every task; all heads answer from one forward pass."""
+    """An encoder with a head for every task; all heads that read the same features answer from one forward pass."""
 
     backbone: Backbone
     heads: Mapping[str, Head]
     classes: Mapping[str, Sequence[str]]
     about: Mapping[str, Any]
 
-    def logits(self, features: Float[Tensor, "batch width"]) -> dict[str, Float[Tensor, "batch classes"]]:
-        """Return every task's class scores of the same features."""
-        return {task: head.logits(features) for task, head in self.heads.items()}
+    def logits(
+        self, features: Float[Tensor, "batch *patches width"], per_patch: bool = False
+    ) -> dict[str, Float[Tensor, "batch *patches classes"]]:
+        """Return the scores of every task that reads features of images, or of every patch."""
+        return {task: head.logits(features) for task, head in self.heads.items() if head.rules.per_patch == per_patch}
 
     def predict(self, images: Sequence[str | Path], task: str | None = None) -> list[Prediction]:
         """Classify image files by every task's head, or by one task's."""
@@ -52,16 +57,15 @@ class MultiTaskModel:
         pixels = [resize_and_crop(open_image(Path(image)), size) for image in images]
         if not pixels:
             return []
-        scores = self.logits(self.backbone.features(np.stack(pixels)))
+        names = [task] if task is not None else list(self.heads)
+        scores: dict[str, Tensor] = {}
+        for per_patch in {self.heads[name].rules.per_patch for name in names}:
+            scores |= self.logits(self.backbone.features(np.stack(pixels), per_patch=per_patch), per_patch)
         return [
-            self._answer(str(image), name, scores[name][index])
+            Prediction(str(image), name, *self.heads[name].rules.answer(scores[name][index], self.classes[name]))
             for index, image in enumerate(images)
-            for name in ([task] if task is not None else self.heads)
+            for name in names
         ]
-
-    def _answer(self, image: str, task: str, scores: Float[Tensor, " classes"]) -> Prediction:
-        best = int(scores.argmax())
-        return Prediction(image, task, self.classes[task][best], float(torch.softmax(scores, 0)[best]))
 
 
 def save_model(

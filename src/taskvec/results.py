@@ -136,13 +136,17 @@ class Writer:
     def tried_rate(self, method: str, task: str, rate: float, value: float, step: Step) -> Row:
         """Return the row of one learning rate that was tried on one task."""
         config, id = {"learning_rate": rate}, self.done[step].id
-        return self.row(method, "kept", SCALE[method], task, "validation", "accuracy", value, id, config)
+        return self.row(method, "kept", SCALE[method], task, "validation", self.metric(task), value, id, config)
 
     @cached_property
     def tuned(self) -> dict[str, dict[str, float]]:
         """Return the accuracy of every fine-tuned encoder by split, which normalises all others."""
         test = {t: self.done[step].json("test.json")["fine_tuned"] for t, step in self.cell.test.items()}
         return {"validation": self.validation(self.cell.finetuned), "test": test}
+
+    def metric(self, task: str) -> str:
+        """Return the name of a task's own metric, which the step that fine-tuned on it has told."""
+        return str(self.metrics(self.cell.finetuned[task]).get("metric", "accuracy"))
 
     def measured(
         self,
@@ -154,16 +158,27 @@ class Writer:
         made_by: Mapping[str, str],
         config: Mapping[str, Any] = NO_CONFIG,
     ) -> Iterator[Row]:
-        """Yield accuracy and normalised accuracy of every task and their means; nothing is normalised by zero."""
-        ordered, tuned = {t: values[t] for t in self.cell.tasks}, self.tuned[split]
-        columns = {"accuracy": ordered}
-        if all(tuned[t] > 0 for t in ordered):
-            columns["normalised_accuracy"] = {t: value / tuned[t] for t, value in ordered.items()}
-        for metric, column in columns.items():
+        """Yield accuracy and normalised accuracy of every task and their means, and likewise other kinds' metrics."""
+        for metric, column in self.columns({t: values[t] for t in self.cell.tasks}, self.tuned[split]).items():
             for task, value in column.items():
                 yield self.row(method, heads, scale, task, split, metric, value, made_by[task], config)
             mean = sum(column.values()) / len(column)
             yield self.row(method, heads, scale, "", split, metric, mean, made_by[""], config)
+
+    def columns(self, values: Mapping[str, float], tuned: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Return the metrics of some tasks, each with the tasks that have it; nothing is normalised by zero.
+
+        With tasks of several kinds every task has ``normalised_metric``, its own over the fine-tuned encoder's.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for task, value in values.items():
+            found.setdefault(self.metric(task), {})[task] = value
+        normal = {"normalised_accuracy": found.get("accuracy", {})}
+        normal |= {"normalised_metric": dict(values)} if set(found) != {"accuracy"} else {}
+        for name, column in normal.items():
+            if column and all(tuned[t] > 0 for t in column):
+                found[name] = {t: value / tuned[t] for t, value in column.items()}
+        return found
 
     def row(
         self,

@@ -83,7 +83,7 @@ def kept_curve(
     values = []
     for index, scale in enumerate(scales):
         vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
-        values.append(accuracy(head, *features_of(backbone, task.validation)))
+        values.append(accuracy(head, *features_of(backbone, task.validation, task.kind)))
         progress((index + 1) / len(scales))
     return values
 
@@ -118,7 +118,9 @@ def coordinate_search(
         if tuple(at) not in known:
             vectors.move(backbone.bound, backbone.pretrained, task_vectors, [grid[place] for place in at])
             pairs = zip(tasks, heads, strict=True)
-            known[tuple(at)] = tuple(accuracy(head, *features_of(backbone, task.validation)) for task, head in pairs)
+            known[tuple(at)] = tuple(
+                accuracy(head, *features_of(backbone, task.validation, task.kind)) for task, head in pairs
+            )
         return value_of(known[tuple(at)], fine_tuned)
 
     moves = [(stride, index) for stride in COORDINATE_STRIDES for index in range(len(tasks))]
@@ -175,10 +177,10 @@ def reprobed_curve(
     values, heads = [], []
     for index, scale in enumerate(scales):
         vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
-        features, labels = features_of(backbone, task.train)
-        head = fit(features, labels, len(task.classes), [rate], settings, seed)[0]
+        features, labels = features_of(backbone, task.train, task.kind)
+        head = fit(features, labels, len(task.classes), [rate], settings, seed, kind=task.kind)[0]
         heads.append(head)
-        values.append(accuracy(head, *features_of(backbone, task.validation)))
+        values.append(accuracy(head, *features_of(backbone, task.validation, task.kind)))
         progress((index + 1) / len(scales))
     return values, heads
 
@@ -200,7 +202,7 @@ def search_scale(
     tuned = []
     for vector, task, head in zip(task_vectors, tasks, heads, strict=True):
         vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
-        tuned.append(accuracy(head, *features_of(backbone, task.validation)))
+        tuned.append(accuracy(head, *features_of(backbone, task.validation, task.kind)))
     merged = direction(backbone.pretrained, task_vectors, method)
     curves = [kept_curve(backbone, merged, task, head, grid) for task, head in zip(tasks, heads, strict=True)]
     rows = tuple(zip(*curves, strict=True))

@@ -16,8 +16,9 @@ from taskvec import backbones, disentangling, evaluation, finetuning, model, sea
 from taskvec.backbones import Backbone
 from taskvec.compute import choose_device, choose_precision
 from taskvec.finetuning import task_vector
-from taskvec.heads import Head, Probed, probe, read_heads, save_heads, zero_shot_head
+from taskvec.heads import Head, Probed, features_of, probe, read_heads, save_heads, zero_shot_head
 from taskvec.images import Preprocessing
+from taskvec.kinds import CLASSIFICATION
 from taskvec.settings import Finetune, Probe
 from taskvec.store import read_json, write_json
 from taskvec.tasks import Split, Task, read_task
@@ -103,8 +104,8 @@ def features(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
     backbone, task = open_backbone(inputs, config), open_task(inputs)
     total = len(task.train) + len(task.validation)
     share = len(task.train) / total
-    train = backbone.features(task.train.images, progress=lambda x: progress(x * share))
-    validation = backbone.features(task.validation.images, progress=lambda x: progress(share + x * (1 - share)))
+    train, _ = features_of(backbone, task.train, task.kind, lambda x: progress(x * share))
+    validation, _ = features_of(backbone, task.validation, task.kind, lambda x: progress(share + x * (1 - share)))
     np.save(out / "train.npy", train.numpy())
     np.save(out / "validation.npy", validation.numpy())
 
@@ -121,6 +122,7 @@ def probe_task(config: Config, inputs: Inputs, out: Path, progress: Progress) ->
         Probe(**config["probe"]),
         config["seed"],
         progress,
+        task.kind,
     )
     save_heads({str(index): head for index, head in enumerate(probed.heads)}, out / "heads.safetensors")
     write_json(out / "probe.json", {"rates": probed.rates, "validation": probed.validation})
@@ -167,7 +169,10 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
     save(weights, out / "encoder.safetensors")
     save_head(head, out)
     right = evaluation.correct(backbone, weights, task.validation, head)
-    write_json(out / "metrics.json", {"validation": float(right.mean()), **training_facts(config, settings, backbone)})
+    facts = training_facts(config, settings, backbone) | (
+        {} if head.kind == CLASSIFICATION else {"metric": head.rules.metric}
+    )
+    write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
 
 
 def finetune_settings(config: Config, inputs: Inputs) -> Finetune:

@@ -6,17 +6,18 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from numpy.lib.format import write_array_header_1_0
 
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import SUFFIXES, Preprocessing, decode
+from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.store import read_json, write_json
 from taskvec.training import Progress, no_progress
 
@@ -25,14 +26,16 @@ LAB_COUNTS = {"train": 4000, "test": 1000}
 """Images that a lab task draws; the validation split comes out of the training images."""
 CHUNK = 64
 """Images that are decoded between two reports of progress."""
+Labels = Int64[np.ndarray, " count *patches"] | Float32[np.ndarray, "count 2"]
+"""A class of each image (or each patch, row by row), or the cosine and sine of its angle."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Decoded images of one split (uint8, channels first) and their class indices."""
+    """Decoded images of one split (uint8, channels first) and their labels."""
 
     images: UInt8[np.ndarray, "count 3 size size"]
-    labels: Int64[np.ndarray, " count"]
+    labels: Labels
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -41,13 +44,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task, decoded for one encoder: its name, class names in label order, and three splits."""
+    """A task, decoded for one encoder: its name, class names in label order, three splits, and its kind.
+
+    Where the kind has no classes they name the head's outputs.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Split
     validation: Split
     test: Split
+    kind: str = CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class Listing:
 
     classes: tuple[str, ...]
     items: dict[str, Sequence[Path] | UInt8[np.ndarray, "count 3 height width"]]
-    labels: dict[str, Int64[np.ndarray, " count"]]
+    labels: dict[str, Labels]
+    kind: str = CLASSIFICATION
 
 
 def parse(address: str) -> tuple[str, str]:
@@ -206,7 +214,8 @@ def list_lab(name: str) -> Listing:
 
     drawn = {split: worlds.draw(name, split, count) for split, count in LAB_COUNTS.items()}
     items = {split: images for split, (images, _) in drawn.items()}
-    return Listing(tuple(worlds.classes(name)), dict(items), {split: labels for split, (_, labels) in drawn.items()})
+    labels = {split: labels for split, (_, labels) in drawn.items()}
+    return Listing(tuple(worlds.classes(name)), dict(items), labels, worlds.kind(name))
 
 
 def describe_lab(name: str) -> dict[str, Any]:
@@ -238,10 +247,10 @@ def split_validation(listing: Listing, source: str) -> Listing:
         )
     items, labels = listing.items["train"], listing.labels["train"]
     parts = {"train": train, "validation": validation}
-    return Listing(
-        listing.classes,
-        listing.items | {split: pick(items, indices) for split, indices in parts.items()},
-        listing.labels | {split: labels[indices] for split, indices in parts.items()},
+    return replace(
+        listing,
+        items=listing.items | {split: pick(items, indices) for split, indices in parts.items()},
+        labels=listing.labels | {split: labels[indices] for split, indices in parts.items()},
     )
 
 
@@ -274,8 +283,8 @@ def describe(address: str, digest: Callable[[Path, Sequence[str]], str]) -> dict
 def write_task(
     address: str, to: Preprocessing, limit: int | None, folder: Path, progress: Progress = no_progress
 ) -> None:
-    """Decode a task into a folder: a uint8 memory map and the labels of each split, and the class names."""
-    listing = list_task(address)
+    """Decode a task into a folder: a uint8 memory map and the labels of each split, class names, an unusual kind."""
+    listing = list_whole(address, to)
     chosen = {split: _chosen(len(listing.labels[split]), limit) for split in SPLITS}
     total, before = sum(map(len, chosen.values())), 0
     for split, indices in chosen.items():
@@ -291,6 +300,19 @@ def write_task(
         np.save(folder / f"{split}-labels.npy", labels)
         before += len(labels)
     write_json(folder / "classes.json", list(listing.classes))
+    if listing.kind != CLASSIFICATION:
+        write_json(folder / "kind.json", listing.kind)
+
+
+def list_whole(address: str, to: Preprocessing) -> Listing:
+    """List a task's images and labels; a view that cuts images may not have labels of patches."""
+    listing = list_task(address)
+    if KINDS[listing.kind].per_patch and to.crop < 1:
+        raise TaskvecError(
+            f"task '{address}' labels the patches of whole images, and the encoder sees {to.crop:.0%} of their side",
+            "choose an encoder with a crop share of 1, or leave the task out",
+        )
+    return listing
 
 
 def _chosen(count: int, limit: int | None) -> Int64[np.ndarray, " chosen"]:
@@ -306,16 +328,18 @@ def read_task(folder: Path, name: str) -> Task:
         split: Split(np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}-labels.npy"))
         for split in SPLITS
     }
-    return Task(name, tuple(read_json(folder / "classes.json")), **splits)
+    kind = folder / "kind.json"
+    classes = tuple(read_json(folder / "classes.json"))
+    return Task(name, classes, **splits, kind=read_json(kind) if kind.exists() else CLASSIFICATION)
 
 
 def load_task(address: str, preprocessing: Preprocessing, name: str | None = None, limit: int | None = None) -> Task:
     """Decode a task into memory for an encoder's preprocessing; ``limit`` keeps a seeded choice of so many a split."""
-    listing = list_task(address)
+    listing = list_whole(address, preprocessing)
     splits = {}
     for split in SPLITS:
         indices = _chosen(len(listing.labels[split]), limit)
         images = np.empty((len(indices), 3, preprocessing.size, preprocessing.size), np.uint8)
         decode(pick(listing.items[split], indices), preprocessing, images)
         splits[split] = Split(images, listing.labels[split][indices])
-    return Task(name or default_name(address), listing.classes, **splits)
+    return Task(name or default_name(address), listing.classes, **splits, kind=listing.kind)

@@ -192,3 +192,9 @@ def read(path: Path, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
         raise TaskvecError(
             f"'{path}' cannot be read as safetensors: {error}", "is it complete? copy or convert it again"
         ) from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file that ``read`` can read."""
+    with safe_open(str(path), framework="pt") as file:
+        return dict(file.metadata() or {})

@@ -1,19 +1,20 @@
-"""The lab's eight tasks: which classes, in which fonts, with which look, and how their images are drawn."""
+"""The lab's tasks: the eight with a class an image here (which classes, fonts and look), and those of ``scenes``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from torch import Generator, Tensor
 
 from taskvec.errors import TaskvecError, unknown
+from taskvec.kinds import CLASSIFICATION
 from taskvec.lab.glyphs import (
     DEJAVU_MONO,
     DEJAVU_SANS,
@@ -26,6 +27,7 @@ from taskvec.lab.glyphs import (
     mask_table,
 )
 from taskvec.lab.looks import IMAGE_SIZE, Look, compose, one_thread, paint, stream
+from taskvec.lab.scenes import SCENES
 from taskvec.lab.textures import FIELDS, texture_ink
 
 SPLITS = ("train", "test")
@@ -178,10 +180,12 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "signs": "arrows in discs",
         "fonts": "which of eight type faces, whatever the letter",
         "textures": "sixteen procedural textures",
+        **{name: scene.description for name, scene in SCENES.items()},
     }
 )
 """What every task shows, by name."""
-TASKS: tuple[str, ...] = tuple(DESCRIPTIONS)
+TASKS: tuple[str, ...] = tuple(name for name in DESCRIPTIONS if name not in SCENES)
+"""The tasks with a class an image."""
 
 
 def task_code_points() -> frozenset[int]:
@@ -201,22 +205,30 @@ def task_masks(task: str) -> MaskTable:
 def classes(task: str) -> list[str]:
     """Return the class names of a task in the order of its labels; glyphs go by their Unicode names."""
     check_task(task)
+    if task in SCENES:
+        return list(SCENES[task].classes)
     if task in SCRIPTS:
         return [caption(code_point) for code_point in SCRIPTS[task].code_points]
     return {"digits": [str(digit) for digit in range(10)], "fonts": list(FAMILIES), "textures": list(FIELDS)}[task]
 
 
 def captions(task: str) -> list[str] | None:
-    """Return a caption for each class of a task, in the order of its labels; None where classes have no Unicode name."""
+    """Return a caption for each class of a task, in label order; None where classes have no Unicode name."""
     if task == "digits":
         return [caption(ord(digit)) for digit in classes(task)]
     return classes(task) if task in SCRIPTS else None
 
 
+def kind(task: str) -> str:
+    """Return the kind of a task: classification, but for the scenes."""
+    check_task(task)
+    return SCENES[task].kind if task in SCENES else CLASSIFICATION
+
+
 def check_task(task: str) -> None:
     """Raise with the nearest names if the lab has no such task."""
-    if task not in TASKS:
-        raise unknown("lab task", task, TASKS)
+    if task not in DESCRIPTIONS:
+        raise unknown("lab task", task, DESCRIPTIONS)
 
 
 def draw_batch(task: str, labels: Int64[Tensor, " batch"], generator: Generator) -> UInt8[Tensor, "batch 3 32 32"]:
@@ -273,9 +285,17 @@ def draw_glyphs(
     return torch.cat(images), labels
 
 
+def draw_scenes(task: str, split: str, count: int, seed: int) -> tuple[UInt8[Tensor, "count 3 32 32"], Tensor]:
+    """Draw a task of ``scenes``, a chunk at a time."""
+    generator = stream(task, split, count, seed)
+    chunks = [SCENES[task].draw(min(CHUNK, count - start), generator) for start in range(0, count, CHUNK)]
+    images, labels = zip(*chunks, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
 def draw(
     task: str, split: str, count: int, seed: int = 0
-) -> tuple[UInt8[np.ndarray, "count 3 32 32"], Int64[np.ndarray, " count"]]:
+) -> tuple[UInt8[np.ndarray, "count 3 32 32"], Shaped[np.ndarray, "count ..."]]:
     """Draw ``count`` labelled images of a task's ``train`` or ``test`` split, the same ones for the same arguments.
 
     Neither torch's global generator nor its number of threads matters. No image is in both splits: drawn tasks share
@@ -288,5 +308,6 @@ def draw(
     if count < 1:
         raise TaskvecError(f"cannot draw {count} images of '{task}'", "ask for one or more")
     with one_thread():
-        images, labels = draw_digits(split, count, seed) if task == "digits" else draw_glyphs(task, split, count, seed)
+        drawing = draw_digits if task == "digits" else partial(draw_scenes if task in SCENES else draw_glyphs, task)
+        images, labels = drawing(split, count, seed)
     return images.numpy(), labels.numpy()
