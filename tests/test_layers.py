@@ -8,13 +8,13 @@ from pathlib import Path
 import taskvec
 
 ORDER = """
-errors compute settings weights store pipeline executors images training
-lab lab.glyphs lab.looks lab.textures lab.worlds lab.corpus lab.vit lab.encoders
+errors compute settings weights store pipeline executors images training kinds
+lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
 tasks backbones heads vectors finetuning merging.averaging merging evaluation search disentangling
-model steps study plan results
-views texts paper evidence verdict comparison claims tables
-figures.style figures.curves figures.dots figures.maps figures.counts figures page
+model steps paper study plan results
+views texts evidence verdict comparison claims tables
+figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures page
 runs progress studies cli __main__
 """.split()  # noqa: SIM905
 ROOT = Path(taskvec.__file__).parent

@@ -45,6 +45,12 @@ COUNTS = (
     "Normalised divides by the accuracy of the fine-tuned encoders."
 )
 READING = {
+    "emergence": (
+        "Along pre-training.",
+        "Backbones named NAME@STEP are one encoder on its way, the last point is the finished one. Left: lower means "
+        "that task vectors get along better. Middle: what adding them gains over probing, with the λ that validation "
+        "chose. Right: how good the encoder is for single tasks.",
+    ),
     "backbones": (
         "The line search of every backbone.",
         "A curve that falls from the start means that the task vectors of that backbone only disturb each other. Rings "

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from taskvec import pipeline
+from taskvec.backbones import default_name
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.pipeline import Watcher
@@ -139,7 +140,7 @@ def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: d
         if heat is not None:
             write_text(fresh / "disentanglement.csv", heat.to_csv(index=False, lineterminator="\n"))
         write_models(cells, done, fresh / "models")
-        write_report(rows, heat, fresh, lock, file.text)
+        write_report(rows, heat, fresh, lock, file)
         write_json(fresh / LOCK, lock | {"files": held(fresh)})
         swap(fresh, out)
     finally:
@@ -155,14 +156,20 @@ def swap(fresh: Path, out: Path) -> None:
         new.rename(out / new.name)
 
 
-def write_report(rows: pd.DataFrame, heat: pd.DataFrame | None, out: Path, lock: dict[str, Any], text: str) -> None:
-    """Write tables.md, the figures and report.html."""
-    from taskvec import figures, page, tables  # matplotlib is slow to import and a finished run does not need it
+def write_report(
+    rows: pd.DataFrame, heat: pd.DataFrame | None, out: Path, lock: dict[str, Any], file: StudyFile
+) -> None:
+    """Write tables.md, the paper's tables as LaTeX, the figures and report.html."""
+    from taskvec import comparison, figures, page, tables  # matplotlib is slow to import, and not always needed
 
-    write_text(out / "tables.md", tables.markdown(rows, heat))
+    roles = {b.name or default_name(b.address): b.paper for b in file.study.backbones if b.paper}
+    write_text(out / "tables.md", tables.markdown(rows, heat, roles))
+    for name, text in comparison.latex_tables(rows, heat, roles).items():
+        (out / "tables").mkdir(exist_ok=True)
+        write_text(out / "tables" / f"{name}.tex", text)
     (out / "figures").mkdir()
-    figures.write(rows, heat, out / "figures")
-    write_text(out / "report.html", page.render(rows, heat, out / "figures", lock, text))
+    figures.write(rows, heat, out / "figures", roles)
+    write_text(out / "report.html", page.render(rows, heat, out / "figures", lock, file.text, roles))
 
 
 def write_models(cells: list[Cell], done: Done, out: Path) -> None:

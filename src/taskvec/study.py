@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationEr
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.merging import METHODS, find_method
+from taskvec.paper import MODELS
 from taskvec.settings import Count, Finetune, Heatmap, Probe, Rate, Settings, Subsets, parse_scales
 
 REGIMES = ("aligned", "full", "open", "open-full", "joint")
@@ -38,6 +39,13 @@ def check_regime(regime: str) -> str:
     return regime
 
 
+def check_paper(key: str) -> str:
+    """Return the name of a row of the paper's tables, or raise with the nearest; empty is none."""
+    if key and key not in MODELS:
+        raise ValueError(f"unknown row of the paper's tables '{key}'; {did_you_mean(key, MODELS)}")
+    return key
+
+
 Regime = Annotated[str, AfterValidator(check_regime)]
 
 
@@ -53,7 +61,7 @@ class BackboneChoice(Choice):
     name: str = ""
     regimes: tuple[Regime, ...] = ()
     learning_rates: dict[Regime, Rate] = Field(default={})
-    paper: str = ""
+    paper: Annotated[str, AfterValidator(check_paper)] = ""
 
 
 class RegimeChoice(Choice):

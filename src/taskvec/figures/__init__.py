@@ -19,6 +19,7 @@ from taskvec import paper
 from taskvec.figures.counts import by_count, combinations, error_by_count, with_sets
 from taskvec.figures.curves import lambda_curve, lambda_curves, lambda_methods
 from taskvec.figures.dots import accuracies, method_gains, scales, with_own_scales
+from taskvec.figures.emergence import emergence, snapshots
 from taskvec.figures.maps import by_backbone, heatmaps
 from taskvec.figures.style import STYLE
 from taskvec.texts import short_backbone
@@ -75,6 +76,8 @@ def plan(
     compared = groups(results, roles or {})
     out: list[Planned] = []
     for regime in dict.fromkeys(one.regime for one in found):
+        if snapshots(results, regime):
+            out.append(_of_regime("emergence", regime, partial(emergence, results, heatmap, regime)))
         out += _curves([one for one in found if one.regime == regime], results, regime)
         out += _heatmaps(compared, heatmap, regime)
         out += _counts(compared, results, regime, roles or {})
