@@ -187,9 +187,8 @@ def _unusual(head: Head) -> dict[str, bool | str]:
 
 
 def read_heads(path: Path) -> dict[str, Head]:
-    """Read heads by name from a safetensors file; early ones have a tensor ``NAME.normalised`` as a flag."""
+    """Read heads by name from a safetensors file."""
     tensors = read(path)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
-    about: dict[str, Any] = {name: {"normalised": True} for name in names if f"{name}.normalised" in tensors}
-    about |= json.loads(read_metadata(path).get("heads", "{}"))
+    about: dict[str, Any] = json.loads(read_metadata(path).get("heads", "{}"))
     return {name: Head(tensors[f"{name}.weight"], tensors[f"{name}.bias"], **about.get(name, {})) for name in names}
