@@ -17,6 +17,8 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "supervised": "small ViT, pre-trained to classify 389 kinds of glyph that no task uses",
         "supervised-few": "the same with 130 of these kinds, to see what more classes give",
         "supervised-vit-l": "a larger ViT (160 wide, 6 deep) with all 389 kinds, to see what scale gives",
+        "mae": "small ViT, pre-trained to paint hidden patches of 130 kinds of glyph (MAE)",
+        "dino": "small ViT, pre-trained to agree with its own average across views of 130 kinds of glyph (DINO)",
         "contrastive": "small ViT, pre-trained to match glyphs with their Unicode names, ever new images",
         "contrastive-few": "the same with 19968 scenes again and again, to see what more data gives",
         "random": "the same ViT with seeded random weights: the control",

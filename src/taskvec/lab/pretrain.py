@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from taskvec.errors import TaskvecError, unknown
 from taskvec.lab.contrastive import Contrastive
+from taskvec.lab.distillation import SelfDistillation
 from taskvec.lab.looks import one_thread
+from taskvec.lab.masked import MaskedAutoencoder
 from taskvec.lab.objective import WARMUP, WEIGHT_DECAY, Objective, mean_of_last
 from taskvec.lab.supervised import Supervised
 from taskvec.lab.vit import VisionTransformer
@@ -49,6 +51,8 @@ PRETRAININGS: Mapping[str, Pretraining] = MappingProxyType(
         "supervised": Pretraining(Supervised, 7000),
         "supervised-few": Pretraining(partial(Supervised, few=True), 7000),
         "supervised-vit-l": Pretraining(partial(Supervised, width=160, depth=6, heads=5), 7000),
+        "mae": Pretraining(MaskedAutoencoder, 7000),
+        "dino": Pretraining(SelfDistillation, 3000),
         "contrastive": Pretraining(Contrastive, 4000),
         "contrastive-few": Pretraining(partial(Contrastive, few=True), 4000),
     }
