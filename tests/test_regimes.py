@@ -23,9 +23,10 @@ from taskvec.backbones import Backbone
 from taskvec.disentangling import box_error, choose_sets, disentanglement, sample, single_predictions, spread_sets
 from taskvec.finetuning import finetune_full, finetune_joint, training_batches
 from taskvec.heads import Head
+from taskvec.plan import plan
 from taskvec.settings import Finetune, Subsets
 from taskvec.store import Store
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile, open_study, packaged, parse_study
 from taskvec.tasks import Task
 
 PLAIN = Finetune(steps=4, batch_size=12, warmup=2, learning_rate=0.01)
@@ -306,3 +307,58 @@ def test_regimes_that_cannot_be_are_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(tv.TaskvecError, match="'open' needs a backbone with a text tower"):
         runs.run_study(file, tmp_path / "out", Store(tmp_path / "store"), 1, Quiet(), "taskvec run s")
     assert not (tmp_path / "out").exists()
+
+
+OPEN = """
+name: open
+backbones: ["lab:contrastive", "lab:random"]
+tasks: ["lab:greek", "lab:textures", "lab:signs"]
+regimes: [aligned, {name: open, disentanglement: false}, open-full]
+methods: [{name: task_arithmetic, scales: [0, 0.5, 1]}]
+heads: [kept]
+heatmap: {pairs: 1, points: 3, range: 1, samples: 4}
+probe: {steps: 10, batch_size: 16, warmup: 2, learning_rates: [0.03]}
+finetune: {steps: 3, batch_size: 8, warmup: 1, learning_rate: 0.0003}
+limit: 40
+"""
+
+
+def test_open_regimes_start_from_captions_on_the_tasks_that_have_them(tmp_path: Path) -> None:
+    file = StudyFile(parse_study(OPEN, "open"), OPEN, tmp_path)
+    runs.run_study(file, tmp_path / "out", Store(tmp_path / "store"), 1, Quiet(), "taskvec run open")
+    rows = pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False)
+    heat = pd.read_csv(tmp_path / "out" / "disentanglement.csv")
+    cells = rows[["backbone", "regime", "tasks"]].drop_duplicates().to_numpy().tolist()
+    assert cells == [
+        ["contrastive", "aligned", "greek+textures+signs"],
+        ["contrastive", "open", "greek+signs"],
+        ["contrastive", "open-full", "greek+signs"],
+        ["random", "aligned", "greek+textures+signs"],
+    ]
+    assert heat.regime.unique().tolist() == ["aligned", "open-full"]
+    mean = rows[(rows.metric == "accuracy") & (rows.task == "") & (rows.config == "{}")]
+    start = mean[(mean.method == "zero_shot") & (mean.split == "validation")].set_index("regime").value
+    assert start["open"] == start["open-full"] > 0.3  # of 24 letters and 24 arrows: far above chance
+    at_zero = mean[(mean.method == "task_arithmetic") & (mean.split == "validation") & (mean.scale == 0)]
+    assert at_zero.set_index("regime").value["open"] == start["open"]
+    assert set(mean[mean.split == "test"].method) == {"probing", "zero_shot", "fine_tuned", "task_arithmetic"}
+    assert set(mean[mean.method == "zero_shot"].scale) == {0}
+
+
+def test_a_lab_encoder_along_its_pretraining_is_loaded_by_step() -> None:
+    start, later = (tv.load_backbone(f"lab:supervised@{step}") for step in (0, 2))
+    again = tv.load_backbone("lab:supervised@2")
+    assert torch.equal(later.pretrained.flat, again.pretrained.flat)
+    assert not torch.equal(start.pretrained.flat, later.pretrained.flat)
+    assert later.name == "supervised@2"
+    with pytest.raises(tv.TaskvecError, match="'@soon' in 'lab:supervised@soon' is neither a step nor a file"):
+        tv.load_backbone("lab:supervised@soon")
+    with pytest.raises(tv.TaskvecError, match="supervised"):
+        tv.load_backbone("lab:supervized@2")
+
+
+def test_every_packaged_study_can_be_planned(tmp_path: Path) -> None:
+    for name in packaged():
+        cells = plan(open_study(name), Store(tmp_path))
+        assert cells, name
+        assert all(cell.test and cell.model for cell in cells), name
