@@ -21,6 +21,7 @@ from test_pipeline import Quiet
 import taskvec as tv
 from taskvec import heads, pipeline, tasks, vectors
 from taskvec.backbones import Backbone, assemble, encode, load_backbone
+from taskvec.cells import Cell
 from taskvec.disentangling import disentanglement
 from taskvec.evaluation import correct, paired_gain
 from taskvec.executors import open_executor
@@ -31,7 +32,7 @@ from taskvec.kinds import KINDS
 from taskvec.lab import scenes, worlds
 from taskvec.lab.looks import Look, paint, stream
 from taskvec.model import load
-from taskvec.plan import Cell, plan
+from taskvec.plan import plan
 from taskvec.results import Done, results
 from taskvec.settings import Finetune, Probe
 from taskvec.store import Store

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from taskvec import backbones, tasks
+from taskvec.cells import LEARNING, OPEN, PER_TASK, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
 from taskvec.disentangling import choose_pairs, spread_sets
 from taskvec.errors import TaskvecError
@@ -45,79 +43,6 @@ VERSIONS = {
 """The version of each step's meaning: raise it when the same configuration would give another result."""
 ROUNDS = (2, 1)
 """Re-probing refines its coarse search by neighbours two places away, then one."""
-PER_TASK = "task_arithmetic_per_task"
-"""The name in results of addition with one lambda a task."""
-LEARNING = ("full", "open-full")
-"""Regimes in which the head learns with the encoder."""
-OPEN = ("open", "open-full")
-"""Regimes that start from a zero-shot head, which needs a text tower and captions."""
-Inputs = dict[str, list[Step]]
-
-
-@dataclass
-class Candidate:
-    """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales."""
-
-    name: str
-    grid: list[float]
-    heads: str
-    merged: Step
-    rounds: list[dict[str, Step]]
-    choice: Step
-
-
-@dataclass
-class Ground:
-    """What all regimes of one backbone share: the encoder, decoded tasks and cached features by task name."""
-
-    backbone: str
-    choice: BackboneChoice
-    encoder: Step
-    data: dict[str, Step]
-    features: dict[str, Step]
-
-
-@dataclass
-class Cell:
-    """All steps of one backbone, regime and seed; steps of single tasks are by task name.
-
-    ``first`` marks the first seed of a regime, for which alone heatmaps, subsets and per-task scales are measured.
-    """
-
-    backbone: str
-    regime: str
-    seed: int
-    tasks: tuple[str, ...]
-    encoder: Step
-    first: bool = True
-    probe: dict[str, Step] = field(default_factory=dict)
-    head: dict[str, Step] = field(default_factory=dict)
-    zero_shot: dict[str, Step] = field(default_factory=dict)
-    finetuned: dict[str, Step] = field(default_factory=dict)
-    joint: Step | None = None
-    rate: tuple[str, dict[float, Step]] | None = None
-    candidates: list[Candidate] = field(default_factory=list)
-    test: dict[str, Step] = field(default_factory=dict)
-    heatmaps: dict[tuple[str, str], Step] = field(default_factory=dict)
-    subsets: dict[tuple[str, ...], Step] = field(default_factory=dict)
-    gains: Step | None = None
-    model: Step | None = None
-
-    @property
-    def where(self) -> str:
-        """Say which cell it is, for labels."""
-        return f"({self.backbone}, {self.regime}, seed {self.seed})"
-
-    def steps(self) -> Iterator[Step]:
-        """Yield the steps whose results a report needs."""
-        by_task = (self.probe, self.head, self.zero_shot, self.finetuned, self.test)
-        yield from itertools.chain(*(steps.values() for steps in by_task))
-        yield from itertools.chain(self.heatmaps.values(), self.subsets.values())
-        yield from self.rate[1].values() if self.rate else ()
-        for candidate in self.candidates:
-            yield from (step for one in candidate.rounds for step in one.values())
-            yield candidate.choice
-        yield from (step for step in (self.joint, self.gains, self.model) if step is not None)
 
 
 class Planner:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from taskvec.cells import PER_TASK, Candidate, Cell
 from taskvec.pipeline import Step
-from taskvec.plan import PER_TASK, Candidate, Cell
 from taskvec.store import Artifact, canonical
 
 COLUMNS = (

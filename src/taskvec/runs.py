@@ -13,10 +13,11 @@ import pandas as pd
 
 from taskvec import pipeline
 from taskvec.backbones import default_name
+from taskvec.cells import Cell
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.pipeline import Watcher
-from taskvec.plan import Cell, plan
+from taskvec.plan import plan
 from taskvec.results import Done, heatmaps, results
 from taskvec.store import Store, digests, disk_errors, fingerprint, read_json, write_json, write_text
 from taskvec.study import StudyFile
