@@ -237,6 +237,61 @@ def _sets(key: Key, tasks: Sequence[str], rows: list[Key]) -> list[Key]:
     return out
 
 
+# ---------------------------------------------------------------- tasks of several kinds
+
+KINDS = {"greek": "accuracy", "ink": "patch_accuracy", "angle": "within_15_degrees", "street": "accuracy"}
+LEVELS = {
+    "probing": (0.5, 0.6, 0.4, 0.7),
+    "fine_tuned": (0.8, 0.75, 0.5, 1.0),
+    "task_arithmetic": (0.6, 0.6, 0.45, 0.83),
+}
+OF_SETS = {  # mean rows of three pairs of tasks
+    "greek+street": {"accuracy": 0.81, "normalised_accuracy": 0.85},
+    "greek+ink": {"accuracy": 0.7, "patch_accuracy": 0.7, "normalised_accuracy": 0.2, "normalised_metric": 0.9},
+    "ink+angle": {"patch_accuracy": 0.7, "within_15_degrees": 0.48, "normalised_metric": 0.95},
+}
+
+
+def mixed(backbones: Sequence[str] = ("lab:random",), tasks: Sequence[str] = tuple(KINDS)) -> pd.DataFrame:
+    """Make the rows of a study with tasks of several kinds: addition at three scales, 0.2 chosen, and three pairs."""
+    out: list[Key] = []
+    for backbone in backbones:
+        key: Key = {"study": "kinds", "backbone": backbone, "regime": "aligned", "seed": 0, "tasks": "+".join(tasks)}
+        key |= {"config": "{}", "artifact": "made", "heads": "kept"}
+        levels = {method: dict(zip(KINDS, values, strict=True)) for method, values in LEVELS.items()}
+        tuned = levels["fine_tuned"]
+        for method, values in levels.items():
+            chosen = {"probing": 0.0, "fine_tuned": 1.0}.get(method, 0.2)
+            tried = (0.0, 0.2, 0.4) if method == "task_arithmetic" else (chosen,)
+            at: Key = {**key, "method": method, "scale": chosen, "split": "test"}
+            out += _of_kinds(at, {task: values[task] for task in tasks}, tuned)
+            for scale in tried:
+                lower = {task: values[task] - abs(scale - chosen) / 4 for task in tasks}
+                out += _of_kinds({**at, "split": "validation", "scale": scale}, lower, tuned)
+        own, base = ({t: levels[name][t] for t in tasks} for name in ("task_arithmetic", "probing"))
+        out += _gains({**key, "method": "task_arithmetic", "scale": 0.2, "split": "test"}, own, base, 0.01)
+        at = {**key, "method": "task_arithmetic", "scale": 0.2, "split": "test", "task": ""}
+        for names, metrics in OF_SETS.items() if len(tasks) == len(KINDS) else ():
+            out += [{**at, "tasks": names, "metric": metric, "value": value} for metric, value in metrics.items()]
+    return pd.DataFrame(out)[list(COLUMNS)]
+
+
+def _of_kinds(key: Key, values: dict[str, float], tuned: dict[str, float]) -> list[Key]:
+    """Every task's own metric, normalised accuracy of classification, normalised metrics of all, and their means."""
+    columns: dict[str, dict[str, float]] = {}
+    for task, value in values.items():
+        columns.setdefault(KINDS[task], {})[task] = value
+    ratios = {task: value / tuned[task] for task, value in values.items()}
+    columns["normalised_accuracy"] = {task: ratios[task] for task in columns.get("accuracy", {})}
+    columns["normalised_metric"] = ratios
+    shown = {metric: {**column, "": sum(column.values()) / len(column)} for metric, column in columns.items() if column}
+    return [
+        {**key, "metric": metric, "task": task, "value": value}
+        for metric, column in shown.items()
+        for task, value in column.items()
+    ]
+
+
 LOCK: dict[str, object] = {
     "study": "fixture",
     "versions": {"python": "3.12.3", "taskvec": "0.1.0", "torch": "2.9.0", "numpy": "2.3.4"},

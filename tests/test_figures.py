@@ -264,6 +264,62 @@ def test_a_run_with_holes_is_still_drawn() -> None:
             planned.draw().draw_without_rendering()
 
 
+# ---------------------------------------------------------------- tasks of several kinds
+
+
+def test_dots_of_mixed_tasks_are_in_their_own_metrics_and_have_no_mean() -> None:
+    left, right = figures.accuracies(fixture.mixed(), "lab:random", "aligned").axes
+    names = ["greek (accuracy)", "ink (patch accuracy)", "angle (within 15°)", "street (accuracy)", "mean"]
+    assert [label.get_text() for label in left.get_yticklabels()] == names
+    assert left.get_xlabel() == "test split, own metric of each task (%)"
+    assert left.get_legend_handles_labels()[1] == ["probing", "addition, kept heads (λ = 0.20)", "fine-tuned"]
+    drawn = np.asarray(left.containers[1].lines[0].get_xdata(), float)
+    assert drawn[:4] == pytest.approx([60, 60, 45, 83])
+    assert np.isnan(drawn[4])
+    assert [text.get_text() for text in left.texts] == ["no mean of different metrics"]
+    assert list(right.get_lines()[5].get_xdata()) == pytest.approx([10, 0, 5, 13, 7])
+
+
+def test_curves_of_mixed_tasks_are_of_the_normalised_metric() -> None:
+    rows = fixture.mixed(backbones=("a", "b"))
+    for figure in (figures.lambda_curve(rows, "a", "aligned"), figures.lambda_curves(rows, "aligned")):
+        ax = figure.axes[0]
+        assert ax.get_ylabel() == "normalised metric on validation (%)"
+        assert _rings(ax)[0] == 0.2
+        assert figure.axes[0].get_lines()[-2].get_ydata()[1] == pytest.approx(82)
+    none = rows[~rows["metric"].str.startswith("normalised")]
+    text = figures.lambda_curve(none, "a", "aligned").axes[0].texts[0].get_text()
+    assert text == "no normalised metric:\na fine-tuned metric is zero"
+
+
+def test_methods_on_mixed_tasks_are_compared_by_normalised_metrics() -> None:
+    rows = fixture.mixed()
+    other = rows[rows["method"] == "task_arithmetic"].assign(method="iso_c")
+    left = figures.method_gains(pd.concat([rows, other]), "lab:random", "aligned").axes[0]
+    assert left.get_xlabel() == "normalised test metric (%), mean over tasks"
+    assert list(left.containers[0].lines[0].get_xdata()) == pytest.approx([82, 82])
+    assert [line.get_xdata()[0] for line in left.get_lines()[:2]] == pytest.approx([73.125, 100])
+
+
+def test_sets_of_mixed_tasks_have_one_panel() -> None:
+    rows = fixture.mixed(backbones=("a", "b"))
+    (alone,) = figures.combinations(rows, "a", "aligned").axes
+    assert alone.get_ylabel() == "normalised test metric (%)"
+    assert list(_line(alone, "mean")[1]) == pytest.approx([90, 82])
+    (both,) = figures.by_count(rows, ["a", "b"], "aligned", "two of them").axes
+    assert list(_line(both, "b")[1]) == pytest.approx([90, 82])
+    assert _kinds(figures.plan(rows, None), "aligned") == ["backbones", "combinations", "counts-all"]
+
+
+def test_along_pre_training_mixed_tasks_are_normalised() -> None:
+    panels = figures.emergence(fixture.mixed(backbones=("e@1", "e")), None, "aligned").axes
+    assert panels[2].get_title(loc="left") == "fine-tuned = 100; probing dotted (%)"
+    assert [list(line.get_ydata()) for line in panels[2].get_lines()] == [
+        pytest.approx([100, 100]),
+        pytest.approx([73.125, 73.125]),
+    ]
+
+
 def test_mistakes_are_told() -> None:
     rows = fixture.results()
     with pytest.raises(TaskvecError, match="lab:supervised"):

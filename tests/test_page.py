@@ -151,6 +151,29 @@ def test_a_page_without_lock_or_heatmap_is_still_a_page(tmp_path: Path) -> None:
     assert "Weight disentanglement" not in text
 
 
+def test_a_page_on_tasks_of_several_kinds_names_their_metrics(tmp_path: Path) -> None:
+    rows = fixture.mixed()
+    html = _render(tmp_path, rows)
+    words = _words(html)
+    for row in tables.per_task(rows, "lab:random", "aligned").to_numpy().tolist():
+        assert " ".join(row) in words
+    assert words.count("tasks differ in their metric, so only normalised values and gains have a mean") == 2
+    assert "the points of the task's own metric that merging adds to probing" in words
+    assert "100 is what the fine-tuned encoders reach" in words
+    assert "The normalised metric against the number of merged tasks." in words
+    assert '<td class="name">patch accuracy</td>' in html
+    assert "accuracy points" not in words
+    assert "test accuracy" not in words.lower()
+    plain = _words(_render(tmp_path, fixture.results()))
+    assert "the accuracy points that merging adds to probing" in plain
+    assert "100 is the accuracy of the fine-tuned encoders" in plain
+    assert "Test accuracy in %, mean over tasks" in plain
+
+
+def test_every_figure_has_a_reading() -> None:
+    assert set(page.READING_OF_KINDS) == set(page.READING)
+
+
 def test_rendered_twice_it_is_the_same(tmp_path: Path) -> None:
     assert _render(tmp_path, fixture.results()) == _render(tmp_path, fixture.results())
 

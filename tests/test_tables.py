@@ -11,8 +11,9 @@ import report_fixture as fixture
 
 from taskvec import tables
 from taskvec.errors import TaskvecError
+from taskvec.kinds import KINDS
 from taskvec.texts import MISSING, escape_markdown, short_backbone
-from taskvec.views import box_error, task_sets, view
+from taskvec.views import METRICS, box_error, line_search, task_sets, view
 
 
 def _value(rows: pd.DataFrame, method: str, heads: str, metric: str, task: str = "") -> float:
@@ -234,6 +235,86 @@ def test_rows_read_back_from_a_file_give_the_same_tables(tmp_path: Path) -> None
     folder = fixture.run_folder(tmp_path, fixture.results(), None)
     read = pd.read_csv(folder / "results.csv", keep_default_na=False)
     assert tables.markdown(read) == tables.markdown(fixture.results())
+
+
+# ---------------------------------------------------------------- tasks of several kinds
+
+
+def test_metrics_are_those_of_the_kinds_of_task() -> None:
+    assert set(METRICS) == {kind.metric for kind in KINDS.values()}
+
+
+def test_each_task_of_another_kind_is_told_in_its_own_metric() -> None:
+    frame = tables.per_task(fixture.mixed(), "lab:random", "aligned")
+    kept = [f"Kept heads: {name}" for name in ("absolute", "normalised", "λ", "gain (95 % interval)")]
+    assert list(frame.columns) == ["Task", "Metric", "Probing", "Fine-tuned", "Normalised: probing", *kept]
+    assert frame.to_numpy().tolist() == [
+        ["greek", "accuracy", "50.0", "80.0", "62.5", "60.0", "75.0", "0.20", "+10.0 (8.0 to 12.0)"],
+        ["ink", "patch accuracy", "60.0", "75.0", "80.0", "60.0", "80.0", "0.20", "+0.0 (-2.0 to 2.0)"],
+        ["angle", "within 15°", "40.0", "50.0", "80.0", "45.0", "90.0", "0.20", "+5.0 (3.0 to 7.0)"],
+        ["street", "accuracy", "70.0", "100.0", "70.0", "83.0", "83.0", "0.20", "+13.0 (11.0 to 15.0)"],
+        ["Mean", "–", "–", "–", "73.1", "–", "82.0", "0.20", "+7.0 (6.0 to 8.0)"],
+    ]
+
+
+def test_the_summary_of_a_mixed_cell_holds_only_what_has_a_mean() -> None:
+    frame = tables.summary(fixture.mixed())
+    kept = ["Kept heads: normalised", "Kept heads: λ", "Kept heads: gain (95 % interval)"]
+    assert list(frame.columns) == ["Backbone", "Regime", "Method", "Normalised: probing", *kept]
+    assert list(frame.iloc[0])[3:] == ["73.1", "82.0", "0.20", "+7.0 (6.0 to 8.0)"]
+
+
+def test_the_words_fit_tasks_of_several_kinds() -> None:
+    text = tables.markdown(fixture.mixed())
+    said = "Test split in %; tasks differ in their metric, so only normalised values and gains have a mean."
+    assert text.count(said) == 2
+    assert "*within 15°* the share of test images whose predicted angle is off by 15 degrees or less" in text
+    assert "chosen by the mean normalised metric" in text
+    assert "accuracy points" not in text
+    assert "test accuracy" not in text.lower()
+    assert "| **Mean** | **–** " in text
+    assert tables.headline(fixture.mixed()) == (
+        "Adding the four task vectors gained 7.0 points over linear probing with kept heads "
+        "(95 % interval 6.0 to 8.0, lambda 0.20)."
+    )
+
+
+def test_headlines_compare_mixed_cells_by_normalised_metrics() -> None:
+    rows = fixture.mixed(backbones=[f"b{i}" for i in range(5)])
+    assert tables.headline(rows).endswith("b0 ends highest, at 82.0 % of fine-tuned (probing 73.1, kept heads).")
+    bare = fixture.mixed()
+    bare = bare[bare["method"].isin(["probing", "fine_tuned"])]
+    assert tables.headline(bare) == "Linear probing reaches 73.1 % of fine-tuned and nothing was merged."
+
+
+def test_tasks_of_one_other_kind_have_a_mean() -> None:
+    rows = fixture.mixed(tasks=("ink",))
+    frame = tables.per_task(rows, "lab:random", "aligned")
+    assert list(frame["Metric"]) == ["patch accuracy", "–"]
+    assert list(frame["Kept heads: absolute"]) == ["60.0", "60.0"]
+    assert "Test patch accuracy in %, mean over tasks." in tables.markdown(rows)
+
+
+def test_the_line_search_of_a_mixed_cell_is_by_the_metric_that_chose() -> None:
+    one = view(fixture.mixed(), "lab:random", "aligned")
+    found = line_search(one, "task_arithmetic", "kept")
+    ratios = [0.05 / tuned for tuned in (0.8, 0.75, 0.5, 1.0)]
+    lower = 82 - 100 * sum(ratios) / 4
+    assert list(found["mean"]) == pytest.approx([lower, 82, lower])
+    assert list(found["chosen"]) == [False, True, False]
+    assert one.validation == {
+        "probing": pytest.approx(0.73125),
+        "fine_tuned": 1,
+        "task_arithmetic": pytest.approx(0.82),
+    }
+
+
+def test_sets_of_mixed_tasks_are_normalised_each_by_its_own_metric() -> None:
+    sets = task_sets(fixture.mixed(), "lab:random", "aligned").set_index("tasks")
+    assert dict(sets["normalised_accuracy"]) == pytest.approx(
+        {"greek+street": 0.85, "greek+ink": 0.9, "ink+angle": 0.95, "greek+ink+angle+street": 0.82}
+    )
+    assert sets["accuracy"].isna().all()
 
 
 def test_mistakes_are_told() -> None:

@@ -21,6 +21,7 @@ from taskvec.texts import (
     percent,
     scale_text,
     short_backbone,
+    shown,
 )
 from taskvec.views import ADDITION, View, box_error, views
 
@@ -41,10 +42,11 @@ Row = dict[str, Entry]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One table of the paper: file name, title, and rows in blocks by model size, each row by column."""
+    """One table of the paper: file name, title, what is shown, rows in blocks by model size, each row by column."""
 
     name: str
     title: str
+    shown: str
     blocks: list[tuple[str, list[Row]]]
 
     @property
@@ -96,7 +98,8 @@ def _comparison(
     filled = [name for name in rows[0] if any(row[name].ours not in ("", MISSING) for row in rows)]
     sizes = [_size(roles.get(one.backbone, ""), bool(roles)) for one in own]
     sized = [(size, {name: row[name] for name in filled}) for size, row in zip(sizes, rows, strict=True)]
-    return Comparison(kind.name, kind.title, [(s, [r for _, r in part]) for s, part in groupby(sized, lambda x: x[0])])
+    blocks = [(size, [row for _, row in part]) for size, part in groupby(sized, lambda x: x[0])]
+    return Comparison(kind.name, kind.title, shown(own), blocks)
 
 
 def _size(key: str, named: bool) -> str:
@@ -111,7 +114,7 @@ def _row(kind: _Kind, one: View, heat: pd.DataFrame | None, key: str) -> Row:
         "Fine-tuning": Entry(kind.regimes[one.regime]),
     }
     beyond = {
-        "joint": Entry(percent(one.cell("joint"))),
+        "joint": Entry(percent(one.own("joint"))),
         "gain over probing": Entry(gain_text(one.gain(ADDITION))),
         "ξ in the box": Entry(percent(box_error(heat, one.backbone, one.regime))),
     }
@@ -121,10 +124,10 @@ def _row(kind: _Kind, one: View, heat: pd.DataFrame | None, key: str) -> Row:
 
 def _numbers(kind: _Kind, one: View, printed: paper.Numbers) -> Row:
     """Write the numbers that the paper prints; Table 3 does not repeat where its rows start."""
-    addition, normalised = one.cell(ADDITION), one.cell(ADDITION, metric="normalised_accuracy")
-    start = {f"Single-task: {STARTS[kind.start]}": _entry(percent(one.cell(kind.start)), printed.start)}
+    addition, normalised = one.own(ADDITION), one.cell(ADDITION, metric=one.normalised)
+    start = {f"Single-task: {STARTS[kind.start]}": _entry(percent(one.own(kind.start)), printed.start)}
     return (start if kind.start else {}) | {
-        "Single-task: final": _entry(percent(one.cell("fine_tuned")), printed.final),
+        "Single-task: final": _entry(percent(one.own("fine_tuned")), printed.final),
         "Addition: absolute": _entry(percent(addition), printed.absolute),
         "Addition: normalised": _entry(percent(normalised), printed.normalised),
         "Addition: λ": _entry(scale_text(addition), printed.scale, 2),
@@ -164,7 +167,7 @@ def latex_table(table: Comparison) -> str:
     """Write one floating table, the paper's numbers in grey."""
     columns = table.columns
     align = "".join("l" if _is_name(column) else "r" for column in columns)
-    caption = f"{table.title}. Test accuracy in \\%, mean over tasks." + (
+    caption = f"{table.title}. {escape_latex(table.shown)}." + (
         " In grey: the paper's own numbers." if table.has_paper else ""
     )
     lines = [

@@ -20,7 +20,7 @@ from taskvec.claims import HOW_CLAIMS_ARE_DECIDED, claims
 from taskvec.comparison import comparisons
 from taskvec.errors import TaskvecError
 from taskvec.figures import Planned, plan
-from taskvec.texts import NAMES, method_label, one_line, short_backbone
+from taskvec.texts import NAMES, method_label, one_line, short_backbone, shown
 from taskvec.verdict import headline
 from taskvec.views import View, views
 
@@ -40,16 +40,26 @@ MAPS = (
     "tasks, on one scale of colours. Light means that the sum answers as each single vector would alone. The red box "
     "is the space from -1 to 1, the star the pre-trained encoder."
 )
-COUNTS = (
-    "Every line is the mean over the sets of tasks of one size, each with the λ that validation chose for it. "
-    "Normalised divides by the accuracy of the fine-tuned encoders."
+SETS = "Every line is the mean over the sets of tasks of one size, each with the λ that validation chose for it."
+COUNTS = f"{SETS} Normalised divides by the accuracy of the fine-tuned encoders."
+SNAPSHOTS = (
+    "Backbones named NAME@STEP are one encoder on its way, the last point is the finished one. Left: lower means "
+    "that task vectors get along better. Middle: what adding them gains over probing, with the λ that validation "
+    "chose."
+)
+ROOM = (
+    "Left: the grey bar from probing (cross) to fine-tuned (diamond) is the room that a merge has; further right "
+    "is better."
+)
+EVIDENCE = "An interval across the dashed line is no evidence of a difference. The shaded row is the mean over tasks."
+SEARCH = (
+    "At λ = 0 nothing is added: in the aligned regime, kept heads are then linear probing. Above the dashed line "
+    "the merge beats probing;"
 )
 READING = {
     "emergence": (
         "Along pre-training.",
-        "Backbones named NAME@STEP are one encoder on its way, the last point is the finished one. Left: lower means "
-        "that task vectors get along better. Middle: what adding them gains over probing, with the λ that validation "
-        "chose. Right: how good the encoder is for single tasks.",
+        f"{SNAPSHOTS} Right: how good the encoder is for single tasks.",
     ),
     "backbones": (
         "The line search of every backbone.",
@@ -80,9 +90,7 @@ READING = {
     ),
     "accuracies": (
         "What each task gets.",
-        "Left: the grey bar from probing (cross) to fine-tuned (diamond) is the room that a merge has; further right "
-        "is better. Right: the accuracy points that merging adds to probing. An interval across the dashed line is no "
-        "evidence of a difference. The shaded row is the mean over tasks.",
+        f"{ROOM} Right: the accuracy points that merging adds to probing. {EVIDENCE}",
     ),
     "gains": (
         "All methods side by side.",
@@ -91,9 +99,7 @@ READING = {
     ),
     "lambda": (
         "How far to go along the task vectors (as in the paper's Figure 2).",
-        "At λ = 0 nothing is added: in the aligned regime, kept heads are then linear probing. Above the dashed line "
-        "the merge beats probing; 100 is the accuracy of the fine-tuned encoders. Rings mark the λ chosen on "
-        "validation.",
+        f"{SEARCH} 100 is the accuracy of the fine-tuned encoders. Rings mark the λ chosen on validation.",
     ),
     "lambdas": (
         "The line search of every method.",
@@ -106,6 +112,36 @@ READING = {
         "single vector would alone, dark that it does not. The star is the pre-trained encoder, the red box the search "
         "space from -1 to 1. The error ξ adds two shares of changed predictions, so it reaches 200 %; colours end at "
         "100 %.",
+    ),
+}
+
+COUNTS_OF_KINDS = f"{SETS} Every task's own metric is divided by that of its fine-tuned encoder."
+READING_OF_KINDS = READING | {  # where tasks differ in kind
+    "emergence": (
+        "Along pre-training.",
+        f"{SNAPSHOTS} Right: how close probing comes to fine-tuning, in each task's own metric.",
+    ),
+    "combinations": (
+        "The normalised metric against the number of merged tasks.",
+        "Every dot is one set of tasks with the λ that validation chose for it, the line their mean. Every task's own "
+        "metric is divided by that of its fine-tuned encoder.",
+    ),
+    "counts-all": ("Every backbone against the number of merged tasks.", COUNTS_OF_KINDS),
+    "counts-data": ("Size of the pre-training data against the number of merged tasks.", COUNTS_OF_KINDS),
+    "counts-scale": ("Model scale against the number of merged tasks.", COUNTS_OF_KINDS),
+    "accuracies": (
+        "What each task gets.",
+        f"{ROOM} Right: the points of the task's own metric that merging adds to probing. {EVIDENCE}",
+    ),
+    "gains": (
+        "All methods side by side.",
+        "Means over tasks on the test split, each method at the λ that validation chose. Left: every task's own metric "
+        "divided by that of its fine-tuned encoder, with a bar of one standard deviation where there are several "
+        "seeds. Right: points over probing with 95 % intervals.",
+    ),
+    "lambda": (
+        "How far to go along the task vectors (as in the paper's Figure 2).",
+        f"{SEARCH} 100 is what the fine-tuned encoders reach. Rings mark the λ chosen on validation.",
     ),
 }
 
@@ -136,8 +172,10 @@ def render(
 ) -> str:
     """Write the whole report of a run as one HTML file, with the PNG figures of folder ``figures`` inside."""
     planned = plan(results, heatmap, roles)
-    pictures = {one.stem: _picture(one, figures) for one in planned}
-    sections = [_section(view, planned, pictures) for view in views(results)]
+    found = views(results)
+    reading = READING_OF_KINDS if any(view.mixed for view in found) else READING
+    pictures = {one.stem: _picture(one, figures, *reading[one.kind]) for one in planned}
+    sections = [_section(view, planned, pictures) for view in found]
     compared = comparisons(results, heatmap, roles or {})
     page: str = _template().render(
         study=one_line(str(results["study"].iloc[0])) if "study" in results else "study",
@@ -146,6 +184,7 @@ def render(
         how_claims=HOW_CLAIMS_ARE_DECIDED,
         comparisons=compared,
         of_paper=any(table.has_paper for table in compared),
+        shown=shown(found),
         summary=tables.summary(results, heatmap),
         regimes=_regimes(planned, pictures),
         sections=sections,
@@ -192,12 +231,12 @@ def _section(view: View, planned: list[Planned], pictures: dict[str, Picture]) -
     }
 
 
-def _picture(one: Planned, folder: Path) -> Picture:
+def _picture(one: Planned, folder: Path, name: str, reading: str) -> Picture:
+    """Read a figure, with its name and how to read it."""
     path = folder / f"{one.stem}.png"
     if not path.is_file():
         raise TaskvecError(f"no figure '{path}'", "write the figures before the page")
     where = ", ".join(part for part in (short_backbone(one.backbone), one_line(one.regime)) if part)
-    name, reading = READING[one.kind]
     if (one.kind, one.regime) in FIGURES:
         name = f"{name.removesuffix('.')} (the paper's Figure {FIGURES[one.kind, one.regime]})."
     return Picture(base64.b64encode(path.read_bytes()).decode("ascii"), f"{name} {where}", name, reading)

@@ -15,10 +15,12 @@ from taskvec.texts import (
     gain_text,
     markdown_table,
     method_label,
+    metric_label,
     one_line,
     percent,
     scale_text,
     short_backbone,
+    shown,
 )
 from taskvec.verdict import headline
 from taskvec.views import ADDITION, HEADS, View, box_error, view, views
@@ -34,6 +36,19 @@ DEFINITIONS = (
     "*Gain* is in accuracy points over probing; its 95 % interval is a paired bootstrap over the test images.",
     "λ scales the merged task vectors. It was chosen by normalised accuracy on validation; only the chosen λ saw the "
     "test split.",
+)
+OF_KINDS = (
+    "*Metric* says what counts as right: *accuracy* is the share of test images classified correctly, *patch accuracy* "
+    "the share of their patches, *within 15°* the share of test images whose predicted angle is off by 15 degrees or "
+    "less. Such numbers have no common mean.",
+    DEFINITIONS[1],
+    "*Normalised* is a task's metric / that of its fine-tuned encoder on the same split; its mean over tasks gives "
+    "every task the same weight (the paper's equation 1, with every task's own metric).",
+    DEFINITIONS[3],
+    "*Gain* is in points of the task's own metric over probing, and its mean is over all tasks; its 95 % interval is a "
+    "paired bootstrap over the test images.",
+    "λ scales the merged task vectors. It was chosen by the mean normalised metric on validation; only the chosen λ "
+    "saw the test split.",
 )
 REGIMES = {
     "aligned": "*Aligned*: the head is probed first and frozen, then the encoder is fine-tuned.",
@@ -67,7 +82,7 @@ def summary(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> pd.Da
 
 
 def per_task(results: pd.DataFrame, backbone: str, regime: str, method: str = ADDITION) -> pd.DataFrame:
-    """Put each task in one row and their mean in the last, test accuracies in %, with the columns of Table 1."""
+    """Put each task in one row and their mean in the last, in % of its own metric, with the columns of Table 1."""
     one = view(results, backbone, regime)
     if method not in one.methods:
         raise unknown("method in the results", method, one.methods)
@@ -76,17 +91,21 @@ def per_task(results: pd.DataFrame, backbone: str, regime: str, method: str = AD
 
 def task_table(one: View, method: str) -> pd.DataFrame:
     """Do what ``per_task`` does for rows that were split already."""
-    records = [{"Task": one_line(task) or "Mean", **_numbers(one, method, task)} for task in [*one.tasks, ""]]
+    named = [{"Task": one_line(task) or "Mean", "Metric": metric_label(one, task)} for task in [*one.tasks, ""]]
+    records = [name | _numbers(one, method, task) for name, task in zip(named, [*one.tasks, ""], strict=True)]
     return _without_empty(pd.DataFrame(records))
 
 
 def _numbers(one: View, method: str, task: str) -> dict[str, str]:
     """Write the numbers of one task, or of the mean over tasks, under the headings of the paper's Table 1."""
     baselines = {"Probing": "probing", "Zero-shot": "zero_shot", "Fine-tuned": "fine_tuned", "Joint": "joint"}
-    out = {name: percent(one.cell(baseline, task=task)) for name, baseline in baselines.items()}
+    out = {name: percent(one.own(baseline, task=task)) for name, baseline in baselines.items()}
+    for name in ("Probing", "Zero-shot", "Joint"):
+        over_tuned = one.cell(baselines[name], metric="normalised_metric", task=task)
+        out[f"Normalised: {name.lower()}"] = percent(over_tuned)
     for heads, label in HEADS.items():
-        absolute = one.cell(method, heads, task=task)
-        normalised = one.cell(method, heads, "normalised_accuracy", task)
+        absolute = one.own(method, heads, task)
+        normalised = one.cell(method, heads, one.normalised, task)
         cells = {"absolute": percent(absolute), "normalised": percent(normalised), "λ": scale_text(absolute)}
         cells["gain (95 % interval)"] = gain_text(one.gain(method, heads, task))
         out |= {f"{label.capitalize()}: {name}": text for name, text in cells.items()}
@@ -106,7 +125,8 @@ def title(one: View, method: str) -> str:
 def definitions(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> list[str]:
     """Explain the numbers, each note a sentence or two; of regimes, methods and measures only those there are."""
     regimes, methods = set(results["regime"]), set(results["method"])
-    notes = [*DEFINITIONS, *(note for regime, note in REGIMES.items() if regime in regimes)]
+    common = OF_KINDS if any(one.mixed for one in views(results)) else DEFINITIONS
+    notes = [*common, *(note for regime, note in REGIMES.items() if regime in regimes)]
     notes += [note for method, note in METHODS.items() if method in methods]
     notes += [OVER_SEEDS] if results["seed"].nunique() > 1 else []
     return notes + ([] if heatmap is None or heatmap.empty else [IN_THE_BOX])
@@ -121,10 +141,10 @@ def markdown(results: pd.DataFrame, heatmap: pd.DataFrame | None = None, roles: 
     top = verdicts[0] if len(verdicts) == 1 else "\n".join(f"- {line}" for line in verdicts)
     parts = ["# Results", top, *_claims(results, heatmap, roles or {})]
     for table in comparisons(results, heatmap, roles or {}):
-        parts += [f"## {table.title}", f"Test accuracy in %, mean over tasks. {OF_PAPER if table.has_paper else ''}"]
+        parts += [f"## {table.title}", f"{table.shown}. {OF_PAPER if table.has_paper else ''}"]
         parts[-1] = parts[-1].rstrip()
         parts.append(markdown_comparison(table))
-    parts += ["## Summary", "Test accuracy in %, mean over tasks.", markdown_table(summary(results, heatmap))]
+    parts += ["## Summary", f"{shown(views(results))}.", markdown_table(summary(results, heatmap))]
     for one in views(results):
         for method in one.methods:
             parts.append(f"## {escape_markdown(title(one, method))}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from taskvec.views import ADDITION, PER_TASK, Cell, Gain
+from taskvec.views import ADDITION, METRICS, PER_TASK, Cell, Gain, View
 
 MISSING = "–"
 LABELS = {ADDITION: "addition", PER_TASK: "addition, λ per task"}
-NAMES = ("Backbone", "Regime", "Method", "Task", "Model", "Claim", "Paper", "Measured", "Interval", "Verdict")
+NAMES = ("Backbone", "Regime", "Method", "Task", "Metric", "Model", "Claim", "Paper", "Measured", "Interval", "Verdict")
 LATEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -43,6 +43,19 @@ def short_backbone(address: str) -> str:
 def method_label(method: str) -> str:
     """Call the paper's method addition, as its tables do, and every other by its name."""
     return LABELS.get(method) or one_line(method)
+
+
+def metric_label(one: View, task: str) -> str:
+    """Name the metric of a task where tasks differ in kind, else nothing needs to be said."""
+    return METRICS[one.metrics[task]] if one.mixed and task in one.metrics else MISSING
+
+
+def shown(found: Iterable[View]) -> str:
+    """Say over tables what their numbers are."""
+    metrics = {one.metric for one in found}
+    if len(metrics) == 1 and metrics != {""}:
+        return f"Test {METRICS[metrics.pop()]} in %, mean over tasks"
+    return "Test split in %; tasks differ in their metric, so only normalised values and gains have a mean"
 
 
 # ---------------------------------------------------------------- numbers

@@ -32,7 +32,7 @@ def _verdict(one: View, name_backbone: bool, name_regime: bool) -> str:
     place += [f"in the {one_line(one.regime)} regime"] if name_regime else []
     place += [f"over {one.seeds} seeds"] if one.seeds > 1 else []
     if not one.methods:
-        return _sentence(place, f"linear probing reaches {percent(one.cell('probing'))} % and nothing was merged")
+        return _sentence(place, f"linear probing reaches {_level(one, 'probing')} and nothing was merged")
     first, *others = one.methods
     text = _sentence(place, f"{_subject(one, first)} {_outcome(one, first)}")
     if not others:
@@ -41,6 +41,11 @@ def _verdict(one: View, name_backbone: bool, name_regime: bool) -> str:
     lead = method_label(best)
     lead += f", the best of {len(others)} other methods on validation," if others[1:] else ""
     return text + " " + _sentence([], f"{lead} {_outcome(one, best)}", capital=False)
+
+
+def _level(one: View, method: str, heads: str = "kept") -> str:
+    """Write the mean over tasks, of metrics that differ in kind as a share of what fine-tuned encoders reach."""
+    return f"{percent(one.overall(method, heads))} %{' of fine-tuned' if one.mixed else ''}"
 
 
 def _best(one: View, methods: list[str]) -> str:
@@ -113,11 +118,12 @@ def _of_regime(found: list[View]) -> str:
 
 
 def _highest(merged: list[View]) -> str:
-    """Name the backbone with the highest accuracy after merging, over both kinds of heads."""
-    found = [(one.cell(one.methods[0], heads), heads, one) for one in merged for heads in one.heads]
-    cell, heads, one = max(found, key=lambda entry: -1.0 if math.isnan(entry[0].mean) else entry[0].mean)
-    probing = percent(one.cell("probing"))
-    return f"{short_backbone(one.backbone)} ends highest, at {percent(cell)} % (probing {probing}, {HEADS[heads]})"
+    """Name the backbone with the highest mean after merging, over both kinds of heads."""
+    found = [(one.overall(one.methods[0], heads).mean, heads, one) for one in merged for heads in one.heads]
+    _, heads, one = max(found, key=lambda entry: -1.0 if math.isnan(entry[0]) else entry[0])
+    probing = percent(one.overall("probing"))
+    level = _level(one, one.methods[0], heads)
+    return f"{short_backbone(one.backbone)} ends highest, at {level} (probing {probing}, {HEADS[heads]})"
 
 
 def _count(found: list[View], heads: str) -> str:

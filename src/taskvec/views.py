@@ -17,9 +17,10 @@ ADDITION = "task_arithmetic"
 PER_TASK = "task_arithmetic_per_task"
 BASELINES = ("probing", "zero_shot", "fine_tuned", "joint")
 HEADS = {"kept": "kept heads", "reprobed": "re-probed heads"}
+METRICS = {"accuracy": "accuracy", "patch_accuracy": "patch accuracy", "within_15_degrees": "within 15°"}
 BOX = 1.0  # half the width of the red box of the paper's Figure 1
 NEEDED = ("backbone", "regime", "seed", "tasks", "method", "heads", "scale", "task", "split", "metric", "value")
-OF_SETS = ("accuracy", "normalised_accuracy", "disentanglement_error")
+OF_SETS = ("accuracy", "normalised_accuracy", "disentanglement_error")  # the columns of ``task_sets``
 
 
 class Cell(NamedTuple):
@@ -87,6 +88,39 @@ class View:
         """Look up a number of the test split as a fraction; an empty task is the mean over tasks."""
         return self._cells.get((method, heads, metric, task), NOTHING)
 
+    @cached_property
+    def metrics(self) -> dict[str, str]:
+        """Name the own metric of every task."""
+        own = self.rows[self.rows["metric"].isin(METRICS) & (self.rows["task"] != "")].drop_duplicates("task")
+        return {str(task): str(metric) for task, metric in zip(own["task"], own["metric"], strict=True)}
+
+    @property
+    def metric(self) -> str:
+        """Name the metric that all tasks share, empty where they differ in kind."""
+        found = set(self.metrics.values()) or {"accuracy"}
+        return found.pop() if len(found) == 1 else ""
+
+    @property
+    def mixed(self) -> bool:
+        """Say whether there are tasks that are no classification."""
+        return self.metric != "accuracy"
+
+    @property
+    def normalised(self) -> str:
+        """Name the metric by which validation chose: each task's own over that of its fine-tuned encoder."""
+        return "normalised_metric" if self.mixed else "normalised_accuracy"
+
+    def own(self, method: str, heads: str = "kept", task: str = "") -> Cell:
+        """Look up a task in its own metric; tasks that differ in theirs have no mean (NaN), but its scales are told."""
+        metric = self.metrics.get(task, "accuracy") if task else self.metric
+        if metric:
+            return self.cell(method, heads, metric, task)
+        return self.own(method, heads, self.tasks[0])._replace(mean=math.nan, sd=math.nan)
+
+    def overall(self, method: str, heads: str = "kept") -> Cell:
+        """Look up the mean over tasks by which backbones compare: of accuracies, or of normalised metrics if mixed."""
+        return self.cell(method, heads, self.normalised if self.mixed else "accuracy")
+
     def gain(self, method: str, heads: str = "kept", task: str = "") -> Gain:
         """Look up what a merge adds to probing."""
         middle, low, high = (self.cell(method, heads, f"gain_over_probing{end}", task) for end in ("", "_low", "_high"))
@@ -94,16 +128,18 @@ class View:
 
     @cached_property
     def validation(self) -> dict[str, float]:
-        """Score each method by the best mean normalised accuracy on validation, over seeds, of its better heads."""
+        """Score each method by the best mean normalised metric on validation, over seeds, of its better heads."""
         rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
-        rows = rows[rows["metric"] == "normalised_accuracy"]
+        rows = rows[rows["metric"] == self.normalised]
         best = rows.groupby(["method", "heads", "seed"])["value"].max().groupby(["method", "heads"]).mean()
         return {str(method): float(value) for method, value in best.groupby("method").max().items()}
 
     @cached_property
     def tasks(self) -> list[str]:
-        """Name the tasks in the order of the rows."""
-        return [task for task in _unique(self.rows["task"]) if task]
+        """Name the tasks in the order of the study, in which rows of several metrics are not."""
+        order = str(self.rows["tasks"].iloc[0]).split("+")
+        found = [task for task in _unique(self.rows["task"]) if task]
+        return sorted(found, key=lambda task: order.index(task) if task in order else len(order))
 
     @cached_property
     def methods(self) -> list[str]:
@@ -118,7 +154,7 @@ class View:
 
     @cached_property
     def _merges(self) -> pd.DataFrame:
-        return self.rows[~self.rows["method"].isin(BASELINES) & (self.rows["metric"] == "accuracy")]
+        return self.rows[~self.rows["method"].isin(BASELINES) & self.rows["metric"].isin(METRICS)]
 
     @cached_property
     def seeds(self) -> int:
@@ -164,12 +200,12 @@ def _unique(values: pd.Series[Any]) -> list[str]:
 
 
 def line_search(one: View, method: str, heads: str) -> pd.DataFrame:
-    """Read normalised accuracy on validation by scale: mean and std (%) over seeds, and whether a seed chose the scale.
+    """Read the normalised metric on validation by scale: mean and std (%) over seeds, and whether a seed chose it.
 
     Of several configurations only the one that went to the test split.
     """
     rows = one.rows[(one.rows["method"] == method) & (one.rows["heads"] == heads) & (one.rows["task"] == "")]
-    rows = rows[rows["metric"] == "normalised_accuracy"]
+    rows = rows[rows["metric"] == one.normalised]
     test = rows[rows["split"] == "test"]
     tried = rows[rows["split"] == "validation"].merge(test[["seed", "config"]].drop_duplicates(), on=["seed", "config"])
     values = 100 * tried.groupby("scale")["value"].agg(["mean", "std"]).fillna({"std": 0.0})
@@ -183,16 +219,22 @@ def task_sets(results: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame
     """Put each merged set of tasks in one row: tasks, size, and as fractions accuracy, normalised accuracy and error.
 
     Of addition with kept heads, on the test split, over the seeds that merged more than one set; else without a row.
+    Where a set has tasks that are no classification, normalised is each task's own metric, and there is no accuracy.
     """
+    others = [*(metric for metric in METRICS if metric != "accuracy"), "normalised_metric"]
     rows = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
-    rows = rows[(rows["split"] == "test") & (rows["task"] == "") & rows["metric"].isin(OF_SETS)]
+    rows = rows[(rows["split"] == "test") & (rows["task"] == "") & rows["metric"].isin([*OF_SETS, *others])]
     added = (rows["method"] == ADDITION) & (rows["heads"] == "kept")
     rows = rows[added | (rows["metric"] == "disentanglement_error")]
     size = rows["tasks"].str.count(r"\+") + 1
     rows = rows.assign(size=size, value=pd.to_numeric(rows["value"], errors="coerce"))
     rows = rows[rows["seed"].isin(rows.loc[size < size.max(), "seed"])]
     table = rows.pivot_table(index=["size", "tasks"], columns="metric", values="value", aggfunc="mean")
-    return table.reindex(columns=list(OF_SETS)).reset_index()
+    table = table.reindex(columns=[*OF_SETS, *others])
+    mixed = table[others].notna().any(axis=1)
+    table["normalised_accuracy"] = table["normalised_metric"].where(mixed, table["normalised_accuracy"])
+    table["accuracy"] = math.nan if mixed.any() else table["accuracy"]
+    return table[list(OF_SETS)].reset_index()
 
 
 # ---------------------------------------------------------------- the disentanglement error

@@ -118,7 +118,7 @@ def _counts(compared: list[Group], results: pd.DataFrame, regime: str, roles: Ma
         if group.name != "algorithm":
             draw = partial(by_count, results, group.backbones, regime, group.what)
             out.append(_of_regime(f"counts-{group.name}", regime, draw))
-    erring = with_sets(results, regime, "disentanglement_error")
+    erring = with_sets(results, regime, ["disentanglement_error"])
     if erring:
         out.append(_of_regime("errors", regime, partial(error_by_count, results, erring, regime, "all backbones")))
     return out

@@ -17,6 +17,7 @@ from taskvec.texts import short_backbone
 from taskvec.views import task_sets
 
 ACCURACIES = {"accuracy": "test accuracy (%)", "normalised_accuracy": "normalised test accuracy (%)"}
+OF_KINDS = {"normalised_accuracy": "normalised test metric (%)"}  # where tasks differ in kind
 ERROR = {"disentanglement_error": "disentanglement error ξ (%)"}
 
 
@@ -25,8 +26,9 @@ def combinations(results: pd.DataFrame, backbone: str, regime: str) -> Figure:
     sets = task_sets(results, backbone, regime)
     if sets.empty:
         raise unknown("backbone and regime with sets of tasks", f"{backbone}, {regime}", with_sets(results, regime))
-    figure, axes = _axes(list(ACCURACIES.values()))
-    for ax, metric in zip(axes, ACCURACIES, strict=True):
+    measures = _measures([sets])
+    figure, axes = _axes(list(measures.values()))
+    for ax, metric in zip(axes, measures, strict=True):
         ax.plot(sets["size"], 100 * sets[metric], "o", color=BLUE, alpha=0.35, ms=4, mew=0, label="one set of tasks")
         _mean_line(ax, sets, metric, "mean", {"color": BLUE})
     named = f"{safe_name(short_backbone(backbone), 56)}, {safe_name(regime, 24)}, addition of some of the tasks"
@@ -35,7 +37,8 @@ def combinations(results: pd.DataFrame, backbone: str, regime: str) -> Figure:
 
 def by_count(results: pd.DataFrame, backbones: Sequence[str], regime: str, what: str) -> Figure:
     """Draw the paper's Figures 7 to 9: mean accuracy by the number of tasks, a line for each backbone."""
-    return _lines(results, backbones, regime, what, ACCURACIES)
+    measures = _measures([task_sets(results, backbone, regime) for backbone in backbones])
+    return _lines(results, backbones, regime, what, measures)
 
 
 def error_by_count(results: pd.DataFrame, backbones: Sequence[str], regime: str, what: str) -> Figure:
@@ -43,11 +46,17 @@ def error_by_count(results: pd.DataFrame, backbones: Sequence[str], regime: str,
     return _lines(results, backbones, regime, what, ERROR)
 
 
-def with_sets(results: pd.DataFrame, regime: str, metric: str = "accuracy") -> list[str]:
-    """Name the backbones that were measured on sets of at least two sizes."""
+def with_sets(results: pd.DataFrame, regime: str, metrics: Sequence[str] = tuple(ACCURACIES)) -> list[str]:
+    """Name the backbones of which one of the metrics was measured on sets of at least two sizes."""
     rows = results[(results["regime"] == regime) & (results["split"] == "test") & (results["task"] == "")]
     found = {str(name): task_sets(rows, str(name), regime) for name in rows["backbone"].unique()}
-    return [name for name, sets in found.items() if sets.loc[sets[metric].notna(), "size"].nunique() > 1]
+    measured = {name: sets.loc[sets[list(metrics)].notna().any(axis=1), "size"] for name, sets in found.items()}
+    return [name for name, sizes in measured.items() if sizes.nunique() > 1]
+
+
+def _measures(found: Sequence[pd.DataFrame]) -> dict[str, str]:
+    """Choose the panels: where tasks differ in kind there is no accuracy."""
+    return ACCURACIES if any(sets["accuracy"].notna().any() for sets in found) else OF_KINDS
 
 
 def _lines(results: pd.DataFrame, backbones: Sequence[str], regime: str, what: str, metrics: dict[str, str]) -> Figure:

@@ -32,7 +32,7 @@ from taskvec.views import HEADS, View, line_search, view, views
 
 
 def lambda_curve(results: pd.DataFrame, backbone: str, regime: str, method: str = "") -> Figure:
-    """Draw the paper's Figure 2 for one method: validation normalised accuracy (%) against lambda, and a close-up."""
+    """Draw the paper's Figure 2 for one method: the normalised metric (%) on validation by lambda, and a close-up."""
     one = view(results, backbone, regime)
     method = merged_by(one, method)
     with matplotlib.rc_context(STYLE):
@@ -41,11 +41,11 @@ def lambda_curve(results: pd.DataFrame, backbone: str, regime: str, method: str 
         for ax in (whole, close):
             _draw_levels(ax, one)
             for heads in one.heads:
-                label = f"{HEADS[heads]} (λ = {scale_text(one.cell(method, heads))})"
+                label = f"{HEADS[heads]} (λ = {scale_text(one.own(method, heads))})"
                 style = {"color": HEAD_COLOUR[heads], "marker": HEAD_MARKER[heads]}
                 _draw_curve(ax, line_search(one, method, heads), label, style)
-            _label_curve(ax)
-            _say_if_empty(ax)
+            _label_curve(ax, _metric([one]))
+            _say_if_empty(ax, _metric([one]))
         whole.set_title("every λ tried")
         close.set_title("close-up of the top")
         close.set_ylabel("")
@@ -56,14 +56,14 @@ def lambda_curve(results: pd.DataFrame, backbone: str, regime: str, method: str 
 
 
 def lambda_methods(results: pd.DataFrame, backbone: str, regime: str) -> Figure:
-    """Draw normalised accuracy (%) on validation against lambda for all methods, kept heads beside re-probed."""
+    """Draw the normalised metric (%) on validation against lambda for all methods, kept heads beside re-probed."""
     one = view(results, backbone, regime)
     curves = [_Line(method_label(method), one, method, line_style(i)) for i, method in enumerate(one.methods)]
     return _by_heads(curves, one.heads, heading(one), lambda ax: _draw_levels(ax, one))
 
 
 def lambda_curves(results: pd.DataFrame, regime: str) -> Figure:
-    """Draw the paper's Figure 2: normalised accuracy (%) of addition against lambda, a line for each backbone."""
+    """Draw the paper's Figure 2: the normalised metric (%) of addition against lambda, a line for each backbone."""
     found = [one for one in views(results) if one.regime == regime and one.methods]
     if not found:
         raise unknown("regime", regime, (one.regime for one in views(results)))
@@ -85,6 +85,7 @@ class _Line(NamedTuple):
 
 def _by_heads(curves: list[_Line], heads: list[str], heading: str, levels: Callable[[Axes], object]) -> Figure:
     """Draw one panel for each kind of heads, with a line for each entry, told apart by colour, marker and dashes."""
+    metric = _metric([line.one for line in curves])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2 + 0.17 * math.ceil(len(curves) / 3)), layout="constrained")
         axes = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
@@ -92,10 +93,10 @@ def _by_heads(curves: list[_Line], heads: list[str], heading: str, levels: Calla
             levels(ax)
             for line in curves:
                 _draw_curve(ax, line_search(line.one, line.method, head), safe_name(line.label, 44), line.style)
-            _label_curve(ax)
+            _label_curve(ax, metric)
             ax.set_title(HEADS[head])
             ax.label_outer()
-            _say_if_empty(ax)
+            _say_if_empty(ax, metric)
         legend(figure, axes[0])
         figure.suptitle(heading, x=0.01, ha="left")
     return figure
@@ -124,9 +125,9 @@ def _draw_fine_tuned(ax: Axes) -> None:
 
 
 def _probing_level(one: View) -> float:
-    """Take the normalised accuracy (%) of probing on validation, mean over tasks and seeds."""
+    """Take the normalised metric (%) of probing on validation, mean over tasks and seeds."""
     rows = one.rows[(one.rows["method"] == "probing") & (one.rows["split"] == "validation") & (one.rows["task"] == "")]
-    return 100 * float(rows.loc[rows["metric"] == "normalised_accuracy", "value"].mean())
+    return 100 * float(rows.loc[rows["metric"] == one.normalised, "value"].mean())
 
 
 def _close_up(one: View, method: str) -> tuple[float, float]:
@@ -138,15 +139,20 @@ def _close_up(one: View, method: str) -> tuple[float, float]:
     return low - pad, high + pad / 2
 
 
-def _label_curve(ax: Axes) -> None:
+def _metric(found: list[View]) -> str:
+    """Call what is normalised: accuracy, or metric where tasks differ in kind."""
+    return "metric" if any(one.mixed for one in found) else "accuracy"
+
+
+def _label_curve(ax: Axes, metric: str) -> None:
     ax.set_xlabel("scaling coefficient λ")
-    ax.set_ylabel("normalised accuracy on validation (%)")
+    ax.set_ylabel(f"normalised {metric} on validation (%)")
     ax.grid(axis="y")
     ax.margins(x=0.03)
 
 
-def _say_if_empty(ax: Axes) -> None:
-    """Say why there is no curve: nothing can be divided by a fine-tuned accuracy of zero, as in a run of two steps."""
+def _say_if_empty(ax: Axes, metric: str) -> None:
+    """Say why there is no curve: nothing can be divided by a fine-tuned value of zero, as in a run of two steps."""
     if not chosen_rings(ax):
-        text = "no normalised accuracy:\na fine-tuned accuracy is zero"
+        text = f"no normalised {metric}:\na fine-tuned {metric} is zero"
         ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center")

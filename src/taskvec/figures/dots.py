@@ -30,41 +30,56 @@ from taskvec.figures.style import (
     safe_name,
 )
 from taskvec.texts import method_label, scale_text, short_backbone
-from taskvec.views import ADDITION, HEADS, PER_TASK, Cell, View, view, views
+from taskvec.views import ADDITION, HEADS, METRICS, PER_TASK, Cell, View, view, views
 
 
 def accuracies(results: pd.DataFrame, backbone: str, regime: str, method: str = "") -> Figure:
-    """Draw test accuracy (%) and gain over probing (points) of every task and their mean, one row each."""
+    """Draw accuracy (%), or the own metric, and gain over probing (points) of every task and their mean on test."""
     one = view(results, backbone, regime)
     method = merged_by(one, method)
     rows = [*one.tasks, ""]
-    figure, axes = _dot_panels(one, [safe_name(task, 26) or "mean" for task in rows])
+    figure, axes = _dot_panels(one, [_row_name(one, task) for task in rows])
     _spans(axes[0], one, rows)
     for series in _accuracy_series(one, method):
-        found = [one.cell(series.method, series.heads, task=task) for task in rows]
+        found = [one.own(series.method, series.heads, task) for task in rows]
         _dots(axes[0], found, series.offset, series.label, series.style)
     for heads, offset in _offsets(one).items():
         gains = [_gain_ends(one, method, heads, task) for task in rows]
         _intervals(axes[1], gains, offset, "", _head_style(heads))
-    axes[0].set_xlabel("test accuracy (%)")
+    if not one.metric:
+        axes[0].text(0.5, len(one.tasks), "no mean of different metrics", **_centred(axes[0]))
+    axes[0].set_xlabel(f"test {METRICS.get(one.metric, 'split, own metric of each task')} (%)")
     _finish_dots(figure, axes, len(rows), heading(one, method))
     return figure
 
 
+def _row_name(one: View, task: str) -> str:
+    """Name a row by its task, with its metric where tasks differ in theirs."""
+    if one.metric or not task:
+        return safe_name(task, 26) or "mean"
+    return f"{safe_name(task, 20)} ({METRICS[one.metrics[task]]})" if task in one.metrics else safe_name(task, 26)
+
+
+def _centred(ax: Axes) -> dict[str, Any]:
+    """Put grey text in the middle of a row."""
+    place = {"transform": ax.get_yaxis_transform(), "ha": "center", "va": "center"}
+    return place | {"color": "#6E6E6E", "fontsize": 7}
+
+
 def method_gains(results: pd.DataFrame, backbone: str, regime: str) -> Figure:
-    """Draw for every method its mean test accuracy (%) and its gain over probing (points) with 95 % intervals."""
+    """Draw for every method its mean on the test split (%) and its gain over probing (points) with 95 % intervals."""
     one = view(results, backbone, regime)
     figure, axes = _dot_panels(one, [safe_name(method_label(method), 26) for method in one.methods])
     for method, label, colour in (("probing", "probing", BLACK), ("fine_tuned", "fine-tuned", GREEN)):
-        level = 100 * one.cell(method).mean
+        level = 100 * one.overall(method).mean
         if not math.isnan(level):
             axes[0].axvline(level, color=colour, linestyle=(0, (4, 2)), linewidth=1, label=label)
     for heads, offset in _offsets(one).items():
-        found = [one.cell(method, heads) for method in one.methods]
+        found = [one.overall(method, heads) for method in one.methods]
         _dots(axes[0], found, offset, f"merged, {HEADS[heads]}", _head_style(heads))
         gains = [_gain_ends(one, method, heads, "") for method in one.methods]
         _intervals(axes[1], gains, offset, "", _head_style(heads))
-    axes[0].set_xlabel("test accuracy (%), mean over tasks")
+    axes[0].set_xlabel(f"{'normalised test metric' if one.mixed else 'test accuracy'} (%), mean over tasks")
     _finish_dots(figure, axes, 0, heading(one))
     return figure
 
@@ -83,18 +98,23 @@ def _accuracy_series(one: View, method: str) -> list[_Series]:
     """List the dots of the first figure, baselines in the middle of the row and the two kinds of heads beside it."""
     out = [_Series("probing", "kept", "probing", 0, {"color": BLACK, "marker": "X"})]
     for heads, offset in _offsets(one).items():
-        label = f"{safe_name(method_label(method), 24)}, {HEADS[heads]} (λ = {scale_text(one.cell(method, heads))})"
+        label = f"{safe_name(method_label(method), 24)}, {HEADS[heads]} (λ = {scale_text(one.own(method, heads))})"
         out.append(_Series(method, heads, label, offset, _head_style(heads)))
     out.append(_Series("zero_shot", "kept", "zero-shot", 0, {"color": SKY, "marker": "v"}))
     out.append(_Series("joint", "kept", "joint", 0, {"color": PURPLE, "marker": "^"}))
     out.append(_Series("fine_tuned", "kept", "fine-tuned", 0, {"color": GREEN, "marker": "D"}))
-    return [series for series in out if not math.isnan(one.cell(series.method, series.heads).mean)]
+    return [series for series in out if _is_measured(one, series)]
+
+
+def _is_measured(one: View, series: _Series) -> bool:
+    """Say whether any task has a number."""
+    return any(not math.isnan(one.own(series.method, series.heads, task).mean) for task in one.tasks)
 
 
 def _spans(ax: Axes, one: View, tasks: list[str]) -> None:
     """Join probing and fine-tuned of each row by a grey line: the room that a merge has."""
     for row, task in enumerate(tasks):
-        ends = [100 * one.cell(method, task=task).mean for method in ("probing", "fine_tuned")]
+        ends = [100 * one.own(method, task=task).mean for method in ("probing", "fine_tuned")]
         ax.plot(ends, [row, row], color="#B8B8B8", linewidth=1.6, solid_capstyle="butt", zorder=1.5)
 
 
@@ -202,7 +222,7 @@ def _own_scales(one: View) -> pd.DataFrame:
 def _draw_scales(ax: Axes, one: View, tasks: list[str]) -> None:
     """Draw a dot for each task with a bar of one standard deviation over seeds, and a line for the common lambda."""
     own = _own_scales(one).reindex(columns=tasks)
-    common = one.cell(ADDITION)
+    common = one.own(ADDITION)
     if not math.isnan(common.low):
         middle = (common.low + common.high) / 2
         ax.axvline(middle, color=BLACK, linestyle=(0, (4, 2)), linewidth=1, label="common λ")
