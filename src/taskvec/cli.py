@@ -16,7 +16,12 @@ from rich.console import Console
 from taskvec.errors import TaskvecError, unknown
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from taskvec.runs import Outcome
+
+MANY = 4
+"""Backbones and regimes above which the terminal shows one line for each instead of a table of tasks."""
 
 app = typer.Typer(
     help="Edit pre-trained image classifiers in weight space.",
@@ -103,26 +108,38 @@ def _tell(outcome: Outcome, duration: str) -> None:
 
 
 def _show(folder: Path) -> None:
-    """Print the verdict and the table of tasks of every merge."""
+    """Print the verdict, and the tasks of every merge, or one line for each where there are many."""
     import pandas as pd
-    from rich.table import Table
 
     from taskvec import tables
 
     results = pd.read_csv(folder / "results.csv", keep_default_na=False)
     console = Console(width=max(100, Console().width))
     console.print("", tables.headline(results), "", sep="\n", markup=False, highlight=False)
-    for view in tables.views(results):
+    found = tables.views(results)
+    if len(found) > MANY:
+        _print(console, "test split, %, mean over tasks", tables.summary(results))
+        return
+    for view in found:
         for method in view.methods:
-            frame = tables.task_table(view, method)
-            shown = Table(title=tables.title(view, method) + ": test accuracy, %", title_justify="left", box=None)
-            columns = [name for name in frame.columns if "gain" not in name]
-            for name in columns:
-                head = name.replace("Kept heads: ", "kept\n").replace("Re-probed heads: ", "re-probed\n")
-                shown.add_column(head, justify="left" if name == "Task" else "right")
-            for row in frame[columns].itertuples(index=False):
-                shown.add_row(*map(str, row))
-            console.print(shown, "", sep="\n", markup=False)
+            what = "test split, each task's own metric, %" if view.mixed else "test accuracy, %"
+            _print(console, f"{tables.title(view, method)}: {what}", tables.task_table(view, method))
+
+
+def _print(console: Console, title: str, frame: pd.DataFrame) -> None:
+    """Print a table without its intervals, which are wide and stand on the page."""
+    from rich.table import Table
+
+    from taskvec.texts import NAMES
+
+    shown = Table(title=title, title_justify="left", box=None)
+    columns = [name for name in frame.columns if "gain" not in name]
+    for name in columns:
+        head = name.replace("Kept heads: ", "kept\n").replace("Re-probed heads: ", "re-probed\n")
+        shown.add_column(head, justify="left" if name in NAMES else "right")
+    for row in frame[columns].itertuples(index=False):
+        shown.add_row(*map(str, row))
+    console.print(shown, "", sep="\n", markup=False)
 
 
 @app.command()
