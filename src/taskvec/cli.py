@@ -136,7 +136,7 @@ def _print(console: Console, title: str, frame: pd.DataFrame) -> None:
     columns = [name for name in frame.columns if "gain" not in name]
     for name in columns:
         head = name.replace("Kept heads: ", "kept\n").replace("Re-probed heads: ", "re-probed\n")
-        shown.add_column(head, justify="left" if name in NAMES else "right")
+        shown.add_column(head, justify="left" if name in NAMES else "right", no_wrap=name in NAMES)
     for row in frame[columns].itertuples(index=False):
         shown.add_row(*map(str, row))
     console.print(shown, "", sep="\n", markup=False)
