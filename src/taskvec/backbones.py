@@ -112,7 +112,7 @@ def parse(address: str) -> tuple[str, str, str]:
 def split_step(name: str) -> tuple[str, int | None]:
     """Split ``NAME@STEP`` of a lab encoder along its pre-training; without a step it is the finished one."""
     base, at, step = name.partition("@")
-    if at and not step.isdigit():
+    if at and not step.isdecimal():
         raise TaskvecError(
             f"'@{step}' in 'lab:{name}' is neither a step nor a file", "for example lab:supervised@500, or give a path"
         )
@@ -141,7 +141,7 @@ def describe(address: str, size: int | None, allow_pickle: bool = False) -> dict
 def has_text(address: str) -> bool:
     """Say whether a backbone comes with a text tower, from which zero-shot heads can be built."""
     kind, name, file = parse(address)
-    if kind != "lab" or file:
+    if kind != "lab" or file or split_step(name)[1] is not None:
         return False
     from taskvec.lab import encoders
 

@@ -27,7 +27,7 @@ VERSIONS = {
     "zero_shot": 1,
     "finetune": 2,
     "finetune_joint": 1,
-    "choose_learning_rate": 1,
+    "choose_learning_rate": 2,
     "merge": 1,
     "per_task_scales": 1,
     "kept_curve": 2,

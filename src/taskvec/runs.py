@@ -174,15 +174,15 @@ def write_report(
 
 
 def write_models(cells: list[Cell], done: Done, out: Path) -> None:
-    """Copy the best model of every backbone (over regimes and seeds, by validation) into its folder."""
-    best: dict[str, tuple[float, Path]] = {}
+    """Copy the best model of every backbone, by validation, into its folder: of the regimes with the most tasks."""
+    best: dict[str, tuple[int, float, Path]] = {}
     for cell in cells:
         if cell.model is not None:
             artifact = done[cell.model]
-            value = float(artifact.json("model.json")["validation"])
-            if cell.backbone not in best or value > best[cell.backbone][0]:
-                best[cell.backbone] = value, artifact.folder
-    for backbone, (_, source) in best.items():
+            value = len(cell.tasks), float(artifact.json("model.json")["validation"])
+            if cell.backbone not in best or value > best[cell.backbone][:2]:
+                best[cell.backbone] = *value, artifact.folder
+    for backbone, (*_, source) in best.items():
         (out / backbone).mkdir(parents=True)
         for name in ("encoder.safetensors", "heads.safetensors", "model.json"):
             shutil.copyfile(source / name, out / backbone / name)

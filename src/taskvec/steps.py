@@ -206,7 +206,7 @@ def choose_learning_rate(config: Config, inputs: Inputs, out: Path, progress: Pr
     """Choose the fine-tuning rate with the highest validation accuracy on one task; ties go to the smaller."""
     rates, values = config["rates"], validations(inputs["finetuned"])
     best = Probed(tuple(rates), (), tuple(values)).best()
-    write_json(out / "rate.json", {"rate": rates[best], "rates": rates, "validation": values})
+    write_json(out / "rate.json", {"rate": rates[best]})  # no more: what reads it depends on the choice alone
 
 
 def merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:

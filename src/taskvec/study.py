@@ -18,7 +18,20 @@ from taskvec.paper import MODELS
 from taskvec.settings import Count, Finetune, Heatmap, Probe, Rate, Settings, Subsets, parse_scales
 
 REGIMES = ("aligned", "full", "open", "open-full", "joint")
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
+
+
+def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the values, or raise if one of them, or of their names, comes twice."""
+    names = [getattr(value, "name", value) for value in values]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is given twice")
+    return values
+
+
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(check_distinct)
+]
 
 
 class Choice(Settings):
@@ -149,14 +162,10 @@ class Study(Settings):
             raise ValueError("joint fine-tuning starts from the aligned regime's heads; add aligned")
         return regimes
 
-    @field_validator("regimes", "methods", "heads", "seeds")
+    @field_validator("regimes", "methods", "heads")
     @classmethod
     def _distinct(cls, chosen: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [getattr(item, "name", item) for item in chosen]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name} is given twice")
-        return chosen
+        return check_distinct(chosen)
 
     def smoke(self) -> Study:
         """Return the same study with 2 steps and 32 images a split: minutes become seconds, numbers mean nothing."""
