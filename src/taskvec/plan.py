@@ -29,7 +29,7 @@ VERSIONS = {
     "finetune_joint": 1,
     "choose_learning_rate": 2,
     "merge": 1,
-    "per_task_scales": 1,
+    "per_task_scales": 2,
     "kept_curve": 2,
     "reprobed_curve": 2,
     "choose_scale": 1,

@@ -22,7 +22,7 @@ STRIDE = 5
 
 
 COORDINATE_STRIDES = (4, 1)
-"""A coordinate search moves each task's scale by so many places of the grid, one sweep over the tasks a stride."""
+"""A coordinate search moves each task's scale by so many places of the grid."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def coordinate_search(
 ) -> Coordinates:
     """Give every task vector a scale of its own (paper, section 2), one after the other from the common ``start``.
 
-    Each sweep tries a neighbour to either side on the grid for every task, wide strides first, and keeps what raises
-    the mean normalised validation accuracy; ties keep what is there.
+    A sweep tries a neighbour to either side on the grid for every task and keeps what raises the mean normalised
+    validation accuracy (ties keep what is there); sweeps of a stride go on until nothing moves, wide strides first.
     """
     places = [list(grid).index(start)] * len(tasks)
     known: dict[tuple[int, ...], tuple[float, ...]] = {}
@@ -123,12 +123,15 @@ def coordinate_search(
             )
         return value_of(known[tuple(at)], fine_tuned)
 
-    moves = [(stride, index) for stride in COORDINATE_STRIDES for index in range(len(tasks))]
-    for done, (stride, index) in enumerate(moves):
-        near = [places[index], places[index] - stride, places[index] + stride]
-        options = [[*places[:index], place, *places[index + 1 :]] for place in near if 0 <= place < len(grid)]
-        places = max(options, key=value)
-        progress((done + 1) / len(moves))
+    for done, stride in enumerate(COORDINATE_STRIDES):
+        before: list[int] = []
+        while places != before:
+            before = places
+            for index in range(len(tasks)):
+                near = [places[index], places[index] - stride, places[index] + stride]
+                options = [[*places[:index], place, *places[index + 1 :]] for place in near if 0 <= place < len(grid)]
+                places = max(options, key=value)
+        progress((done + 1) / len(COORDINATE_STRIDES))
     backbone.use(backbone.pretrained)
     best = known.pop(tuple(places))
     tried = {tuple(grid[place] for place in at): found for at, found in [*known.items(), (tuple(places), best)]}
