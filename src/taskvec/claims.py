@@ -30,7 +30,8 @@ HOW_CLAIMS_ARE_DECIDED = (
     "undecided between. Of several backbones the claim holds only if it does for each; shown is the one that "
     "decides with the smallest margin. Intervals of gains are paired bootstraps over test images, all others "
     f"percentile bootstraps over tasks, pairs or sets of tasks, and there is none for fewer than {FEWEST}; with few "
-    "they are too narrow, and none covers the spread over seeds. The paper's numbers are those of its own checkpoints and tasks."
+    "they are too narrow, and none covers the spread over seeds. The paper's numbers are those of its own checkpoints "
+    "and tasks."
 )
 
 
