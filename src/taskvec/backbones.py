@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from taskvec.compute import choose_device
-from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import Preprocessing, normalise
+from taskvec.lab import encoders
+from taskvec.loaders import LOADERS, WEIGHT_SUFFIXES, build
 from taskvec.store import file_digest, read_json, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
 
 CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "last_linear.")
 """Key prefixes of heads that a file of an encoder may hold and that are dropped on purpose."""
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass
@@ -109,16 +110,6 @@ def parse(address: str) -> tuple[str, str, str]:
     return kind, name, file
 
 
-def split_step(name: str) -> tuple[str, int | None]:
-    """Split ``NAME@STEP`` of a lab encoder along its pre-training; without a step it is the finished one."""
-    base, at, step = name.partition("@")
-    if at and not step.isdecimal():
-        raise TaskvecError(
-            f"'@{step}' in 'lab:{name}' is neither a step nor a file", "for example lab:supervised@500, or give a path"
-        )
-    return base, int(step) if at else None
-
-
 def default_name(address: str) -> str:
     """Return the name a backbone gets when none is given."""
     return parse(address)[1]
@@ -131,9 +122,7 @@ def describe(address: str, size: int | None, allow_pickle: bool = False) -> dict
     if file:
         about["content"] = file_digest(weights_file(file, allow_pickle))
     elif kind == "lab":
-        from taskvec.lab import encoders
-
-        path = encoders.path(split_step(name)[0])
+        path = encoders.path(encoders.split_step(name)[0])
         about["content"] = file_digest(path) if path else None
     return about
 
@@ -141,17 +130,11 @@ def describe(address: str, size: int | None, allow_pickle: bool = False) -> dict
 def has_text(address: str) -> bool:
     """Say whether a backbone comes with a text tower, from which zero-shot heads can be built."""
     kind, name, file = parse(address)
-    if kind != "lab" or file or split_step(name)[1] is not None:
-        return False
-    from taskvec.lab import encoders
-
-    return encoders.has_text(name)
+    return kind == "lab" and not file and encoders.split_step(name)[1] is None and encoders.has_text(name)
 
 
 def describe_text(address: str) -> str:
     """Return the digest of a backbone's text tower, for a fingerprint."""
-    from taskvec.lab import encoders
-
     path = encoders.text_path(parse(address)[1])
     return file_digest(path) if path else ""
 
@@ -164,7 +147,7 @@ def is_file(after: str) -> bool:
 def load_cost(address: str) -> float:
     """Estimate the cost of loading a backbone in forward passes: much where a snapshot has to be trained."""
     kind, name, _ = parse(address)
-    return 10.0 + 200.0 * (split_step(name)[1] or 0) if kind == "lab" else 10.0
+    return 10.0 + 200.0 * (encoders.split_step(name)[1] or 0) if kind == "lab" else 10.0
 
 
 def text_features(address: str, captions: Sequence[str]) -> tuple[Float[Tensor, "captions width"], float]:
@@ -243,123 +226,6 @@ def feature_width(module: nn.Module, preprocessing: Preprocessing, device: str, 
     return int(features.shape[1])
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, or a pickle with ``weights_only=True``, whose tensors may be one level down."""
-    if path.suffix == ".safetensors":
-        return read(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and end-of-file errors are many kinds
-        raise TaskvecError(
-            f"'{path}' cannot be read: {str(error).splitlines()[0]}", "convert it to safetensors"
-        ) from None
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TaskvecError(f"'{path}' is not a dictionary of tensors", "save the model's state_dict() as safetensors")
-    return state
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a loader finds: the architecture, and how to get the preprocessing and the weights for its module."""
-
-    architecture: dict[str, Any]
-    preprocessing: Callable[[nn.Module], Preprocessing]
-    state: Callable[[nn.Module], dict[str, Tensor] | None]
-
-
-def load_lab(name: str, file: Path | None, size: int | None) -> Loaded:
-    """Find one of the lab's encoders, in the package or in a file; ``random`` keeps its seeded random weights.
-
-    ``NAME@STEP`` is pre-trained again up to that step of its run.
-    """
-    from taskvec.lab import encoders
-
-    base, step = split_step(name)
-    path = file or encoders.path(base)
-    options = encoders.options(base) | ({"size": size} if size else {})
-
-    def state(_: nn.Module) -> dict[str, Tensor] | None:
-        if step is None:
-            return read_checkpoint(path) if path is not None else None
-        from taskvec.lab.pretrain import snapshot
-
-        return dict(snapshot(base, step).state_dict())
-
-    return Loaded({"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"]), state)
-
-
-def load_timm(name: str, file: Path | None, size: int | None) -> Loaded:
-    """Find a timm encoder without its classifier, in a file or in timm's own pre-trained weights."""
-    check_timm(name)
-    pixels = size or own_size(name)
-    return Loaded(
-        {"family": "timm", "options": {"name": name, "size": pixels}},
-        lambda module: timm_preprocessing(module, pixels),
-        lambda module: resample_timm(read_checkpoint(file) if file else download_timm(name), module),
-    )
-
-
-def check_timm(name: str) -> None:
-    """Raise with the nearest names unless timm has the model, and the pre-training tag after its dot."""
-    import timm
-
-    model, _, tag = name.partition(".")
-    if model not in timm.list_models():
-        raise unknown("timm model", name, timm.list_models())
-    if tag and name not in (tagged := timm.list_models(f"{model}.*", pretrained=True)):
-        raise unknown("timm model", name, tagged)
-
-
-def own_size(name: str) -> int:
-    """Return the input size that a timm model was trained at, 224 where timm does not say."""
-    import timm
-
-    config = timm.get_pretrained_cfg(name)
-    return int(config.input_size[-1]) if config else 224
-
-
-def timm_preprocessing(module: nn.Module, size: int) -> Preprocessing:
-    """Translate timm's data configuration of a model."""
-    from timm.data.config import resolve_data_config
-
-    config = resolve_data_config({"input_size": (3, size, size)}, model=module)
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    squash = config.get("crop_mode") == "squash"
-    return Preprocessing(size, float(config["crop_pct"]), config["interpolation"], mean, std, squash)
-
-
-def download_timm(name: str) -> dict[str, Tensor]:
-    """Return timm's pre-trained weights of a model, downloaded or from the local cache."""
-    import timm
-
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # hub and network libraries raise their own many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise TaskvecError(
-            f"'timm:{name}' could not be downloaded: {reason}",
-            f"with no network, give a local file: timm:{name}@FILE.safetensors",
-        ) from None
-    return dict(model.state_dict())
-
-
-def resample_timm(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Let timm translate a checkpoint for the module: other key styles, position embeddings of another size.
-
-    A file of another architecture may break timm's translation: it is returned as it is, for the strict check.
-    """
-    translate = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
-    if translate is None:
-        return state
-    try:
-        return dict(translate(dict(state), module))
-    except (KeyError, AttributeError, RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-        return state
-
-
 def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     """Make ``state`` the pre-trained weights: keys and shapes must fit; a classifier is dropped on purpose."""
     wanted = backbone.pretrained.state()
@@ -373,53 +239,6 @@ def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     backbone.left_out = tuple(dropped)
     if dropped:
         print(f"{source}: left out {len(dropped)} tensors of a classifier ({', '.join(dropped[:3])})", file=sys.stderr)
-
-
-def build(architecture: Mapping[str, Any]) -> nn.Module:
-    """Make an encoder module with seeded random weights from its architecture record."""
-    options = dict(architecture["options"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return BUILDERS[architecture["family"]](options)
-
-
-def build_lab(options: dict[str, Any]) -> nn.Module:
-    """Make the lab's small ViT."""
-    from taskvec.lab.vit import VisionTransformer
-
-    try:
-        return VisionTransformer(**options)
-    except ValueError as error:
-        raise TaskvecError(
-            f"the lab's encoder cannot be made for {options['size']} px: {error}", "choose a multiple of 8"
-        ) from None
-
-
-def build_timm(options: dict[str, Any]) -> nn.Module:
-    """Make a timm model without classifier, at the input size where the architecture has one."""
-    import timm
-
-    name, size = options["name"], options["size"]
-    try:
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)
-    except TypeError:  # convolutional networks have no input size of their own
-        module = timm.create_model(name, pretrained=False, num_classes=0)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise TaskvecError(
-            f"timm's '{name}' cannot be made for {size} px: {error}", f"choose another size{patch_hint(name)}"
-        ) from None
-    return module
-
-
-def patch_hint(name: str) -> str:
-    """Say which sizes fit where the name tells the patch size."""
-    part = name.partition("patch")[2]
-    digits = "".join(c for c in part[:2] if c.isdigit())
-    return f", a multiple of {digits}" if digits else ""
-
-
-LOADERS: dict[str, Callable[[str, Path | None, int | None], Loaded]] = {"lab": load_lab, "timm": load_timm}
-BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"lab": build_lab, "timm": build_timm}
 
 
 def write_backbone(backbone: Backbone, folder: Path) -> None:

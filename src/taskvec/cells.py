@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from taskvec.pipeline import Step
 from taskvec.study import BackboneChoice
 
-PER_TASK = "task_arithmetic_per_task"
-"""The name in results of addition with one lambda a task."""
 LEARNING = ("full", "open-full")
 """Regimes in which the head learns with the encoder."""
 OPEN = ("open", "open-full")

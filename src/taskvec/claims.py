@@ -12,8 +12,9 @@ import pandas as pd
 
 from taskvec import paper
 from taskvec.evidence import FAILS, FEWEST, HOLDS, OPEN, Estimate, Evidence, Measure, above, exact, level, of_gain
+from taskvec.merging import ADDITION
 from taskvec.texts import MISSING, points, scale_text, short_backbone
-from taskvec.views import ADDITION, View, line_search
+from taskvec.views import View, line_search
 
 COLUMNS = ["Claim", "Paper", "Measured", "Margin", "Interval", "Verdict"]
 ABSENT = "not measured"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from taskvec import paper
+from taskvec.merging import ADDITION
 from taskvec.texts import (
     MISSING,
     NAMES,
@@ -23,7 +24,7 @@ from taskvec.texts import (
     short_backbone,
     shown,
 )
-from taskvec.views import ADDITION, View, box_error, views
+from taskvec.views import View, box_error, views
 
 
 class Entry(NamedTuple):

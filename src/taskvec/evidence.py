@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from taskvec import paper
+from taskvec.merging import ADDITION
 from taskvec.texts import short_backbone
-from taskvec.views import ADDITION, Gain, View, task_sets, views, with_errors
+from taskvec.views import Gain, View, task_sets, views, with_errors
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 FEWEST = 3  # units that a bootstrap needs

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from taskvec import backbones, tasks
-from taskvec.cells import LEARNING, OPEN, PER_TASK, Candidate, Cell, Ground, Inputs
+from taskvec.cells import LEARNING, OPEN, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
 from taskvec.disentangling import choose_pairs, spread_sets
 from taskvec.errors import TaskvecError
+from taskvec.merging import ADDITION, PER_TASK, find_method
 from taskvec.pipeline import Step
 from taskvec.search import coarse
 from taskvec.settings import Finetune, parse_scales
@@ -288,7 +289,7 @@ class Planner:
 
     def _per_task(self, cell: Cell, ground: Ground) -> None:
         """Search one lambda a task for addition with kept heads, from the common one."""
-        common = [c for c in cell.candidates if (c.name, c.heads) == ("task_arithmetic", "kept")]
+        common = [c for c in cell.candidates if (c.name, c.heads) == (ADDITION, "kept")]
         for one in common:
             inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in cell.tasks]}
             inputs |= {"finetuned": list(cell.finetuned.values()), "choice": [one.choice]}
@@ -359,8 +360,9 @@ class Planner:
         self, names: tuple[str, ...], cell: Cell, ground: Ground, singles: dict[str, Step], merge: bool
     ) -> Step:
         settings, axis = self.study.subsets, self.study.heatmap
-        grid = next((m.grid() for m in self.study.methods if m.name == "task_arithmetic"), None)
-        config = {"merge": merge, "grid": grid or parse_scales("0:1:0.05"), "samples": settings.samples, **self.device}
+        grids = [method.grid() for method in self.study.methods if method.name == ADDITION]
+        grid = grids[0] if grids else parse_scales(find_method(ADDITION).scales)
+        config = {"merge": merge, "grid": grid, "samples": settings.samples, **self.device}
         config |= {"points": settings.points, "axis": axis.scales()}
         inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in names]}
         inputs |= {"finetuned": [cell.finetuned[t] for t in names]}

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from taskvec.cells import PER_TASK, Candidate, Cell
+from taskvec.cells import Candidate, Cell
+from taskvec.merging import ADDITION, PER_TASK
 from taskvec.pipeline import Step
 from taskvec.store import Artifact, canonical
 
@@ -18,7 +19,6 @@ COLUMNS = (
     "study backbone regime seed tasks method config heads scale task split metric value artifact".split()  # noqa: SIM905
 )
 HEATMAP_COLUMNS = "backbone regime seed task_1 task_2 scale_1 scale_2 error_1 error_2 n".split()  # noqa: SIM905
-ADDITION = "task_arithmetic"
 SCALE = {"probing": 0.0, "zero_shot": 0.0, "joint": 1.0, "fine_tuned": 1.0}
 """The scale under which each baseline stands."""
 NO_CONFIG: Mapping[str, Any] = MappingProxyType({})

@@ -11,7 +11,7 @@ from taskvec import vectors
 from taskvec.backbones import Backbone
 from taskvec.evaluation import normalised_accuracy
 from taskvec.heads import Head, accuracy, features_of, fit
-from taskvec.merging import find_method
+from taskvec.merging import ADDITION, find_method
 from taskvec.settings import Probe, parse_scales
 from taskvec.tasks import Task
 from taskvec.training import Progress, no_progress
@@ -58,9 +58,7 @@ def value_of(accuracies: Sequence[float], fine_tuned: Sequence[float]) -> float:
     return float(np.mean(accuracies)) if normalised is None else normalised
 
 
-def merge(
-    pretrained: Weights, task_vectors: Sequence[Weights], scale: float, method: str = "task_arithmetic"
-) -> Weights:
+def merge(pretrained: Weights, task_vectors: Sequence[Weights], scale: float, method: str = ADDITION) -> Weights:
     """Return theta_pre + scale * direction, where the method makes the direction out of the task vectors."""
     return vectors.add(pretrained, direction(pretrained, task_vectors, method), scale)
 
@@ -193,7 +191,7 @@ def search_scale(
     task_vectors: Sequence[Weights],
     tasks: Sequence[Task],
     heads: Sequence[Head],
-    method: str = "task_arithmetic",
+    method: str = ADDITION,
     scales: str | Sequence[float] | None = None,
 ) -> Search:
     """Choose the scale with kept heads by the highest mean normalised accuracy on the tasks' validation splits."""

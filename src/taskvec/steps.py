@@ -19,6 +19,7 @@ from taskvec.finetuning import task_vector
 from taskvec.heads import Head, Probed, features_of, probe, read_heads, save_heads, zero_shot_head
 from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION
+from taskvec.merging import ADDITION
 from taskvec.settings import Finetune, Probe
 from taskvec.store import read_json, write_json
 from taskvec.tasks import Split, Task, read_task
@@ -305,7 +306,7 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
     found: dict[str, Any] = {}
     if config["merge"]:
         few = [replace(task, validation=fewer(task.validation, config["samples"])) for task in every]
-        merged = search.direction(backbone.pretrained, tuned, "task_arithmetic")
+        merged = search.direction(backbone.pretrained, tuned, ADDITION)
         chosen = search.coarse_search(backbone, merged, few, heads, validations(inputs["finetuned"]), config["grid"])
         progress(0.5)
         weights = vectors.add(backbone.pretrained, merged, chosen.scale)

@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
-from taskvec.merging import METHODS, find_method
+from taskvec.merging import ADDITION, METHODS, find_method
 from taskvec.paper import MODELS
 from taskvec.settings import Count, Finetune, Heatmap, Probe, Rate, Settings, Subsets, parse_scales
 
@@ -140,7 +140,7 @@ class Study(Settings):
     backbones: Annotated[tuple[BackboneChoice, ...], Field(min_length=1)]
     tasks: Annotated[tuple[TaskChoice, ...], Field(min_length=1)]
     regimes: Annotated[tuple[RegimeChoice, ...], Field(min_length=1)] = (RegimeChoice(name="aligned"),)
-    methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name="task_arithmetic"),)
+    methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name=ADDITION),)
     heads: Annotated[tuple[Literal["kept", "reprobed"], ...], Field(min_length=1)] = ("kept", "reprobed")
     scales: Literal["common", "per-task"] = "common"
     heatmap: Heatmap = Heatmap()

@@ -9,6 +9,7 @@ import pandas as pd
 from taskvec.claims import HOW_CLAIMS_ARE_DECIDED, claims
 from taskvec.comparison import comparisons, markdown_comparison
 from taskvec.errors import unknown
+from taskvec.merging import ADDITION
 from taskvec.texts import (
     MISSING,
     escape_markdown,
@@ -23,7 +24,7 @@ from taskvec.texts import (
     shown,
 )
 from taskvec.verdict import headline
-from taskvec.views import ADDITION, HEADS, View, box_error, view, views
+from taskvec.views import HEADS, View, box_error, view, views
 
 __all__ = ["definitions", "headline", "markdown", "per_task", "summary", "task_table", "title", "views"]
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from taskvec.views import ADDITION, METRICS, PER_TASK, Cell, Gain, View
+from taskvec.merging import ADDITION, PER_TASK
+from taskvec.views import METRICS, Cell, Gain, View
 
 MISSING = "–"
 LABELS = {ADDITION: "addition", PER_TASK: "addition, λ per task"}

@@ -7,8 +7,9 @@ from collections import Counter
 
 import pandas as pd
 
+from taskvec.merging import ADDITION
 from taskvec.texts import MISSING, method_label, one_line, percent, points, scale_text, short_backbone
-from taskvec.views import ADDITION, HEADS, Gain, View, views
+from taskvec.views import HEADS, Gain, View, views
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 FEW = 4  # backbones and regimes that get a sentence of their own; more are summed up

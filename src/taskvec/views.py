@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, cast
 import pandas as pd
 
 from taskvec.errors import TaskvecError, unknown
+from taskvec.merging import ADDITION
 
-ADDITION = "task_arithmetic"
-PER_TASK = "task_arithmetic_per_task"
 BASELINES = ("probing", "zero_shot", "fine_tuned", "joint")
 HEADS = {"kept": "kept heads", "reprobed": "re-probed heads"}
 METRICS = {"accuracy": "accuracy", "patch_accuracy": "patch accuracy", "within_15_degrees": "within 15°"}

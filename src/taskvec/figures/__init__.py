@@ -22,8 +22,9 @@ from taskvec.figures.dots import accuracies, method_gains, scales, with_own_scal
 from taskvec.figures.emergence import emergence, snapshots
 from taskvec.figures.maps import by_backbone, heatmaps
 from taskvec.figures.style import STYLE
+from taskvec.merging import PER_TASK
 from taskvec.texts import short_backbone
-from taskvec.views import PER_TASK, View, error_rows, views
+from taskvec.views import View, error_rows, views
 
 FIGURE_6 = "vit-b16-in21k"
 UNDATED: dict[str, dict[str, None]] = {  # endings, and what would differ between two days or two installations

@@ -29,8 +29,9 @@ from taskvec.figures.style import (
     merged_by,
     safe_name,
 )
+from taskvec.merging import ADDITION, PER_TASK
 from taskvec.texts import method_label, scale_text, short_backbone
-from taskvec.views import ADDITION, HEADS, METRICS, PER_TASK, Cell, View, view, views
+from taskvec.views import HEADS, METRICS, Cell, View, view, views
 
 
 def accuracies(results: pd.DataFrame, backbone: str, regime: str, method: str = "") -> Figure:

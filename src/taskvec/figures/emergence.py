@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from taskvec.errors import unknown
 from taskvec.figures.style import STYLE, WIDTH, legend, line_style, safe_name
-from taskvec.views import ADDITION, View, box_error, views
+from taskvec.merging import ADDITION
+from taskvec.views import View, box_error, views
 
 SNAPSHOT = re.compile(r"(.+)@(\d+)")
 FINISHED = math.inf  # where the encoder without a step stands: after all of its snapshots

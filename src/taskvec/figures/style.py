@@ -14,8 +14,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 
 from taskvec.errors import unknown
+from taskvec.merging import ADDITION
 from taskvec.texts import method_label, one_line, short_backbone
-from taskvec.views import ADDITION, View
+from taskvec.views import View
 
 # Okabe and Ito's colour-blind-safe palette; its yellow is left out, too faint for lines on white.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (

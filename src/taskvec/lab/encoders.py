@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from taskvec.errors import unknown
+from taskvec.errors import TaskvecError, unknown
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Where the encoders that the package ships lie."""
@@ -61,3 +61,23 @@ def record(name: str) -> dict[str, Any]:
 def options(name: str) -> dict[str, Any]:
     """Return what the encoder's module is made with; random weights have the supervised encoder's architecture."""
     return dict(record(name)["architecture"])
+
+
+def split_step(name: str) -> tuple[str, int | None]:
+    """Split ``NAME@STEP`` of an encoder along its pre-training; without a step it is the finished one.
+
+    A step that is no number, or not in the run, raises.
+    """
+    base, at, step = name.partition("@")
+    if not at:
+        return base, None
+    if not step.isdecimal():
+        raise TaskvecError(
+            f"'@{step}' in 'lab:{name}' is neither a step nor a file", "for example lab:supervised@500, or give a path"
+        )
+    if path(base) is None:
+        raise TaskvecError(f"'lab:{base}' was not pre-trained and has no step {step}", f"use lab:{base}")
+    last = int(record(base)["steps"])
+    if int(step) > last:
+        raise TaskvecError(f"'lab:{base}' has no step {step}", f"choose 0 to {last}")
+    return base, int(step)

@@ -27,6 +27,8 @@ DRAWING_SIZE = 64
 MISSING = 0x10FFFF
 """A code point that no text font has: it shows how the font draws a missing glyph."""
 
+CAPITALS = tuple(range(0x41, 0x5B))
+"""The Latin capitals."""
 DEJAVU_SANS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique")
 DEJAVU_MONO = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique")
 DEJAVU_SERIF = ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Generator, Tensor
 
 from taskvec.lab.glyphs import (
+    CAPITALS,
     DEJAVU_MONO,
     DEJAVU_SANS,
     DEJAVU_SERIF,
@@ -33,7 +34,6 @@ STRAYS = 3
 """Stray glyphs at the edges of an image of ``ink``."""
 UPRIGHT = DEJAVU_SANS[:2] + DEJAVU_MONO[:2] + DEJAVU_SERIF[:2] + STIX[:2]
 """Fonts without slant."""
-CAPITALS = tuple(map(ord, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 TURNABLE = tuple(map(ord, "FGKPR"))
 """Letters that look like themselves and one another at no angle but their own."""
 ROOM = 1.25

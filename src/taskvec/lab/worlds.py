@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from taskvec.errors import TaskvecError, unknown
 from taskvec.kinds import CLASSIFICATION
 from taskvec.lab.glyphs import (
+    CAPITALS,
     DEJAVU_MONO,
     DEJAVU_SANS,
     DEJAVU_SERIF,
@@ -38,7 +39,6 @@ CHUNK = 500
 TEST_DIGITS = 500
 """Handwritten digits in the test split; the other 1297 are to train."""
 
-CAPITALS = tuple(range(0x41, 0x5B))
 LETTERS = CAPITALS + tuple(range(0x61, 0x7B))
 FAMILIES = {
     "DejaVu Sans": DEJAVU_SANS[:2],

@@ -30,6 +30,10 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+ADDITION = "task_arithmetic"
+"""The paper's method, by its name in the registry and in results."""
+PER_TASK = "task_arithmetic_per_task"
+"""Addition with one lambda a task, by its name in results."""
 
 
 def register(method: Method) -> None:
@@ -48,7 +52,7 @@ def find_method(name: str) -> Method:
 
 register(
     Method(
-        name="task_arithmetic",
+        name=ADDITION,
         direction=task_arithmetic,
         description="task addition: the sum of the task vectors",
         reference="Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089",
