@@ -19,7 +19,7 @@ from test_pipeline import Quiet
 
 import taskvec as tv
 from taskvec import heads, runs, search
-from taskvec.backbones import Backbone
+from taskvec.backbones import Backbone, describe
 from taskvec.disentangling import box_error, choose_sets, disentanglement, sample, single_predictions, spread_sets
 from taskvec.finetuning import finetune_full, finetune_joint, training_batches
 from taskvec.heads import Head
@@ -272,6 +272,7 @@ def test_only_first_seeds_have_subsets_and_scales_of_each_task(rows: pd.DataFram
     subsets = rows[rows.tasks.str.count(r"\+") == 1]
     assert set(zip(subsets.regime, subsets.seed, strict=True)) == {("aligned", 0), ("full", 4)}
     assert set(subsets.method) == {"task_arithmetic"}
+    assert not subsets[subsets.split == "validation"].metric.str.startswith("normalised").any()
     for _, one in subsets[(subsets.metric == "accuracy") & (subsets.split == "test")].groupby(
         ["regime", "tasks", "task"]
     ):
@@ -355,6 +356,10 @@ def test_a_lab_encoder_along_its_pretraining_is_loaded_by_step() -> None:
         tv.load_backbone("lab:supervised@soon")
     with pytest.raises(tv.TaskvecError, match="supervised"):
         tv.load_backbone("lab:supervized@2")
+    with pytest.raises(tv.TaskvecError, match="has no step 99999\nchoose 0 to 7000"):
+        describe("lab:supervised@99999", None)
+    with pytest.raises(tv.TaskvecError, match="'lab:random' was not pre-trained"):
+        describe("lab:random@5", None)
 
 
 def test_every_packaged_study_can_be_planned(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from taskvec.settings import Heatmap, parse_scales
 from taskvec.study import open_study, packaged, parse_study
 
 SMALL = "backbones: ['lab:supervised']\ntasks: ['lab:greek', {address: 'lab:signs', name: s}]\n"
+BACKBONE = "backbones: [{{address: 'lab:supervised', {}}}]\ntasks: ['lab:greek']\n"
 
 
 def test_everything_but_backbones_and_tasks_has_a_default() -> None:
@@ -51,6 +52,15 @@ def test_every_packaged_study_is_valid_and_says_what_to_expect() -> None:
         (SMALL + "heads: [both]", "line 3: 'heads.0'"),
         (SMALL + "name: a/b", "line 3: 'name'"),
         (SMALL + "seeds: []", "line 3: 'seeds'"),
+        (SMALL + "regimes: [{name: aligned, seeds: [0, 0]}]", "0 is given twice"),
+        (SMALL + "regimes: [aligned, {name: joint, seeds: [3]}]", "joint has seed 3, which aligned has not"),
+        (SMALL + "scales: per-task\nheads: [reprobed]", "per-task scales are those of task_arithmetic with kept heads"),
+        (SMALL + "subsets: {sizes: [3]}", "s.yaml: subsets has sets of 3 tasks, and there are 2"),
+        (SMALL + "subsets: {sizes: all}\nheatmap: {points: 2}", "raise heatmap.points"),
+        (BACKBONE.format("regimes: [full]"), "names the regime 'full', which the study does not run"),
+        (BACKBONE.format("learning_rates: {full: 0.1}"), "names the regime 'full', which the study does not run"),
+        (BACKBONE.format("paper: vit-b16-dno"), "did you mean 'vit-b16-dino'"),
+        (BACKBONE.format("regimes: [joint]") + "regimes: [aligned, joint]", "takes part in joint and not in aligned"),
         ("tasks: ['lab:greek']", "'backbones' is missing"),
         ("backbones: [\ntasks: x", "line 2: not valid YAML"),
         ("a: 1\na: 2", "line 2.*given twice"),

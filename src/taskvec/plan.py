@@ -36,7 +36,7 @@ VERSIONS = {
     "choose_scale": 1,
     "test_task": 2,
     "gains": 1,
-    "subset": 1,
+    "subset": 2,
     "single_task_predictions": 2,
     "heatmap": 2,
     "build_model": 2,
@@ -83,9 +83,9 @@ class Planner:
     def _check_open(self) -> None:
         """Raise if a regime that starts from zero-shot heads can have none."""
         for name in (regime.name for regime in self.study.regimes if regime.name in OPEN):
-            if not any(backbones.has_text(choice.address) for choice in self.study.backbones):
+            if not any(self._takes_part(choice, name) for choice in self.study.backbones):
                 raise TaskvecError(
-                    f"regime '{name}' needs a backbone with a text tower, and there is none",
+                    f"regime '{name}' needs a backbone with a text tower that takes part in it, and there is none",
                     "add one (lab:contrastive), or leave the regime out",
                 )
             if not any(self.captions.values()):

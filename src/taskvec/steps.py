@@ -306,12 +306,15 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
     found: dict[str, Any] = {}
     if config["merge"]:
         few = [replace(task, validation=fewer(task.validation, config["samples"])) for task in every]
+        pairs = zip(tuned, few, heads, strict=True)
+        normal = [search.kept_curve(backbone, vector, task, head, [1.0])[0] for vector, task, head in pairs]
         merged = search.direction(backbone.pretrained, tuned, ADDITION)
-        chosen = search.coarse_search(backbone, merged, few, heads, validations(inputs["finetuned"]), config["grid"])
+        chosen = search.coarse_search(backbone, merged, few, heads, normal, config["grid"])
         progress(0.5)
         weights = vectors.add(backbone.pretrained, merged, chosen.scale)
         test = list(evaluation.evaluate(backbone, weights, every, heads).values())
         found = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
+        found["fine_tuned"] = normal
         progress(0.8)
     if config["points"]:
         images = [np.load(folder / "images.npy") for folder in inputs["singles"]]

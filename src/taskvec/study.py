@@ -162,6 +162,41 @@ class Study(Settings):
             raise ValueError("joint fine-tuning starts from the aligned regime's heads; add aligned")
         return regimes
 
+    @model_validator(mode="after")
+    def _effective(self) -> Study:
+        """Raise for what could have no effect."""
+        for problem in (*self._idle_backbones(), *self._idle_regimes(), *self._idle_measures()):
+            raise ValueError(problem)
+        return self
+
+    def _idle_backbones(self) -> Iterator[str]:
+        known = {regime.name for regime in self.regimes}
+        for choice in self.backbones:
+            for name in (*choice.regimes, *choice.learning_rates):
+                if name not in known:
+                    yield f"'{choice.address}' names the regime '{name}', which the study does not run; add it there"
+            if "joint" in choice.regimes and "aligned" not in choice.regimes:
+                yield f"'{choice.address}' takes part in joint and not in aligned, whose heads it needs; add aligned"
+            if choice.paper and sum(other.paper == choice.paper for other in self.backbones) > 1:
+                yield f"two backbones stand for the paper's '{choice.paper}'; leave it to one"
+
+    def _idle_regimes(self) -> Iterator[str]:
+        seeds = {regime.name: regime.seeds or self.seeds for regime in self.regimes}
+        for seed in set(seeds.get("joint", ())) - set(seeds.get("aligned", ())):
+            yield f"joint has seed {seed}, which aligned has not, whose heads it needs; add it there"
+
+    def _idle_measures(self) -> Iterator[str]:
+        kept = ADDITION in {method.name for method in self.methods} and "kept" in self.heads
+        if self.scales == "per-task" and not kept:
+            yield f"per-task scales are those of {ADDITION} with kept heads; add both"
+        sizes = self.subsets.sizes
+        for size in () if sizes == "all" else sizes:
+            if size > len(self.tasks):
+                yield f"subsets has sets of {size} tasks, and there are {len(self.tasks)}; leave that size out"
+        inside = any(0 < abs(scale) <= 1 for scale in self.heatmap.scales())
+        if sizes and self.subsets.points and not inside:
+            yield "the error of sets needs points of the heatmap in [-1, 1] beside 0; raise heatmap.points"
+
     @field_validator("regimes", "methods", "heads")
     @classmethod
     def _distinct(cls, chosen: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -273,7 +308,8 @@ def explain(error: ValidationError, lines: dict[tuple[Any, ...], int], source: s
     message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict | list) else f" (given: {first['input']!r})"
     more = f" ({error.error_count() - 1} more errors)" if error.error_count() > 1 else ""
-    return f"{where}: '{key}': {message}{given}{more}", "see docs/study.md for every key and its values"
+    about = f"'{key}': " if key else ""
+    return f"{where}: {about}{message}{given}{more}", "see docs/study.md for every key and its values"
 
 
 def known_keys(place: Sequence[Any]) -> list[str]:

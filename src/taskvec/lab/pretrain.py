@@ -258,11 +258,14 @@ def is_made(name: str, out: Path, steps: int | None = None, seed: int = 0) -> bo
     path = out / f"{name}.safetensors"
     try:
         known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, ValueError):
+        digests = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        if "text_sha256" in known:
+            text = path.with_suffix(".text.safetensors")
+            digests["text_sha256"] = hashlib.sha256(text.read_bytes()).hexdigest()
+    except (OSError, ValueError, TypeError):
         return False
-    wanted = command(name, checked(name).steps if steps is None else steps, seed)
-    return bool(known["command"] == wanted and known["sha256"] == digest)
+    wanted = digests | {"command": command(name, checked(name).steps if steps is None else steps, seed)}
+    return isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
 
 
 def snapshot(name: str, step: int) -> VisionTransformer:
