@@ -115,7 +115,7 @@ class MaskedAutoencoder:
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
-        """Measure the error on clean and on hard images of another random stream; 1 is the error of a flat guess."""
+        """Measure the error on clean and on hard images of another random stream."""
         generator = stream("mae", "held out", self.seed)
         clean, hard = (self.draw(objective.HELD_OUT, level, generator) for level in (0.0, 1.0))
         return {"held_out_error_clean": float(self.loss(clean)), "held_out_error": float(self.loss(hard))}
