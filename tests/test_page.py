@@ -167,7 +167,7 @@ def test_a_page_on_tasks_of_several_kinds_names_their_metrics(tmp_path: Path) ->
     plain = _words(_render(tmp_path, fixture.results()))
     assert "the accuracy points that merging adds to probing" in plain
     assert "100 is the accuracy of the fine-tuned encoders" in plain
-    assert "Test accuracy in %, mean over tasks" in plain
+    assert "Test accuracy in %, mean over 8 tasks" in plain
 
 
 def test_every_figure_has_a_reading() -> None:

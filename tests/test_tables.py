@@ -292,7 +292,7 @@ def test_tasks_of_one_other_kind_have_a_mean() -> None:
     frame = tables.per_task(rows, "lab:random", "aligned")
     assert list(frame["Metric"]) == ["patch accuracy", "–"]
     assert list(frame["Kept heads: absolute"]) == ["60.0", "60.0"]
-    assert "Test patch accuracy in %, mean over tasks." in tables.markdown(rows)
+    assert "Test patch accuracy in %, mean over 1 task." in tables.markdown(rows)
 
 
 def test_the_line_search_of_a_mixed_cell_is_by_the_metric_that_chose() -> None:

@@ -122,8 +122,11 @@ def describe(address: str, size: int | None, allow_pickle: bool = False) -> dict
     if file:
         about["content"] = file_digest(weights_file(file, allow_pickle))
     elif kind == "lab":
-        path = encoders.path(encoders.split_step(name)[0])
+        base, step = encoders.split_step(name)
+        path = encoders.path(base)
         about["content"] = file_digest(path) if path else None
+        if step is not None:  # it is trained again, so the recipe counts and not only what came of it
+            about["recipe"] = encoders.record(base)["recipe"]
     return about
 
 

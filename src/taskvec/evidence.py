@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -83,11 +83,24 @@ class Evidence:
         found = {key: self._views.get((self.backbones.get(key, ""), regime)) for key in keys}
         return {key: one for key, one in found.items() if one and not math.isnan(one.cell(ADDITION).mean)}
 
-    def addition(self, backbone: str, regime: str, metric: str = "accuracy") -> Measure:
-        """Measure addition with kept heads on each task."""
-        one = self._views.get((backbone, regime))
+    def addition(
+        self, backbone: str, regime: str, metric: str = "accuracy", among: Sequence[str] | None = None
+    ) -> Measure:
+        """Measure addition with kept heads on each task, of the merge of all tasks or of a set of them."""
+        one = self._set(backbone, regime, "+".join(among)) if among else self._views.get((backbone, regime))
         cells = {task: one.cell(ADDITION, metric=metric, task=task).mean for task in one.tasks} if one else {}
         return Measure(short_backbone(backbone), 100 * pd.Series(cells, dtype=float).dropna())
+
+    def _set(self, backbone: str, regime: str, tasks: str) -> View | None:
+        """Take the merge of one set of tasks, None where it was not measured."""
+        rows = self.results
+        rows = rows[(rows["backbone"] == backbone) & (rows["regime"] == regime) & (rows["tasks"] == tasks)]
+        return next(iter(views(rows)), None) if len(rows) else None
+
+    def tasks(self, backbone: str, regime: str) -> list[str]:
+        """Name the tasks that were merged together."""
+        one = self._views.get((backbone, regime))
+        return one.tasks if one else []
 
     @cached_property
     def _pairs(self) -> pd.Series[float]:

@@ -19,6 +19,9 @@ from taskvec.images import open_image, resize_and_crop
 from taskvec.store import read_json, write_json
 from taskvec.weights import Weights, save
 
+ABOUT = ("method", "heads", "scale", "scales", "validation")
+"""What model.json says of the merge; ``scales``, one a task in their order, are there where each has its own."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -99,7 +102,7 @@ def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
         backbone,
         {task["name"]: heads[task["name"]] for task in record["tasks"]},
         {task["name"]: task["classes"] for task in record["tasks"]},
-        {key: record[key] for key in ("method", "heads", "scale", "validation")},
+        {key: record[key] for key in ABOUT if key in record},
     )
 
 

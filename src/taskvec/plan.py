@@ -57,7 +57,8 @@ class Planner:
         names = unique([t.name or tasks.default_name(self._address(t)) for t in file.study.tasks], "tasks")
         self.addresses = {name: self._address(task) for name, task in zip(names, file.study.tasks, strict=True)}
         self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
-        self.joint = next((regime for regime in file.study.regimes if regime.name == "joint"), None)
+        self.regimes = {regime.name: regime for regime in file.study.regimes}
+        self.joint = self.regimes.get("joint")
 
     def cells(self) -> list[Cell]:
         """Return the steps of every backbone, regime and seed."""
@@ -82,7 +83,7 @@ class Planner:
 
     def _check_open(self) -> None:
         """Raise if a regime that starts from zero-shot heads can have none."""
-        for name in (regime.name for regime in self.study.regimes if regime.name in OPEN):
+        for name in (name for name in self.regimes if name in OPEN):
             if not any(self._takes_part(choice, name) for choice in self.study.backbones):
                 raise TaskvecError(
                     f"regime '{name}' needs a backbone with a text tower that takes part in it, and there is none",
@@ -332,6 +333,9 @@ class Planner:
         pairs = choose_pairs(cell.tasks, self.study.heatmap.pairs)
         subsets = self.study.subsets
         sets = spread_sets(cell.tasks, subsets.of(len(cell.tasks)), subsets.limit)
+        captioned = tuple(t for t in cell.tasks if self.captions[t])
+        if captioned not in sets and self._is_compared_with_open(cell, ground, captioned):
+            sets.append(captioned)
         seen = {t for pair in pairs for t in pair} | {t for one in sets for t in one if subsets.points}
         singles = {t: self._single(t, cell, ground) for t in cell.tasks if t in seen}
         for pair in pairs:
@@ -340,6 +344,11 @@ class Planner:
             whole = len(one) == len(cell.tasks)
             if subsets.points or not whole:  # the merge of all tasks is measured elsewhere
                 cell.subsets[one] = self._subset(one, cell, ground, singles, not whole)
+
+    def _is_compared_with_open(self, cell: Cell, ground: Ground, captioned: tuple[str, ...]) -> bool:
+        """Say whether open regimes merge fewer tasks than this one, which is then to be measured on those as well."""
+        open_too = any(name in OPEN and self._takes_part(ground.choice, name) for name in self.regimes)
+        return cell.regime not in OPEN and open_too and 1 < len(captioned) < len(cell.tasks)
 
     def _single(self, task: str, cell: Cell, ground: Ground) -> Step:
         settings = self.study.heatmap

@@ -131,6 +131,9 @@ class Writer:
         for task, step in cell.finetuned.items():
             rate = self.metrics(step)["learning_rate"]
             yield self.row("fine_tuned", "kept", 1.0, task, "", "learning_rate", rate, self.done[step].id)
+        if cell.joint:
+            rate = self.metrics(cell.joint)["learning_rate"]
+            yield self.row("joint", "kept", SCALE["joint"], "", "", "learning_rate", rate, self.done[cell.joint].id)
         if cell.rate:
             for rate, step in cell.rate[1].items():
                 yield self.tried_rate("fine_tuned", cell.rate[0], rate, self.metrics(step)["validation"], step)

@@ -76,6 +76,14 @@ class BackboneChoice(Choice):
     learning_rates: dict[Regime, Rate] = Field(default={})
     paper: Annotated[str, AfterValidator(check_paper)] = ""
 
+    def shortened(self) -> BackboneChoice:
+        """Return the same backbone, but of an encoder along its pre-training at most the second step."""
+        base, at, step = self.address.partition("@")
+        if not (base.startswith("lab:") and step.isdecimal() and int(step) > 2):
+            return self
+        name = self.name or self.address.removeprefix("lab:")
+        return self.model_copy(update={"address": f"{base}{at}2", "name": name})
+
 
 class RegimeChoice(Choice):
     """A regime of fine-tuning, with seeds and steps of its own where they differ from the study's.
@@ -214,6 +222,7 @@ class Study(Settings):
                 ),
                 "subsets": self.subsets.model_copy(update={"limit": min(self.subsets.limit, 8)}),
                 "limit": 32,
+                "backbones": tuple(choice.shortened() for choice in self.backbones),
             }
         )
 

@@ -60,8 +60,8 @@ REGIMES = {
 METHODS = {
     "zero_shot": "*Zero-shot* is the frozen encoder with the head from the class names.",
     "joint": "*Joint* is one encoder fine-tuned on all tasks at once.",
-    "task_arithmetic_per_task": "*Addition, λ per task* searches one λ after the other, from the common one on; its λ "
-    "here is their mean.",
+    "task_arithmetic_per_task": "*Addition, λ per task* searches one λ after the other, from the common one "
+    "on, for the first seed only; its λ here is their mean.",
 }
 OVER_SEEDS = "a ± b is mean ± standard deviation over seeds; the ends of an interval are means over seeds."
 IN_THE_BOX = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -51,11 +51,15 @@ def metric_label(one: View, task: str) -> str:
     return METRICS[one.metrics[task]] if one.mixed and task in one.metrics else MISSING
 
 
-def shown(found: Iterable[View]) -> str:
-    """Say over tables what their numbers are."""
+def shown(found: Sequence[View]) -> str:
+    """Say over tables what their numbers are, and of how many tasks where that differs."""
     metrics = {one.metric for one in found}
     if len(metrics) == 1 and metrics != {""}:
-        return f"Test {METRICS[metrics.pop()]} in %, mean over tasks"
+        counts = {one.regime: len(one.tasks) for one in found}
+        differ = ", ".join(f"{regime}: {count}" for regime, count in counts.items())
+        same = "1 task" if max(counts.values()) == 1 else f"{max(counts.values())} tasks"
+        over = f"tasks ({differ})" if len(set(counts.values())) > 1 else same
+        return f"Test {METRICS[metrics.pop()]} in %, mean over {over}"
     return "Test split in %; tasks differ in their metric, so only normalised values and gains have a mean"
 
 

@@ -44,6 +44,8 @@ class Pretraining:
 
     objective: Callable[[int, int], Objective[Any]]
     steps: int
+    version: int = 1
+    """The version of the recipe's meaning: raise it when the same steps and seed would give other weights."""
 
 
 PRETRAININGS: Mapping[str, Pretraining] = MappingProxyType(
@@ -52,7 +54,7 @@ PRETRAININGS: Mapping[str, Pretraining] = MappingProxyType(
         "supervised-few": Pretraining(partial(Supervised, few=True), 7000),
         "supervised-vit-l": Pretraining(partial(Supervised, width=160, depth=6, heads=5), 7000),
         "mae": Pretraining(MaskedAutoencoder, 7000),
-        "dino": Pretraining(SelfDistillation, 3000),
+        "dino": Pretraining(SelfDistillation, 8000, version=2),
         "contrastive": Pretraining(Contrastive, 4000),
         "contrastive-few": Pretraining(partial(Contrastive, few=True), 4000),
     }
@@ -121,10 +123,10 @@ class Run:
 class Checkpoint:
     """The file in which an unfinished run waits; one of another command or of other versions is not taken up."""
 
-    def __init__(self, path: Path, command: str) -> None:
-        """Keep the state of ``command`` at ``path``."""
+    def __init__(self, path: Path, command: str, recipe: int) -> None:
+        """Keep the state of ``command`` by a version of its recipe at ``path``."""
         self.path = path
-        self.key = {"command": command, **versions()}
+        self.key = {"command": command, "recipe": recipe, **versions()}
 
     def write(self, run: Run) -> None:
         """Replace the file as a whole."""
@@ -138,7 +140,7 @@ class Checkpoint:
             state: Facts = torch.load(self.path, weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
             return None
-        return state if state.pop("key") == self.key else None
+        return state if state.pop("key", None) == self.key else None
 
 
 def temporary_path(path: Path) -> Path:
@@ -209,6 +211,7 @@ def finish(run: Run, name: str, out: Path, seed: int) -> Path:
     figures = {"final_loss": mean_of_last(run.losses), **objective.figures()}
     facts = {
         "command": command(name, steps, seed),
+        "recipe": checked(name).version,
         "seed": seed,
         "steps": steps,
         "threads": 1,
@@ -237,7 +240,7 @@ def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, prog
     if steps < 1:
         raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed))
+    checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed), recipe.version)
     with one_thread():
         run = Run(recipe, steps, seed)
         if state := checkpoint.read():
@@ -264,7 +267,9 @@ def is_made(name: str, out: Path, steps: int | None = None, seed: int = 0) -> bo
             digests["text_sha256"] = hashlib.sha256(text.read_bytes()).hexdigest()
     except (OSError, ValueError, TypeError):
         return False
-    wanted = digests | {"command": command(name, checked(name).steps if steps is None else steps, seed)}
+    recipe = checked(name)
+    made_by = command(name, recipe.steps if steps is None else steps, seed)
+    wanted = {**digests, "command": made_by, "recipe": recipe.version}
     return isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
 
 
