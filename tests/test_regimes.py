@@ -229,7 +229,9 @@ def test_every_regime_and_seed_has_its_rows(rows: pd.DataFrame) -> None:
     assert cells == [["aligned", 0], ["aligned", 1], ["full", 4]]
     joint = rows[rows.method == "joint"]
     assert set(zip(joint.regime, joint.seed, strict=True)) == {("aligned", 1)}
-    assert set(joint.split) == {"validation", "test"}
+    measured = joint[joint.metric != "learning_rate"]
+    assert set(measured.split) == {"validation", "test"}
+    assert len(joint) - len(measured) == 1
     for _, cell in rows.groupby(["regime", "seed"]):
         assert {"probing", "fine_tuned", "task_arithmetic"} <= set(cell[cell.split == "test"].method)
 

@@ -30,7 +30,7 @@ VERSIONS = {
     "finetune_joint": 1,
     "choose_learning_rate": 2,
     "merge": 1,
-    "per_task_scales": 2,
+    "per_task_scales": 3,
     "kept_curve": 2,
     "reprobed_curve": 2,
     "choose_scale": 1,
@@ -42,6 +42,8 @@ VERSIONS = {
     "build_model": 2,
 }
 """The version of each step's meaning: raise it when the same configuration would give another result."""
+SEARCHED = 100
+"""Validation images of each task by which one lambda a task is searched."""
 ROUNDS = (2, 1)
 """Re-probing refines its coarse search by neighbours two places away, then one."""
 
@@ -294,8 +296,8 @@ class Planner:
         for one in common:
             inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in cell.tasks]}
             inputs |= {"finetuned": list(cell.finetuned.values()), "choice": [one.choice]}
-            cost = 6 * len(cell.tasks) * sum(0.1 * self.images[t] for t in cell.tasks)
-            config = {"grid": one.grid, **self.device}
+            cost = sum(8 * len(cell.tasks) * SEARCHED + 0.2 * self.images[t] for t in cell.tasks)
+            config = {"grid": one.grid, "samples": SEARCHED, **self.device}
             found = self.step("per_task_scales", f"lambda of each task {cell.where}", config, inputs, cost)
             cell.candidates.append(Candidate(PER_TASK, one.grid, "kept", found, [], found))
 

@@ -74,12 +74,18 @@ class Writer:
             yield from self.measured(candidate.name, candidate.heads, scale, "validation", values, made_by)
 
     def tried_together(self, candidate: Candidate) -> Iterator[Row]:
-        """Yield the validation rows of every set of scales that was tried, one a task; ``scale`` is their mean."""
+        """Yield the validation rows of every set of scales, one a task; ``scale`` is their mean.
+
+        Those that were tried on a sample of the split have no normalised rows: the whole cannot normalise them.
+        """
         made_by = dict.fromkeys([*self.cell.tasks, ""], self._id(candidate.choice))
-        for scales, accuracies in self.done[candidate.choice].json("choice.json")["tried"]:
-            values = dict(zip(self.cell.tasks, accuracies, strict=True))
-            mean, config = self.scales_of(scales)
-            yield from self.measured(candidate.name, candidate.heads, mean, "validation", values, made_by, config)
+        found = self.done[candidate.choice].json("choice.json")
+        for part in ("tried", "measured"):
+            for scales, accuracies in found[part]:
+                values = dict(zip(self.cell.tasks, accuracies, strict=True))
+                mean, config = self.scales_of(scales)
+                rows = self.measured(candidate.name, candidate.heads, mean, "validation", values, made_by, config)
+                yield from (row for row in rows if part == "measured" or not row["metric"].startswith("normalised"))
 
     def scales_of(self, scales: Sequence[float]) -> tuple[float, dict[str, Any]]:
         """Return the mean of one scale a task, and the configuration that tells them all."""

@@ -86,6 +86,12 @@ def kept_curve(
     return values
 
 
+def accuracies(backbone: Backbone, tasks: Sequence[Task], heads: Sequence[Head]) -> tuple[float, ...]:
+    """Return the validation accuracy of each task with the weights that are in the backbone now."""
+    pairs = zip(tasks, heads, strict=True)
+    return tuple(accuracy(head, *features_of(backbone, task.validation, task.kind)) for task, head in pairs)
+
+
 @dataclass(frozen=True)
 class Coordinates:
     """The outcome of a search for one scale a task: the scales, and everything that was tried, the best one last."""
@@ -115,10 +121,7 @@ def coordinate_search(
     def value(at: list[int]) -> float:
         if tuple(at) not in known:
             vectors.move(backbone.bound, backbone.pretrained, task_vectors, [grid[place] for place in at])
-            pairs = zip(tasks, heads, strict=True)
-            known[tuple(at)] = tuple(
-                accuracy(head, *features_of(backbone, task.validation, task.kind)) for task, head in pairs
-            )
+            known[tuple(at)] = accuracies(backbone, tasks, heads)
         return value_of(known[tuple(at)], fine_tuned)
 
     for done, stride in enumerate(COORDINATE_STRIDES):

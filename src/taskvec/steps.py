@@ -218,16 +218,27 @@ def merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None
 
 
 def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Search one scale a task from the common one, and write the sum as a merged vector whose scale is 1."""
+    """Search one scale a task from the common one, and write the sum as a merged vector whose scale is 1.
+
+    The search looks at a sample of every validation split; on the whole of it what was found must beat the common one.
+    """
     backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs, "finetuned")
     tuned, normal = open_task_vectors(inputs, backbone), validations(inputs["finetuned"])
     start = read_json(inputs["choice"][0] / "choice.json")["scale"]
-    found = search.coordinate_search(backbone, tuned, every, heads, normal, config["grid"], start, progress)
-    total = torch.stack([vector.flat * scale for vector, scale in zip(tuned, found.scales, strict=True)]).sum(0)
+    few = [replace(task, validation=fewer(task.validation, config["samples"])) for task in every]
+    found = search.coordinate_search(
+        backbone, tuned, few, heads, fine_tuned_on(few, backbone, tuned, heads), config["grid"], start, progress
+    )
+    measured = {}
+    for scales in ((start,) * len(every), found.scales):
+        vectors.move(backbone.bound, backbone.pretrained, tuned, scales)
+        measured[scales] = search.accuracies(backbone, every, heads)
+    best = max(measured, key=lambda scales: search.value_of(measured[scales], normal))  # ties keep the common one
+    total = torch.stack([vector.flat * scale for vector, scale in zip(tuned, best, strict=True)]).sum(0)
     save(backbone.pretrained.with_flat(total), out / "direction.safetensors")
-    best = found.tried[-1][1]
-    chosen = {"scale": 1.0, "scales": found.scales, "value": search.value_of(best, normal)}
-    write_json(out / "choice.json", chosen | {"accuracy": float(np.mean(best)), "tried": found.tried})
+    chosen: dict[str, Any] = {"scale": 1.0, "scales": best, "value": search.value_of(measured[best], normal)}
+    chosen |= {"accuracy": float(np.mean(measured[best])), "measured": list(measured.items())}
+    write_json(out / "choice.json", chosen | {"tried": [one for one in found.tried if one[0] not in measured]})
 
 
 def kept_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
@@ -306,8 +317,7 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
     found: dict[str, Any] = {}
     if config["merge"]:
         few = [replace(task, validation=fewer(task.validation, config["samples"])) for task in every]
-        pairs = zip(tuned, few, heads, strict=True)
-        normal = [search.kept_curve(backbone, vector, task, head, [1.0])[0] for vector, task, head in pairs]
+        normal = fine_tuned_on(few, backbone, tuned, heads)
         merged = search.direction(backbone.pretrained, tuned, ADDITION)
         chosen = search.coarse_search(backbone, merged, few, heads, normal, config["grid"])
         progress(0.5)
@@ -322,6 +332,12 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
         axis, points = config["axis"], config["points"]
         found["error"] = disentangling.box_error(backbone, tuned, heads, images, singles, axis, points)
     write_json(out / "subset.json", found)
+
+
+def fine_tuned_on(every: list[Task], backbone: Backbone, tuned: list[Weights], heads: list[Head]) -> list[float]:
+    """Measure what the fine-tuned encoder of each task reaches on its validation split."""
+    own = zip(tuned, every, heads, strict=True)
+    return [search.kept_curve(backbone, vector, task, head, [1.0])[0] for vector, task, head in own]
 
 
 def fewer(split: Split, count: int) -> Split:
