@@ -93,6 +93,23 @@ def test_a_gain_turned_round_keeps_its_interval_in_order() -> None:
 # ---------------------------------------------------------------- claims
 
 
+def test_open_and_closed_regimes_compare_on_the_same_tasks(run: Run) -> None:
+    rows = run[0]
+    open_regime = rows["regime"].isin(fixture.OPEN_REGIMES)
+    fewer = rows.assign(tasks=rows["tasks"].where(~open_regime, "+".join(fixture.EIGHT[:6])))
+    fewer = fewer[~(open_regime & fewer["task"].isin(fixture.EIGHT[6:]))]
+    words = "open-full is far above full"
+    assert _claim(claims(fewer, run[1], fixture.ROLES), words)["Verdict"] == "not measured"
+    own = rows[
+        (rows["regime"] == "full") & rows["task"].isin(fixture.EIGHT[:6]) & rows["backbone"].str.contains("clip")
+    ]
+    lower = own.assign(tasks="+".join(fixture.EIGHT[:6]), value=0.25)
+    found = _claim(claims(pd.concat([fewer, lower]), run[1], fixture.ROLES), words)
+    assert found["Verdict"] == HOLDS
+    assert "full 25.0" in found["Measured"]
+    assert "(6 tasks)" in found["Interval"]
+
+
 def test_without_roles_there_are_no_claims(run: Run) -> None:
     assert claims(*run, {}).empty
     assert "claims" not in tables.markdown(*run)

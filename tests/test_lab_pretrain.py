@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,16 @@ def test_few_classes_are_among_all() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_is_made_already_is_known(tmp_path: Path) -> None:
+def test_what_is_made_already_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pretrain.pretrain("supervised", tmp_path, steps=1)
     assert pretrain.is_made("supervised", tmp_path, steps=1)
     assert not pretrain.is_made("supervised", tmp_path)
     assert not pretrain.is_made("supervised", tmp_path, steps=1, seed=1)
     assert not pretrain.is_made("contrastive", tmp_path)
+    recipe = pretrain.PRETRAININGS["supervised"]
+    with monkeypatch.context() as patch:  # the same command by another recipe makes another encoder
+        patch.setattr(pretrain, "PRETRAININGS", {"supervised": replace(recipe, version=recipe.version + 1)})
+        assert not pretrain.is_made("supervised", tmp_path, steps=1)
     path.write_bytes(path.read_bytes()[:-1])
     assert not pretrain.is_made("supervised", tmp_path, steps=1)
 
