@@ -220,10 +220,7 @@ def probe(features: torch.Tensor, labels: torch.Tensor, count: int) -> float:
     return float(((scaled[count:] @ weight).argmax(1) == labels[count:]).float().mean())
 
 
-WEAK = pytest.mark.xfail(strict=True, reason="gains 13.8 points on average, not 15: to be trained longer (docs/log.md)")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=WEAK) if name == "dino" else name for name in SHIPPED])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_linear_probe_is_far_above_random_weights(name: str) -> None:
     trained, control = [], []
     for task in ("chalk", "textures"):

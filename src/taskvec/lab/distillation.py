@@ -21,7 +21,9 @@ from taskvec.lab.objective import LEARNING_RATE, difficulty, features, normalise
 from taskvec.lab.vit import VisionTransformer
 from taskvec.training import Group
 
-BATCH = 32
+BATCH = 64
+HARDEST = 0.3
+"""How hard the images become, where 1 is full difficulty: crops and colours of a view add to it."""
 LOCALS = 2
 """Small views of each image, which only the student sees; there are two global views besides."""
 LOCAL_SIZE = 16
@@ -156,7 +158,7 @@ class SelfDistillation:
     def batch(self, step: int) -> Views:
         """Draw images of the few classes and look at each several times; images and crops go from easy to hard."""
         level = difficulty(step, self.steps)
-        images = normalised(draw_pretraining(BATCH, level, self.generator, few=True)[0])
+        images = normalised(draw_pretraining(BATCH, HARDEST * level, self.generator, few=True)[0])
         wide = self.views(images.repeat(2, 1, 1, 1), IMAGE_SIZE, eased(GLOBAL_AREA, level))
         return wide, self.views(images.repeat(LOCALS, 1, 1, 1), LOCAL_SIZE, eased(LOCAL_AREA, level))
 
