@@ -11,7 +11,7 @@ from taskvec import vectors
 from taskvec.backbones import Backbone
 from taskvec.evaluation import normalised_accuracy
 from taskvec.heads import Head, accuracy, features_of, fit
-from taskvec.merging import ADDITION, find_method
+from taskvec.merging import ADDITION, buffers, find_recipe
 from taskvec.settings import Probe, parse_scales
 from taskvec.tasks import Task
 from taskvec.training import Progress, no_progress
@@ -65,8 +65,7 @@ def merge(pretrained: Weights, task_vectors: Sequence[Weights], scale: float, me
 
 def direction(pretrained: Weights, task_vectors: Sequence[Weights], method: str) -> Weights:
     """Return a method's merged task vector."""
-    flats = [vectors.matching(vector, pretrained).flat for vector in task_vectors]
-    return pretrained.with_flat(find_method(method).direction(flats))
+    return buffers.direction(find_recipe(method), buffers.Buffers(pretrained, task_vectors))
 
 
 def kept_curve(
@@ -199,7 +198,7 @@ def search_scale(
 ) -> Search:
     """Choose the scale with kept heads by the highest mean normalised accuracy on the tasks' validation splits."""
     grid = (
-        parse_scales(scales or find_method(method).scales)
+        parse_scales(scales or find_recipe(method).scales)
         if scales is None or isinstance(scales, str)
         else list(scales)
     )

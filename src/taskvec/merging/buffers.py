@@ -1,0 +1,123 @@
+"""Merging in memory: recipes over the flat buffers of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taskvec import vectors
+from taskvec.errors import TaskvecError
+from taskvec.merging import Recipe, apply
+from taskvec.merging.parts import Kind, Masked, Part, describe
+from taskvec.weights import Entry, Weights, view
+
+NO_STATISTICS: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The entries of task vectors that lie in flat buffers; tied tensors are one entry, by the first of their names."""
+
+    pretrained: Weights
+    vectors: Sequence[Weights]
+    seed: int = 0
+    statistics: Mapping[str, Tensor] = field(default_factory=lambda: NO_STATISTICS)
+
+    @cached_property
+    def kinds(self) -> dict[str, tuple[Kind, float | None]]:
+        """What every entry is, and how deep."""
+        return describe({entry.name: entry.shape for entry in self.pretrained.layout})
+
+    @cached_property
+    def layout(self) -> tuple[Entry, ...]:
+        """The entries without twins, by where they start in the buffer."""
+        return tuple({entry.start: entry for entry in reversed(self.pretrained.layout) if entry.size}.values())[::-1]
+
+    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
+        """Yield every entry with its task vectors, one stacked on the other."""
+        for entry in self.layout:
+            kind, depth = self.kinds[entry.name]
+            base = view(self.pretrained.flat, entry)
+            statistics = self.statistics.get(entry.name)
+            part = Part(entry.name, base, kind, depth, self.seed, statistics=statistics)
+            yield part, torch.stack([view(vector.flat, entry) for vector in self.vectors])
+
+
+def direction(recipe: Recipe, entries: Buffers) -> Weights:
+    """Return a recipe's merged task vector, in the layout of the pre-trained weights.
+
+    Raises for a recipe that gives each task its own (``task_directions``), and for NaN and infinity.
+    """
+    if recipe.per_task:
+        raise TaskvecError(f"'{recipe.name}' gives each task its own weights", "choose a method with one result")
+    merged = torch.zeros_like(entries.pretrained.flat)
+    starts = {entry.name: entry for entry in entries.layout}
+    for part, found in apply(recipe, checked(recipe, entries)):
+        assert isinstance(found, Tensor)
+        view(merged, starts[part.name]).copy_(found)
+    return entries.pretrained.with_flat(merged)
+
+
+@dataclass(frozen=True)
+class TaskDirections:
+    """What a per-task recipe gives: a common vector, one bit an element and task, one rescale an entry and task."""
+
+    common: Weights
+    masks: Tensor
+    """uint8 "tasks bytes": eight elements of the buffer a byte, the first in the highest bit."""
+    rescales: Tensor
+    """float32 "tasks entries", in the order of ``names``."""
+    names: tuple[str, ...]
+
+    def of(self, task: int) -> Weights:
+        """Return one task's direction."""
+        bits = unpack(self.masks[task], self.common.flat.numel()).to(self.common.flat.device)
+        flat = self.common.flat * bits
+        entries = {entry.name: entry for entry in self.common.layout}
+        for name, factor in zip(self.names, self.rescales[task], strict=True):
+            view(flat, entries[name]).mul_(factor.to(flat.device))
+        return self.common.with_flat(flat)
+
+    @property
+    def bytes_per_task(self) -> int:
+        """What every task costs in memory beside the common vector and its head."""
+        return self.masks.shape[1] + 4 * self.rescales.shape[1]
+
+
+def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
+    """Return the result of a recipe that gives each task its own direction."""
+    tasks, flat = len(entries.vectors), entries.pretrained.flat
+    common, masks = torch.zeros_like(flat), torch.zeros(tasks, flat.numel(), dtype=torch.bool)
+    starts = {entry.name: entry for entry in entries.layout}
+    rescales = []
+    for part, found in apply(recipe, checked(recipe, entries)):
+        assert isinstance(found, Masked)
+        entry = starts[part.name]
+        view(common, entry).copy_(found.common)
+        masks[:, entry.start : entry.start + entry.size] = found.masks.flatten(1).cpu()
+        rescales.append(found.rescales.cpu())
+    packed = torch.stack([pack_bits(mask) for mask in masks])
+    return TaskDirections(entries.pretrained.with_flat(common), packed, torch.stack(rescales, 1), tuple(starts))
+
+
+def checked(recipe: Recipe, entries: Buffers) -> Buffers:
+    """Return the entries, or raise where a vector is of another architecture."""
+    for vector in entries.vectors:
+        vectors.matching(vector, entries.pretrained)
+    recipe.check_tasks(len(entries.vectors))
+    return entries
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Return the bits of a boolean vector, eight a byte, the first in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.numpy()))
+
+
+def unpack(packed: Tensor, count: int) -> Tensor:
+    """Return the first ``count`` bits of bytes as a boolean vector."""
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count).astype(bool))
