@@ -11,8 +11,9 @@ ORDER = """
 errors compute settings weights store pipeline executors images training kinds
 lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
-tasks loaders backbones heads vectors finetuning merging.parts merging.averaging merging merging.buffers
-evaluation search disentangling
+tasks loaders backbones heads vectors finetuning
+merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
+merging.recipes merging merging.buffers evaluation search disentangling
 model steps paper study cells plan results
 views texts evidence verdict comparison claims tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures page

@@ -1,222 +1,27 @@
-"""Merging methods: short functions over one entry of all task vectors, in one registry.
-
-Every method gives a direction along which a scale moves the encoder, entry by entry:
-theta = theta_pre + scale * direction. A *transform* changes the vectors and leaves one a task, a *combiner* makes one
-of them, a *per-task* method gives each task its own (``Masked``). A recipe is any number of transforms and then one of
-the others, written with + (``lines+dare+ties``).
-"""
+"""Merging methods: short functions over one entry of all task vectors, in one registry (docs/methods.md)."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from taskvec.merging import adaptive, averaging, sparsity, spectral
+from taskvec.merging.recipes import (
+    ADDITION,
+    METHODS,
+    PER_TASK,
+    Method,
+    Recipe,
+    apply,
+    find_method,
+    find_recipe,
+    register,
+)
 
-from pydantic import ValidationError
+__all__ = ["ADDITION", "METHODS", "PER_TASK", "Method", "Recipe", "apply", "find_method", "find_recipe", "register"]
 
-from taskvec.errors import TaskvecError, did_you_mean, unknown
-from taskvec.merging import averaging
-from taskvec.merging.parts import Entries, Masked, Part
-from taskvec.settings import Settings
-
-if TYPE_CHECKING:  # the command lists methods without loading torch
-    from jaxtyping import Float32
-    from torch import Tensor
-
-    Function = Callable[[Float32[Tensor, " tasks *shape"], Part, Any], Tensor | Masked]
-
-Role = Literal["transform", "combiner", "per-task"]
-Need = Literal["inputs", "training data", "heads", "seed"]
-Law = Literal["one task", "order", "homogeneous"]
-"""Beside the laws of all methods (zero vectors give a zero direction; shapes stay; the same twice is the same):
-
-- "one task": the direction of one task is its vector, so that scale 1 gives the fine-tuned weights back;
-- "order": the order of the tasks does not matter, up to rounding;
-- "homogeneous": the direction of c * tau is c times that of tau.
-"""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One entry of the registry.
-
-    ``function(vectors, part, config)`` is called for one entry at a time with " tasks *shape" in float32. It returns
-    " tasks *shape" for a transform, "*shape" for a combiner and ``Masked`` for a per-task method. ``survey(entries,
-    config)`` goes over all entries before that, as often as it needs to; functions find what it returns as
-    ``part.whole``. ``elementwise`` functions may be given slices of an entry.
-    """
-
-    name: str
-    function: Function
-    description: str
-    reference: str
-    scales: str = "0:1:0.05"
-    role: Role = "combiner"
-    config: type[Settings] = Settings
-    survey: Callable[[Entries, Any], Any] | None = None
-    needs: frozenset[Need] = frozenset()
-    laws: frozenset[Law] = frozenset()
-    elementwise: bool = False
-    tasks: int | None = None
-    """The number of tasks that it can merge; any number if None."""
-
-
-METHODS: dict[str, Method] = {}
-ADDITION = "task_arithmetic"
-"""The paper's method, by its name in the registry and in results."""
-PER_TASK = "task_arithmetic_per_task"
-"""Addition with one lambda a task, by its name in results."""
-
-
-def register(method: Method) -> None:
-    """Add a method to the registry; a second one of the same name raises."""
-    if method.name in METHODS:
-        raise ValueError(f"a method named '{method.name}' is registered already")
-    METHODS[method.name] = method
-
-
-def find_method(name: str) -> Method:
-    """Return a method by name, or raise with the nearest names."""
-    if name not in METHODS:
-        raise unknown("merging method", name, METHODS)
-    return METHODS[name]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Transforms and then one method that ends them, each with its configuration."""
-
-    stages: tuple[tuple[Method, Settings], ...]
-
-    @property
-    def name(self) -> str:
-        """Its methods joined by +."""
-        return "+".join(method.name for method, _ in self.stages)
-
-    @property
-    def last(self) -> Method:
-        """The combiner or per-task method at its end."""
-        return self.stages[-1][0]
-
-    @property
-    def scales(self) -> str:
-        """The scales that suit its last method."""
-        return self.last.scales
-
-    @property
-    def per_task(self) -> bool:
-        """Whether it gives each task a direction of its own (``Masked``)."""
-        return self.last.role == "per-task"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What its methods need beside the vectors."""
-        return frozenset(itertools.chain(*(method.needs for method, _ in self.stages)))
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether it may be applied to slices of entries."""
-        return all(method.elementwise for method, _ in self.stages)
-
-    def check_tasks(self, count: int) -> None:
-        """Raise if its last method cannot merge so many tasks."""
-        wanted = self.last.tasks
-        if wanted is not None and count != wanted:
-            raise TaskvecError(
-                f"'{self.name}' merges {wanted} tasks, and there are {count}", "give as many, or choose another method"
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """Return the hyperparameters that differ from the authors' defaults, for a fingerprint and for results."""
-        return {
-            k: v for _, config in self.stages for k, v in config.model_dump(mode="json", exclude_defaults=True).items()
-        }
-
-
-def find_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe of a name such as ``lines+dare+ties`` with hyperparameters by name, the authors' by default.
-
-    Raises for an unknown method, one that stands where it cannot, and a hyperparameter that no method has.
-    """
-    methods = [find_method(part.strip()) for part in name.split("+")]
-    for method in methods[:-1]:
-        if method.role != "transform":
-            raise TaskvecError(
-                f"'{name}': '{method.name}' can only stand at the end", f"put it last: ...+{method.name}"
-            )
-    if methods[-1].role == "transform":
-        raise TaskvecError(
-            f"'{name}': '{methods[-1].name}' leaves one vector a task", f"say what merges them: {name}+{ADDITION}"
-        )
-    if len({method.name for method in methods}) < len(methods):
-        raise TaskvecError(f"'{name}' names a method twice", "name each once")
-    return Recipe(_configured(name, methods, dict(settings or {})))
-
-
-def _configured(name: str, methods: Sequence[Method], settings: dict[str, Any]) -> tuple[tuple[Method, Settings], ...]:
-    known = [key for method in methods for key in method.config.model_fields]
-    for key in settings:
-        if key not in known:
-            raise TaskvecError(f"'{name}' has no hyperparameter '{key}'", did_you_mean(key, known))
-    stages = []
-    for method in methods:
-        own = {key: value for key, value in settings.items() if key in method.config.model_fields}
-        try:
-            stages.append((method, method.config.model_validate(own)))
-        except ValidationError as error:
-            first = error.errors()[0]
-            message = first["msg"].removeprefix("Value error, ")
-            key = ".".join(map(str, first["loc"]))
-            raise TaskvecError(
-                f"{method.name}: '{key}': {message} (given: {first['input']!r})", "see docs/methods.md"
-            ) from None
-    return tuple(stages)
-
-
-@dataclass(frozen=True)
-class Applied:
-    """Entries after one method; it can be iterated over as often as what it reads."""
-
-    method: Method
-    config: Settings
-    entries: Entries
-    whole: Any
-
-    def __iter__(self) -> Iterator[tuple[Part, Any]]:
-        """Yield every entry after the method, anew each time."""
-        for part, vectors in self.entries:
-            yield part, self.method.function(vectors, replace(part, whole=self.whole), self.config)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Entries of which none holds NaN or infinity; one that does raises, by name."""
-
-    entries: Entries
-
-    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
-        """Yield every entry that is in order, or raise."""
-        for part, vectors in self.entries:
-            if not bool(vectors.isfinite().all()):
-                raise TaskvecError(
-                    f"tensor '{part.name}' of a task vector holds NaN or infinity",
-                    "merge checkpoints that did not diverge",
-                )
-            yield part, vectors
-
-
-def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Masked]]:
-    """Yield every entry with its direction (``Masked`` for a per-task recipe), in the order of ``entries``.
-
-    ``entries`` is iterated over once, and once more for every pass of a survey. NaN and infinity raise and name the
-    entry. Nothing is kept in memory but one entry of all tasks.
-    """
-    stage: Any = Checked(entries)
-    for method, config in recipe.stages:
-        stage = Applied(method, config, stage, method.survey(stage, config) if method.survey else None)
-    yield from stage
-
+FIXED = "1:1:1"
+"""The scales of methods that give merged weights themselves."""
+WIDE = "0:3:0.15"
+"""The scales of methods whose direction is shorter than the sum of the vectors."""
+MIDDLE = "0:2:0.1"
 
 register(
     Method(
@@ -226,5 +31,232 @@ register(
         reference="Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089",
         laws=frozenset({"one task", "order", "homogeneous"}),
         elementwise=True,
+    )
+)
+register(
+    Method(
+        name="average",
+        function=averaging.average,
+        description="the mean of the fine-tuned weights",
+        reference="Wortsman et al., Model soups, arXiv 2203.05482",
+        scales=FIXED,
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="ties",
+        function=sparsity.ties,
+        description="the largest entries, a sign elected for each, the mean of those that have it",
+        reference="Yadav et al., TIES-Merging, arXiv 2306.01708",
+        scales=MIDDLE,
+        config=sparsity.Ties,
+        survey=sparsity.trim_thresholds,
+        laws=frozenset({"order", "homogeneous"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="dare",
+        function=sparsity.dare,
+        description="random entries dropped and the others scaled up; before any other method",
+        reference="Yu et al., Language models are super Mario, arXiv 2311.03099",
+        role="transform",
+        config=sparsity.Dare,
+        needs=frozenset({"seed"}),
+        laws=frozenset({"homogeneous"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="della",
+        function=sparsity.della,
+        description="entries dropped by chance and magnitude, a sign elected for each, the sum of those that have it",
+        reference="Deep et al., DELLA-Merging, arXiv 2406.11617",
+        scales=MIDDLE,
+        config=sparsity.Della,
+        needs=frozenset({"seed"}),
+        laws=frozenset({"homogeneous"}),
+    )
+)
+register(
+    Method(
+        name="breadcrumbs",
+        function=sparsity.breadcrumbs,
+        description="the entries of each tensor without outliers and without small ones; before any other method",
+        reference="Davari and Belilovsky, Model Breadcrumbs, arXiv 2312.06795",
+        role="transform",
+        config=sparsity.Breadcrumbs,
+        laws=frozenset({"order", "homogeneous"}),
+    )
+)
+register(
+    Method(
+        name="magmax",
+        function=sparsity.magmax,
+        description="of every entry the one with the largest magnitude",
+        reference="Marczak et al., MagMax, arXiv 2407.06322",
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="consensus",
+        function=sparsity.consensus,
+        description="the sum of the vectors where at least two tasks use an entry",
+        reference="Wang et al., Localizing task information, arXiv 2405.07813",
+        config=sparsity.Consensus,
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="tall_masks",
+        function=sparsity.tall_masks,
+        description="the sum of the vectors under a mask of each task",
+        reference="Wang et al., Localizing task information, arXiv 2405.07813",
+        scales=FIXED,
+        role="per-task",
+        config=sparsity.Tall,
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="emr",
+        function=sparsity.emr,
+        description="one elected vector under a mask of each task, rescaled for each",
+        reference="Huang et al., EMR-Merging, arXiv 2405.17461",
+        scales=FIXED,
+        role="per-task",
+        survey=sparsity.emr_rescales,
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="pcb",
+        function=sparsity.pcb,
+        description="the mean weighted by how important an entry is to its task and to the others",
+        reference="Du et al., Parameter Competition Balancing, arXiv 2410.02396",
+        scales=MIDDLE,
+        config=sparsity.Pcb,
+        survey=sparsity.importance,
+        laws=frozenset({"order"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="tsv_m",
+        function=spectral.tsv_m,
+        description="the largest singular directions of every task, made orthogonal to each other",
+        reference="Gargiulo et al., Task singular vectors, arXiv 2412.00081",
+        scales=WIDE,
+        laws=frozenset({"order", "homogeneous"}),
+    )
+)
+register(
+    Method(
+        name="iso_c",
+        function=spectral.iso_c,
+        description="the sum of the vectors with all singular values of a matrix made equal",
+        reference="Marczak et al., No task left behind, arXiv 2502.04959",
+        scales=WIDE,
+        laws=frozenset({"order", "homogeneous"}),
+    )
+)
+register(
+    Method(
+        name="iso_cts",
+        function=spectral.iso_cts,
+        description="iso_c on shared directions and on every task's own",
+        reference="Marczak et al., No task left behind, arXiv 2502.04959",
+        scales=WIDE,
+        config=spectral.IsoCts,
+        laws=frozenset({"order", "homogeneous"}),
+    )
+)
+register(
+    Method(
+        name="wudi",
+        function=spectral.wudi,
+        description="matrices that disturb the inputs of every task least, by gradient descent",
+        reference="Cheng et al., Whoever started the interference, arXiv 2503.08099",
+        scales=MIDDLE,
+        config=spectral.Wudi,
+        laws=frozenset({"one task", "order"}),
+    )
+)
+register(
+    Method(
+        name="lines",
+        function=averaging.lines,
+        description="vectors scaled up from the first layer to the last; before any other method",
+        reference="Wang et al., LiNeS, arXiv 2410.17146",
+        scales=MIDDLE,
+        role="transform",
+        config=averaging.Lines,
+        laws=frozenset({"order", "homogeneous"}),
+        elementwise=True,
+    )
+)
+register(
+    Method(
+        name="slerp",
+        function=averaging.slerp,
+        description="two models along a great circle",
+        reference="Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985",
+        scales=FIXED,
+        config=averaging.Slerp,
+        laws=frozenset({"order"}),
+        tasks=2,
+    )
+)
+register(
+    Method(
+        name="fisher",
+        function=adaptive.fisher,
+        description="the mean weighted by the Fisher information of each task",
+        reference="Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv 2111.09832",
+        scales=FIXED,
+        config=adaptive.Fisher,
+        survey=adaptive.fisher_weights,
+        needs=frozenset({"training data", "heads", "seed"}),
+        measure="taskvec.merging.measuring:fisher",
+        laws=frozenset({"one task", "order", "homogeneous"}),
+    )
+)
+register(
+    Method(
+        name="regmean",
+        function=adaptive.regmean,
+        description="linear layers whose outputs are nearest to those of every task, by least squares",
+        reference="Jin et al., Dataless knowledge fusion, arXiv 2212.09849",
+        scales=FIXED,
+        config=adaptive.Regmean,
+        needs=frozenset({"inputs", "seed"}),
+        measure="taskvec.merging.measuring:grams",
+        laws=frozenset({"one task", "order", "homogeneous"}),
+    )
+)
+register(
+    Method(
+        name="adamerging",
+        function=adaptive.adamerging,
+        description="coefficients of each tensor and task with the least entropy of the predictions",
+        reference="Yang et al., AdaMerging, arXiv 2310.02575",
+        scales=FIXED,
+        config=adaptive.Adamerging,
+        needs=frozenset({"inputs", "heads", "seed"}),
+        measure="taskvec.merging.measuring:coefficients",
+        laws=frozenset({"homogeneous"}),
     )
 )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
 from taskvec import vectors
 from taskvec.errors import TaskvecError
-from taskvec.merging import Recipe, apply
-from taskvec.merging.parts import Kind, Masked, Part, describe
-from taskvec.weights import Entry, Weights, view
+from taskvec.merging.parts import Data, Kind, Masked, Part, describe
+from taskvec.merging.recipes import Recipe, apply
+from taskvec.weights import Entry, Weights, distinct, read, read_metadata, save_tensors, view
 
 NO_STATISTICS: Mapping[str, Tensor] = {}
 
@@ -35,8 +39,8 @@ class Buffers:
 
     @cached_property
     def layout(self) -> tuple[Entry, ...]:
-        """The entries without twins, by where they start in the buffer."""
-        return tuple({entry.start: entry for entry in reversed(self.pretrained.layout) if entry.size}.values())[::-1]
+        """The entries without twins."""
+        return distinct(self.pretrained)
 
     def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
         """Yield every entry with its task vectors, one stacked on the other."""
@@ -68,15 +72,14 @@ class TaskDirections:
     """What a per-task recipe gives: a common vector, one bit an element and task, one rescale an entry and task."""
 
     common: Weights
-    masks: Tensor
-    """uint8 "tasks bytes": eight elements of the buffer a byte, the first in the highest bit."""
-    rescales: Tensor
-    """float32 "tasks entries", in the order of ``names``."""
+    masks: UInt8[Tensor, "tasks bytes"]
+    rescales: Float32[Tensor, "tasks entries"]
     names: tuple[str, ...]
+    """Of the entries, in the order of ``rescales``."""
 
     def of(self, task: int) -> Weights:
         """Return one task's direction."""
-        bits = unpack(self.masks[task], self.common.flat.numel()).to(self.common.flat.device)
+        bits = unpack_bits(self.masks[task], self.common.flat.numel()).to(self.common.flat.device)
         flat = self.common.flat * bits
         entries = {entry.name: entry for entry in self.common.layout}
         for name, factor in zip(self.names, self.rescales[task], strict=True):
@@ -99,25 +102,50 @@ def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
         assert isinstance(found, Masked)
         entry = starts[part.name]
         view(common, entry).copy_(found.common)
-        masks[:, entry.start : entry.start + entry.size] = found.masks.flatten(1).cpu()
+        masks[:, entry.start : entry.start + entry.size] = found.masks.reshape(tasks, -1).cpu()
         rescales.append(found.rescales.cpu())
     packed = torch.stack([pack_bits(mask) for mask in masks])
     return TaskDirections(entries.pretrained.with_flat(common), packed, torch.stack(rescales, 1), tuple(starts))
 
 
 def checked(recipe: Recipe, entries: Buffers) -> Buffers:
-    """Return the entries, or raise where a vector is of another architecture."""
+    """Return the entries, or raise where they are not what the recipe needs."""
     for vector in entries.vectors:
         vectors.matching(vector, entries.pretrained)
     recipe.check_tasks(len(entries.vectors))
+    if recipe.measures and not entries.statistics:
+        needed = " and ".join(sorted(recipe.needs - {"seed"}))
+        raise TaskvecError(f"'{recipe.name}' needs {needed}", "merge by it in a study, or choose another method")
     return entries
 
 
-def pack_bits(mask: Tensor) -> Tensor:
+def measure(recipe: Recipe, data: Data) -> dict[str, Tensor]:
+    """Measure on data what the methods of a recipe need, by entry; nothing for most."""
+    found: dict[str, Tensor] = {}
+    for method, config in recipe.measures:
+        module, _, function = method.measure.partition(":")
+        found |= getattr(importlib.import_module(module), function)(data, config)
+    return found
+
+
+def save_directions(result: TaskDirections, path: Path) -> None:
+    """Write a per-task result to a safetensors file, as compact as it is in memory."""
+    tensors = {"common": result.common.flat.cpu(), "masks": result.masks, "rescales": result.rescales.contiguous()}
+    save_tensors(tensors, path, {"names": json.dumps(result.names)})
+
+
+def read_directions(path: Path, like: Weights) -> TaskDirections:
+    """Read a per-task result for an encoder with the layout of ``like``."""
+    tensors, names = read(path), json.loads(read_metadata(path)["names"])
+    common = like.with_flat(tensors["common"].to(like.flat.device))
+    return TaskDirections(common, tensors["masks"], tensors["rescales"], tuple(names))
+
+
+def pack_bits(mask: Bool[Tensor, " count"]) -> UInt8[Tensor, " bytes"]:
     """Return the bits of a boolean vector, eight a byte, the first in the highest bit."""
     return torch.from_numpy(np.packbits(mask.numpy()))
 
 
-def unpack(packed: Tensor, count: int) -> Tensor:
-    """Return the first ``count`` bits of bytes as a boolean vector."""
+def unpack_bits(packed: UInt8[Tensor, " bytes"], count: int) -> Bool[Tensor, " count"]:
+    """Return the first ``count`` bits of bytes."""
     return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count).astype(bool))

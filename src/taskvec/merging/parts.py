@@ -16,29 +16,31 @@ if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Bool, Float32
     from torch import Tensor
 
+    from taskvec.backbones import Backbone
+    from taskvec.heads import Head
+    from taskvec.tasks import Task
+    from taskvec.training import Progress
+    from taskvec.weights import Weights
+
 Kind = Literal["matrix", "embedding", "vector"]
 """What an entry is: a linear map (linear layer, convolution), a table of vectors, or anything of fewer dimensions."""
 TABLES = re.compile(
-    r"(pos(ition(al)?)?_?embed|(cls|reg|class|mask|register|dist)_?tokens?|embedd?ings?\.(word|position|token)|class_embedding"
-    r"|embed_tokens|tok(en)?_?embed|(^|\.)w[tp]e\.|bias_table|(^|\.)shared\.weight|latent|query_tokens)"
+    r"pos(ition(al)?)?_?embed|(cls|reg|class|mask|register|dist)_?tokens?|class_embedding|text_projection"
+    r"|embeddings\.(word|position|token)|embed_tokens|tok(en)?_?embed|(^|\.)w[tp]e\.|bias_table|(^|\.)shared\.weight"
 )
-"""Names of entries with two or more dimensions that are no linear maps: a row stands for a position or a token."""
+"""Names of entries with two or more dimensions that are no linear maps (a row stands for a position or a token), and of
+CLIP's text projection, which the authors of the spectral methods leave out too."""
 LAYERS = re.compile(r"(?:^|\.)(?:res)?(?:blocks?|layers?|stages?|levels?|h)\.?(\d+)(?=\.)")
 """Where a name says which layer it belongs to; what has several numbers (stages.1.blocks.2) has all of them."""
-LAST = re.compile(
-    r"(^|\.)(norm|fc_norm|ln_post|ln_f|final\w*|post_layernorm|layernorm|head\w*|classifier|fc|proj|pooler|lm_head"
-    r"|\w+_projection)(\.|$)"
-)
-"""Names of entries after the last layer; all others without a number come before the first."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One entry of a model, or a slice of its flattened elements if every stage of a recipe is elementwise.
+    """One entry of a model, or a slice of its flattened elements if a recipe is elementwise.
 
-    ``base`` is the pre-trained tensor in float32; ``depth`` is l / (L - 1) for layer l of L, None where names tell no
-    layers; ``start`` is the position of a slice in its entry. ``whole`` is what the method's survey found over all
-    entries, ``statistics`` what it needs of data for this entry, with a leading dimension of tasks.
+    ``base`` is the pre-trained tensor in float32; ``depth`` is l / (L - 1) for layer l of L, 0 outside of the layers,
+    None where no name tells a layer; ``start`` is the position of a slice in its entry. ``whole`` is what the method's
+    survey found over all entries, ``statistics`` what was measured on data for this entry, tasks first.
     """
 
     name: str
@@ -83,6 +85,18 @@ class Masked:
         return self.common * self.masks[task] * self.rescales[task]
 
 
+@dataclass(frozen=True)
+class Data:
+    """What a method that looks at data is given: the tasks' vectors, images and heads, in one order."""
+
+    backbone: Backbone
+    vectors: Sequence[Weights]
+    tasks: Sequence[Task]
+    heads: Sequence[Head]
+    seed: int = 0
+    progress: Progress = lambda share: None
+
+
 def kind_of(name: str, shape: Sequence[int]) -> Kind:
     """Say what an entry is, by its name and shape alone, so that a study and a file agree.
 
@@ -97,8 +111,8 @@ def kind_of(name: str, shape: Sequence[int]) -> Kind:
 def depths(names: Iterable[str]) -> dict[str, float | None]:
     """Return the relative depth l / (L - 1) of every entry; None for all where no name tells a layer.
 
-    Layers are counted within a tower (what stands before the first number); what has no number is at 0 or, by its
-    name, at 1.
+    Layers are counted within a tower (what stands before the first number). What has no number, such as a patch
+    embedding or a final norm, is at 0, as in the code of LiNeS (arXiv 2410.17146).
     """
     names = list(names)
     layers = {name: tuple(int(m.group(1)) for m in LAYERS.finditer(name)) for name in names}
@@ -112,10 +126,7 @@ def depths(names: Iterable[str]) -> dict[str, float | None]:
         tower: {layer: index / max(1, len(found) - 1) for index, layer in enumerate(sorted(found))}
         for tower, found in towers.items()
     }
-    return {
-        name: places[_tower(name)][layer] if layer else 1.0 if LAST.search(name) else 0.0
-        for name, layer in layers.items()
-    }
+    return {name: places[_tower(name)][layer] if layer else 0.0 for name, layer in layers.items()}
 
 
 def _tower(name: str) -> str:
