@@ -55,19 +55,31 @@ def on_matrices(function: Callable[[Float32[Tensor, "tasks rows columns"], Any],
     return merged
 
 
-def decompose(matrix: Float[Tensor, "rows columns"], most: int | None = None) -> Triple:
-    """Return U, S, V^T of the thin SVD in float64 without null directions, the ``most`` largest ones at most."""
+def decompose(matrix: Float[Tensor, "rows columns"], most: int | None = None, size: float = 0) -> Triple:
+    """Return U, S, V^T of the thin SVD in float64 without null directions, the ``most`` largest ones at most.
+
+    A direction is null below the rounding of the largest one, or of ``size``, that of what the matrix was made from.
+    """
     import torch
 
     if matrix.shape[0] > matrix.shape[1]:
-        right, sizes, left = decompose(matrix.mT, most)
+        right, sizes, left = decompose(matrix.mT, most, size)
         return left.mT, sizes, right.mT
     wide = matrix.double()
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
     sizes = values.flip(0).clamp(min=0).sqrt()
-    count = min(int((sizes > ROUNDING * sizes[:1]).sum()), len(sizes) if most is None else most)
+    known = int((sizes > ROUNDING * sizes[:1].clamp(min=size)).sum())
+    count = known if most is None else min(known, most)
     left = vectors.flip(1)[:, :count]
     return left, sizes[:count], (left.mT @ wide) / sizes[:count, None]
+
+
+def summed(vectors: Float32[Tensor, "tasks rows columns"]) -> Float64[Tensor, "rows columns"]:
+    """Return the sum over tasks in float64, so that no rounding looks like a direction."""
+    found = vectors[0].double()
+    for vector in vectors[1:]:
+        found += vector
+    return found
 
 
 def nearest_orthogonal(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tensor, "rows columns"]:
@@ -94,7 +106,7 @@ def tsv_m(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> F
 @on_matrices
 def iso_c(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> Float64[Tensor, "rows columns"]:
     """Return mean(S) U V^T of the sum's SVD, sum_t tau_t = U S V^T (arXiv 2502.04959)."""
-    left, sizes, right = decompose(total(vectors))
+    left, sizes, right = decompose(summed(vectors))
     return (sizes.sum() / min(vectors.shape[1:])) * (left @ right)
 
 
@@ -109,9 +121,10 @@ def iso_cts(vectors: Float32[Tensor, "tasks rows columns"], config: IsoCts) -> F
 
     rank, tasks = min(vectors.shape[1:]), len(vectors)
     own = min(round((rank - int(rank * config.k)) / tasks), rank // tasks)
-    common, *_ = found = decompose(total(vectors), rank - own * tasks)
-    residuals = [vector - common @ (common.mT @ vector) for vector in vectors.double()]
-    parts = [decompose(residual, own) for residual in residuals if own] + [found]
+    common, *_ = found = decompose(summed(vectors), rank - own * tasks)
+    parts = [found]
+    for vector in (one.double() for one in vectors if own):
+        parts.append(decompose(vector - common @ (common.mT @ vector), own, size=float(vector.norm())))
     lefts, sizes, rights = zip(*parts, strict=True)
     left, right = nearest_orthogonal(torch.cat(lefts, 1)), nearest_orthogonal(torch.cat(rights, 0))
     return (torch.cat(sizes).sum() / rank) * (left @ right)
