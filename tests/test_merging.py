@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,7 +102,7 @@ def directions(recipe: Recipe, entries: Model) -> list[Tensor]:
     tasks = len(entries.stacks[0])
     return [
         torch.stack([found.of(task) for task in range(tasks)]) if isinstance(found, Masked) else found
-        for _, found in apply(recipe, entries)
+        for _, found in apply(recipe, buffers.Checked(entries))
     ]
 
 
@@ -413,3 +414,13 @@ def test_listing_methods_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.arrays])
+def test_methods_for_arrays_give_the_same_bits_with_numpy(name: str) -> None:
+    recipe, entries = drawn(name, "normal", 7, 3)
+    flat = [(replace(part, base=part.base.numpy()), stack.numpy()) for part, stack in entries]
+    for (_, array), tensor in zip(apply(recipe, flat), directions(recipe, entries), strict=True):
+        assert isinstance(array, np.ndarray | np.float32)
+        assert array.dtype == np.float32
+        assert np.array_equal(array, tensor.numpy())

@@ -31,6 +31,7 @@ register(
         reference="Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089",
         laws=frozenset({"one task", "order", "homogeneous"}),
         elementwise=True,
+        arrays=True,
     )
 )
 register(
@@ -42,6 +43,7 @@ register(
         scales=FIXED,
         laws=frozenset({"one task", "order", "homogeneous"}),
         elementwise=True,
+        arrays=True,
     )
 )
 register(
@@ -206,6 +208,7 @@ register(
         config=averaging.Lines,
         laws=frozenset({"order", "homogeneous"}),
         elementwise=True,
+        arrays=True,
     )
 )
 register(

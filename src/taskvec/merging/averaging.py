@@ -32,11 +32,8 @@ class Lines(Settings):
 
 
 def total(vectors: Float32[Tensor, " tasks *shape"]) -> Float32[Tensor, " *shape"]:
-    """Return the sum over tasks, in float32 and in the given order."""
-    found = vectors[0].clone()
-    for vector in vectors[1:]:
-        found += vector
-    return found
+    """Return the sum over tasks, in float32 and in the given order; of one task its own vector, not a copy."""
+    return sum(vectors[1:], start=vectors[0])
 
 
 def rows(vectors: Float32[Tensor, " tasks *shape"]) -> Float32[Tensor, "tasks count"]:

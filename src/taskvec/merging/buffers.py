@@ -16,7 +16,7 @@ from torch import Tensor
 
 from taskvec import vectors
 from taskvec.errors import TaskvecError
-from taskvec.merging.parts import Data, Kind, Masked, Part, describe
+from taskvec.merging.parts import Data, Entries, Kind, Masked, Part, describe
 from taskvec.merging.recipes import Recipe, apply
 from taskvec.weights import Entry, Weights, distinct, read, read_metadata, save_tensors, view
 
@@ -50,6 +50,23 @@ class Buffers:
             statistics = self.statistics.get(entry.name)
             part = Part(entry.name, base, kind, depth, self.seed, statistics=statistics)
             yield part, torch.stack([view(vector.flat, entry) for vector in self.vectors])
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Entries of which none holds NaN or infinity; one that does raises, by name."""
+
+    entries: Entries
+
+    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
+        """Yield every entry that is in order, or raise."""
+        for part, found in self.entries:
+            if not bool(found.isfinite().all()):
+                raise TaskvecError(
+                    f"tensor '{part.name}' of a task vector holds NaN or infinity",
+                    "merge checkpoints that did not diverge",
+                )
+            yield part, found
 
 
 def direction(recipe: Recipe, entries: Buffers) -> Weights:
@@ -108,15 +125,15 @@ def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
     return TaskDirections(entries.pretrained.with_flat(common), packed, torch.stack(rescales, 1), tuple(starts))
 
 
-def checked(recipe: Recipe, entries: Buffers) -> Buffers:
-    """Return the entries, or raise where they are not what the recipe needs."""
+def checked(recipe: Recipe, entries: Buffers) -> Checked:
+    """Return the entries, of which none may hold NaN; raise where they are not what the recipe needs."""
     for vector in entries.vectors:
         vectors.matching(vector, entries.pretrained)
     recipe.check_tasks(len(entries.vectors))
     if recipe.measures and not entries.statistics:
         needed = " and ".join(sorted(recipe.needs - {"seed"}))
         raise TaskvecError(f"'{recipe.name}' needs {needed}", "merge by it in a study, or choose another method")
-    return entries
+    return Checked(entries)
 
 
 def measure(recipe: Recipe, data: Data) -> dict[str, Tensor]:

@@ -59,6 +59,8 @@ class Method:
     """``module:function`` that takes ``Data`` and the configuration and returns the statistics of entries by name."""
     laws: frozenset[Law] = frozenset()
     elementwise: bool = False
+    arrays: bool = False
+    """Whether function and survey use only what numpy's arrays and torch's tensors share: files need no torch then."""
     tasks: int | None = None
     """The number of tasks that it can merge; any number if None."""
 
@@ -118,6 +120,11 @@ class Recipe:
     def elementwise(self) -> bool:
         """Whether it may be applied to slices of entries."""
         return all(method.elementwise for method, _ in self.stages)
+
+    @property
+    def arrays(self) -> bool:
+        """Whether numpy's arrays will do for it."""
+        return all(method.arrays for method, _ in self.stages)
 
     def check_tasks(self, count: int) -> None:
         """Raise if its last method cannot merge so many tasks."""
@@ -188,30 +195,13 @@ class Applied:
             yield part, self.method.function(vectors, replace(part, whole=self.whole), self.config)
 
 
-@dataclass(frozen=True)
-class Checked:
-    """Entries of which none holds NaN or infinity; one that does raises, by name."""
-
-    entries: Entries
-
-    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
-        """Yield every entry that is in order, or raise."""
-        for part, vectors in self.entries:
-            if not bool(vectors.isfinite().all()):
-                raise TaskvecError(
-                    f"tensor '{part.name}' of a task vector holds NaN or infinity",
-                    "merge checkpoints that did not diverge",
-                )
-            yield part, vectors
-
-
 def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Masked]]:
     """Yield every entry with its direction (``Masked`` for a per-task recipe), in the order of ``entries``.
 
-    ``entries`` is iterated over once, and once more for every pass of a survey. NaN and infinity raise and name the
-    entry. Nothing is kept in memory but one entry of all tasks.
+    ``entries`` are finite; they are iterated over once, and once more for every pass of a survey. Nothing is kept in
+    memory but one entry of all tasks.
     """
-    stage: Any = Checked(entries)
+    stage: Any = entries
     for method, config in recipe.stages:
         stage = Applied(method, config, stage, method.survey(stage, config) if method.survey else None)
     yield from stage

@@ -139,7 +139,7 @@ def wudi(vectors: Float32[Tensor, "tasks rows columns"], config: Wudi) -> Float3
     """
     import torch
 
-    start = total(vectors)
+    start = total(vectors).clone()
     norms = vectors.square().sum((1, 2))
     if len(vectors) == 1 or not norms.any():
         return start
