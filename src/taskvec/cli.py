@@ -177,7 +177,7 @@ def _studies() -> dict[str, str]:
 def _methods() -> dict[str, str]:
     from taskvec.merging import METHODS
 
-    return {method.name: f"{method.description} ({method.reference})" for method in METHODS.values()}
+    return {method.name: method.about for method in METHODS.values()}
 
 
 def _backbones() -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,14 +59,27 @@ def value_of(accuracies: Sequence[float], fine_tuned: Sequence[float]) -> float:
     return float(np.mean(accuracies)) if normalised is None else normalised
 
 
-def merge(pretrained: Weights, task_vectors: Sequence[Weights], scale: float, method: str = ADDITION) -> Weights:
-    """Return theta_pre + scale * direction, where the method makes the direction out of the task vectors."""
-    return vectors.add(pretrained, direction(pretrained, task_vectors, method), scale)
+def merge(
+    pretrained: Weights,
+    task_vectors: Sequence[Weights],
+    scale: float,
+    method: str = ADDITION,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Return theta_pre + scale * direction; the method, or several joined by +, makes it out of the task vectors."""
+    return vectors.add(pretrained, direction(pretrained, task_vectors, method, config, seed), scale)
 
 
-def direction(pretrained: Weights, task_vectors: Sequence[Weights], method: str) -> Weights:
+def direction(
+    pretrained: Weights,
+    task_vectors: Sequence[Weights],
+    method: str,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Weights:
     """Return a method's merged task vector."""
-    return buffers.direction(find_recipe(method), buffers.Buffers(pretrained, task_vectors))
+    return buffers.direction(find_recipe(method, config), buffers.Buffers(pretrained, task_vectors, seed))
 
 
 def kept_curve(

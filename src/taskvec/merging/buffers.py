@@ -20,6 +20,8 @@ from taskvec.merging.parts import Data, Entries, Kind, Masked, Part, describe
 from taskvec.merging.recipes import Recipe, apply
 from taskvec.weights import Entry, Weights, distinct, read, read_metadata, save_tensors, view
 
+DIRECTIONS = "directions.safetensors"
+"""The file of a per-task result, where other merges have one direction."""
 NO_STATISTICS: Mapping[str, Tensor] = {}
 
 

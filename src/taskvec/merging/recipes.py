@@ -64,6 +64,15 @@ class Method:
     tasks: int | None = None
     """The number of tasks that it can merge; any number if None."""
 
+    @property
+    def about(self) -> str:
+        """Say in one line what it does, needs, keeps to and by whom it is."""
+        needs = f"; needs {', '.join(sorted(self.needs))}" if self.needs else ""
+        only = f"; {self.tasks} tasks" if self.tasks else ""
+        kind = "; gives each task its own weights" if self.role == "per-task" else ""
+        laws = f"; laws: {', '.join(sorted(self.laws))}" if self.laws else ""
+        return f"{self.description}{kind}{only}{needs}{laws} ({self.reference})"
+
 
 METHODS: dict[str, Method] = {}
 ADDITION = "task_arithmetic"
