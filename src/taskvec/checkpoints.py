@@ -67,11 +67,8 @@ class Merge:
                 watch=watch,
             )
             written = merge_files(recipe, streams, self.scale, target)
-            return [
-                f"{recipe.name} of {len(tuned)} checkpoints at scale {self.scale:g}",
-                *told(streams),
-                *map(str, written),
-            ]
+            count = f"{len(tuned)} checkpoint{'s' if len(tuned) > 1 else ''}"
+            return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams), *map(str, written)]
 
 
 def check_possible(recipe: Recipe, scale: float) -> None:
@@ -171,7 +168,8 @@ def _square(cosines: pd.DataFrame) -> pd.DataFrame:
 
     whole = cosines[cosines["layer"] == ""]
     names = list(dict.fromkeys([*whole["first"], *whole["second"]]))
-    values = {(row.first, row.second): f"{row.cosine:.3f}" for row in whole.itertuples()}
+    texts = (whole["cosine"].round(3) + 0.0).map("{:.3f}".format)
+    values = dict(zip(zip(whole["first"], whole["second"], strict=True), texts, strict=True))
     rows = [[name, *(values.get((other, name), "") for other in names[:-1])] for name in names[1:]]
     return pd.DataFrame(rows, columns=["Checkpoint", *names[:-1]])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float64
 from numpy import ndarray
 
-from taskvec.merging.parts import LAYERS
+from taskvec.merging.parts import LAYERS, describe
 from taskvec.merging.streaming import Streams
 
 NUMBERED = re.compile(r"(?:^|\.)[^.]*\d+(?=\.)")
@@ -73,11 +74,23 @@ def layer_of(name: str) -> str:
     return name[: found[0].end()] if found else name.rpartition(".")[0] or name
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort names of entries from a model's input to its output, as far as they tell; numbers count as numbers."""
+    depths = {name: depth for name, (_, depth) in describe(dict.fromkeys(names, ())).items()}
+
+    def key(name: str) -> tuple[float, list[tuple[bool, int, str]]]:
+        layered = bool(LAYERS.search(name))
+        place = 0.5 if layered else depths[name] or 0.0
+        return place, [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
+
+    return sorted(depths, key=key)
+
+
 def measure(streams: Streams) -> Differences:
     """Measure everything in one pass over the files, in float64."""
     labels = tuple(one.label for one in streams.tuned)
     tasks = len(labels)
-    names = streams.matched.merged
+    names = in_order(streams.matched.merged)
     products = {layer_of(name): np.zeros((tasks, tasks)) for name in names}
     changed = {name: np.zeros(tasks, np.int64) for name in names}
     squares = {name: np.zeros(tasks + 1) for name in names}

@@ -60,7 +60,15 @@ def angles(ax: Axes, whole: pd.DataFrame) -> None:
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
     if len(names) <= MOST_NUMBERS:
         for (i, j), value in np.ndenumerate(matrix):
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if abs(value) > 0.6 else "k")
+            ax.text(
+                j,
+                i,
+                f"{round(value, 2) + 0.0:.2f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="w" if abs(value) > 0.6 else "k",
+            )
     short = [safe_name(name, 18) for name in names]
     ax.set_xticks(range(len(names)), short, rotation=90, fontsize=6)
     ax.set_yticks(range(len(names)), short, fontsize=6)
