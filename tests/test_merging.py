@@ -226,7 +226,7 @@ def test_order_statistics_are_those_of_sorted_numbers(values: list[float], data:
     slices = [torch.stack([piece, -piece]) for piece in row.split(7)]
     found = order_statistics(slices, lambda count: [rank, count - 1])
     wanted = torch.stack([row.sort().values, (-row).sort().values])[:, [rank, len(values) - 1]]
-    assert torch.equal(found + 0.0, wanted + 0.0)
+    assert torch.equal(torch.from_numpy(found) + 0.0, wanted + 0.0)
 
 
 def test_order_statistics_of_nothing_are_zero() -> None:

@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 
 from taskvec.errors import TaskvecError, unknown
-from taskvec.merging import ADDITION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +164,9 @@ def merge(
     tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
     scale: Annotated[float, typer.Option(help="lambda: how far to go along the merged direction")],
     out: Annotated[Path, typer.Option(help="a .safetensors file, or a new folder (for shards, or a file a task)")],
-    method: Annotated[str, typer.Option(help="a merging method (taskvec list methods), or several with +")] = ADDITION,
+    method: Annotated[
+        str, typer.Option(help="a merging method (taskvec list methods), or several with +")
+    ] = "task_arithmetic",
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a hyperparameter")] = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="tensors that stay the base's, such as 'head.*'")

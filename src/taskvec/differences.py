@@ -11,11 +11,13 @@ import pandas as pd
 from jaxtyping import Float64
 from numpy import ndarray
 
-from taskvec.merging.parts import LAYERS, describe
+from taskvec.merging.parts import LAYERS
 from taskvec.merging.streaming import Streams
 
 NUMBERED = re.compile(r"(?:^|\.)[^.]*\d+(?=\.)")
 """The first numbered part of a name, where it tells no layer otherwise."""
+OUTPUT = re.compile(r"^(?!.*embed)(.*\.)?(norm|fc|head|classifier|ln_(f|post|final)|final|pool|post|lm_head|proj)")
+"""Names that come after the layers; all others without a number come before."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,13 @@ def layer_of(name: str) -> str:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Sort names of entries from a model's input to its output, as far as they tell; numbers count as numbers."""
-    depths = {name: depth for name, (_, depth) in describe(dict.fromkeys(names, ())).items()}
 
     def key(name: str) -> tuple[float, list[tuple[bool, int, str]]]:
-        layered = bool(LAYERS.search(name))
-        place = 0.5 if layered else depths[name] or 0.0
+        layered = LAYERS.search(name) or NUMBERED.search(name)
+        place = 0.5 if layered else float(bool(OUTPUT.search(name)))
         return place, [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
 
-    return sorted(depths, key=key)
+    return sorted(names, key=key)
 
 
 def measure(streams: Streams) -> Differences:

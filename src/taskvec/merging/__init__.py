@@ -57,6 +57,7 @@ register(
         survey=sparsity.trim_thresholds,
         laws=frozenset({"order", "homogeneous"}),
         elementwise=True,
+        arrays=True,
     )
 )
 register(
@@ -103,6 +104,7 @@ register(
         reference="Marczak et al., MagMax, arXiv 2407.06322",
         laws=frozenset({"one task", "order", "homogeneous"}),
         elementwise=True,
+        arrays=True,
     )
 )
 register(
@@ -114,6 +116,7 @@ register(
         config=sparsity.Consensus,
         laws=frozenset({"one task", "order", "homogeneous"}),
         elementwise=True,
+        arrays=True,
     )
 )
 register(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from pydantic import Field, FiniteFloat
 
 from taskvec.errors import TaskvecError
@@ -12,6 +13,7 @@ from taskvec.settings import Settings
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Float32
+    from numpy import ndarray
     from torch import Tensor
 
 NEARLY_PARALLEL = 0.9995
@@ -38,12 +40,19 @@ def total(vectors: Float32[Tensor, " tasks *shape"]) -> Float32[Tensor, " *shape
 
 def rows(vectors: Float32[Tensor, " tasks *shape"]) -> Float32[Tensor, "tasks count"]:
     """Return every task's numbers as one row."""
-    return vectors.flatten(1) if vectors.ndim > 1 else vectors[:, None]
+    return vectors.reshape(len(vectors), -1)
 
 
-def by_task(values: Float32[Tensor, " tasks"], vectors: Float32[Tensor, " tasks *shape"]) -> Tensor:
-    """Return one value a task in a shape that broadcasts against the tasks' vectors."""
-    return values.to(vectors.device).view(-1, *[1] * (vectors.ndim - 1))
+def by_task(
+    values: Float32[Tensor, " tasks"] | Float32[ndarray, " tasks"], vectors: Float32[Tensor, " tasks *shape"]
+) -> Tensor:
+    """Return one value a task in a shape that broadcasts against the tasks' vectors, where and as those are."""
+    shaped: Any = values.reshape(-1, *[1] * (vectors.ndim - 1))
+    if isinstance(vectors, np.ndarray):
+        return shaped
+    import torch
+
+    return torch.as_tensor(shaped, device=vectors.device)
 
 
 def task_arithmetic(

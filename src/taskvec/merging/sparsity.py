@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the command lists methods without loading torch
     from collections.abc import Callable
 
     from jaxtyping import Bool, Float32
+    from numpy import ndarray
     from torch import Tensor
 
 Share = Annotated[FiniteFloat, Field(gt=0, le=1)]
@@ -96,21 +97,21 @@ class Rows:
             yield rows(self.function(vectors))
 
 
-def trim_thresholds(entries: Entries, config: Ties) -> Float32[Tensor, " tasks"]:
+def trim_thresholds(entries: Entries, config: Ties) -> Float32[ndarray, " tasks"]:
     """Return the magnitude from which on each task's entries are kept, over its whole vector."""
 
     def ranks(count: int) -> list[int]:
         return [max(0, count - int(count * config.keep) - 1)]
 
-    return order_statistics(Rows(entries, lambda vectors: vectors.abs()), ranks)[:, 0]
+    return order_statistics(Rows(entries, abs), ranks)[:, 0]
 
 
 def elect(vectors: Float32[Tensor, " tasks *shape"], fuse: Fuse) -> Float32[Tensor, " *shape"]:
     """Return the mean, or the sum, of what has the sign of the tasks' sum; 0 where the sum is 0."""
-    sign = total(vectors).sign()
-    agreeing = vectors * (vectors * sign > 0)
-    merged = total(agreeing)
-    return merged if fuse == "sum" else merged / (agreeing != 0).sum(0).clamp(min=1)
+    elected = total(vectors)
+    agreeing = ((vectors > 0) & (elected > 0)) | ((vectors < 0) & (elected < 0))
+    merged = total(vectors * agreeing)
+    return merged if fuse == "sum" else merged / agreeing.sum(0, dtype=vectors.dtype).clip(1)
 
 
 def ties(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Ties) -> Float32[Tensor, " *shape"]:
@@ -119,7 +120,7 @@ def ties(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Ties) ->
     trim keeps what is at least as large as the threshold of the authors' code, the (n - int(0.2 n))-th smallest of n
     magnitudes. Where kept values cancel exactly the code takes the whole vector's majority sign; here none is elected.
     """
-    kept = vectors * (vectors.abs() >= by_task(part.whole, vectors))
+    kept = vectors * (abs(vectors) >= by_task(part.whole, vectors))
     return elect(kept, config.fuse)
 
 
@@ -174,14 +175,14 @@ def magmax(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Settin
     """
     best = vectors[0]
     for vector in vectors[1:]:
-        larger = (vector.abs() > best.abs()) | ((vector.abs() == best.abs()) & (vector > best))
-        best = vector.where(larger, best)
+        larger = (abs(vector) > abs(best)) | ((abs(vector) == abs(best)) & (vector > best))
+        best = vector * larger + best * ~larger
     return best
 
 
 def tall_mask(vectors: Float32[Tensor, " tasks *shape"], k: float) -> Bool[Tensor, " tasks *shape"]:
     """Return abs(tau_t) > k * abs(sum_s tau_s - tau_t) (arXiv 2405.07813)."""
-    return vectors.abs() > k * (total(vectors) - vectors).abs()
+    return abs(vectors) > k * abs(total(vectors) - vectors)
 
 
 def consensus(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Consensus) -> Float32[Tensor, " *shape"]:
@@ -232,14 +233,14 @@ def emr(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Settings)
 class Importance:
     """What pcb knows of whole vectors: the magnitudes that it clips at, and the scores between which it keeps."""
 
-    clip: Float32[Tensor, "tasks 2"]
-    keep: Float32[Tensor, "tasks 2"]
+    clip: Float32[ndarray, "tasks 2"]
+    keep: Float32[ndarray, "tasks 2"]
 
 
 def importance(entries: Entries, config: Pcb) -> Importance:
     """Find pcb's four order statistics of every task, by the ranks of the authors' code."""
     clip = order_statistics(
-        Rows(entries, lambda vectors: vectors.abs()),
+        Rows(entries, abs),
         lambda count: [int(count * OUTLIERS), max(0, int(count * (1 - OUTLIERS) - 1))],
     )
     keep = order_statistics(
@@ -250,7 +251,7 @@ def importance(entries: Entries, config: Pcb) -> Importance:
 
 
 def unit(
-    values: Float32[Tensor, " tasks *shape"], ends: Float32[Tensor, "tasks 2"]
+    values: Float32[Tensor, " tasks *shape"], ends: Float32[ndarray, "tasks 2"]
 ) -> Float32[Tensor, " tasks *shape"]:
     """Return every task's values between 0 at its lower end and 1 at its upper one; 0 where both are one."""
     low, high = (by_task(end, values) for end in ends.T)
@@ -259,7 +260,7 @@ def unit(
 
 
 def scores(
-    vectors: Float32[Tensor, " tasks *shape"], clip: Float32[Tensor, "tasks 2"]
+    vectors: Float32[Tensor, " tasks *shape"], clip: Float32[ndarray, "tasks 2"]
 ) -> Float32[Tensor, " tasks *shape"]:
     """Return exp(T unit(abs(tau_t))^2) * tanh(tau_t sum_s tau_s), how important an entry is to a task and to all."""
     return (len(vectors) * unit(vectors.abs(), clip) ** 2).exp() * (vectors * total(vectors)).tanh()
