@@ -8,14 +8,17 @@ from pathlib import Path
 import taskvec
 
 ORDER = """
-errors compute settings weights store pipeline executors images training kinds
+errors compute settings weights store files matching pipeline executors images training kinds
 lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
-tasks loaders backbones heads vectors finetuning merging.averaging merging evaluation search disentangling
+tasks loaders backbones heads vectors finetuning
+merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
+merging.recipes merging merging.buffers merging.streaming differences evaluation search disentangling
 model steps paper study cells plan results
 views texts evidence verdict comparison claims tables
-figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures page
-runs progress studies cli __main__
+figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
+figures page
+runs progress checkpoints studies cli __main__
 """.split()  # noqa: SIM905
 ROOT = Path(taskvec.__file__).parent
 EXEMPT = {"", "__init__"}

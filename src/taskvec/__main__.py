@@ -10,7 +10,9 @@ from types import FrameType
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Leave with a message; what is under way is tidied up, and a second Ctrl-C does not disturb that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print("\ninterrupted: finished steps are kept, the same command goes on from there", file=sys.stderr)
+    resumes = "merge" not in sys.argv[1:2] and "diff" not in sys.argv[1:2]
+    kept = "finished steps are kept, the same command goes on from there" if resumes else "nothing was written"
+    print(f"\ninterrupted: {kept}", file=sys.stderr)
     raise SystemExit(130)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from taskvec.pipeline import Step
 from taskvec.study import BackboneChoice
@@ -18,7 +19,12 @@ Inputs = dict[str, list[Step]]
 
 @dataclass
 class Candidate:
-    """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales."""
+    """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales.
+
+    ``settings`` are its hyperparameters where they are not the authors'. ``options`` are what its hyperparameters were
+    chosen from, each tried at a few scales; then ``merged`` has copied the best one. ``per_task`` merges have a
+    direction for each task.
+    """
 
     name: str
     grid: list[float]
@@ -26,6 +32,15 @@ class Candidate:
     merged: Step
     rounds: list[dict[str, Step]]
     choice: Step
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    per_task: bool = False
+    options: list[Candidate] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Name it with its hyperparameters, for labels."""
+        told = "".join(f" {key}={value}" for key, value in self.settings.items())
+        return f"{self.name}{told}{', chosen' if self.options else ''}, {self.heads} heads"
 
 
 @dataclass
@@ -76,7 +91,7 @@ class Cell:
         yield from itertools.chain(*(steps.values() for steps in by_task))
         yield from itertools.chain(self.heatmaps.values(), self.subsets.values())
         yield from self.rate[1].values() if self.rate else ()
-        for candidate in self.candidates:
+        for candidate in [c for one in self.candidates for c in (*one.options, one)]:
             yield from (step for one in candidate.rounds for step in one.values())
             yield candidate.choice
         yield from (step for step in (self.joint, self.gains, self.model) if step is not None)

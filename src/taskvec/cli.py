@@ -157,6 +157,60 @@ def predict(
         typer.echo(f"{answer.image}\t{answer.task}\t{answer.label}\t{answer.probability:.3f}")
 
 
+@app.command()
+@guarded
+def merge(
+    base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
+    tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
+    scale: Annotated[float, typer.Option(help="lambda: how far to go along the merged direction")],
+    out: Annotated[Path, typer.Option(help="a .safetensors file, or a new folder (for shards, or a file a task)")],
+    method: Annotated[
+        str, typer.Option(help="a merging method (taskvec list methods), or several with +")
+    ] = "task_arithmetic",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a hyperparameter")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="tensors that stay the base's, such as 'head.*'")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="store as float32, bfloat16, ...; as the base by default")] = None,
+    shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="largest file, such as 5GB")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of methods that draw")] = 0,
+) -> None:
+    """Merge fine-tuned weights of any architecture in little memory; no model is built."""
+    from taskvec import checkpoints
+    from taskvec.progress import passes
+
+    begin = time.monotonic()
+    request = checkpoints.Merge(
+        base, tuned, out, scale, method, settings or (), keep or (), dtype=dtype, shard_size=shard_size, seed=seed
+    )
+    with passes("merging", Console(stderr=True)) as watch:
+        lines = request.run(watch)
+    typer.echo("\n".join([*lines, f"in {time.monotonic() - begin:.1f} s"]))
+
+
+@app.command()
+@guarded
+def diff(
+    base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
+    tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
+    out: Annotated[Path | None, typer.Option(help="a folder for a figure (png, pdf) and tables (csv)")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="tensors to leave out, such as 'head.*'")
+    ] = None,
+) -> None:
+    """Compare fine-tuned weights with their base: norms by layer, cosines, share of changed entries."""
+    from taskvec import checkpoints
+    from taskvec.progress import passes
+
+    with passes("comparing", Console(stderr=True)) as watch:
+        found = checkpoints.compare(base, tuned, keep or (), watch)
+    console = Console(width=max(100, Console().width))
+    for title, frame in checkpoints.tables(found).items():
+        _print(console, title, frame)
+    if out is not None:
+        typer.echo(f"written to {out}: {', '.join(checkpoints.write(found, out))}")
+
+
 @app.command("list")
 @guarded
 def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones or tasks")]) -> None:
@@ -177,7 +231,7 @@ def _studies() -> dict[str, str]:
 def _methods() -> dict[str, str]:
     from taskvec.merging import METHODS
 
-    return {method.name: f"{method.description} ({method.reference})" for method in METHODS.values()}
+    return {method.name: method.about for method in METHODS.values()}
 
 
 def _backbones() -> dict[str, str]:

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from taskvec import vectors
 from taskvec.backbones import Backbone, restore
 from taskvec.compute import choose_device
 from taskvec.errors import TaskvecError, unknown
 from taskvec.heads import Head, read_heads, save_heads
 from taskvec.images import open_image, resize_and_crop
+from taskvec.merging.buffers import DIRECTIONS, TaskDirections, read_directions, save_directions
 from taskvec.store import read_json, write_json
 from taskvec.weights import Weights, save
 
-ABOUT = ("method", "heads", "scale", "scales", "validation")
-"""What model.json says of the merge; ``scales``, one a task in their order, are there where each has its own."""
+ABOUT = ("method", "config", "heads", "scale", "scales", "validation")
+"""What model.json says of the merge; ``scales``, one a task in their order, are there where each has its own, and
+``config`` where hyperparameters are not the authors'."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,41 @@ class Prediction:
 
 @dataclass(frozen=True)
 class MultiTaskModel:
-    """An encoder with a head for every task; all heads that read the same features answer from one forward pass."""
+    """An encoder with a head for every task; all heads that read the same features answer from one forward pass.
+
+    With ``directions``, of a per-task merge, the encoder moves for every task, and each has a pass of its own.
+    """
 
     backbone: Backbone
     heads: Mapping[str, Head]
     classes: Mapping[str, Sequence[str]]
     about: Mapping[str, Any]
+    directions: TaskDirections | None = None
 
     def logits(
         self, features: Float[Tensor, "batch *patches width"], per_patch: bool = False
     ) -> dict[str, Float[Tensor, "batch *patches classes"]]:
         """Return the scores of every task that reads features of images, or of every patch."""
         return {task: head.logits(features) for task, head in self.heads.items() if head.rules.per_patch == per_patch}
+
+    def scores(self, images: UInt8[np.ndarray, "count 3 size size"], tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Return the scores of tasks and of those that read the same features, from one pass for each kind."""
+        if self.directions is not None:
+            return {task: self.own_scores(images, task) for task in tasks}
+        found: dict[str, Tensor] = {}
+        for per_patch in {self.heads[task].rules.per_patch for task in tasks}:
+            found |= self.logits(self.backbone.features(images, per_patch=per_patch), per_patch)
+        return found
+
+    def own_scores(self, images: UInt8[np.ndarray, "count 3 size size"], task: str) -> Tensor:
+        """Return one task's scores for decoded images, with the encoder moved by its own direction."""
+        assert self.directions is not None
+        backbone, place = self.backbone, list(self.heads).index(task)
+        vectors.move(backbone.bound, backbone.pretrained, [self.directions.of(place)], [self.about["scale"]])
+        per_patch = self.heads[task].rules.per_patch
+        found = self.heads[task].logits(backbone.features(images, per_patch=per_patch))
+        backbone.use(backbone.pretrained)
+        return found
 
     def predict(self, images: Sequence[str | Path], task: str | None = None) -> list[Prediction]:
         """Classify image files by every task's head, or by one task's."""
@@ -61,9 +87,7 @@ class MultiTaskModel:
         if not pixels:
             return []
         names = [task] if task is not None else list(self.heads)
-        scores: dict[str, Tensor] = {}
-        for per_patch in {self.heads[name].rules.per_patch for name in names}:
-            scores |= self.logits(self.backbone.features(np.stack(pixels), per_patch=per_patch), per_patch)
+        scores = self.scores(np.stack(pixels), names)
         return [
             Prediction(str(image), name, *self.heads[name].rules.answer(scores[name][index], self.classes[name]))
             for index, image in enumerate(images)
@@ -78,17 +102,25 @@ def save_model(
     heads: Mapping[str, Head],
     classes: Sequence[Sequence[str]],
     about: Mapping[str, Any],
+    directions: TaskDirections | None = None,
 ) -> None:
-    """Write encoder.safetensors, heads.safetensors and model.json (classes, preprocessing, method, scale)."""
+    """Write encoder.safetensors, heads.safetensors and model.json (classes, preprocessing, method, scale).
+
+    A per-task merge has its ``directions`` in a file of their own, beside the pre-trained encoder; model.json says how
+    many bytes each task adds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save(weights, folder / "encoder.safetensors")
     save_heads(dict(heads), folder / "heads.safetensors")
-    record = {
+    record: dict[str, Any] = {
         "name": backbone.name,
         "architecture": backbone.architecture,
         "preprocessing": backbone.preprocessing.to_json(),
         "tasks": [{"name": name, "classes": list(c)} for name, c in zip(heads, classes, strict=True)],
     }
+    if directions is not None:
+        save_directions(directions, folder / DIRECTIONS)
+        record["bytes_per_task"] = directions.bytes_per_task
     write_json(folder / "model.json", record | dict(about))
 
 
@@ -103,6 +135,7 @@ def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
         {task["name"]: heads[task["name"]] for task in record["tasks"]},
         {task["name"]: task["classes"] for task in record["tasks"]},
         {key: record[key] for key in ABOUT if key in record},
+        read_directions(chosen / DIRECTIONS, backbone.pretrained) if (chosen / DIRECTIONS).exists() else None,
     )
 
 

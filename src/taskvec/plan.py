@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from taskvec.cells import LEARNING, OPEN, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
 from taskvec.disentangling import choose_pairs, spread_sets
 from taskvec.errors import TaskvecError
-from taskvec.merging import ADDITION, PER_TASK, find_method
+from taskvec.merging import ADDITION, PER_TASK, Recipe, find_recipe
 from taskvec.pipeline import Step
 from taskvec.search import coarse
 from taskvec.settings import Finetune, parse_scales
@@ -30,6 +31,7 @@ VERSIONS = {
     "finetune_joint": 1,
     "choose_learning_rate": 2,
     "merge": 1,
+    "choose_option": 1,
     "per_task_scales": 3,
     "kept_curve": 2,
     "reprobed_curve": 2,
@@ -251,19 +253,50 @@ class Planner:
         return self.step("finetune_joint", f"fine-tune jointly {cell.where}", config, inputs | rate, cost)
 
     def _merge(self, cell: Cell, method: MethodChoice, ground: Ground, rates: dict[str, Step]) -> None:
-        """Merge, and try the scales with each kind of head: kept heads all at once, re-probed ones coarse to fine."""
-        merged = self.step(
-            "merge",
-            f"merge by {method.name} {cell.where}",
-            {"method": method.name},
-            {"backbone": [ground.encoder], "finetuned": list(cell.finetuned.values())},
-        )
+        """Merge, and try the scales with each kind of head: kept heads all at once, re-probed ones coarse to fine.
+
+        Of several hyperparameters each is tried at coarse scales first, and the best of them goes on.
+        """
+        recipes = method.recipes()
+        recipes[0].check_tasks(len(cell.tasks))
+        merged = [self._merged(cell, recipe, ground) for recipe in recipes]
         for kind in self.study.heads:
-            candidate = Candidate(method.name, method.grid(), kind, merged, [], merged)
+            options = [
+                Candidate(method.name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
+                for step, recipe in zip(merged, recipes, strict=True)
+            ]
+            candidate = options[0] if len(options) == 1 else self._best_option(cell, options, ground, rates)
             for number, stride in enumerate((0,) if kind == "kept" else (*ROUNDS, 0)):
                 candidate.rounds.append({t: self._curve(t, cell, candidate, number, ground, rates) for t in cell.tasks})
                 candidate.choice = self._choice(cell, candidate, stride)
             cell.candidates.append(candidate)
+
+    def _merged(self, cell: Cell, recipe: Recipe, ground: Ground) -> Step:
+        """Merge by one method; those that look at data or draw at random are told more than others."""
+        inputs = {"backbone": [ground.encoder], "finetuned": list(cell.finetuned.values())}
+        config: dict[str, Any] = {"method": recipe.name}
+        config |= {"config": recipe.settings()} if recipe.settings() else {}
+        config |= {"seed": cell.seed} if recipe.needs else {}
+        cost = 10.0
+        if recipe.measures:
+            inputs |= {"task": [ground.data[t] for t in cell.tasks]}
+            config |= self.device
+            cost = 2000.0 * len(cell.tasks)
+        told = "".join(f" {key}={value}" for key, value in recipe.settings().items())
+        return self.step("merge", f"merge by {recipe.name}{told} {cell.where}", config, inputs, cost)
+
+    def _best_option(self, cell: Cell, options: list[Candidate], ground: Ground, rates: dict[str, Step]) -> Candidate:
+        """Try every option at coarse scales, and go on with the one whose best scale is best."""
+        for option in options:
+            rough = replace(option, grid=coarse(option.grid)) if option.heads == "kept" else option
+            option.rounds.append({t: self._curve(t, cell, rough, 0, ground, rates) for t in cell.tasks})
+            option.choice = self._choice(cell, option, 0)
+        first = options[0]
+        inputs = {"merged": [one.merged for one in options], "choices": [one.choice for one in options]}
+        about = {"options": [dict(one.settings) for one in options]}
+        label = f"choose hyperparameters: {first.name}, {first.heads} heads {cell.where}"
+        chosen = self.step("choose_option", label, about, inputs)
+        return Candidate(first.name, first.grid, first.heads, chosen, [], chosen, {}, first.per_task, options)
 
     def _curve(
         self, task: str, cell: Cell, candidate: Candidate, number: int, ground: Ground, rates: dict[str, Step]
@@ -273,6 +306,7 @@ class Planner:
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
         scales = [] if number else candidate.grid if kept else coarse(candidate.grid)
         config: dict[str, Any] = {"scales": scales, **self.device}
+        config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
         if kept:
             known = {} if cell.regime in LEARNING else {"start": [(cell.zero_shot or cell.head)[task]]}
             inputs |= {"head": [cell.finetuned[task]], **known}
@@ -281,13 +315,13 @@ class Planner:
             inputs |= {"plan": [candidate.choice]} if number else {}
             config |= {"probe": self.study.probe.model_dump(mode="json"), "seed": cell.seed}
         cost = (2 if number else len(scales)) * self.images[task] * (0.1 if kept else 1.4)
-        label = f"scales of {task}, round {number + 1}: {candidate.name}, {candidate.heads} heads {cell.where}"
+        label = f"scales of {task}, round {number + 1}: {candidate.title} {cell.where}"
         return self.step("kept_curve" if kept else "reprobed_curve", label, config, inputs, cost)
 
     def _choice(self, cell: Cell, candidate: Candidate, stride: int) -> Step:
         inputs = {f"round{i}": list(curves.values()) for i, curves in enumerate(candidate.rounds)}
         inputs["finetuned"] = list(cell.finetuned.values())
-        label = f"choose lambda: {candidate.name}, {candidate.heads} heads {cell.where}"
+        label = f"choose lambda: {candidate.title} {cell.where}"
         return self.step("choose_scale", label, {"grid": candidate.grid, "refine": stride}, inputs)
 
     def _per_task(self, cell: Cell, ground: Ground) -> None:
@@ -311,7 +345,9 @@ class Planner:
             inputs |= {"finetuned": [cell.finetuned[t]], **baselines}
             inputs |= {"zero_shot": [cell.zero_shot[t]]} if cell.zero_shot else {}
             inputs |= common | {f"rounds{i}": [one[t] for one in c.rounds] for i, c in enumerate(cell.candidates)}
-            config = {"candidates": kinds, **self.device}
+            config: dict[str, Any] = {"candidates": kinds, **self.device}
+            if any(c.per_task for c in cell.candidates):
+                config |= {"task": cell.tasks.index(t)}
             cell.test[t] = self.step("test_task", f"test {t} {cell.where}", config, inputs, self.images[t])
         names = {"tasks": list(cell.tasks), "candidates": kinds}
         cell.gains = self.step("gains", f"gains {cell.where}", names, {"tests": list(cell.test.values())})
@@ -326,7 +362,9 @@ class Planner:
             for i, c in enumerate(cell.candidates)
             for k, t in enumerate(cell.tasks)
         }
-        candidates = [{"method": c.name, "heads": c.heads} for c in cell.candidates]
+        candidates: list[dict[str, Any]] = [{"method": c.name, "heads": c.heads} for c in cell.candidates]
+        for candidate, about in zip(cell.candidates, candidates, strict=True):
+            about |= {"config": dict(candidate.settings)} if candidate.settings else {}
         config = {"tasks": list(cell.tasks), "candidates": candidates}
         cell.model = self.step("build_model", f"model {cell.where}", config, inputs)
 
@@ -372,7 +410,7 @@ class Planner:
     ) -> Step:
         settings, axis = self.study.subsets, self.study.heatmap
         grids = [method.grid() for method in self.study.methods if method.name == ADDITION]
-        grid = grids[0] if grids else parse_scales(find_method(ADDITION).scales)
+        grid = grids[0] if grids else parse_scales(find_recipe(ADDITION).scales)
         config = {"merge": merge, "grid": grid, "samples": settings.samples, **self.device}
         config |= {"points": settings.points, "axis": axis.scales()}
         inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in names]}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
@@ -103,3 +104,25 @@ class Terminal:
         done = self.reused_cost + self.cost + sum(step.cost * share for step, share in self.shares.items())
         text = f"{self.number}/{self.count} {under_way[:70]}"
         self.bar.update(self.task, total=max(self.total, 1), completed=done, description=text, left=self.left())
+
+
+@contextmanager
+def passes(title: str, console: Console) -> Iterator[Callable[[int, float], None]]:
+    """Show passes over files, one bar with an estimate of the time left for each; nothing without a terminal.
+
+    What it yields is told the pass (from 1) and the share of it that is done.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), Left())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task, begin, current = bar.add_task(title, total=1.0), time.monotonic(), 1
+
+        def watch(number: int, share: float) -> None:
+            nonlocal begin, current
+            if number != current:
+                begin, current = time.monotonic(), number
+            elapsed = time.monotonic() - begin
+            left = elapsed * (1 - share) / share if share > FIRST and elapsed > 1 else None
+            again = f", pass {number}" if number > 1 else ""
+            bar.update(task, completed=share, description=f"{title}{again}", left=left)
+
+        yield watch

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -46,7 +46,7 @@ class Writer:
             made_by = dict.fromkeys([*cell.tasks, ""], self._id(cell.joint))
             yield from self.measured("joint", "kept", SCALE["joint"], "validation", values, made_by)
         for candidate in cell.candidates:
-            yield from self.tried_together(candidate) if candidate.name == PER_TASK else self.curve(candidate)
+            yield from self.tried_together(candidate) if candidate.name == PER_TASK else self.searched(candidate)
         yield from self.test_rows()
         for names, step in cell.subsets.items():
             yield from self.subset_rows(names, step)
@@ -61,8 +61,22 @@ class Writer:
         """Return the validation accuracy that the step of each task has measured."""
         return {t: self.metrics(step)["validation"] for t, step in steps.items()}
 
+    def config_of(self, candidate: Candidate) -> Mapping[str, Any]:
+        """Return the hyperparameters of a candidate that are not the authors'; of several options those chosen."""
+        if candidate.options:
+            return cast("dict[str, Any]", self.done[candidate.merged].json("option.json")["settings"])
+        return candidate.settings
+
+    def searched(self, candidate: Candidate) -> Iterator[Row]:
+        """Yield the validation rows of a candidate, after those of the options that were not chosen."""
+        for option in candidate.options:
+            if self.config_of(option) != self.config_of(candidate):
+                yield from self.curve(option)
+        yield from self.curve(candidate)
+
     def curve(self, candidate: Candidate) -> Iterator[Row]:
         """Yield the validation rows of every scale that a candidate tried, in rising order."""
+        config = self.config_of(candidate)
         found: dict[float, tuple[dict[str, float], dict[str, str]]] = {}
         for steps in candidate.rounds:
             for task, step in steps.items():
@@ -71,7 +85,7 @@ class Writer:
                     values, made_by = found.setdefault(scale, ({}, {"": self._id(candidate.choice)}))
                     values[task], made_by[task] = value, self.done[step].id
         for scale, (values, made_by) in sorted(found.items()):
-            yield from self.measured(candidate.name, candidate.heads, scale, "validation", values, made_by)
+            yield from self.measured(candidate.name, candidate.heads, scale, "validation", values, made_by, config)
 
     def tried_together(self, candidate: Candidate) -> Iterator[Row]:
         """Yield the validation rows of every set of scales, one a task; ``scale`` is their mean.
@@ -103,7 +117,8 @@ class Writer:
         gains = self.done[cell.gains].json("gains.json") if cell.gains else {}
         for index, candidate in enumerate(cell.candidates):
             choice = self.done[candidate.choice].json("choice.json")
-            scale, config = self.scales_of(choice["scales"]) if "scales" in choice else (choice["scale"], {})
+            own = choice["scale"], self.config_of(candidate)
+            scale, config = self.scales_of(choice["scales"]) if "scales" in choice else own
             values = {t: found[str(index)] for t, found in measured.items()}
             name, heads = candidate.name, candidate.heads
             yield from self.measured(name, heads, scale, "test", values, made_by, config)

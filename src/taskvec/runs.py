@@ -16,6 +16,7 @@ from taskvec.backbones import default_name
 from taskvec.cells import Cell
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
+from taskvec.merging.buffers import DIRECTIONS
 from taskvec.pipeline import Watcher
 from taskvec.plan import plan
 from taskvec.results import Done, heatmaps, results
@@ -184,5 +185,6 @@ def write_models(cells: list[Cell], done: Done, out: Path) -> None:
                 best[cell.backbone] = *value, artifact.folder
     for backbone, (*_, source) in best.items():
         (out / backbone).mkdir(parents=True)
-        for name in ("encoder.safetensors", "heads.safetensors", "model.json"):
-            shutil.copyfile(source / name, out / backbone / name)
+        for name in ("encoder.safetensors", "heads.safetensors", DIRECTIONS, "model.json"):
+            if (source / name).exists():
+                shutil.copyfile(source / name, out / backbone / name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from taskvec import vectors
 from taskvec.backbones import Backbone
 from taskvec.evaluation import normalised_accuracy
 from taskvec.heads import Head, accuracy, features_of, fit
-from taskvec.merging import ADDITION, find_method
+from taskvec.merging import ADDITION, buffers, find_recipe
 from taskvec.settings import Probe, parse_scales
 from taskvec.tasks import Task
 from taskvec.training import Progress, no_progress
@@ -58,15 +59,27 @@ def value_of(accuracies: Sequence[float], fine_tuned: Sequence[float]) -> float:
     return float(np.mean(accuracies)) if normalised is None else normalised
 
 
-def merge(pretrained: Weights, task_vectors: Sequence[Weights], scale: float, method: str = ADDITION) -> Weights:
-    """Return theta_pre + scale * direction, where the method makes the direction out of the task vectors."""
-    return vectors.add(pretrained, direction(pretrained, task_vectors, method), scale)
+def merge(
+    pretrained: Weights,
+    task_vectors: Sequence[Weights],
+    scale: float,
+    method: str = ADDITION,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Return theta_pre + scale * direction; the method, or several joined by +, makes it out of the task vectors."""
+    return vectors.add(pretrained, direction(pretrained, task_vectors, method, config, seed), scale)
 
 
-def direction(pretrained: Weights, task_vectors: Sequence[Weights], method: str) -> Weights:
+def direction(
+    pretrained: Weights,
+    task_vectors: Sequence[Weights],
+    method: str,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Weights:
     """Return a method's merged task vector."""
-    flats = [vectors.matching(vector, pretrained).flat for vector in task_vectors]
-    return pretrained.with_flat(find_method(method).direction(flats))
+    return buffers.direction(find_recipe(method, config), buffers.Buffers(pretrained, task_vectors, seed))
 
 
 def kept_curve(
@@ -199,7 +212,7 @@ def search_scale(
 ) -> Search:
     """Choose the scale with kept heads by the highest mean normalised accuracy on the tasks' validation splits."""
     grid = (
-        parse_scales(scales or find_method(method).scales)
+        parse_scales(scales or find_recipe(method).scales)
         if scales is None or isinstance(scales, str)
         else list(scales)
     )

@@ -5,6 +5,7 @@ Every function has the signature ``(config, inputs, out, progress)``: ``inputs``
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from taskvec.finetuning import task_vector
 from taskvec.heads import Head, Probed, features_of, probe, read_heads, save_heads, zero_shot_head
 from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION
-from taskvec.merging import ADDITION
+from taskvec.merging import ADDITION, buffers, find_recipe
+from taskvec.merging.parts import Data
 from taskvec.settings import Finetune, Probe
 from taskvec.store import read_json, write_json
 from taskvec.tasks import Split, Task, read_task
@@ -70,8 +72,10 @@ def validations(folders: list[Path]) -> list[float]:
     return [read_json(folder / "metrics.json")["validation"] for folder in folders]
 
 
-def open_vector(folder: Path, backbone: Backbone) -> Weights:
-    """Open a merged task vector."""
+def open_vector(folder: Path, backbone: Backbone, config: Config) -> Weights:
+    """Open a merged task vector, or of a per-task merge the one of the task whose place the configuration tells."""
+    if (folder / buffers.DIRECTIONS).exists():
+        return buffers.read_directions(folder / buffers.DIRECTIONS, backbone.pretrained).of(config["task"])
     return backbones.read_weights(folder / "direction.safetensors", backbone.pretrained)
 
 
@@ -211,10 +215,30 @@ def choose_learning_rate(config: Config, inputs: Inputs, out: Path, progress: Pr
 
 
 def merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Make a method's merged task vector out of the fine-tuned encoders."""
+    """Make a method's merged task vector out of the fine-tuned encoders, or one for each task."""
     backbone = open_backbone(inputs, config)
-    tuned = open_task_vectors(inputs, backbone)
-    save(search.direction(backbone.pretrained, tuned, config["method"]), out / "direction.safetensors")
+    tuned, seed = open_task_vectors(inputs, backbone), config.get("seed", 0)
+    recipe = find_recipe(config["method"], config.get("config"))
+    statistics: dict[str, torch.Tensor] = {}
+    if recipe.measures:
+        heads = [head.on(backbone.device) for head in open_heads(inputs, "finetuned")]
+        statistics = buffers.measure(recipe, Data(backbone, tuned, open_tasks(inputs), heads, seed, progress))
+    entries = buffers.Buffers(backbone.pretrained, tuned, seed, statistics)
+    if recipe.per_task:
+        found = buffers.task_directions(recipe, entries)
+        buffers.save_directions(found, out / buffers.DIRECTIONS)
+        write_json(out / "merge.json", {"bytes_per_task": found.bytes_per_task})
+    else:
+        save(buffers.direction(recipe, entries), out / "direction.safetensors")
+
+
+def choose_option(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Choose the hyperparameters whose best coarse scale is best on validation, and copy their merge."""
+    choices = [read_json(folder / "choice.json") for folder in inputs["choices"]]
+    best = max(range(len(choices)), key=lambda index: (choices[index]["value"], -index))
+    for file in inputs["merged"][best].glob("direction*.safetensors"):
+        shutil.copyfile(file, out / file.name)
+    write_json(out / "option.json", {"index": best, "settings": config["options"][best]})
 
 
 def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
@@ -244,7 +268,7 @@ def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progres
 def kept_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task at every scale with its head kept; where that head did not learn, its scale 0 is known already."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
-    vector = open_vector(inputs["merged"][0], backbone)
+    vector = open_vector(inputs["merged"][0], backbone, config)
     known = {0.0: validations(inputs["start"])[0]} if "start" in inputs else {}
     scales = [scale for scale in config["scales"] if scale not in known]
     curve = dict(zip(scales, search.kept_curve(backbone, vector, task, head, scales, progress), strict=True))
@@ -254,7 +278,7 @@ def kept_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) ->
 def reprobed_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Fit a task's head again at the scales of this round; scale 0 gives the probed head itself."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
-    vector = open_vector(inputs["merged"][0], backbone)
+    vector = open_vector(inputs["merged"][0], backbone, config)
     rate = read_json(inputs["rate"][0] / "rate.json")["rate"]
     wanted = read_json(inputs["plan"][0] / "choice.json")["next"] if "plan" in inputs else config["scales"]
     scales = [scale for scale in wanted if scale != 0]
@@ -302,7 +326,7 @@ def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     progress(2 / (2 + len(config["candidates"])))
     for index, kind in enumerate(config["candidates"]):
         scale = read_json(inputs["choices"][index] / "choice.json")["scale"]
-        weights = vectors.add(backbone.pretrained, open_vector(inputs["merged"][index], backbone), scale)
+        weights = vectors.add(backbone.pretrained, open_vector(inputs["merged"][index], backbone, config), scale)
         head = own if kind == "kept" else find_head(inputs[f"rounds{index}"], scale)
         right[str(index)] = evaluation.correct(backbone, weights, task.test, head)
         progress((3 + index) / (2 + len(config["candidates"])))
@@ -412,15 +436,22 @@ def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -
     backbone = open_backbone(inputs, config)
     best = best_candidate(config, inputs)
     index, scale = best.pop("index"), best["scale"]
+    directions = None
     if index is None:
         weights, heads = backbone.pretrained, open_heads(inputs, "probe")
     else:
-        weights = vectors.add(backbone.pretrained, open_vector(inputs["merged"][index], backbone), scale)
         heads = open_heads(inputs, "finetuned")
         if best["heads"] == "reprobed":
             heads = [find_head(inputs[f"rounds{index}-{t}"], scale) for t in range(len(heads))]
+        folder = inputs["merged"][index]
+        if (folder / buffers.DIRECTIONS).exists():
+            weights = backbone.pretrained
+            directions = buffers.read_directions(folder / buffers.DIRECTIONS, weights)
+        else:
+            weights = vectors.add(backbone.pretrained, open_vector(folder, backbone, config), scale)
     classes = [read_json(folder / "classes.json") for folder in inputs["tasks"]]
-    model.save_model(out, backbone, weights, dict(zip(config["tasks"], heads, strict=True)), classes, best)
+    by_name = dict(zip(config["tasks"], heads, strict=True))
+    model.save_model(out, backbone, weights, by_name, classes, best, directions)
 
 
 def best_candidate(config: Config, inputs: Inputs) -> dict[str, Any]:
@@ -437,4 +468,6 @@ def best_candidate(config: Config, inputs: Inputs) -> dict[str, Any]:
             highest = choice["value"]
             best = {**candidate, "scale": choice["scale"], "validation": choice["accuracy"], "index": index}
             best |= {"scales": choice["scales"]} if "scales" in choice else {}
+            option = inputs["merged"][index] / "option.json"
+            best |= {"config": read_json(option)["settings"]} if option.exists() else {}
     return best

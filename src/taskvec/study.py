@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
-from taskvec.merging import ADDITION, METHODS, find_method
+from taskvec.merging import ADDITION, Recipe, find_recipe
 from taskvec.paper import MODELS
 from taskvec.settings import Count, Finetune, Heatmap, Probe, Rate, Settings, Subsets, parse_scales
 
+MOST_OPTIONS = 64
+"""How many combinations of a method's hyperparameters one study searches at most."""
 REGIMES = ("aligned", "full", "open", "open-full", "joint")
 
 
@@ -105,19 +108,39 @@ class TaskChoice(Choice):
     name: str = ""
 
 
+def checked_recipe(name: str, config: dict[str, Any]) -> Recipe:
+    """Return the recipe of a name and hyperparameters, or raise as a validator does."""
+    try:
+        return find_recipe(name, config)
+    except TaskvecError as error:
+        raise ValueError(f"{error.problem}; {error.fix}") from None
+
+
 class MethodChoice(Choice):
-    """A merging method and its scales, ``start:stop:step`` or a list."""
+    """A merging method, or several joined by +, its scales, ``start:stop:step`` or a list, and its hyperparameters.
+
+    A hyperparameter that is a list is searched on validation, all their combinations.
+    """
 
     short_for: ClassVar[str] = "name"
     name: str
     scales: tuple[FiniteFloat, ...] = ()
+    config: dict[str, Any] = Field(default={})
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in METHODS:
-            raise ValueError(f"unknown merging method '{name}'; {did_you_mean(name, METHODS)}")
+        checked_recipe(name, {})
         return name
+
+    @model_validator(mode="after")
+    def _configured(self) -> MethodChoice:
+        for key, value in self.config.items():
+            if value == []:
+                raise ValueError(f"'{key}' is an empty list; give its values")
+        if len(self.recipes()) > MOST_OPTIONS:
+            raise ValueError(f"{len(self.recipes())} combinations of hyperparameters; give at most {MOST_OPTIONS}")
+        return self
 
     @field_validator("scales", mode="before")
     @classmethod
@@ -138,7 +161,14 @@ class MethodChoice(Choice):
 
     def grid(self) -> list[float]:
         """Return the scales to try in rising order, the method's own by default."""
-        return list(self.scales) or parse_scales(find_method(self.name).scales)
+        return list(self.scales) or parse_scales(self.recipes()[0].scales)
+
+    def recipes(self) -> list[Recipe]:
+        """Return the recipe of every combination of the listed hyperparameters, the last one changing fastest."""
+        values = [value if isinstance(value, list) else [value] for value in self.config.values()]
+        options = [dict(zip(self.config, chosen, strict=True)) for chosen in itertools.product(*values)]
+        found = [checked_recipe(self.name, option) for option in options]
+        return [one for index, one in enumerate(found) if one not in found[:index]]
 
 
 class Study(Settings):

@@ -13,7 +13,10 @@ from taskvec.views import METRICS, Cell, Gain, View
 
 MISSING = "–"
 LABELS = {ADDITION: "addition", PER_TASK: "addition, λ per task"}
-NAMES = ("Backbone", "Regime", "Method", "Task", "Metric", "Model", "Claim", "Paper", "Measured", "Interval", "Verdict")
+NAMES = (
+    "Backbone", "Regime", "Method", "Task", "Metric", "Model", "Claim", "Paper", "Measured", "Interval", "Verdict",
+    "Checkpoint", "Layer",
+)  # fmt: skip
 LATEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     "\\": r"\textbackslash{}",

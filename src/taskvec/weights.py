@@ -83,6 +83,12 @@ def view(flat: Float32[Tensor, " size"], entry: Entry) -> Tensor:
     return flat[entry.start : entry.start + entry.size].view(entry.shape)
 
 
+def distinct(weights: Weights) -> tuple[Entry, ...]:
+    """Return the entries that hold something, tied ones once by the first of their names, in the buffer's order."""
+    first = {entry.start: entry for entry in reversed(weights.layout) if entry.size}
+    return tuple(first[start] for start in sorted(first))
+
+
 def pack(state: Mapping[str, Tensor]) -> Weights:
     """Copy a state dictionary into one flat float32 buffer, in its order; tied tensors are stored once."""
     layout: list[Entry] = []

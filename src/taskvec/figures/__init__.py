@@ -165,12 +165,16 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
     for planned in plan(results, heatmap, roles):
-        figure = planned.draw()
-        for ending in UNDATED:
-            name = f"{planned.stem}.{ending}"
-            _write_whole(folder / name, _encode(figure, ending))
-            names.append(name)
-            figure.set_layout_engine("none")  # the PDF keeps the layout of the PNG
+        names += save(planned.draw(), folder, planned.stem)
+    return names
+
+
+def save(figure: Figure, folder: Path, stem: str) -> list[str]:
+    """Write a figure as PNG and PDF; return the file names."""
+    names = [f"{stem}.{ending}" for ending in UNDATED]
+    for name, ending in zip(names, UNDATED, strict=True):
+        _write_whole(folder / name, _encode(figure, ending))
+        figure.set_layout_engine("none")  # the PDF keeps the layout of the PNG
     return names
 
 

@@ -1,0 +1,188 @@
+"""Merging and comparing files of weights: from paths and options to files, tables and the lines that tell of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taskvec.errors import TaskvecError
+from taskvec.files import Checkpoint, labels
+from taskvec.matching import SHOWN, Matched, match
+from taskvec.merging import ADDITION, Recipe, find_recipe
+from taskvec.merging.streaming import Streams, Watch, merge_files, plan_target, unwatched
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from taskvec.differences import Differences
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
+    """Open checkpoints until the stack ends; their labels tell them apart."""
+    return [stack.enter_context(Checkpoint(path, label)) for path, label in zip(paths, labels(paths), strict=True)]
+
+
+# ---------------------------------------------------------------- merging
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge of files as it is asked for; ``settings`` are key=value, ``keep`` patterns of names."""
+
+    base: Path
+    tuned: Sequence[Path]
+    out: Path
+    scale: float
+    method: str = ADDITION
+    settings: Sequence[str] = ()
+    keep: Sequence[str] = ()
+    dtype: str | None = None
+    shard_size: str | None = None
+    seed: int = 0
+
+    def run(self, watch: Watch = unwatched) -> list[str]:
+        """Merge, and return what to tell about it; mistakes raise before anything is written."""
+        recipe = find_recipe(self.method, parse_settings(self.settings))
+        check_possible(recipe, self.scale)
+        recipe.check_tasks(len(self.tuned))
+        limit = parse_size(self.shard_size) if self.shard_size else None
+        with ExitStack() as stack:
+            base, *tuned = open_all([self.base, *self.tuned], stack)
+            target = plan_target(self.out, self.dtype, limit, [base, *tuned], recipe)
+            streams = Streams(
+                base,
+                tuned,
+                match(base, tuned, self.keep),
+                not recipe.elementwise,
+                not recipe.arrays,
+                self.seed,
+                watch=watch,
+            )
+            written = merge_files(recipe, streams, self.scale, target)
+            count = f"{len(tuned)} checkpoint{'s' if len(tuned) > 1 else ''}"
+            return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams), *map(str, written)]
+
+
+def check_possible(recipe: Recipe, scale: float) -> None:
+    """Raise for a scale that is no number, and for methods that need more than files."""
+    if not math.isfinite(scale):
+        raise TaskvecError(f"--scale {scale} is no finite number", "give one such as 0.3")
+    needs = sorted(recipe.needs - {"seed"})
+    if needs:
+        raise TaskvecError(
+            f"'{recipe.name}' needs {' and '.join(needs)}, which files of weights do not hold",
+            "use it in a study file (docs/study.md), or choose another method",
+        )
+
+
+def parse_settings(given: Sequence[str]) -> dict[str, Any]:
+    """Return hyperparameters of key=value; values are JSON (0.2, true, [1, 2]) or else text."""
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or key.strip() in found:
+            why = "given twice" if key.strip() in found else "not of the form key=value"
+            raise TaskvecError(f"--set '{text}' is {why}", "write for example --set density=0.2")
+        try:
+            found[key.strip()] = json.loads(value)
+        except ValueError:
+            found[key.strip()] = value.strip()
+    return found
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 5GB, 500 MB or 2GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    size = int(float(found.group(1)) * UNITS.get(found.group(2), 0)) if found else 0
+    if size < 1:
+        raise TaskvecError(f"--shard-size '{text}' is no size", "write for example 5GB or 500MiB")
+    return size
+
+
+def told(streams: Streams) -> list[str]:
+    """Return lines that account for every tensor of every file."""
+    matched, base = streams.matched, streams.base
+    numbers = sum(base.tensors[name].size for name in matched.merged)
+    lines = [f"merged {len(matched.merged)} of {len(base.tensors)} tensors ({numbers:,} numbers)"]
+    ways = {"integers": matched.integers, "by --keep": matched.kept}
+    carried = [f"{len(names)} {way} ({_some(names)})" for way, names in ways.items() if names]
+    lines.append(f"carried over from the base: {', '.join(carried) or 'none'}; refused: none")
+    for one, names in zip(streams.tuned, matched.aside, strict=True):
+        if names:
+            lines.append(f"not used of {one.label}: {len(names)} ({_some(names)})")
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def compare(base: Path, tuned: Sequence[Path], keep: Sequence[str] = (), watch: Watch = unwatched) -> Differences:
+    """Measure how checkpoints differ from their base; tensors of the patterns in ``keep`` are left out."""
+    with ExitStack() as stack:
+        first, *others = open_all([base, *tuned], stack)
+        matched: Matched = match(first, others, keep)
+        from taskvec.differences import measure  # pandas
+
+        return measure(Streams(first, others, matched, watch=watch))
+
+
+def tables(found: Differences) -> dict[str, pd.DataFrame]:
+    """Return what the terminal shows: titles and tables of text."""
+    import pandas as pd
+
+    whole = found.by_checkpoint()
+    summary = pd.DataFrame(
+        {
+            "Checkpoint": whole["fine_tuned"],
+            "norm": whole["norm"].map("{:.4g}".format),
+            "of the base's": whole["relative"].map("{:.3%}".format),
+            "entries changed": whole["share"].map("{:.1%}".format),
+        }
+    )
+    layers = found.by_layer().pivot(index="layer", columns="fine_tuned", values="relative")
+    layers = layers.loc[list(found.products), list(found.labels)].map("{:.3%}".format)
+    shown = {
+        "task vectors": summary,
+        "norm of the task vector by layer, of the base's": layers.reset_index(names="Layer"),
+    }
+    if len(found.labels) > 1:
+        shown["cosines between task vectors"] = _square(found.cosines())
+    return shown
+
+
+def _square(cosines: pd.DataFrame) -> pd.DataFrame:
+    """Return the cosines over all layers as a triangle, a row a checkpoint."""
+    import pandas as pd
+
+    whole = cosines[cosines["layer"] == ""]
+    names = list(dict.fromkeys([*whole["first"], *whole["second"]]))
+    texts = (whole["cosine"].round(3) + 0.0).map("{:.3f}".format)
+    values = dict(zip(zip(whole["first"], whole["second"], strict=True), texts, strict=True))
+    rows = [[name, *(values.get((other, name), "") for other in names[:-1])] for name in names[1:]]
+    return pd.DataFrame(rows, columns=["Checkpoint", *names[:-1]])
+
+
+def write(found: Differences, out: Path) -> list[str]:
+    """Write diff.csv (a row a tensor and checkpoint), cosines.csv, and the figure; return their names."""
+    from taskvec import figures
+    from taskvec.figures.differences import differences
+    from taskvec.store import disk_errors, write_text
+
+    frames = {"diff.csv": found.tensors, "cosines.csv": found.cosines()}
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, frame in frames.items():
+            write_text(out / name, frame.to_csv(index=False, lineterminator="\n"))
+        return [*frames, *figures.save(differences(found.by_layer(), found.cosines()), out, "diff")]

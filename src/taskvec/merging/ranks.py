@@ -1,0 +1,83 @@
+"""Exact order statistics of more numbers than fit in memory: two passes, 65 536 counters a row and rank. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt32
+from numpy import ndarray
+
+if TYPE_CHECKING:  # the command lists methods without loading torch
+    from torch import Tensor
+
+BITS = 16
+"""Numbers are sorted by so many of their upper bits first, then by as many lower ones."""
+BINS = 1 << BITS
+SIGN = np.uint32(1 << 31)
+
+
+def order_statistics(
+    slices: Iterable[Float32[Tensor, "rows count"] | Float32[ndarray, "rows count"]],
+    ranks: Callable[[int], Sequence[int]],
+) -> Float32[ndarray, "rows ranks"]:
+    """Return the values of some ranks (0 is the smallest) of every row, whose finite numbers come in slices.
+
+    ``slices`` is iterated over twice; ``ranks`` is told how many numbers a row has. Of no numbers all values are 0.
+    """
+    upper = _tally_upper(slices)
+    wanted = np.tile(np.array(ranks(int(upper[0].sum())), np.int64), (len(upper), 1))
+    if not upper.any():
+        return np.zeros(wanted.shape, np.float32)
+    ends = upper.cumsum(1)
+    bucket = np.stack([end.searchsorted(want, side="right") for end, want in zip(ends, wanted, strict=True)])
+    before = np.take_along_axis(ends - upper, bucket, 1)
+    lower = _tally_lower(slices, bucket)
+    rest = [
+        [end.searchsorted(want, side="right") for end, want in zip(row.cumsum(1), left, strict=True)]
+        for row, left in zip(lower, wanted - before, strict=True)
+    ]
+    return _numbers((bucket << BITS) + np.array(rest, np.int64))
+
+
+def _tally_upper(slices: Iterable[Any]) -> Int64[ndarray, "rows bins"]:
+    """Count the numbers of every row by their upper bits."""
+    found = np.zeros((1, BINS), np.int64)
+    for part in map(_array, slices):
+        if len(found) < len(part):
+            found = np.zeros((len(part), BINS), np.int64)
+        for row, counts in zip(part, found, strict=True):
+            np.add.at(counts, _keys(row) >> BITS, 1)
+    return found
+
+
+def _tally_lower(slices: Iterable[Any], bucket: Int64[ndarray, "rows ranks"]) -> Int64[ndarray, "rows ranks bins"]:
+    """Count the numbers of every row that are in the bucket of a rank by their lower bits."""
+    found = np.zeros((*bucket.shape, BINS), np.int64)
+    first, last = _numbers(bucket << BITS), _numbers((bucket << BITS) + BINS - 1)
+    for part in map(_array, slices):
+        for row, values in enumerate(part):
+            for rank, counts in enumerate(found[row]):
+                inside = values[(values >= first[row, rank]) & (values <= last[row, rank])]
+                np.add.at(counts, _keys(inside) & (BINS - 1), 1)
+    return found
+
+
+def _array(part: Any) -> Float32[ndarray, "rows count"]:
+    """Return the numbers of a tensor on any device, or those of an array."""
+    return np.asarray(part.cpu() if hasattr(part, "cpu") else part)
+
+
+def _keys(numbers: Float32[ndarray, " count"]) -> UInt32[ndarray, " count"]:
+    """Return integers that have the order of the numbers; 0 and -0 are one."""
+    bits = np.add(numbers, np.float32(0), order="C").view(np.uint32)
+    keys: UInt32[ndarray, " count"] = bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | SIGN)
+    return keys
+
+
+def _numbers(keys: Int64[ndarray, "rows ranks"]) -> Float32[ndarray, "rows ranks"]:
+    """Return the numbers of keys."""
+    bits = keys.astype(np.uint32)
+    numbers: Float32[ndarray, "rows ranks"] = np.where(bits & SIGN, bits ^ SIGN, ~bits).view(np.float32)
+    return numbers

@@ -1,0 +1,216 @@
+"""The registry of merging methods, and recipes that join them.
+
+Every method gives a direction along which a scale moves the encoder, entry by entry:
+theta = theta_pre + scale * direction. A *transform* changes the vectors and leaves one a task, a *combiner* makes one
+of them, a *per-task* method gives each task its own (``Masked``). A recipe is any number of transforms and then one of
+the others, written with + (``lines+dare+ties``); transforms alone are added up (``dare`` is ``dare+task_arithmetic``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.merging.parts import Entries, Masked, Part
+from taskvec.settings import Settings
+
+if TYPE_CHECKING:  # the command lists methods without loading torch
+    from jaxtyping import Float32
+    from torch import Tensor
+
+    Function = Callable[[Float32[Tensor, " tasks *shape"], Part, Any], Tensor | Masked]
+
+Role = Literal["transform", "combiner", "per-task"]
+Need = Literal["inputs", "training data", "heads", "seed"]
+Law = Literal["one task", "order", "homogeneous"]
+"""Beside the laws of all methods (zero vectors give a zero direction; shapes stay; the same twice is the same):
+
+- "one task": the direction of one task is its vector, so that scale 1 gives the fine-tuned weights back;
+- "order": the order of the tasks does not matter, up to rounding;
+- "homogeneous": the direction of c * tau is c times that of tau.
+"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    ``function(vectors, part, config)`` is called for one entry at a time with " tasks *shape" in float32. It returns
+    " tasks *shape" for a transform, "*shape" for a combiner and ``Masked`` for a per-task method. ``survey(entries,
+    config)`` goes over all entries before that, as often as it needs to; functions find what it returns as
+    ``part.whole``. ``elementwise`` functions may be given slices of an entry.
+    """
+
+    name: str
+    function: Function
+    description: str
+    reference: str
+    scales: str = "0:1:0.05"
+    role: Role = "combiner"
+    config: type[Settings] = Settings
+    survey: Callable[[Entries, Any], Any] | None = None
+    needs: frozenset[Need] = frozenset()
+    measure: str = ""
+    """``module:function`` that takes ``Data`` and the configuration and returns the statistics of entries by name."""
+    laws: frozenset[Law] = frozenset()
+    elementwise: bool = False
+    arrays: bool = False
+    """Whether function and survey use only what numpy's arrays and torch's tensors share: files need no torch then."""
+    tasks: int | None = None
+    """The number of tasks that it can merge; any number if None."""
+
+    @property
+    def about(self) -> str:
+        """Say in one line what it does, needs, keeps to and by whom it is."""
+        needs = f"; needs {', '.join(sorted(self.needs))}" if self.needs else ""
+        only = f"; {self.tasks} tasks" if self.tasks else ""
+        kind = "; gives each task its own weights" if self.role == "per-task" else ""
+        laws = f"; laws: {', '.join(sorted(self.laws))}" if self.laws else ""
+        return f"{self.description}{kind}{only}{needs}{laws} ({self.reference})"
+
+
+METHODS: dict[str, Method] = {}
+ADDITION = "task_arithmetic"
+"""The paper's method, by its name in the registry and in results."""
+PER_TASK = "task_arithmetic_per_task"
+"""Addition with one lambda a task, by its name in results."""
+
+
+def register(method: Method) -> None:
+    """Add a method to the registry; a second one of the same name raises, and so does a name with a +."""
+    if "+" in method.name:
+        raise ValueError(f"'{method.name}': + joins methods and cannot be in a name")
+    if method.name in METHODS:
+        raise ValueError(f"a method named '{method.name}' is registered already")
+    METHODS[method.name] = method
+
+
+def find_method(name: str) -> Method:
+    """Return a method by name, or raise with the nearest names."""
+    if name not in METHODS:
+        raise unknown("merging method", name, METHODS)
+    return METHODS[name]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Transforms and then one method that ends them, each with its configuration, and the scales that suit the last."""
+
+    name: str
+    stages: tuple[tuple[Method, Settings], ...]
+    scales: str
+
+    @property
+    def last(self) -> Method:
+        """The combiner or per-task method at its end."""
+        return self.stages[-1][0]
+
+    @property
+    def per_task(self) -> bool:
+        """Whether it gives each task a direction of its own (``Masked``)."""
+        return self.last.role == "per-task"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What its methods need beside the vectors."""
+        return frozenset(itertools.chain(*(method.needs for method, _ in self.stages)))
+
+    @property
+    def measures(self) -> tuple[tuple[Method, Settings], ...]:
+        """Its methods that measure something on data before they merge."""
+        return tuple(stage for stage in self.stages if stage[0].measure)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it may be applied to slices of entries."""
+        return all(method.elementwise for method, _ in self.stages)
+
+    @property
+    def arrays(self) -> bool:
+        """Whether numpy's arrays will do for it."""
+        return all(method.arrays for method, _ in self.stages)
+
+    def check_tasks(self, count: int) -> None:
+        """Raise if its last method cannot merge so many tasks."""
+        wanted = self.last.tasks
+        if wanted is not None and count != wanted:
+            raise TaskvecError(
+                f"'{self.name}' merges {wanted} tasks, and there are {count}", "give as many, or choose another method"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyperparameters that differ from the authors' defaults, for a fingerprint and for results."""
+        return {
+            k: v for _, config in self.stages for k, v in config.model_dump(mode="json", exclude_defaults=True).items()
+        }
+
+
+def find_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe of a name such as ``lines+dare+ties`` with hyperparameters by name, the authors' by default.
+
+    Raises for an unknown method, one that stands where it cannot, and a hyperparameter that no method has.
+    """
+    methods = [find_method(part.strip()) for part in name.split("+")]
+    for method in methods[:-1]:
+        if method.role != "transform":
+            raise TaskvecError(
+                f"'{name}': '{method.name}' can only stand at the end", f"put it last: ...+{method.name}"
+            )
+    if len({method.name for method in methods}) < len(methods):
+        raise TaskvecError(f"'{name}' names a method twice", "name each once")
+    scales = methods[-1].scales
+    if methods[-1].role == "transform":
+        methods.append(METHODS[ADDITION])
+    return Recipe(name, _configured(name, methods, dict(settings or {})), scales)
+
+
+def _configured(name: str, methods: Sequence[Method], settings: dict[str, Any]) -> tuple[tuple[Method, Settings], ...]:
+    known = [key for method in methods for key in method.config.model_fields]
+    for key in settings:
+        if key not in known:
+            raise TaskvecError(f"'{name}' has no hyperparameter '{key}'", did_you_mean(key, known))
+    stages = []
+    for method in methods:
+        own = {key: value for key, value in settings.items() if key in method.config.model_fields}
+        try:
+            stages.append((method, method.config.model_validate(own)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            message = first["msg"].removeprefix("Value error, ")
+            key = ".".join(map(str, first["loc"]))
+            raise TaskvecError(
+                f"{method.name}: '{key}': {message} (given: {first['input']!r})", "see docs/methods.md"
+            ) from None
+    return tuple(stages)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Entries after one method; it can be iterated over as often as what it reads."""
+
+    method: Method
+    config: Settings
+    entries: Entries
+    whole: Any
+
+    def __iter__(self) -> Iterator[tuple[Part, Any]]:
+        """Yield every entry after the method, anew each time."""
+        for part, vectors in self.entries:
+            yield part, self.method.function(vectors, replace(part, whole=self.whole), self.config)
+
+
+def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Masked]]:
+    """Yield every entry with its direction (``Masked`` for a per-task recipe), in the order of ``entries``.
+
+    ``entries`` are finite; they are iterated over once, and once more for every pass of a survey. Nothing is kept in
+    memory but one entry of all tasks.
+    """
+    stage: Any = entries
+    for method, config in recipe.stages:
+        stage = Applied(method, config, stage, method.survey(stage, config) if method.survey else None)
+    yield from stage

@@ -1,0 +1,541 @@
+"""Merging and comparing files: equal to the same in memory, in little of it, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_cli import loads_torch, taskvec
+from test_files import TORCH, write, write_shards
+
+from taskvec import merging, vectors
+from taskvec.checkpoints import Merge, compare, parse_settings, parse_size
+from taskvec.differences import in_order, layer_of
+from taskvec.errors import TaskvecError
+from taskvec.files import Checkpoint
+from taskvec.matching import match
+from taskvec.merging import METHODS, Method, buffers, find_recipe, register
+from taskvec.merging.parts import Masked
+from taskvec.merging.streaming import Streams, Target, merge_files
+from taskvec.weights import pack
+
+State = dict[str, torch.Tensor]
+shapes = st.lists(st.lists(st.integers(0, 4), max_size=4).map(tuple), min_size=1, max_size=5)
+dtypes = st.sampled_from(sorted(TORCH))
+
+
+def random_state(shape_list: list[tuple[int, ...]], seed: int, kinds: list[torch.dtype], size: float = 1.0) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        f"t{i}": (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(kinds[i % len(kinds)])
+        for i, shape in enumerate(shape_list)
+    }
+    return state | {"steps": torch.tensor(seed), "mask": torch.tensor([True, False, True])}
+
+
+def expected(base: State, tuned: list[State], scale: float) -> State:
+    """Merge in memory, tensor by tensor, by the rule of the documentation."""
+    out = dict(base)
+    for name, tensor in base.items():
+        if tensor.is_floating_point():
+            wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+            taus = [(one[name].to(torch.promote_types(wide.dtype, one[name].dtype)) - wide).float() for one in tuned]
+            total = taus[0]
+            for tau in taus[1:]:
+                total = total + tau
+            out[name] = (total.to(wide.dtype) * scale + wide).to(tensor.dtype)
+    return out
+
+
+def merged(
+    folder: Path, base: State, tuned: list[State], scale: float, slice: int, method: str = "task_arithmetic"
+) -> State:
+    paths = [write(folder / f"{i}.safetensors", state, {"format": "pt"}) for i, state in enumerate([base, *tuned])]
+    recipe = find_recipe(method)
+    opened = [Checkpoint(path) for path in paths]
+    streams = Streams(
+        opened[0], opened[1:], match(opened[0], opened[1:]), not recipe.elementwise, not recipe.arrays, slice=slice
+    )
+    merge_files(recipe, streams, scale, Target(folder / "out.safetensors"))
+    for one in opened:
+        one.close()
+    return load_file(folder / "out.safetensors")
+
+
+def assert_equal(found: State, wanted: State) -> None:
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name], tensor), name
+
+
+# ---------------------------------------------------------------- laws
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes,
+    st.integers(1, 3),
+    st.lists(dtypes, min_size=1, max_size=3),
+    dtypes,
+    st.integers(1, 40),
+    st.floats(-2, 2, width=32),
+)
+def test_files_are_merged_as_in_memory_whatever_the_slices(
+    shape_list: list[tuple[int, ...]], tasks: int, kinds: list[str], other: str, slice: int, scale: float
+) -> None:
+    base = random_state(shape_list, 0, [TORCH[kind] for kind in kinds])
+    tuned = [random_state(shape_list, 1 + task, [TORCH[other], TORCH["F32"]]) for task in range(tasks)]
+    with TemporaryDirectory() as folder:
+        found = merged(Path(folder), base, tuned, scale, slice)
+        assert sorted(path.name for path in Path(folder).iterdir()) == sorted(
+            [*(f"{i}.safetensors" for i in range(tasks + 1)), "out.safetensors"]
+        )
+    assert_equal(found, expected(base, tuned, scale))
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes, st.lists(dtypes, min_size=1, max_size=3), st.floats(-2, 2, width=32))
+def test_scale_zero_and_no_change_give_the_base_bit_for_bit(
+    shape_list: list[tuple[int, ...]], kinds: list[str], scale: float
+) -> None:
+    base = random_state(shape_list, 0, [TORCH[kind] for kind in kinds])
+    tuned = random_state(shape_list, 1, [torch.float32])
+    with TemporaryDirectory() as folder:
+        assert_equal(merged(Path(folder), base, [tuned], 0.0, 7), base)
+        assert_equal(merged(Path(folder), base, [base, base], scale, 7), base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "task_arithmetic",
+        "average",
+        "ties",
+        "magmax",
+        "consensus",
+        "pcb",
+        "tsv_m",
+        "iso_c",
+        "breadcrumbs+della",
+        "lines+dare+ties",
+    ],
+)
+@settings(max_examples=4, deadline=None)
+@given(shapes, st.integers(1, 3), st.floats(-2, 2, width=32))
+def test_files_and_buffers_agree(name: str, shape_list: list[tuple[int, ...]], tasks: int, scale: float) -> None:
+    states = [random_state(shape_list, seed, [torch.float32]) for seed in range(tasks + 1)]
+    base, *tuned = [{f"blocks.0.{key}": tensor for key, tensor in one.items()} for one in states]
+    pre = pack(base)
+    taus = [vectors.subtract(pack(one), pre) for one in tuned]
+    want = vectors.add(pre, buffers.direction(find_recipe(name), buffers.Buffers(pre, taus)), scale)
+    with TemporaryDirectory() as folder:
+        found = merged(Path(folder), base, tuned, scale, 5, name)
+    for key, tensor in want.state().items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def whole_method() -> Iterator[str]:
+    """Register a method from outside that needs whole tensors, and notes their shapes."""
+
+    def middle(found: torch.Tensor, part: Any, config: Any) -> torch.Tensor:
+        assert found.shape[1:] == part.base.shape
+        return found.reshape(len(found), -1).cumsum(1).mean(0).view(found.shape[1:])
+
+    register(Method("middle", middle, "a test", "none"))
+    yield "middle"
+    del METHODS["middle"]
+
+
+def test_methods_that_are_not_elementwise_get_whole_tensors(tmp_path: Path, whole_method: str) -> None:
+    shape_list = [(3, 4), (5,), (), (2, 1, 3, 2)]
+    base, one, two = (random_state(shape_list, seed, [torch.float32]) for seed in range(3))
+    found = merged(tmp_path, base, [one, two], 0.5, 3, whole_method)
+    for i in range(len(shape_list)):
+        taus = torch.stack([state[f"t{i}"] - base[f"t{i}"] for state in (one, two)])
+        want = base[f"t{i}"] + 0.5 * taus.reshape(len(taus), -1).cumsum(1).mean(0).view(base[f"t{i}"].shape)
+        torch.testing.assert_close(found[f"t{i}"], want)
+
+
+@pytest.fixture
+def task_method() -> Iterator[str]:
+    """Register a per-task method: each task moves where its vector is positive, by twice the sum."""
+
+    def positive(found: torch.Tensor, part: Any, config: Any) -> Masked:
+        return Masked(found.sum(0), found > 0, torch.full((len(found),), 2.0))
+
+    register(Method("positive", positive, "a test", "none", role="per-task", elementwise=True))
+    yield "positive"
+    del METHODS["positive"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_per_task_methods_write_one_model_a_task(tmp_path: Path, task_method: str, sharded: bool) -> None:
+    states = [random_state([(3, 4), (5,)], seed, [torch.float32]) for seed in range(3)]
+    paths = [
+        write(tmp_path / name / "model.safetensors", one) for name, one in zip(["base", "a", "b"], states, strict=True)
+    ]
+    lines = Merge(paths[0], paths[1:], tmp_path / "out", 0.5, task_method, shard_size="60B" if sharded else None).run()
+    assert lines[-2:] == [str(tmp_path / "out" / ("a" if sharded else "a.safetensors")), lines[-1]]
+    for task, name in enumerate("ab"):
+        found = loaded(tmp_path / "out" / (name if sharded else f"{name}.safetensors"))
+        taus = torch.stack([one["t0"] - states[0]["t0"] for one in states[1:]])
+        torch.testing.assert_close(found["t0"], states[0]["t0"] + taus.sum(0) * (taus[task] > 0))
+        assert int(found["steps"]) == 0
+    with pytest.raises(TaskvecError, match="need a folder"):
+        Merge(paths[0], paths[1:], tmp_path / "one.safetensors", 0.5, task_method).run()
+
+
+def loaded(path: Path) -> State:
+    """Read a file, or the shards of a folder as their index tells."""
+    if path.is_file():
+        return load_file(path)
+    places = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    held = {shard: load_file(path / shard) for shard in set(places.values())}
+    assert sorted(name for state in held.values() for name in state) == sorted(places)
+    return {name: held[shard][name] for name, shard in places.items()}
+
+
+# ---------------------------------------------------------------- what is kept of the base
+
+
+def simple(folder: Path, tasks: int = 2) -> list[Path]:
+    states = [random_state([(4, 3), (5,), (2, 2)], seed, [torch.float32]) for seed in range(tasks + 1)]
+    return [write(folder / f"m{i}.safetensors", state, {"format": "pt", "made": "x"}) for i, state in enumerate(states)]
+
+
+def test_one_file_keeps_metadata_and_tells_of_every_tensor(tmp_path: Path) -> None:
+    base, *tuned = simple(tmp_path)
+    lines = Merge(base, tuned, tmp_path / "out.safetensors", 0.3, keep=["t2"]).run()
+    assert lines == [
+        "task_arithmetic of 2 checkpoints at scale 0.3",
+        "merged 2 of 5 tensors (17 numbers)",
+        "carried over from the base: 2 integers (steps, mask), 1 by --keep (t2); refused: none",
+        "not used of m1: 1 (t2)",
+        "not used of m2: 1 (t2)",
+        str(tmp_path / "out.safetensors"),
+    ]
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "made": "x"}
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["t2"], load_file(base)["t2"])
+
+
+def test_shards_stay_as_they_are_with_index_and_configuration(tmp_path: Path) -> None:
+    first, second = random_state([(4, 3)], 0, [torch.bfloat16]), {"last.weight": torch.randn(3, 2).bfloat16()}
+    base = write_shards(tmp_path / "base", first, second, total=47)
+    (base / "config.json").write_text('{"a": 1}')
+    (base / "pytorch_model.bin").write_text("pickle")
+    tuned = write(
+        tmp_path / "tuned.safetensors",
+        {name: 2 * tensor if tensor.is_floating_point() else tensor for name, tensor in (first | second).items()},
+    )
+    Merge(base, [tuned], tmp_path / "out", 1.0).run()
+    names = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    index, before = (json.loads((folder / names[-1]).read_text()) for folder in (tmp_path / "out", base))
+    assert index == before
+    assert_equal(loaded(tmp_path / "out"), load_file(tuned))
+    Merge(base, [tuned], tmp_path / "one.safetensors", 1.0).run()
+    assert_equal(load_file(tmp_path / "one.safetensors"), load_file(tuned))
+    Merge(tuned, [base], tmp_path / "small", 0.0, shard_size="20B").run()
+    assert_equal(loaded(tmp_path / "small"), load_file(tuned))
+
+
+def test_another_type_is_for_floating_point_tensors_only(tmp_path: Path) -> None:
+    base, *tuned = simple(tmp_path)
+    Merge(base, tuned, tmp_path / "out.safetensors", 0.3, keep=["t2"], dtype="bfloat16").run()
+    found, want = (
+        load_file(tmp_path / "out.safetensors"),
+        expected(load_file(base), [load_file(one) for one in tuned], 0.3),
+    )
+    assert torch.equal(found["t0"], want["t0"].bfloat16())
+    assert torch.equal(found["t2"], load_file(base)["t2"].bfloat16())
+    assert found["steps"].dtype == torch.int64
+
+
+def test_running_variances_do_not_become_negative(tmp_path: Path) -> None:
+    base = write(tmp_path / "a.safetensors", {"norm.running_var": torch.tensor([1.0, 4.0])})
+    tuned = write(tmp_path / "b.safetensors", {"norm.running_var": torch.tensor([0.5, 5.0])})
+    Merge(base, [tuned], tmp_path / "o.safetensors", 3.0).run()
+    assert load_file(tmp_path / "o.safetensors")["norm.running_var"].tolist() == [0.0, 7.0]
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def wrong(folder: Path, how: str) -> Merge:
+    base, *tuned = simple(folder)
+    out, options = folder / "out.safetensors", {}
+    if how in ("nan", "inf", "nan in base"):
+        path = base if how == "nan in base" else tuned[1]
+        write(path, load_file(path) | {"t1": torch.tensor([1.0, 2, float("inf" if how == "inf" else "nan"), 3, 4])})
+    elif how == "too large":
+        half = [
+            write(path, {"x": torch.tensor([value], dtype=torch.float16)})
+            for path, value in ((base, 6e4), (tuned[0], 6.5e4))
+        ]
+        return Merge(half[0], half[1:], out, 2.0)
+    elif how == "scale":
+        options = {"scale": float("nan")}
+    elif how == "method":
+        options = {"method": "task_aritmetic"}
+    elif how == "needs":
+        options = {"method": "needy"}
+    elif how == "setting":
+        options = {"settings": ["dencity=0.2"]}
+    elif how == "set":
+        options = {"settings": ["density"]}
+    elif how == "type":
+        options = {"dtype": "float17"}
+    elif how == "size":
+        options = {"shard_size": "5 apples"}
+    elif how == "out is a base":
+        out = base
+    elif how == "shards in a file":
+        options = {"shard_size": "1KB"}
+    elif how == "full folder":
+        (folder / "thesis").mkdir()
+        (folder / "thesis" / "thesis.txt").write_text("precious")
+        out = folder / "thesis"
+    elif how == "out is a folder":
+        out.mkdir()
+    elif how == "pickle":
+        out = folder / "out.bin"
+    elif how == "no folder":
+        out = base / "x" / "out.safetensors"
+    return Merge(base, tuned, out, **({"scale": 0.3} | options))
+
+
+WRONGS = {
+    "nan": r"m2\.safetensors': tensor 't1' holds NaN", "inf": r"m2\.safetensors': tensor 't1' holds NaN or inf",
+    "nan in base": r"m0\.safetensors': tensor 't1'", "too large": "F16 cannot hold", "scale": "nan",
+    "method": "did you mean",
+    "needs": "needs heads and inputs", "setting": "dencity", "set": "key=value", "type": "float17", "size": "5 apples",
+    "out is a base": "one of the checkpoints", "shards in a file": "need a folder", "full folder": "exists already",
+    "out is a folder": "is a folder", "pickle": "pickle", "no folder": r"m0\.safetensors",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", sorted(WRONGS))
+def test_mistakes_are_clear_and_leave_everything_as_it_was(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needy = Method(
+        "needy", lambda found, part, config: found[0], "a test", "none", needs=frozenset({"inputs", "heads"})
+    )
+    monkeypatch.setitem(merging.METHODS, "needy", needy)
+    request = wrong(tmp_path, how)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(TaskvecError, match=WRONGS[how]) as caught:
+        request.run()
+    assert caught.value.fix
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_settings_and_sizes_are_parsed() -> None:
+    assert parse_settings(["a=0.2", "b=true", "c=mean", "d=[1, 2]", "e=a=b"]) == {
+        "a": 0.2, "b": True, "c": "mean", "d": [1, 2], "e": "a=b",
+    }  # fmt: skip
+    assert [parse_size(text) for text in ("5GB", "500 mb", "2GiB", "1.5K", "7")] == [
+        5 * 10**9,
+        5 * 10**8,
+        2**31,
+        1500,
+        7,
+    ]
+    with pytest.raises(TaskvecError, match="twice"):
+        parse_settings(["a=1", "a=2"])
+
+
+# ---------------------------------------------------------------- whole or not at all
+
+
+def start(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+SLOW = """
+import signal, sys, time
+from pathlib import Path
+from taskvec.__main__ import interrupt
+from taskvec.checkpoints import Merge
+folder = Path(sys.argv[1])
+sys.argv[1:] = ["merge"]
+signal.signal(signal.SIGINT, interrupt)
+Merge(folder / "m0.safetensors", [folder / "m1.safetensors"], folder / sys.stdin.read(), 0.3).run(
+    lambda number, share: (print("under way", flush=True), time.sleep(60))
+)
+"""
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "folder"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_merge_leaves_nothing_under_the_final_name(tmp_path: Path, how: signal.Signals, out: str) -> None:
+    simple(tmp_path)
+    command = [sys.executable, "-c", SLOW, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(out)
+        process.stdin.close()
+        assert process.stdout.readline() == "under way\n"
+        process.send_signal(how)
+        process.wait(30)
+        said = process.stderr.read()
+    assert not (tmp_path / out).exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "nothing was written" in said
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
+    base, *tuned = [write(tmp_path / f"{i}.safetensors", {"x": torch.randn(50_000)}) for i in range(2)]
+    code = (
+        "import resource, sys\nfrom taskvec.cli import app\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\napp(sys.argv[1:])"
+    )
+    process = start(code, "merge", base, *tuned, "--scale", "1", "--out", tmp_path / "out.safetensors")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.startswith("error: no space left for")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+
+
+def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *tuned = simple(tmp_path)
+    monkeypatch.setattr("taskvec.files.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(TaskvecError, match="GiB left"):
+        Merge(base, tuned, tmp_path / "out.safetensors", 0.3).run()
+
+
+# ---------------------------------------------------------------- memory
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from taskvec.checkpoints import Merge
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+seen = [anonymous()]
+base, tuned, out, tasks = sys.argv[1:]
+Merge(Path(base), [Path(tuned)] * int(tasks), Path(out), 0.3).run(lambda number, share: seen.append(anonymous()))
+assert "torch" not in sys.modules and "pandas" not in sys.modules
+print(max(seen))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+def test_memory_does_not_grow_with_models_or_their_number(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    state = {f"x{i}": torch.from_numpy(rng.standard_normal(4_000_000, np.float32)) for i in range(3)}
+    paths = [write(tmp_path / f"{i}.safetensors", state) for i in range(2)]
+    peaks = []
+    for tasks in (1, 6):
+        process = start(PEAK, *paths, tmp_path / "out.safetensors", str(tasks))
+        said, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        peaks.append(int(said))
+    assert max(peaks) < 100 * 2**20
+    assert abs(peaks[1] - peaks[0]) < 20 * 2**20
+
+
+# ---------------------------------------------------------------- differences
+
+
+def test_differences_are_those_of_the_tensors(tmp_path: Path) -> None:
+    base = {
+        "blocks.0.w": torch.randn(3, 4),
+        "blocks.10.w": torch.randn(5),
+        "blocks.2.w": torch.randn(5),
+        "norm.w": torch.zeros(2),
+    }
+    tuned = [{name: tensor.clone() for name, tensor in base.items()} for _ in range(2)]
+    tuned[0]["blocks.0.w"][0] += torch.randn(4)
+    tuned[1]["blocks.0.w"] += torch.randn(3, 4)
+    tuned[1]["blocks.10.w"][2] += 1
+    paths = [write(tmp_path / f"m{i}.safetensors", state) for i, state in enumerate([base, *tuned])]
+    found = compare(paths[0], paths[1:])
+    assert list(found.products) == ["blocks.0", "blocks.2", "blocks.10", "norm"]
+    taus = [pack(one).flat.double() - pack(base).flat.double() for one in tuned]
+    whole = found.by_checkpoint()
+    assert whole["norm"].tolist() == pytest.approx([float(tau.norm()) for tau in taus])
+    assert whole["share"].tolist() == pytest.approx([float((tau != 0).double().mean()) for tau in taus])
+    assert whole["base_norm"].tolist() == pytest.approx([float(pack(base).flat.norm())] * 2)
+    layers = found.by_layer().set_index(["fine_tuned", "layer"])
+    assert layers.loc[("m2", "blocks.10"), "changed"] == 1
+    assert np.isnan(layers.loc[("m1", "norm"), "relative"])
+    cosines = found.cosines().set_index("layer")["cosine"]
+    assert cosines[""] == pytest.approx(float(taus[0] @ taus[1] / taus[0].norm() / taus[1].norm()), abs=1e-6)
+    assert cosines["blocks.10"] == 0
+
+
+def test_layers_are_named_and_ordered_from_input_to_output() -> None:
+    names = ["blocks.10.a", "blocks.2.a", "head.weight", "norm.weight", "patch_embed.proj.bias", "blocks.2.mlp.0.b"]
+    assert [layer_of(name) for name in names] == [
+        "blocks.10",
+        "blocks.2",
+        "head",
+        "norm",
+        "patch_embed.proj",
+        "blocks.2",
+    ]
+    assert in_order(names)[0] == "patch_embed.proj.bias"
+    assert in_order(names)[1:4] == ["blocks.2.a", "blocks.2.mlp.0.b", "blocks.10.a"]
+    assert layer_of("layers.1.blocks.3.attn.w") == "layers.1.blocks.3"
+    assert layer_of("encoder_4.conv.w") == "encoder_4"
+    assert layer_of("cls_token") == "cls_token"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_commands_merge_and_compare(tmp_path: Path) -> None:
+    base, *tuned = simple(tmp_path)
+    done = taskvec("merge", base, *tuned, "--scale", "0.5", "--out", "o.safetensors", "--keep", "t2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "merged 2 of 5 tensors" in done.stdout
+    done = taskvec("diff", base, tmp_path / "o.safetensors", *tuned, "--out", tmp_path / "d")
+    assert done.returncode == 0, done.stderr
+    assert "entries changed" in done.stdout
+    names = ["cosines.csv", "diff.csv", "diff.pdf", "diff.png"]
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == names
+    rows = pd.read_csv(tmp_path / "d" / "diff.csv")
+    assert rows.groupby("fine_tuned").size().to_dict() == {"o": 3, "m1": 3, "m2": 3}
+    assert rows.set_index(["fine_tuned", "tensor"]).loc[("o", "t2"), "changed"] == 0
+
+
+def test_mistakes_of_the_commands_are_quick(tmp_path: Path) -> None:
+    base, *tuned = map(str, simple(tmp_path))
+    write(tmp_path / "m1.safetensors", {"x": torch.ones(1)})
+    for command in (
+        ["merge", "--help"],
+        ["merge", base, *tuned, "--scale", "1", "--out", "o.safetensors"],
+        ["diff", base, "n"],
+    ):
+        assert not loads_torch(*command)

@@ -1,0 +1,305 @@
+"""Safetensors files in slices: reading, types, layouts, and which tensors belong together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from taskvec.errors import TaskvecError
+from taskvec.files import LARGEST, Checkpoint, Shard, Writer, labels, narrow, peak, same, shards, widen
+from taskvec.matching import match, patterns
+
+TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+bits = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40)
+
+
+def write(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
+    return path
+
+
+def write_shards(folder: Path, *states: dict[str, torch.Tensor], total: int = 0) -> Path:
+    """Write one shard a state, and their index."""
+    places = {}
+    for number, state in enumerate(states, 1):
+        name = f"model-{number:05}-of-{len(states):05}.safetensors"
+        write(folder / name, state, {"format": "pt"})
+        places |= dict.fromkeys(state, name)
+    index = {"metadata": {"total_size": total, "made_by": "test"}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_every_half_number_is_widened_as_torch_does() -> None:
+    raw = np.arange(2**16, dtype=np.uint16)
+    for dtype, kind in (("BF16", np.uint16), ("F16", np.float16)):
+        want = torch.from_numpy(raw.view(np.int16)).view(TORCH[dtype]).float().numpy()
+        np.testing.assert_array_equal(widen(raw.view(kind), dtype), want)
+
+
+@given(bits)
+def test_numbers_are_rounded_as_torch_does_and_nan_stays_nan(patterns: list[int]) -> None:
+    values = np.array(patterns, np.uint32).view(np.float32)
+    for dtype in ("BF16", "F16"):
+        with np.errstate(over="ignore"):
+            found = widen(narrow(values, dtype), dtype)
+        np.testing.assert_array_equal(found, torch.from_numpy(values).to(TORCH[dtype]).float().numpy())
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_largest_is_where_rounding_gives_infinity(dtype: str) -> None:
+    limit = torch.tensor(LARGEST[dtype], dtype=torch.float32)
+    below = torch.nextafter(limit, torch.tensor(0.0))
+    assert torch.isinf(limit.to(TORCH[dtype]))
+    assert torch.isfinite(below.to(TORCH[dtype]))
+
+
+def test_the_peak_of_nan_is_nan() -> None:
+    assert peak(np.array([1.0, -3.0], np.float32)) == 3
+    assert np.isnan(peak(np.array([1.0, np.nan], np.float32)))
+    assert peak(np.array([-np.inf, 1.0], np.float32)) == np.inf
+    assert peak(np.empty(0, np.float32)) == 0
+
+
+# ---------------------------------------------------------------- reading
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.sampled_from(sorted(TORCH)))
+def test_slices_are_those_of_the_tensor(start: int, length: int, dtype: str) -> None:
+    tensor = torch.randn(5, 6, generator=torch.Generator().manual_seed(start)).to(TORCH[dtype])
+    with TemporaryDirectory() as folder:
+        path = write(Path(folder) / "m.safetensors", {"a": torch.ones(3, dtype=torch.uint8), "b": tensor})
+        with Checkpoint(path) as file:
+            stop = min(30, start + length)
+            found = torch.from_numpy(np.array(file.read("b", min(start, stop), stop)))
+    assert torch.equal(found.double(), tensor.flatten()[start:stop].double())
+
+
+def test_shards_are_read_as_one_model(tmp_path: Path) -> None:
+    a, b = {"x": torch.randn(2, 2)}, {"y": torch.randn(3), "n": torch.tensor(3)}
+    with Checkpoint(write_shards(tmp_path / "m", a, b)) as model:
+        assert set(model.tensors) == {"x", "y", "n"}
+        assert model.read("y", 0, 3).tolist() == b["y"].tolist()
+        assert b"".join(piece for _, piece in model.pieces("n")) == b["n"].numpy().tobytes()
+
+
+def damage(folder: Path, how: str) -> Path:
+    path = write(folder / "m.safetensors", {"a": torch.arange(100.0), "b": torch.ones(2)})
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if how == "cut":
+        path.write_bytes(data[:-10])
+    elif how == "too long":
+        path.write_bytes(data + b"\0")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "no header":
+        path.write_bytes(b"\xff" * 100)
+    elif how == "no JSON":
+        path.write_bytes(data[:8] + b"x" * size + data[8 + size :])
+    elif how == "overlap":
+        header["b"]["data_offsets"] = [0, 8]
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    elif how == "shape":
+        header["a"]["shape"] = [7]
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    elif how == "pickle":
+        path = path.rename(folder / "m.bin")
+    elif how == "two files":
+        write(folder / "n.safetensors", {"a": torch.ones(1)})
+        return folder
+    elif how == "no shard":
+        write_shards(folder / "s", {"a": torch.ones(1)}, {"b": torch.ones(1)})
+        (folder / "s" / "model-00002-of-00002.safetensors").unlink()
+        return folder / "s"
+    elif how == "wrong shard":
+        write_shards(folder / "s", {"a": torch.ones(1)}, {"b": torch.ones(1)})
+        write(folder / "s" / "model-00002-of-00002.safetensors", {"c": torch.ones(1)})
+        return folder / "s"
+    elif how == "nothing":
+        return folder / "nothing.safetensors"
+    return path
+
+
+DAMAGES = {
+    "cut": "cannot be read", "too long": "cannot be read", "empty": "no header", "no header": "no header",
+    "no JSON": "header is wrong", "overlap": "'b'|'a'", "shape": "'a'", "pickle": "save_file",
+    "two files": "no single model", "no shard": "00002", "wrong shard": "index of", "nothing": "no weights",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", sorted(DAMAGES))
+def test_damaged_files_are_clear_errors_that_name_the_file(tmp_path: Path, how: str) -> None:
+    path = damage(tmp_path, how)
+    with pytest.raises(TaskvecError, match=DAMAGES[how]) as caught:
+        Checkpoint(path)
+    assert path.name in str(caught.value)
+    assert caught.value.fix
+
+
+def test_labels_are_as_short_as_tells_checkpoints_apart(tmp_path: Path) -> None:
+    for name in ("a/cars/model.safetensors", "a/dtd/model.safetensors", "b/cars/x.safetensors"):
+        write(tmp_path / name, {"w": torch.ones(1)})
+    a, b, c = (
+        tmp_path / name for name in ("a/cars/model.safetensors", "a/dtd/model.safetensors", "b/cars/x.safetensors")
+    )
+    assert labels([a, b, c]) == ["cars", "dtd", "x"]
+    assert labels([a, tmp_path / "b" / "cars"]) == ["a/cars", "b/cars"]
+    assert labels([c, c]) == ["x (1)", "x (2)"]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_what_is_written_in_pieces_is_read_by_the_library(tmp_path: Path) -> None:
+    state = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "x": torch.randn(2, 3),
+        "none": torch.empty(0, 4),
+        "n": torch.tensor(7),
+    }
+    with Checkpoint(write(tmp_path / "in.safetensors", state, {"format": "pt", "ü": "é"})) as model:
+        layout = shards(model, one="out.safetensors")
+        writer = Writer(tmp_path, layout)
+        for name in reversed(list(model.tensors)):
+            for start, piece in model.pieces(name):
+                for i in range(len(piece)):
+                    writer.write(name, start + i, piece[i : i + 1])
+        writer.finish()
+        with Checkpoint(tmp_path / "out.safetensors") as copy:
+            assert copy.metadata == model.metadata
+            assert all(same(model, name, copy, name) for name in model.tensors)
+    found = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    header = layout[0].header()
+    assert len(header) % 8 == 0
+
+
+def test_a_file_with_a_gap_is_an_error_of_the_program(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, [Shard("o.safetensors", None, {"a": ("F32", (2,), 8)})])
+    with pytest.raises(RuntimeError, match="8 bytes"):
+        writer.finish()
+    writer.close()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(4, 300))
+def test_shards_hold_everything_once_and_stay_below_the_limit(counts: list[int], limit: int) -> None:
+    with TemporaryDirectory() as folder:
+        path = write(Path(folder) / "m.safetensors", {f"t{i}": torch.zeros(n) for i, n in enumerate(counts)})
+        with Checkpoint(path) as model:
+            layout = shards(model, limit=limit)
+    assert sorted(name for shard in layout for name in shard.tensors) == sorted(model.tensors)
+    assert all(shard.length <= limit or len(shard.tensors) == 1 for shard in layout)
+    assert len({shard.name for shard in layout}) == len(layout)
+
+
+# ---------------------------------------------------------------- matching
+
+
+def pair(folder: Path, base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor]) -> tuple[Checkpoint, Checkpoint]:
+    return (
+        Checkpoint(write(folder / "base.safetensors", base)),
+        Checkpoint(write(folder / "tuned.safetensors", tuned)),
+    )
+
+
+BASE = {
+    "body.weight": torch.randn(4, 3), "body.bias": torch.randn(4), "head.weight": torch.randn(10, 4),
+    "head.bias": torch.randn(10), "steps": torch.tensor(1), "index": torch.arange(4).reshape(2, 2),
+}  # fmt: skip
+CHANGES = {
+    "missing": ({"body.bias": None}, r"is missing 'body\.bias'", "--keep 'body.bias'"),
+    "extra": ({"other": torch.ones(1)}, r"beyond the base's, 'other'", "--keep 'other'"),
+    "head": (
+        {"head.weight": torch.ones(3, 4), "head.bias": torch.ones(3)},
+        r"'head\.weight' has shape \[3, 4\]",
+        "--keep 'head.*'",
+    ),
+    "type": ({"body.bias": torch.ones(4, dtype=torch.int8)}, r"'body\.bias' has type I8 instead of F32", "--keep"),
+    "quantised": ({"index": torch.zeros(2, 2, dtype=torch.int64)}, r"'index' \(I64\) differs", "quantised"),
+    "another": (dict.fromkeys(BASE) | {"x": torch.ones(1)}, "does not fit", "fine-tuned from this base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_what_does_not_fit_is_refused_by_name_with_what_mends_it(tmp_path: Path, change: str) -> None:
+    changed, message, fix = CHANGES[change]
+    tuned = {name: tensor for name, tensor in (BASE | changed).items() if tensor is not None}
+    base, other = pair(tmp_path, BASE, tuned)
+    with pytest.raises(TaskvecError, match=message) as caught:
+        match(base, [other])
+    assert "refused" in caught.value.problem
+    assert "tuned.safetensors" in caught.value.problem
+    assert fix in caught.value.fix
+
+
+def test_heads_of_another_size_are_carried_and_accounted_for(tmp_path: Path) -> None:
+    base, other = pair(
+        tmp_path, BASE, BASE | {"head.weight": torch.ones(3, 4), "head.bias": torch.ones(3), "head.new": torch.ones(1)}
+    )
+    matched = match(base, [other], ["head.*"])
+    assert set(matched.merged) == {"body.weight", "body.bias"}
+    assert set(matched.kept) == {"head.weight", "head.bias"}
+    assert set(matched.integers) == {"steps", "index"}
+    assert set(matched.aside[0]) == {"head.weight", "head.bias", "head.new"}
+
+
+def test_counters_may_differ_and_a_pattern_without_a_match_is_an_error(tmp_path: Path) -> None:
+    base, other = pair(tmp_path, BASE, BASE | {"steps": torch.tensor(900)})
+    assert "steps" in match(base, [other]).integers
+    with pytest.raises(TaskvecError, match=r"'hed\.\*'"):
+        match(base, [other], ["hed.*"])
+
+
+def test_nothing_to_merge_is_an_error(tmp_path: Path) -> None:
+    base, other = pair(tmp_path, BASE, BASE)
+    with pytest.raises(TaskvecError, match="no floating-point tensor"):
+        match(base, [other], ["*"])
+
+
+def test_types_that_cannot_be_computed_with_are_refused(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3), "q": torch.ones(4).to(torch.float8_e4m3fn)}
+    base, other = pair(tmp_path, state, state)
+    with pytest.raises(TaskvecError, match="'q' has type F8_E4M3"):
+        match(base, [other])
+    assert match(base, [other], ["q"]).carried == ("q",)
+
+
+@pytest.mark.parametrize("once", ["base", "tuned"])
+def test_tied_weights_may_be_stored_once_or_twice(tmp_path: Path, once: str) -> None:
+    table, changed = torch.randn(5, 3), torch.randn(5, 3)
+    twice = {"embed": table, "lm_head": table.clone(), "norm": torch.ones(3)}
+    tuned = {"embed": changed, "lm_head": changed.clone(), "norm": torch.ones(3)}
+    (twice if once == "base" else tuned).pop("lm_head")
+    base, other = pair(tmp_path, twice, tuned)
+    matched = match(base, [other])
+    assert set(matched.merged) == set(twice)
+    assert matched.aside == ((("lm_head",) if once == "base" else ()),)
+    if once == "tuned":
+        assert matched.sources[0]["lm_head"] == "embed"
+
+
+def test_tensors_that_are_alike_by_chance_are_no_twins(tmp_path: Path) -> None:
+    state = {"a": torch.zeros(3, 3), "b": torch.zeros(3, 3), "c": torch.randn(3), "d": torch.randn(2, 2)}
+    base, other = pair(tmp_path, state, {name: tensor for name, tensor in state.items() if name != "b"})
+    with pytest.raises(TaskvecError, match="is missing 'b'"):
+        match(base, [other])
+
+
+def test_patterns_name_a_module_once() -> None:
+    assert patterns(["head.weight", "head.bias", "norm.weight", "cls"]) == ["head.*", "norm.weight", "cls"]

@@ -1,0 +1,426 @@
+"""Every method of the registry keeps the laws that it declares; recipes, kinds of entries, order statistics."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from taskvec import vectors as arithmetic
+from taskvec.errors import TaskvecError
+from taskvec.merging import METHODS, Method, Recipe, apply, buffers, find_recipe, register
+from taskvec.merging.averaging import rows
+from taskvec.merging.parts import Masked, Part, depths, describe, kind_of
+from taskvec.merging.ranks import order_statistics
+from taskvec.settings import Settings
+from taskvec.weights import Weights, pack
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "patch_embed.proj.weight": (4, 3, 2, 2),
+    "pos_embed": (1, 5, 4),
+    "blocks.0.norm.weight": (4,),
+    "blocks.0.fc.weight": (6, 4),
+    "blocks.1.fc.weight": (4, 6),
+    "blocks.1.square": (3, 3),
+    "bn.running_var": (4,),
+    "scale": (),
+    "nothing": (0, 3),
+}
+VALUES = ("normal", "few", "zeros", "huge", "tiny", "equal")
+SMALL = settings(max_examples=6, deadline=None)
+QUICK: dict[str, dict[str, Any]] = {"wudi": {"steps": 3}}
+"""Hyperparameters with which a method's laws are checked in little time."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Entries of a random model that a contract test can look at, with made-up statistics where a method needs some."""
+
+    parts: tuple[Part, ...]
+    stacks: tuple[Tensor, ...]
+
+    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
+        return zip(self.parts, self.stacks, strict=True)
+
+    def with_vectors(self, change: Any) -> Model:
+        return Model(self.parts, tuple(change(stack) for stack in self.stacks))
+
+    def permuted(self, order: Sequence[int]) -> Model:
+        parts = tuple(
+            part if part.statistics is None else replace(part, statistics=part.statistics[list(order)])
+            for part in self.parts
+        )
+        return Model(parts, tuple(stack[list(order)] for stack in self.stacks))
+
+
+def numbers(shape: tuple[int, ...], values: str, generator: torch.Generator) -> Tensor:
+    """Draw numbers of one character; many ties, zeros, or extremes of float32."""
+    normal = torch.randn(shape, generator=generator)
+    few = torch.randint(-1, 2, shape, generator=generator).float()
+    made = {"normal": normal, "few": few, "zeros": normal * 0, "huge": normal * 1e15, "tiny": normal * 1e-12}
+    return (made | {"equal": torch.ones(shape)})[values]
+
+
+def statistics(method: Method, part: Part, tasks: int, generator: torch.Generator) -> Tensor | None:
+    """Make up what a method would measure on data."""
+    if method.name == "fisher":
+        return torch.rand((tasks, *part.base.shape), generator=generator)
+    if method.name == "regmean" and part.kind == "matrix":
+        inputs = torch.randn(tasks, 9, part.base[0].numel(), generator=generator)
+        return inputs.mT @ inputs
+    if method.name == "adamerging":
+        return torch.rand(tasks, generator=generator)
+    assert not method.measure or method.name == "regmean", f"say what {method.name} measures"
+    return None
+
+
+def model(method: Method, tasks: int, values: str, seed: int) -> Model:
+    generator = torch.Generator().manual_seed(seed)
+    about = describe(SHAPES)
+    parts, stacks = [], []
+    for name, shape in SHAPES.items():
+        part = Part(name, torch.randn(shape, generator=generator), *about[name], seed=seed)
+        parts.append(replace(part, statistics=statistics(method, part, tasks, generator)))
+        each = [values if task == 0 else VALUES[seed % len(VALUES)] for task in range(tasks)]
+        if "huge" in each:
+            each = ["huge"] * tasks
+        stacks.append(torch.stack([numbers(shape, own, generator) for own in each]))
+    return Model(tuple(parts), tuple(stacks))
+
+
+def directions(recipe: Recipe, entries: Model) -> list[Tensor]:
+    """Return the direction of every entry; a per-task method's for all tasks, one after the other."""
+    tasks = len(entries.stacks[0])
+    return [
+        torch.stack([found.of(task) for task in range(tasks)]) if isinstance(found, Masked) else found
+        for _, found in apply(recipe, buffers.Checked(entries))
+    ]
+
+
+def near(found: Tensor, wanted: Tensor, size: Tensor) -> bool:
+    """Say whether two tensors agree to rounding, relative to the largest number that went into them."""
+    return bool(((found - wanted).abs() <= 2e-5 * (size.abs().amax() if size.numel() else 0) + 1e-30).all())
+
+
+METHOD = pytest.mark.parametrize("name", METHODS)
+DRAWN = {"values": st.sampled_from(VALUES), "seed": st.integers(0, 10_000), "tasks": st.integers(1, 4)}
+
+
+def drawn(name: str, values: str, seed: int, tasks: int) -> tuple[Recipe, Model]:
+    method = METHODS[name]
+    return find_recipe(name, QUICK.get(name)), model(method, method.tasks or tasks, values, seed)
+
+
+@METHOD
+@SMALL
+@given(**DRAWN)
+def test_directions_are_finite_have_the_shape_of_the_base_and_come_out_the_same_twice(
+    name: str, values: str, seed: int, tasks: int
+) -> None:
+    recipe, entries = drawn(name, values, seed, tasks)
+    before = [stack.clone() for stack in entries.stacks]
+    for part, stack, found, again in zip(
+        entries.parts, entries.stacks, directions(recipe, entries), directions(recipe, entries), strict=True
+    ):
+        assert found.shape == (stack.shape if recipe.per_task else part.base.shape), part.name
+        assert found.dtype == torch.float32
+        assert bool(found.isfinite().all()), part.name
+        assert torch.equal(found, again), part.name
+    assert all(torch.equal(a, b) for a, b in zip(before, entries.stacks, strict=True)), "vectors were changed in place"
+
+
+@METHOD
+@SMALL
+@given(**DRAWN)
+def test_zero_vectors_move_nothing(name: str, values: str, seed: int, tasks: int) -> None:
+    recipe, entries = drawn(name, values, seed, tasks)
+    for found in directions(recipe, entries.with_vectors(torch.zeros_like)):
+        assert not found.any()
+
+
+@METHOD
+@SMALL
+@given(**DRAWN)
+def test_one_task_at_scale_one_gives_its_weights_back(name: str, values: str, seed: int, tasks: int) -> None:
+    if "one task" not in METHODS[name].laws:
+        pytest.skip("not declared")
+    recipe, entries = drawn(name, values, seed, 1)
+    for part, stack, found in zip(entries.parts, entries.stacks, directions(recipe, entries), strict=True):
+        tuned = part.base + stack[0]
+        rounding = 2 * torch.finfo(torch.float32).eps * torch.maximum(tuned.abs(), part.base.abs())
+        assert bool(((part.base + found.view(part.base.shape) - tuned).abs() <= rounding).all()), part.name
+
+
+@METHOD
+@SMALL
+@given(**DRAWN)
+def test_the_order_of_tasks_does_not_matter(name: str, values: str, seed: int, tasks: int) -> None:
+    if "order" not in METHODS[name].laws:
+        pytest.skip("not declared")
+    recipe, entries = drawn(name, values, seed, tasks)
+    order = torch.randperm(len(entries.stacks[0]), generator=torch.Generator().manual_seed(seed)).tolist()
+    found, other = directions(recipe, entries), directions(recipe, entries.permuted(order))
+    for part, stack, one, two in zip(entries.parts, entries.stacks, found, other, strict=True):
+        assert near(one[order] if recipe.per_task else one, two, stack), part.name
+
+
+@METHOD
+@SMALL
+@given(**DRAWN)
+def test_twice_the_vectors_give_twice_the_direction(name: str, values: str, seed: int, tasks: int) -> None:
+    if "homogeneous" not in METHODS[name].laws:
+        pytest.skip("not declared")
+    recipe, entries = drawn(name, values, seed, tasks)
+    found, twice = directions(recipe, entries), directions(recipe, entries.with_vectors(lambda stack: 2 * stack))
+    for part, stack, one, two in zip(entries.parts, entries.stacks, found, twice, strict=True):
+        assert near(2 * one, two, stack), part.name
+
+
+@METHOD
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_an_error_that_names_the_tensor(name: str, bad: float) -> None:
+    recipe, entries = drawn(name, "normal", 3, 2)
+    entries.stacks[3][1, 2, 1] = bad
+    with pytest.raises(TaskvecError, match=r"blocks\.0\.fc\.weight"):
+        directions(recipe, entries)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if find_recipe(name).elementwise])
+def test_elementwise_methods_may_be_given_slices(name: str) -> None:
+    recipe, entries = drawn(name, "normal", 5, 2)
+    pieces = [
+        (replace(part, base=part.base.flatten()[start:stop], start=start, statistics=None), rows(stack)[:, start:stop])
+        for part, stack in entries
+        for start, stop in ((start, start + 7) for start in range(0, part.base.numel(), 7))
+    ]
+    parts, stacks = zip(*pieces, strict=True)
+    found, sliced = directions(recipe, entries), directions(recipe, Model(parts, stacks))
+    tasks = 2 if recipe.per_task else 1
+    assert torch.equal(joined(found, tasks), joined(sliced, tasks))
+
+
+def joined(found: Sequence[Tensor], tasks: int) -> Tensor:
+    """Return the directions of all entries, one row a task."""
+    return torch.cat([one.reshape(tasks, -1) for one in found if one.numel()], 1)
+
+
+def test_needs_name_methods_that_draw_or_measure() -> None:
+    for method in METHODS.values():
+        assert bool(method.measure) == bool(method.needs - {"seed"}), method.name
+        assert method.reference and method.description
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.data())
+def test_order_statistics_are_those_of_sorted_numbers(values: list[float], data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, len(values) - 1))
+    row = torch.tensor(values, dtype=torch.float32)
+    slices = [torch.stack([piece, -piece]) for piece in row.split(7)]
+    found = order_statistics(slices, lambda count: [rank, count - 1])
+    wanted = torch.stack([row.sort().values, (-row).sort().values])[:, [rank, len(values) - 1]]
+    assert torch.equal(torch.from_numpy(found) + 0.0, wanted + 0.0)
+
+
+def test_order_statistics_of_nothing_are_zero() -> None:
+    assert order_statistics([torch.zeros(2, 0)], lambda count: [0]).tolist() == [[0.0], [0.0]]
+
+
+def test_drops_depend_on_seed_entry_and_task_alone() -> None:
+    part = Part("a", torch.zeros(5, 3), "matrix", seed=1)
+    draws = part.uniform(0)
+    assert float(draws.min()) >= 0
+    assert float(draws.max()) < 1
+    assert torch.equal(draws, replace(part, depth=1.0).uniform(0))
+    for other in (replace(part, seed=2), replace(part, name="b")):
+        assert not torch.equal(draws, other.uniform(0))
+    assert not torch.equal(draws, part.uniform(1))
+    tail = replace(part, base=torch.zeros(6), start=9)
+    assert torch.equal(draws.flatten()[9:], tail.uniform(0))
+
+
+def test_the_kept_share_of_dare_is_one_minus_p_and_its_mean_is_the_vector() -> None:
+    part = Part("a", torch.zeros(20_000), "vector", seed=1)
+    [(_, found)] = apply(find_recipe("dare", {"drop": 0.75}), [(part, torch.ones(1, 20_000))])
+    assert isinstance(found, Tensor)
+    assert abs(float((found != 0).float().mean()) - 0.25) < 0.02
+    assert abs(float(found.mean()) - 1) < 0.05
+
+
+def test_kinds_and_depths_are_told_by_names_and_shapes() -> None:
+    assert kind_of("blocks.0.attn.qkv.weight", (9, 3)) == "matrix"
+    assert kind_of("patch_embed.proj.weight", (8, 3, 4, 4)) == "matrix"
+    assert kind_of("pos_embed", (1, 5, 8)) == kind_of("embeddings.position_embeddings.weight", (5, 8)) == "embedding"
+    assert kind_of("mask_token", (1, 8)) == kind_of("model.embed_tokens.weight", (99, 8)) == "embedding"
+    assert kind_of("norm.weight", (8,)) == kind_of("scale", ()) == "vector"
+    vit = depths(["patch_embed.w", "blocks.0.mlp.0.w", "blocks.1.w", "blocks.10.w", "norm.w"])
+    assert list(vit.values()) == [0.0, 0.0, 0.5, 1.0, 0.0]
+    nested = depths(["stem.w", "stages.0.blocks.0.w", "stages.0.blocks.1.w", "stages.1.blocks.0.w"])
+    assert list(nested.values()) == [0.0, 0.0, 0.5, 1.0]
+    towers = depths(["vision.encoder.layers.1.w", "vision.encoder.layers.0.w", "text.encoder.layers.0.w"])
+    assert list(towers.values()) == [1.0, 0.0, 0.0]
+    assert list(depths(["layer1.0.conv1.weight", "layer2.0.conv1.weight"]).values()) == [0.0, 1.0]
+    assert list(depths(["a", "b.weight"]).values()) == [None, None]
+
+
+def state(seed: int) -> dict[str, Tensor]:
+    """Return a state with tied tensors, integers, batch norm, an empty tensor and a scalar, in three dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    made["bn.running_var"] = made["bn.running_var"].abs()
+    made["blocks.1.square"] = made["blocks.1.square"].to(torch.bfloat16)
+    made["blocks.1.fc.weight"] = made["blocks.1.fc.weight"].half()
+    made["head.tied"] = made["blocks.0.fc.weight"]
+    return made | {"bn.num_batches_tracked": torch.tensor(seed)}
+
+
+def tuned(count: int) -> tuple[Weights, list[Weights]]:
+    base = pack(state(0))
+    return base, [arithmetic.subtract(pack(state(seed + 1)), base) for seed in range(count)]
+
+
+@METHOD
+def test_buffers_keep_layout_ties_and_integers(name: str) -> None:
+    recipe, method = find_recipe(name), METHODS[name]
+    base, taus = tuned(2)
+    about = {
+        part.name: statistics(method, part, 2, torch.Generator().manual_seed(0))
+        for part, _ in buffers.Buffers(base, taus)
+    }
+    entries = buffers.Buffers(base, taus, 0, {name: found for name, found in about.items() if found is not None})
+    if recipe.per_task:
+        result = buffers.task_directions(recipe, entries)
+        found = result.of(1)
+        assert result.bytes_per_task <= base.flat.numel() // 8 + 1 + 4 * len(SHAPES)
+    else:
+        found = buffers.direction(recipe, entries)
+    merged = arithmetic.add(base, found, 0.7)
+    assert merged.layout == base.layout
+    assert bool(merged.flat.isfinite().all())
+    assert torch.equal(merged["head.tied"], merged["blocks.0.fc.weight"])
+    assert int(merged["bn.num_batches_tracked"]) == 0
+    assert float(merged["bn.running_var"].min()) >= 0
+    assert torch.equal(arithmetic.add(base, found, 0.0).flat, base.flat)
+
+
+def test_addition_is_the_sum_of_flat_buffers_bit_for_bit() -> None:
+    base, taus = tuned(5)
+    total = taus[0].flat.clone()
+    for tau in taus[1:]:
+        total += tau.flat
+    assert torch.equal(buffers.direction(find_recipe("task_arithmetic"), buffers.Buffers(base, taus)).flat, total)
+
+
+def test_a_per_task_result_comes_back_from_its_file(tmp_path: Any) -> None:
+    base, taus = tuned(3)
+    for name in ("tall_masks", "emr"):
+        made = buffers.task_directions(find_recipe(name), buffers.Buffers(base, taus))
+        buffers.save_directions(made, tmp_path / "d.safetensors")
+        back = buffers.read_directions(tmp_path / "d.safetensors", base)
+        for task in range(3):
+            assert torch.equal(made.of(task).flat, back.of(task).flat)
+
+
+def test_recipes_are_written_with_plus() -> None:
+    recipe = find_recipe("lines+dare+ties", {"drop": 0.5, "keep": 0.2})
+    assert [method.name for method, _ in recipe.stages] == ["lines", "dare", "ties"]
+    assert recipe.settings() == {"drop": 0.5}
+    assert recipe.needs == {"seed"} and recipe.elementwise and not recipe.per_task
+    assert [method.name for method, _ in find_recipe("dare").stages] == ["dare", "task_arithmetic"]
+
+
+def test_a_recipe_is_its_methods_one_after_the_other() -> None:
+    base, taus = tuned(2)
+    joined = buffers.direction(find_recipe("lines+iso_c", {"alpha": 0.2, "beta": 1.0}), buffers.Buffers(base, taus))
+    about = describe({entry.name: entry.shape for entry in base.layout})
+    scaled = [tau.clone() for tau in taus]
+    for tau in scaled:
+        for entry in base.layout:
+            if entry.name != "head.tied":
+                tau[entry.name].mul_(0.2 + float(about[entry.name][1] or 0))
+    alone = buffers.direction(find_recipe("iso_c"), buffers.Buffers(base, scaled))
+    assert torch.allclose(joined.flat, alone.flat, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("tiess", {}, "did you mean 'ties'"),
+        ("ties+dare", {}, "'ties' can only stand at the end"),
+        ("dare+dare+ties", {}, "names a method twice"),
+        ("ties", {"kepp": 0.1}, "did you mean 'keep'"),
+        ("ties", {"keep": 0}, "keep"),
+        ("ties", {"keep": "much"}, "given: 'much'"),
+        ("della", {"drop": 0.9}, "epsilon"),
+        ("breadcrumbs", {"beta": 0.95}, "lower one"),
+        ("task_arithmetic", {"keep": 0.1}, "no hyperparameter 'keep'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_says_why(name: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskvecError, match=message):
+        find_recipe(name, config)
+
+
+def test_what_a_method_cannot_merge_is_an_error() -> None:
+    base, taus = tuned(3)
+    with pytest.raises(TaskvecError, match="merges 2 tasks, and there are 3"):
+        buffers.direction(find_recipe("slerp"), buffers.Buffers(base, taus))
+    with pytest.raises(TaskvecError, match="each task its own"):
+        buffers.direction(find_recipe("emr"), buffers.Buffers(base, taus))
+    with pytest.raises(TaskvecError, match="needs heads and training data"):
+        buffers.direction(find_recipe("fisher"), buffers.Buffers(base, taus))
+    flat = pack({"weight": torch.ones(2, 2)})
+    with pytest.raises(TaskvecError, match="no name of the model's tensors tells a layer"):
+        buffers.direction(find_recipe("lines"), buffers.Buffers(flat, [flat]))
+
+
+class Sharpness(Settings):
+    """The hyperparameter of a method from outside the package."""
+
+    power: float = 2.0
+
+
+def test_a_method_from_outside_the_package_is_as_good_as_any() -> None:
+    """The example of docs/methods.md."""
+
+    def agreement(vectors: Tensor, part: Part, config: Sharpness) -> Tensor:
+        return vectors.mean(0) * (vectors.mean(0).abs() / vectors.abs().mean(0).clamp(min=1e-12)) ** config.power
+
+    register(Method("agreement", agreement, "the mean where tasks agree", "here", config=Sharpness, elementwise=True))
+    try:
+        base, taus = tuned(2)
+        found = buffers.direction(
+            find_recipe("dare+agreement", {"power": 0.0, "drop": 0.0}), buffers.Buffers(base, taus)
+        )
+        assert torch.allclose(found.flat, (taus[0].flat + taus[1].flat) / 2, atol=1e-6)
+        with pytest.raises(ValueError, match="registered already"):
+            register(METHODS["agreement"])
+        with pytest.raises(ValueError, match=r"\+ joins methods"):
+            register(replace(METHODS["agreement"], name="a+b"))
+    finally:
+        METHODS.pop("agreement")
+
+
+def test_listing_methods_loads_no_torch() -> None:
+    code = (
+        "from taskvec.merging import find_recipe; find_recipe('dare+ties'); import sys; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.arrays])
+def test_methods_for_arrays_give_the_same_bits_with_numpy(name: str) -> None:
+    recipe, entries = drawn(name, "normal", 7, 3)
+    flat = [(replace(part, base=part.base.numpy()), stack.numpy()) for part, stack in entries]
+    for (_, array), tensor in zip(apply(recipe, flat), directions(recipe, entries), strict=True):
+        assert isinstance(array, np.ndarray | np.float32)
+        assert array.dtype == np.float32
+        assert np.array_equal(array, tensor.numpy())
