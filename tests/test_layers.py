@@ -18,7 +18,7 @@ model steps paper study cells plan results
 views texts evidence verdict comparison claims tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
 figures page
-runs progress checkpoints studies cli __main__
+runs progress file_commands studies cli __main__
 """.split()  # noqa: SIM905
 ROOT = Path(taskvec.__file__).parent
 EXEMPT = {"", "__init__"}

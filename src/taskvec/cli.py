@@ -176,11 +176,11 @@ def merge(
     seed: Annotated[int, typer.Option(min=0, help="seed of methods that draw")] = 0,
 ) -> None:
     """Merge fine-tuned weights of any architecture in little memory; no model is built."""
-    from taskvec import checkpoints
+    from taskvec import file_commands
     from taskvec.progress import passes
 
     begin = time.monotonic()
-    request = checkpoints.Merge(
+    request = file_commands.Merge(
         base, tuned, out, scale, method, settings or (), keep or (), dtype=dtype, shard_size=shard_size, seed=seed
     )
     with passes("merging", Console(stderr=True)) as watch:
@@ -199,16 +199,16 @@ def diff(
     ] = None,
 ) -> None:
     """Compare fine-tuned weights with their base: norms by layer, cosines, share of changed entries."""
-    from taskvec import checkpoints
+    from taskvec import file_commands
     from taskvec.progress import passes
 
     with passes("comparing", Console(stderr=True)) as watch:
-        found = checkpoints.compare(base, tuned, keep or (), watch)
+        found = file_commands.compare(base, tuned, keep or (), watch)
     console = Console(width=max(100, Console().width))
-    for title, frame in checkpoints.tables(found).items():
+    for title, frame in file_commands.tables(found).items():
         _print(console, title, frame)
     if out is not None:
-        typer.echo(f"written to {out}: {', '.join(checkpoints.write(found, out))}")
+        typer.echo(f"written to {out}: {', '.join(file_commands.write(found, out))}")
 
 
 @app.command("list")

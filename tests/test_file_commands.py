@@ -24,7 +24,7 @@ from test_cli import loads_torch, taskvec
 from test_files import TORCH, write, write_shards
 
 from taskvec import merging, vectors
-from taskvec.checkpoints import Merge, compare, parse_settings, parse_size
+from taskvec.file_commands import Merge, compare, parse_settings, parse_size
 from taskvec.differences import in_order, layer_of
 from taskvec.errors import TaskvecError
 from taskvec.files import Checkpoint
@@ -381,7 +381,7 @@ SLOW = """
 import signal, sys, time
 from pathlib import Path
 from taskvec.__main__ import interrupt
-from taskvec.checkpoints import Merge
+from taskvec.file_commands import Merge
 folder = Path(sys.argv[1])
 sys.argv[1:] = ["merge"]
 signal.signal(signal.SIGINT, interrupt)
@@ -439,7 +439,7 @@ def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path: Path, mo
 PEAK = """
 import sys
 from pathlib import Path
-from taskvec.checkpoints import Merge
+from taskvec.file_commands import Merge
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 seen = [anonymous()]
