@@ -18,7 +18,10 @@ Inputs = dict[str, list[Step]]
 
 @dataclass
 class Candidate:
-    """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales."""
+    """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales.
+
+    ``statistics`` is the step that estimated those of batch norm anew, where that was done.
+    """
 
     name: str
     grid: list[float]
@@ -26,6 +29,7 @@ class Candidate:
     merged: Step
     rounds: list[dict[str, Step]]
     choice: Step
+    statistics: Step | None = None
 
 
 @dataclass
@@ -69,6 +73,10 @@ class Cell:
     def where(self) -> str:
         """Say which cell it is, for labels."""
         return f"({self.backbone}, {self.regime}, seed {self.seed})"
+
+    def statistics(self) -> Inputs:
+        """Return the steps that estimated statistics of batch norm, by the number of their candidate."""
+        return {f"statistics{i}": [c.statistics] for i, c in enumerate(self.candidates) if c.statistics is not None}
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps whose results a report needs."""

@@ -35,6 +35,9 @@ ADDITION = "task_arithmetic"
 PER_TASK = "task_arithmetic_per_task"
 """Addition with one lambda a task, by its name in results."""
 
+REESTIMATED = "_reestimated"
+"""What is added to a method's name in results where the statistics of batch norm were estimated anew."""
+
 
 def register(method: Method) -> None:
     """Add a method to the registry; a second one of the same name raises."""
