@@ -17,7 +17,7 @@ from taskvec.loaders import hub
 from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, origin_of
 from taskvec.store import file_digest, read_json
-from taskvec.weights import read_keys
+from taskvec.weights import check_keys, read_keys
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 """What open_clip's weights are called in a folder, or a repository of the hub."""
@@ -136,9 +136,11 @@ def state_for(module: nn.Module, path: Path) -> State:
     raw = read_checkpoint(path)
     if VISUAL + "positional_embedding" in raw and hasattr(module, "grid_size"):
         resize_pos_embed(raw, SimpleNamespace(visual=module))
-    wanted = {VISUAL + key for key in module.state_dict()}
+    wanted = {VISUAL + key: tuple(value.shape) for key, value in module.state_dict().items()}
     unwanted = (*TEXTS, VISUAL + "proj") if getattr(module, "proj", None) is None else TEXTS
     kept, dropped = separate(raw, wanted, unwanted)
+    shapes = {key: tuple(value.shape) for key, value in kept.items()}
+    check_keys(shapes, wanted, f"'{path}'", "give a checkpoint of that model of open_clip")
     return State({key.removeprefix(VISUAL): value for key, value in kept.items()}, dropped)
 
 

@@ -8,6 +8,7 @@ is read into ViTModel.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -187,6 +188,12 @@ def digest(folder: Path, allow_pickle: bool, more: Sequence[str] = ()) -> str:
     return fingerprint({file.name: file_digest(file) for file in files if file.is_file()})
 
 
+def content(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of a weights file; of several, that of their SHA-256s in hexadecimal, one after the other."""
+    digests = [file_digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def identify(request: Request) -> dict[str, Any]:
     """Return a digest of the folder, where it is on this machine, and the library's version."""
     folder = locate(request)
@@ -207,7 +214,6 @@ def load(request: Request) -> Loaded:
     """Find a model's folder and read its configuration."""
     extra("transformers", "transformers", "hf", request.address)
     folder = obtain(request)
-    checked_files(folder, request.allow_pickle)
     config = read_json(folder / CONFIG)
     kind = type_of(request, config)
     own = edge(dict(config.get("vision_config") or config).get("image_size"))
@@ -219,7 +225,7 @@ def load(request: Request) -> Loaded:
         {"family": "hf", "options": options},
         lambda _: seen,
         lambda module: state_for(module, folder, options),
-        {"from": where, "sha256": digest(folder, request.allow_pickle)},
+        {"from": where, "sha256": content(checked_files(folder, request.allow_pickle))},
     )
 
 
@@ -420,6 +426,16 @@ def has_text(request: Request) -> bool:
     return config.get("model_type") == "clip" and "CLIPModel" in " ".join(config.get("architectures") or ())
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise unless a folder holds its tokenizer, in whose place transformers would make an empty one."""
+    names = {name for name in TOKENIZER if (folder / name).is_file()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise TaskvecError(
+            f"'{folder}' holds no tokenizer, which its text tower needs",
+            "copy tokenizer.json there (or vocab.json and merges.txt), or leave out the open regimes",
+        )
+
+
 def identify_text(request: Request) -> str:
     """Return a digest of weights and tokenizer, where they are on this machine."""
     folder = locate(request)
@@ -432,6 +448,7 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     transformers = extra("transformers", "transformers", "hf", request.address)
     folder = obtain(request)
     checked_files(folder, request.allow_pickle)
+    check_tokenizer(folder)
     try:
         with quiet():
             model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
@@ -439,8 +456,7 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
             words = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt")
     except Exception as error:
         raise TaskvecError(
-            f"the text tower in '{folder}' cannot be used: {first_line(error)}",
-            f"the folder needs the tokenizer's files too: {', '.join(TOKENIZER)}",
+            f"the text tower in '{folder}' cannot be used: {first_line(error)}", "leave out the open regimes"
         ) from None
     found = model.get_text_features(**words)
     features: Tensor = getattr(found, "pooler_output", found)
