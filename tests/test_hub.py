@@ -112,6 +112,40 @@ def test_a_file_that_the_hub_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(asked) == 3
 
 
+def test_a_download_goes_into_the_cache_and_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    content = b"weights"
+
+    class Serving(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            self.send_response(200)
+            for name, value in {
+                "X-Repo-Commit": "a" * 40,
+                "ETag": '"' + hashlib.sha256(content).hexdigest() + '"',
+                "Content-Length": str(len(content)),
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Serving) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        point_to(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+        found = hub.fetch("owner/name", ("model.safetensors",), False, "x", "y")
+        count = len(asked)
+        assert found.read_bytes() == content
+        assert hub.fetch("owner/name", ("model.safetensors",), False, "x", "y") == found
+        server.shutdown()
+    assert len(asked) == count and asked[-1].startswith("GET /owner/name/resolve/")
+
+
 def test_weights_that_are_not_on_the_hub_need_a_file() -> None:
     with pytest.raises(TaskvecError, match=r"no weights of 'legacy_senet154\.in1k' on the hub\ngive a file"):
         backbones.describe("timm:legacy_senet154.in1k", None)

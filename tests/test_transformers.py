@@ -221,6 +221,23 @@ def test_folders_without_a_model_are_clear_errors(tmp_path: Path) -> None:
         load_backbone(f"hf:{tmp_path}")
 
 
+def test_a_repository_in_the_hubs_cache_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "content" not in backbones.describe("hf:owner/vit", 32)
+    with pytest.raises(TaskvecError, match=r"config\.json of .*'owner/vit'.*HF_HUB_OFFLINE is set\n.*hf:FOLDER"):
+        load_backbone("hf:owner/vit")
+    home, commit = tmp_path / "models--owner--vit", "c" * 40
+    folder, _ = folder_of(home / "snapshots" / commit, "ViTModel", "ViTConfig", SMALL)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    assert backbones.describe("hf:owner/vit", 32)["content"] == backbones.describe(f"hf:{folder}", 32)["content"]
+    found = load_backbone("hf:owner/vit")
+    assert (found.name, found.origin["from"]) == ("vit", f"owner/vit/{commit}")
+    assert torch.equal(found.pretrained.flat, load_backbone(f"hf:{folder}").pretrained.flat)
+
+
 def test_a_fingerprint_holds_content_and_library_and_no_path(tmp_path: Path) -> None:
     first, _ = folder_of(tmp_path / "first", "ViTModel", "ViTConfig", SMALL)
     second, _ = folder_of(tmp_path / "second", "ViTModel", "ViTConfig", SMALL)
