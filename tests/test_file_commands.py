@@ -24,9 +24,9 @@ from test_cli import loads_torch, taskvec
 from test_files import TORCH, write, write_shards
 
 from taskvec import merging, vectors
-from taskvec.file_commands import Merge, compare, parse_settings, parse_size
 from taskvec.differences import in_order, layer_of
 from taskvec.errors import TaskvecError
+from taskvec.file_commands import Merge, compare, parse_settings, parse_size
 from taskvec.files import Checkpoint
 from taskvec.matching import match
 from taskvec.merging import METHODS, Method, buffers, find_recipe, register

@@ -8,10 +8,12 @@ from pathlib import Path
 import taskvec
 
 ORDER = """
-errors compute settings weights store files matching pipeline executors images training kinds
+errors addresses compute settings weights store files matching pipeline executors images training kinds
 lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
-tasks loaders backbones heads vectors finetuning
+templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
+loaders.timm loaders.open_clip loaders.transformers loaders
+backbones batch_norm heads vectors finetuning
 merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
 merging.recipes merging merging.buffers merging.streaming differences evaluation search disentangling
 model steps paper study cells plan results

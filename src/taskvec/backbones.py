@@ -1,10 +1,10 @@
-"""Backbones: pre-trained encoders from timm and the lab, with their feature width and preprocessing."""
+"""Backbones: pre-trained encoders by address, with feature width, preprocessing and the origin of the weights."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,17 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from taskvec import loaders
+from taskvec.addresses import default_name, parse
 from taskvec.compute import choose_device
-from taskvec.errors import TaskvecError, did_you_mean
+from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing, normalise
 from taskvec.lab import encoders
-from taskvec.loaders import LOADERS, WEIGHT_SUFFIXES, build
-from taskvec.store import file_digest, read_json, write_json
+from taskvec.loaders import build
+from taskvec.loaders.checkpoints import parts
+from taskvec.store import read_json, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
-
-CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "last_linear.")
-"""Key prefixes of heads that a file of an encoder may hold and that are dropped on purpose."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Backbone:
     """An encoder bound to a flat weight buffer; ``pretrained`` keeps the weights it came with, on the same device.
 
     ``architecture`` is what ``build`` needs to make the module again without the original file; ``left_out`` names the
-    tensors of a classifier in that file.
+    tensors of that file that are no part of the encoder, and ``origin`` the file and the SHA-256 of its content.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Backbone:
     bound: Weights
     device: str = "cpu"
     left_out: tuple[str, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def use(self, weights: Weights) -> None:
         """Move the encoder to other weights of its layout; integer buffers stay the pre-trained encoder's."""
@@ -95,56 +96,35 @@ def patch_tokens(module: nn.Module, images: Float[Tensor, "batch 3 size size"]) 
     return tokens
 
 
-def parse(address: str) -> tuple[str, str, str]:
-    """Split ``kind:name[@file]``, or raise and say which kinds there are; a missing file is an error."""
-    kind, colon, rest = address.partition(":")
-    if not colon or not rest:
-        raise TaskvecError(
-            f"backbone address '{address}' is not of the form kind:name", "for example lab:supervised or timm:NAME@FILE"
-        )
-    if kind not in LOADERS:
-        raise TaskvecError(f"unknown kind of backbone '{kind}' in '{address}'", did_you_mean(kind, LOADERS))
-    name, _, file = rest.partition("@")
-    if kind == "lab" and file and not is_file(file):
-        return kind, rest, ""
-    return kind, name, file
+def describe(
+    address: str, size: int | None, allow_pickle: bool = False, projection: bool | None = None
+) -> dict[str, Any]:
+    """Return what identifies a backbone, for a fingerprint: its architecture's name and the digest of its weights.
+
+    Nothing is downloaded: of weights that the hub's cache does not hold there is no digest.
+    """
+    kind, name, _ = parse(address)
+    family, asked = loaders.find(address, size, allow_pickle, projection)
+    about = {"kind": kind, "name": name, "size": size} | family.identify(asked)
+    return about if projection is None else about | {"projection": projection}
 
 
-def default_name(address: str) -> str:
-    """Return the name a backbone gets when none is given."""
-    return parse(address)[1]
+def to_download(address: str, allow_pickle: bool = False) -> str:
+    """Return what loading a backbone would download (repository and file of the hub), empty where it is here."""
+    family, asked = loaders.find(address, None, allow_pickle)
+    return family.missing(asked)
 
 
-def describe(address: str, size: int | None, allow_pickle: bool = False) -> dict[str, Any]:
-    """Return what identifies a backbone, for a fingerprint: its architecture's name and the digest of its weights."""
-    kind, name, file = parse(address)
-    about: dict[str, Any] = {"kind": kind, "name": name, "size": size}
-    if file:
-        about["content"] = file_digest(weights_file(file, allow_pickle))
-    elif kind == "lab":
-        base, step = encoders.split_step(name)
-        path = encoders.path(base)
-        about["content"] = file_digest(path) if path else None
-        if step is not None:  # it is trained again, so the recipe counts and not only what came of it
-            about["recipe"] = encoders.record(base)["recipe"]
-    return about
-
-
-def has_text(address: str) -> bool:
+def has_text(address: str, allow_pickle: bool = False, projection: bool | None = None) -> bool:
     """Say whether a backbone comes with a text tower, from which zero-shot heads can be built."""
-    kind, name, file = parse(address)
-    return kind == "lab" and not file and encoders.split_step(name)[1] is None and encoders.has_text(name)
+    family, asked = loaders.find(address, None, allow_pickle, projection)
+    return family.has_text(asked)
 
 
-def describe_text(address: str) -> str:
-    """Return the digest of a backbone's text tower, for a fingerprint."""
-    path = encoders.text_path(parse(address)[1])
-    return file_digest(path) if path else ""
-
-
-def is_file(after: str) -> bool:
-    """Say whether what follows the @ of an address is a file: it has a path separator or a weight suffix."""
-    return "/" in after or Path(after).suffix in WEIGHT_SUFFIXES
+def describe_text(address: str, allow_pickle: bool = False) -> str:
+    """Return the digest of a backbone's text tower, for a fingerprint; empty where it is not on this machine."""
+    family, asked = loaders.find(address, None, allow_pickle)
+    return family.identify_text(asked)
 
 
 def load_cost(address: str) -> float:
@@ -153,29 +133,14 @@ def load_cost(address: str) -> float:
     return 10.0 + 200.0 * (encoders.split_step(name)[1] or 0) if kind == "lab" else 10.0
 
 
-def text_features(address: str, captions: Sequence[str]) -> tuple[Float[Tensor, "captions width"], float]:
+def text_features(
+    address: str, captions: Sequence[str], allow_pickle: bool = False
+) -> tuple[Float[Tensor, "captions width"], float]:
     """Return the text features of captions, of unit length, and the scale of similarities (1 / temperature)."""
-    from taskvec.lab.contrastive import logit_scale, text_features
-
-    name = parse(address)[1]
-    return text_features(name, captions), logit_scale(name)
-
-
-def weights_file(file: str, allow_pickle: bool = False) -> Path:
-    """Return the path of a weights file; a missing file, or a pickle not asked for, is an error with the fix."""
-    path = Path(file).expanduser()
-    if path.suffix not in WEIGHT_SUFFIXES and "/" not in file:
-        raise TaskvecError(
-            f"'@{file}' is not a file: it has neither a folder nor a suffix such as .safetensors", "give a path"
-        )
-    if not path.is_file():
-        raise TaskvecError(f"no weights file at '{path}'", "give the path of a .safetensors file after the @")
-    if path.suffix != ".safetensors" and not allow_pickle:
-        raise TaskvecError(
-            f"'{path}' is not a .safetensors file; pickled checkpoints can run code when loaded",
-            "convert it to safetensors, or set allow_pickle: true (it is then read with weights_only=True)",
-        )
-    return path
+    family, asked = loaders.find(address, None, allow_pickle)
+    if family.texts is None:
+        raise TaskvecError(f"'{address}' has no text tower", "choose a CLIP model, or lab:contrastive")
+    return family.texts(asked, captions)
 
 
 def load_backbone(
@@ -184,19 +149,26 @@ def load_backbone(
     name: str | None = None,
     device: str = "auto",
     allow_pickle: bool = False,
+    projection: bool | None = None,
 ) -> Backbone:
-    """Load an encoder by address (``lab:NAME``, ``timm:NAME@FILE``) at an input size in pixels, its own by default.
+    """Load an encoder by address (docs/backbones.md) at an input size in pixels, its own by default.
 
-    ``allow_pickle`` admits .pt and .bin files, which are then read with ``weights_only=True``.
+    ``allow_pickle`` admits .pt and .bin files, which are then read with ``weights_only=True``; ``projection`` says
+    whether the features of a CLIP model are those after its projection.
     """
-    kind, model, file = parse(address)
-    path = weights_file(file, allow_pickle) if file else None
-    loaded = LOADERS[kind](model, path, size)
+    family, asked = loaders.find(address, size, allow_pickle, projection)
+    loaded = loaders.load(asked, family)
     module = build(loaded.architecture)
-    backbone = assemble(name or model, module, loaded.preprocessing(module), loaded.architecture, choose_device(device))
     state = loaded.state(module)
+    named, device = name or default_name(address), choose_device(device)
+    backbone = assemble(named, module, loaded.preprocessing(module), loaded.architecture, device)
     if state is not None:
-        fill(backbone, state, f"'{path or model}'")
+        source = f"'{loaded.origin.get('from', asked.file or asked.name)}'"
+        fill(backbone, state.tensors, source)
+        backbone.left_out = state.left_out
+        if state.left_out:
+            print(f"{source}: left out {parts(state.left_out)}", file=sys.stderr)
+    backbone.origin = loaded.origin
     return backbone
 
 
@@ -230,18 +202,13 @@ def feature_width(module: nn.Module, preprocessing: Preprocessing, device: str, 
 
 
 def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
-    """Make ``state`` the pre-trained weights: keys and shapes must fit; a classifier is dropped on purpose."""
+    """Make ``state`` the pre-trained weights: keys and shapes must fit."""
     wanted = backbone.pretrained.state()
-    dropped = [key for key in state if key not in wanted and key.startswith(CLASSIFIERS)]
     counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked") and key not in state}
-    kept = {key: value for key, value in state.items() if key not in dropped}
-    backbone.pretrained = align(kept | counters, backbone.pretrained, source)
+    backbone.pretrained = align({**state, **counters}, backbone.pretrained, source)
     backbone.use(backbone.pretrained)
     for name, tensor in backbone.pretrained.carried.items():
         backbone.bound.carried[name].copy_(tensor)
-    backbone.left_out = tuple(dropped)
-    if dropped:
-        print(f"{source}: left out {len(dropped)} tensors of a classifier ({', '.join(dropped[:3])})", file=sys.stderr)
 
 
 def write_backbone(backbone: Backbone, folder: Path) -> None:
@@ -254,6 +221,8 @@ def write_backbone(backbone: Backbone, folder: Path) -> None:
         "width": backbone.width,
         "left_out": list(backbone.left_out),
     }
+    if backbone.origin:  # not where it lay: the same weights from another path are the same
+        record["sha256"] = backbone.origin["sha256"]
     write_json(folder / "backbone.json", record)
 
 

@@ -24,6 +24,7 @@ class Candidate:
     ``settings`` are its hyperparameters where they are not the authors'. ``options`` are what its hyperparameters were
     chosen from, each tried at a few scales; then ``merged`` has copied the best one. ``per_task`` merges have a
     direction for each task.
+    ``statistics`` is the step that estimated those of batch norm anew, where that was done.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Candidate:
     settings: Mapping[str, Any] = field(default_factory=dict)
     per_task: bool = False
     options: list[Candidate] = field(default_factory=list)
+    statistics: Step | None = None
 
     @property
     def title(self) -> str:
@@ -84,6 +86,10 @@ class Cell:
     def where(self) -> str:
         """Say which cell it is, for labels."""
         return f"({self.backbone}, {self.regime}, seed {self.seed})"
+
+    def statistics(self) -> Inputs:
+        """Return the steps that estimated statistics of batch norm, by the number of their candidate."""
+        return {f"statistics{i}": [c.statistics] for i, c in enumerate(self.candidates) if c.statistics is not None}
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps whose results a report needs."""

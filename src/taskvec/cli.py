@@ -91,6 +91,7 @@ def run(
 
 def _tell(outcome: Outcome, duration: str) -> None:
     """Say what a run did, its results, and where its page is."""
+    from taskvec.loaders.checkpoints import parts
     from taskvec.store import read_json
 
     folder, reused = outcome.folder, outcome.steps - outcome.ran
@@ -103,7 +104,7 @@ def _tell(outcome: Outcome, duration: str) -> None:
     _show(folder)
     for name, keys in read_json(folder / "study.lock.json")["left_out"].items():
         if keys:
-            typer.echo(f"{name}: left out {len(keys)} tensors of a classifier in its file ({', '.join(keys[:3])})")
+            typer.echo(f"{name}: left out of its file {parts(keys)}")
     typer.echo(f"page: {(folder / 'report.html').resolve()}")
 
 
@@ -235,12 +236,10 @@ def _methods() -> dict[str, str]:
 
 
 def _backbones() -> dict[str, str]:
+    from taskvec.addresses import listing
     from taskvec.lab.encoders import DESCRIPTIONS
 
-    lab_encoders = {f"lab:{name}": text for name, text in DESCRIPTIONS.items()}
-    return lab_encoders | {
-        "timm:NAME@FILE": "a timm encoder with weights from a .safetensors file (timm:NAME downloads them)"
-    }
+    return {f"lab:{name}": text for name, text in DESCRIPTIONS.items()} | listing()
 
 
 def _tasks() -> dict[str, str]:

@@ -165,6 +165,15 @@ def random_head(width: int, classes: int, seed: int, kind: str = CLASSIFICATION)
     return Head(start.weight.detach(), start.bias.detach(), kind=kind)
 
 
+def class_texts(texts: Float[Tensor, "captions width"], counts: Sequence[int]) -> Float[Tensor, "classes width"]:
+    """Return one feature a class: the mean of its captions' features, each of unit length, brought to unit length.
+
+    ``counts`` says how many captions each class has, in their order (CLIP, arXiv 2103.00020, section 3.1.4).
+    """
+    unit = F.normalize(texts.float(), dim=1)
+    return F.normalize(torch.stack([group.mean(0) for group in unit.split(list(counts))]), dim=1)
+
+
 def zero_shot_head(texts: Float[Tensor, "classes width"], scale: float) -> Head:
     """Return the head that scores by the cosine of features and text features, times ``scale`` (paper, appendix B)."""
     weight = scale * F.normalize(texts.float(), dim=1)

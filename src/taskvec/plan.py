@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from taskvec import backbones, tasks
+from taskvec import backbones, batch_norm, tasks
+from taskvec.addresses import default_name, is_file
 from taskvec.cells import LEARNING, OPEN, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
 from taskvec.disentangling import choose_pairs, spread_sets
 from taskvec.errors import TaskvecError
-from taskvec.merging import ADDITION, PER_TASK, Recipe, find_recipe
+from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, Recipe, find_recipe
 from taskvec.pipeline import Step
 from taskvec.search import coarse
 from taskvec.settings import Finetune, parse_scales
@@ -32,6 +34,8 @@ VERSIONS = {
     "choose_learning_rate": 2,
     "merge": 1,
     "choose_option": 1,
+    "reestimate": 1,
+    "reestimated_curve": 1,
     "per_task_scales": 3,
     "kept_curve": 2,
     "reprobed_curve": 2,
@@ -61,13 +65,14 @@ class Planner:
         names = unique([t.name or tasks.default_name(self._address(t)) for t in file.study.tasks], "tasks")
         self.addresses = {name: self._address(task) for name, task in zip(names, file.study.tasks, strict=True)}
         self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
+        self.sentences: dict[str, list[list[str]] | None] = {}
         self.regimes = {regime.name: regime for regime in file.study.regimes}
         self.joint = self.regimes.get("joint")
 
     def cells(self) -> list[Cell]:
         """Return the steps of every backbone, regime and seed."""
         study = self.study
-        names = unique([b.name or backbones.default_name(b.address) for b in study.backbones], "backbones")
+        names = unique([b.name or default_name(b.address) for b in study.backbones], "backbones")
         about = {name: {"source": tasks.describe(a, self.store.tree_digest)} for name, a in self.addresses.items()}
         self.images = {name: self._count(found["source"]) for name, found in about.items()}
         grounds = [self._ground(name, choice, about) for name, choice in zip(names, study.backbones, strict=True)]
@@ -83,7 +88,18 @@ class Planner:
     def _takes_part(self, choice: BackboneChoice, regime: str) -> bool:
         """Say whether a backbone is fine-tuned in a regime: the study does not leave it out, and it can be."""
         wanted = not choice.regimes or regime in choice.regimes
-        return wanted and (regime not in OPEN or backbones.has_text(choice.address))
+        return wanted and (regime not in OPEN or self._has_text(choice))
+
+    def _has_text(self, choice: BackboneChoice) -> bool:
+        return backbones.has_text(self._address(choice), self.study.allow_pickle, choice.projection)
+
+    def _captions(self, choice: BackboneChoice) -> Mapping[str, list[str] | list[list[str]] | None]:
+        """Return the captions of every task's classes: in the words of the lab's text encoders, or in sentences."""
+        if choice.address.startswith("lab:"):
+            return self.captions
+        if not self.sentences:
+            self.sentences = {name: tasks.sentences(address, name) for name, address in self.addresses.items()}
+        return self.sentences
 
     def _check_open(self) -> None:
         """Raise if a regime that starts from zero-shot heads can have none."""
@@ -93,7 +109,8 @@ class Planner:
                     f"regime '{name}' needs a backbone with a text tower that takes part in it, and there is none",
                     "add one (lab:contrastive), or leave the regime out",
                 )
-            if not any(self.captions.values()):
+            able = (choice for choice in self.study.backbones if self._takes_part(choice, name))
+            if not any(any(self._captions(choice).values()) for choice in able):
                 raise TaskvecError(
                     f"regime '{name}' needs tasks whose classes have captions, and there is none",
                     "add one (lab:greek), or leave the regime out",
@@ -107,7 +124,8 @@ class Planner:
 
     def cell(self, ground: Ground, regime: RegimeChoice, seed: int) -> Cell:
         """Return the steps of one backbone, regime and seed."""
-        chosen = tuple(t for t in self.addresses if regime.name not in OPEN or self.captions[t])
+        captions = self._captions(ground.choice) if regime.name in OPEN else {}
+        chosen = tuple(t for t in self.addresses if regime.name not in OPEN or captions[t])
         first = seed == (regime.seeds or self.study.seeds)[0]
         cell = Cell(ground.backbone, regime.name, seed, chosen, ground.encoder, first)
         rates = self._heads(cell, ground)
@@ -134,9 +152,9 @@ class Planner:
         """Return an address whose path is absolute: relative paths start from the study file's folder."""
         kind, colon, rest = choice.address.partition(":")
         name, at, file = rest.partition("@")
-        if kind == "folder":
+        if kind == "folder" or (kind == "hf" and self._path(rest).exists()):
             return f"{kind}:{self._path(rest)}"
-        if at and backbones.is_file(file):
+        if at and is_file(file):
             return f"{kind}{colon}{name}{at}{self._path(file)}"
         return choice.address
 
@@ -149,8 +167,10 @@ class Planner:
 
     def _backbone(self, name: str, choice: BackboneChoice) -> Step:
         address = self._address(choice)
-        about = backbones.describe(address, choice.size, self.study.allow_pickle)
+        about = backbones.describe(address, choice.size, self.study.allow_pickle, choice.projection)
         config = {"address": address, "size": choice.size, "name": name, "allow_pickle": self.study.allow_pickle}
+        config |= {} if choice.projection is None else {"projection": choice.projection}
+        config |= {"batch_norm": choice.batch_norm} if choice.batch_norm != "merged" else {}
         return self.step("load_backbone", f"load {name}", config | {"source": about}, cost=backbones.load_cost(address))
 
     def _decode(self, task: str, backbone: str, address: str, about: dict[str, Any], view: Step) -> Step:
@@ -189,8 +209,10 @@ class Planner:
         return dict.fromkeys(probes, rate)
 
     def _zero_shot(self, task: str, ground: Ground) -> Step:
-        address = ground.choice.address
-        config = {"address": address, "captions": self.captions[task], "text": backbones.describe_text(address)}
+        address, allow_pickle = self._address(ground.choice), self.study.allow_pickle
+        text = backbones.describe_text(address, allow_pickle)
+        config: dict[str, Any] = {"address": address, "captions": self._captions(ground.choice)[task], "text": text}
+        config |= {} if address.startswith("lab:") else {"allow_pickle": allow_pickle}
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
         label = f"zero-shot head of {task} ({ground.backbone})"
         return self.step("zero_shot", label, config | self.device, inputs, 0.1 * self.images[task])
@@ -270,6 +292,26 @@ class Planner:
                 candidate.rounds.append({t: self._curve(t, cell, candidate, number, ground, rates) for t in cell.tasks})
                 candidate.choice = self._choice(cell, candidate, stride)
             cell.candidates.append(candidate)
+            if ground.choice.batch_norm == "reestimated" and kind == "kept" and not candidate.per_task:
+                cell.candidates.append(self._reestimated(cell, candidate, ground))
+
+    def _reestimated(self, cell: Cell, kept: Candidate, ground: Ground) -> Candidate:
+        """Try the scales with kept heads again, with the statistics of batch norm estimated anew at each."""
+        where, grid, merged = f"{kept.name} {cell.where}", kept.grid, kept.merged
+        inputs = {"backbone": [ground.encoder], "merged": [merged], "task": [ground.data[t] for t in cell.tasks]}
+        config = {"scales": grid, "images": batch_norm.IMAGES, **self.device}
+        cost = len(grid) * batch_norm.IMAGES
+        found = self.step("reestimate", f"batch norm at the scales of {where}", config, inputs, cost)
+        candidate = replace(kept, name=kept.name + REESTIMATED, rounds=[{}], options=[], statistics=found)
+        for t in cell.tasks:
+            inputs = {"backbone": [ground.encoder], "task": [ground.data[t]], "merged": [merged]}
+            inputs |= {"head": [cell.finetuned[t]], "statistics": [found]}
+            label = f"scales of {t}: {where}, batch norm re-estimated"
+            config = {"scales": grid, **self.device}
+            images = 0.1 * len(grid) * self.images[t]
+            candidate.rounds[0][t] = self.step("reestimated_curve", label, config, inputs, images)
+        candidate.choice = self._choice(cell, candidate, 0)
+        return candidate
 
     def _merged(self, cell: Cell, recipe: Recipe, ground: Ground) -> Step:
         """Merge by one method; those that look at data or draw at random are told more than others."""
@@ -338,6 +380,7 @@ class Planner:
     def _test(self, cell: Cell, ground: Ground) -> None:
         """Plan the only steps that look at test labels: they read every choice, so they come after all of them."""
         common = {"choices": [c.choice for c in cell.candidates], "merged": [c.merged for c in cell.candidates]}
+        common |= cell.statistics()
         kinds = [c.heads for c in cell.candidates]
         baselines = {"joint": [cell.joint]} if cell.joint else {}
         for t in cell.tasks:
@@ -362,6 +405,7 @@ class Planner:
             for i, c in enumerate(cell.candidates)
             for k, t in enumerate(cell.tasks)
         }
+        inputs |= cell.statistics()
         candidates: list[dict[str, Any]] = [{"method": c.name, "heads": c.heads} for c in cell.candidates]
         for candidate, about in zip(cell.candidates, candidates, strict=True):
             about |= {"config": dict(candidate.settings)} if candidate.settings else {}
@@ -373,7 +417,7 @@ class Planner:
         pairs = choose_pairs(cell.tasks, self.study.heatmap.pairs)
         subsets = self.study.subsets
         sets = spread_sets(cell.tasks, subsets.of(len(cell.tasks)), subsets.limit)
-        captioned = tuple(t for t in cell.tasks if self.captions[t])
+        captioned = self._captioned(cell, ground)
         if captioned not in sets and self._is_compared_with_open(cell, ground, captioned):
             sets.append(captioned)
         seen = {t for pair in pairs for t in pair} | {t for one in sets for t in one if subsets.points}
@@ -385,10 +429,17 @@ class Planner:
             if subsets.points or not whole:  # the merge of all tasks is measured elsewhere
                 cell.subsets[one] = self._subset(one, cell, ground, singles, not whole)
 
+    def _captioned(self, cell: Cell, ground: Ground) -> tuple[str, ...]:
+        """Return the tasks that open regimes of the backbone merge; none where it has no text tower."""
+        captions = self._captions(ground.choice) if self._opens(ground) else {}
+        return tuple(t for t in cell.tasks if captions.get(t))
+
+    def _opens(self, ground: Ground) -> bool:
+        return any(name in OPEN and self._takes_part(ground.choice, name) for name in self.regimes)
+
     def _is_compared_with_open(self, cell: Cell, ground: Ground, captioned: tuple[str, ...]) -> bool:
         """Say whether open regimes merge fewer tasks than this one, which is then to be measured on those as well."""
-        open_too = any(name in OPEN and self._takes_part(ground.choice, name) for name in self.regimes)
-        return cell.regime not in OPEN and open_too and 1 < len(captioned) < len(cell.tasks)
+        return cell.regime not in OPEN and self._opens(ground) and 1 < len(captioned) < len(cell.tasks)
 
     def _single(self, task: str, cell: Cell, ground: Ground) -> Step:
         settings = self.study.heatmap

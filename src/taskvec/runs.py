@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from taskvec import pipeline
-from taskvec.backbones import default_name
+from taskvec.addresses import default_name
 from taskvec.cells import Cell
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
@@ -114,6 +114,9 @@ def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, comma
         "left_out": {cell.backbone: done[cell.encoder].json("backbone.json")["left_out"] for cell in cells},
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
+    records = {cell.backbone: done[cell.encoder].json("backbone.json") for cell in cells}
+    if weights := {name: record["sha256"] for name, record in records.items() if "sha256" in record}:
+        lock["weights"] = weights
     return lock | {"fingerprint": fingerprint(lock)}
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from taskvec import backbones, disentangling, evaluation, finetuning, model, search, tasks, vectors
+from taskvec import backbones, batch_norm, disentangling, evaluation, finetuning, model, search, tasks, vectors
 from taskvec.backbones import Backbone
 from taskvec.compute import choose_device, choose_precision
 from taskvec.finetuning import task_vector
-from taskvec.heads import Head, Probed, features_of, probe, read_heads, save_heads, zero_shot_head
+from taskvec.heads import Head, Probed, class_texts, features_of, probe, read_heads, save_heads, zero_shot_head
 from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION
 from taskvec.merging import ADDITION, buffers, find_recipe
@@ -26,7 +26,7 @@ from taskvec.settings import Finetune, Probe
 from taskvec.store import read_json, write_json
 from taskvec.tasks import Split, Task, read_task
 from taskvec.training import Progress
-from taskvec.weights import Weights, save
+from taskvec.weights import Weights, read, save, save_tensors
 
 Config = dict[str, Any]
 Inputs = dict[str, list[Path]]
@@ -87,8 +87,10 @@ def open_encoder(folder: Path, backbone: Backbone) -> Weights:
 def load_backbone(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Load a pre-trained encoder by address and keep its weights as safetensors."""
     backbone = backbones.load_backbone(
-        config["address"], config["size"], config["name"], "cpu", allow_pickle=config["allow_pickle"]
+        config["address"], config["size"], config["name"], "cpu", config["allow_pickle"], config.get("projection")
     )
+    if config.get("batch_norm"):
+        batch_norm.check(backbone)
     backbones.write_backbone(backbone, out)
 
 
@@ -152,8 +154,11 @@ def pick_head(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
 def zero_shot(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Build a task's head from the captions of its classes, and measure it on validation."""
     backbone, task = open_backbone(inputs, config), open_task(inputs)
-    texts, scale = backbones.text_features(config["address"], config["captions"])
-    head = zero_shot_head(texts, scale)
+    groups = config["captions"]  # one caption a class, or several
+    several = isinstance(groups[0], list)
+    every = [caption for group in groups for caption in group] if several else groups
+    texts, scale = backbones.text_features(config["address"], every, config.get("allow_pickle", False))
+    head = zero_shot_head(class_texts(texts, list(map(len, groups))) if several else texts, scale)
     save_head(head, out)
     right = evaluation.correct(backbone, backbone.pretrained, task.validation, head)
     write_json(out / "metrics.json", {"validation": float(right.mean())})
@@ -241,6 +246,39 @@ def choose_option(config: Config, inputs: Inputs, out: Path, progress: Progress)
     write_json(out / "option.json", {"index": best, "settings": config["options"][best]})
 
 
+def reestimate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Estimate the statistics of batch norm anew at every scale along a merged vector, from training images."""
+    backbone = open_backbone(inputs, config)
+    vector = open_vector(inputs["merged"][0], backbone, config)
+    images = batch_norm.mixed(open_tasks(inputs), config["images"])
+    found = {}
+    for index, scale in enumerate(config["scales"]):
+        weights = vectors.add(backbone.pretrained, vector, scale)
+        found[scale_key(scale)] = batch_norm.statistics(batch_norm.reestimate(backbone, weights, images))
+        progress((index + 1) / len(config["scales"]))
+    save_tensors(found, out / "statistics.safetensors")
+
+
+def merged_weights(backbone: Backbone, vector: Weights, scale: float, estimated: list[Path]) -> Weights:
+    """Return the encoder at a scale along a merged vector, with statistics of batch norm where they were estimated."""
+    weights = vectors.add(backbone.pretrained, vector, scale)
+    for folder in estimated:
+        found = read(folder / "statistics.safetensors", [scale_key(scale)])
+        weights = batch_norm.with_statistics(weights, found[scale_key(scale)])
+    return weights
+
+
+def reestimated_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Measure a task at every scale with its head kept and the statistics of batch norm estimated anew."""
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
+    vector, curve = open_vector(inputs["merged"][0], backbone, config), {}
+    for scale in config["scales"]:
+        weights = merged_weights(backbone, vector, scale, inputs["statistics"])
+        curve[scale] = float(evaluation.correct(backbone, weights, task.validation, head).mean())
+        progress(len(curve) / len(config["scales"]))
+    _write_curve(out, config["scales"], curve)
+
+
 def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Search one scale a task from the common one, and write the sum as a merged vector whose scale is 1.
 
@@ -326,7 +364,8 @@ def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     progress(2 / (2 + len(config["candidates"])))
     for index, kind in enumerate(config["candidates"]):
         scale = read_json(inputs["choices"][index] / "choice.json")["scale"]
-        weights = vectors.add(backbone.pretrained, open_vector(inputs["merged"][index], backbone, config), scale)
+        vector, estimated = open_vector(inputs["merged"][index], backbone, config), inputs.get(f"statistics{index}", [])
+        weights = merged_weights(backbone, vector, scale, estimated)
         head = own if kind == "kept" else find_head(inputs[f"rounds{index}"], scale)
         right[str(index)] = evaluation.correct(backbone, weights, task.test, head)
         progress((3 + index) / (2 + len(config["candidates"])))
@@ -448,7 +487,8 @@ def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -
             weights = backbone.pretrained
             directions = buffers.read_directions(folder / buffers.DIRECTIONS, weights)
         else:
-            weights = vectors.add(backbone.pretrained, open_vector(folder, backbone, config), scale)
+            vector, estimated = open_vector(folder, backbone, config), inputs.get(f"statistics{index}", [])
+            weights = merged_weights(backbone, vector, scale, estimated)
     classes = [read_json(folder / "classes.json") for folder in inputs["tasks"]]
     by_name = dict(zip(config["tasks"], heads, strict=True))
     model.save_model(out, backbone, weights, by_name, classes, best, directions)

@@ -70,6 +70,8 @@ class BackboneChoice(Choice):
 
     ``learning_rates`` of its own, by regime, go before those of ``finetune``; ``regimes`` are those of the study that
     it takes part in, all when left out; ``paper`` names the row of the paper's tables that it stands for.
+    ``projection`` takes a CLIP model's features after its projection or before it; ``batch_norm: reestimated`` also
+    measures merged encoders with statistics of batch norm that are estimated anew.
     """
 
     address: str
@@ -78,6 +80,8 @@ class BackboneChoice(Choice):
     regimes: tuple[Regime, ...] = ()
     learning_rates: dict[Regime, Rate] = Field(default={})
     paper: Annotated[str, AfterValidator(check_paper)] = ""
+    projection: bool | None = None
+    batch_norm: Literal["merged", "reestimated"] = "merged"
 
     def shortened(self) -> BackboneChoice:
         """Return the same backbone, but of an encoder along its pre-training at most the second step."""
@@ -215,6 +219,8 @@ class Study(Settings):
                     yield f"'{choice.address}' names the regime '{name}', which the study does not run; add it there"
             if "joint" in choice.regimes and "aligned" not in choice.regimes:
                 yield f"'{choice.address}' takes part in joint and not in aligned, whose heads it needs; add aligned"
+            if choice.batch_norm == "reestimated" and "kept" not in self.heads:
+                yield f"'{choice.address}': re-estimated batch norm is measured with kept heads; add kept"
             if choice.paper and sum(other.paper == choice.paper for other in self.backbones) > 1:
                 yield f"two backbones stand for the paper's '{choice.paper}'; leave it to one"
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from numpy.lib.format import write_array_header_1_0
 
+from taskvec import templates
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import SUFFIXES, Preprocessing, decode
 from taskvec.kinds import CLASSIFICATION, KINDS
@@ -227,11 +228,21 @@ def describe_lab(name: str) -> dict[str, Any]:
 
 
 def captions(address: str) -> list[str] | None:
-    """Return a caption for each class of a task, for zero-shot heads; None where its classes have none."""
+    """Return a caption for each class of a task in the words of the lab's text encoders; None where it has none."""
     from taskvec.lab import worlds
 
     kind, rest = parse(address)
     return worlds.captions(rest) if kind == "lab" else None
+
+
+def sentences(address: str, name: str) -> list[list[str]] | None:
+    """Return captions for each class of a task in plain sentences, for other text towers; ``name`` chooses which.
+
+    A task of another kind than classification has none, nor one of the lab whose classes have no caption.
+    """
+    kind, _ = parse(address)
+    names = captions(address) if kind == "lab" else list_task(address).classes
+    return templates.captions(names, name) if names else None
 
 
 SOURCES: dict[str, Callable[[str], Listing]] = {"folder": list_folder, "lab": list_lab}

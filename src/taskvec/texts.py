@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from taskvec.merging import ADDITION, PER_TASK
+from taskvec.merging import ADDITION, PER_TASK, REESTIMATED
 from taskvec.views import METRICS, Cell, Gain, View
 
 MISSING = "–"
@@ -46,7 +46,8 @@ def short_backbone(address: str) -> str:
 
 def method_label(method: str) -> str:
     """Call the paper's method addition, as its tables do, and every other by its name."""
-    return LABELS.get(method) or one_line(method)
+    base = method.removesuffix(REESTIMATED)
+    return (LABELS.get(base) or one_line(base)) + (", batch norm re-estimated" if base != method else "")
 
 
 def metric_label(one: View, task: str) -> str:

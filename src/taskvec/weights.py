@@ -200,6 +200,13 @@ def read(path: Path, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
         ) from None
 
 
+def read_keys(path: Path) -> list[str]:
+    """Return the names of the tensors of a safetensors file; a missing or damaged file is a clear error."""
+    read(path, ())
+    with safe_open(str(path), framework="pt") as file:
+        return list(file.keys())
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file that ``read`` can read."""
     with safe_open(str(path), framework="pt") as file:

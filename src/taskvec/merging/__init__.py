@@ -7,6 +7,7 @@ from taskvec.merging.recipes import (
     ADDITION,
     METHODS,
     PER_TASK,
+    REESTIMATED,
     Method,
     Recipe,
     apply,
@@ -15,7 +16,18 @@ from taskvec.merging.recipes import (
     register,
 )
 
-__all__ = ["ADDITION", "METHODS", "PER_TASK", "Method", "Recipe", "apply", "find_method", "find_recipe", "register"]
+__all__ = [
+    "ADDITION",
+    "METHODS",
+    "PER_TASK",
+    "REESTIMATED",
+    "Method",
+    "Recipe",
+    "apply",
+    "find_method",
+    "find_recipe",
+    "register",
+]
 
 FIXED = "1:1:1"
 """The scales of methods that give merged weights themselves."""

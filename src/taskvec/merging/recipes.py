@@ -79,6 +79,8 @@ ADDITION = "task_arithmetic"
 """The paper's method, by its name in the registry and in results."""
 PER_TASK = "task_arithmetic_per_task"
 """Addition with one lambda a task, by its name in results."""
+REESTIMATED = "_reestimated"
+"""What is added to a method's name in results where the statistics of batch norm were estimated anew."""
 
 
 def register(method: Method) -> None:

@@ -1,0 +1,198 @@
+"""CLIP models of open_clip: the image tower, with its projection or without, and zero-shot heads by the text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskvec.addresses import CLIP, is_file
+from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.images import Preprocessing
+from taskvec.loaders import hub
+from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate
+from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, origin_of
+from taskvec.store import file_digest, read_json
+from taskvec.weights import check_keys, read_keys
+
+FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+"""What open_clip's weights are called in a folder, or a repository of the hub."""
+CONFIG = "open_clip_config.json"
+VISUAL = "visual."
+
+
+def package(address: str) -> ModuleType:
+    """Import open_clip, or name the extra that brings it."""
+    return extra("open_clip", "open_clip_torch", "clip", address)
+
+
+def load(request: Request) -> Loaded:
+    """Find an image tower by open_clip's name of the model, with weights by tag or from a file."""
+    config, tag = model_config(request), tag_config(request)
+    pixels = request.size or int(config["vision_cfg"].get("image_size", 224))
+    path, repo = find(request)
+    options = {
+        "model": request.name,
+        "size": pixels,
+        "quick_gelu": bool(tag.get("quick_gelu", config.get("quick_gelu", False))),
+        "projection": request.projection is not False,
+        "library": library("open_clip_torch"),
+    }
+    return Loaded(
+        {"family": "open_clip", "options": options},
+        lambda _: preprocessing(request, tag, pixels),
+        lambda module: state_for(module, path),
+        origin_of(path, repo),
+    )
+
+
+def model_config(request: Request) -> dict[str, Any]:
+    """Return open_clip's description of a model, or raise with the nearest names and its tags."""
+    open_clip = package(request.address)
+    known = open_clip.list_models()
+    if request.name not in known:
+        raise unknown("open_clip model", request.name, known)
+    tags = open_clip.list_pretrained_tags_by_model(request.name)
+    if not request.file and not request.hub:
+        raise TaskvecError(
+            f"'{request.address}' names no weights", f"give a file after the @, or one of the tags {', '.join(tags)}"
+        )
+    if request.file and not is_file(request.file) and not tag_config(request):
+        raise TaskvecError(
+            f"open_clip has no weights '{request.file}' of '{request.name}'", f"{did_you_mean(request.file, tags)}"
+        )
+    config: dict[str, Any] = open_clip.get_model_config(request.name)
+    return config
+
+
+def tag_config(request: Request) -> dict[str, Any]:
+    """Return what open_clip knows of a tag: where its weights are and how they see images; nothing for a file."""
+    if not request.file or is_file(request.file):
+        return {}
+    found: dict[str, Any] = package(request.address).get_pretrained_cfg(request.name, request.file)
+    return found
+
+
+def places(request: Request) -> tuple[str, tuple[str, ...]]:
+    """Return the hub's repository of the weights, and what the file may be called there, best first."""
+    if request.hub:
+        return request.hub[0], (request.hub[1],)
+    model_config(request)
+    repo, _, file = tag_config(request)["hf_hub"].rpartition("/")
+    return repo, (f"{Path(file).stem}.safetensors", file) if file else FILES
+
+
+def find(request: Request) -> tuple[Path, str]:
+    """Return the weights file, and the hub's repository that it is of (empty for a local file)."""
+    if request.file and is_file(request.file):
+        return find_file(request.file, FILES, request.allow_pickle), ""
+    repo, files = places(request)
+    name = request.address if request.hub else f"open_clip:{request.name}"
+    instead = f"with no network, give a local file: {name}@FILE.safetensors"
+    return hub.fetch(repo, files, request.allow_pickle, request.address, instead), repo
+
+
+def held(request: Request) -> Path | None:
+    """Return the weights file where it is on this machine, given or cached."""
+    if request.file and is_file(request.file):
+        return find_file(request.file, FILES, request.allow_pickle)
+    return hub.first_cached(*places(request))
+
+
+def identify(request: Request) -> dict[str, Any]:
+    """Return the digest of the weights, where they are on this machine, and the library's version."""
+    package(request.address)
+    path = held(request)
+    about = {"library": library("open_clip_torch")}
+    return about | ({"content": file_digest(path)} if path else {})
+
+
+def missing(request: Request) -> str:
+    """Say what would have to be downloaded."""
+    if held(request) is not None:
+        return ""
+    repo, files = places(request)
+    return f"{repo}/{files[0]}"
+
+
+def preprocessing(request: Request, tag: dict[str, Any], size: int) -> Preprocessing:
+    """Return how the weights want to see images: by their tag, by the folder's configuration, or as CLIP does."""
+    path = Path(request.file).expanduser()
+    if path.is_dir() and (path / CONFIG).is_file():
+        tag = read_json(path / CONFIG).get("preprocess_cfg", {})
+    mean, std = (tuple(tag.get(name, default)) for name, default in zip(("mean", "std"), CLIP, strict=True))
+    squash = tag.get("resize_mode") == "squash"
+    return Preprocessing(size, 1.0, tag.get("interpolation", "bicubic"), mean, std, squash)
+
+
+def state_for(module: nn.Module, path: Path) -> State:
+    """Take the image tower out of a checkpoint, its position embeddings resampled by open_clip."""
+    from open_clip.model import resize_pos_embed
+
+    raw = read_checkpoint(path)
+    if VISUAL + "positional_embedding" in raw and hasattr(module, "grid_size"):
+        resize_pos_embed(raw, SimpleNamespace(visual=module))
+    wanted = {VISUAL + key: tuple(value.shape) for key, value in module.state_dict().items()}
+    unwanted = (*TEXTS, VISUAL + "proj") if getattr(module, "proj", None) is None else TEXTS
+    kept, dropped = separate(raw, wanted, unwanted)
+    shapes = {key: tuple(value.shape) for key, value in kept.items()}
+    check_keys(shapes, wanted, f"'{path}'", "give a checkpoint of that model of open_clip")
+    return State({key.removeprefix(VISUAL): value for key, value in kept.items()}, dropped)
+
+
+def build(options: dict[str, Any]) -> nn.Module:
+    """Make an image tower alone, at an input size, with its projection or without."""
+    address = f"open_clip:{options['model']}"
+    open_clip = package(address)
+    config = open_clip.get_model_config(options["model"])
+    vision = config["vision_cfg"] | {"image_size": options["size"]}
+    try:
+        tower: nn.Module = open_clip.model._build_vision_tower(config["embed_dim"], vision, options["quick_gelu"])
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        raise TaskvecError(
+            f"'{address}' cannot be made for {options['size']} px: {first_line(error)}", "choose another size"
+        ) from None
+    if not options["projection"]:
+        if not isinstance(getattr(tower, "proj", None), nn.Parameter):
+            raise TaskvecError(f"the projection of '{address}' cannot be taken off", "leave out projection: false")
+        tower.register_parameter("proj", None)
+    return tower
+
+
+def has_text(request: Request) -> bool:
+    """Say whether zero-shot heads can be built: with the projection, and not from a file of the image tower alone."""
+    path = held(request) if request.projection is not False else None
+    if path is None or path.suffix != ".safetensors":
+        return request.projection is not False
+    return any(key.startswith(("text", "token_embedding.")) for key in read_keys(path))
+
+
+def identify_text(request: Request) -> str:
+    """Return the digest of the weights, which are those of the text tower too."""
+    return str(identify(request).get("content", ""))
+
+
+@torch.inference_mode()
+def texts(request: Request, captions: Sequence[str]) -> Texts:
+    """Return the features of captions by the whole model's text tower, and its logit scale."""
+    open_clip = package(request.address)
+    config, tag = model_config(request), tag_config(request)
+    path, _ = find(request)
+    gelu = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
+    try:
+        model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu).eval()
+        open_clip.load_checkpoint(model, str(path))
+        tokens = open_clip.get_tokenizer(request.name)(list(captions))
+    except Exception as error:  # text towers of other libraries need files of their own, which may be missing
+        raise TaskvecError(
+            f"'{request.address}': its text tower cannot be made: {first_line(error)}", "leave out the open regimes"
+        ) from None
+    found: Tensor = torch.cat([model.encode_text(part, normalize=True) for part in tokens.split(256)])
+    return found.float(), float(model.logit_scale.exp())
+
+
+FAMILY = Family(load, identify, missing, has_text, identify_text, texts)

@@ -1,0 +1,466 @@
+"""Vision models of transformers, from a folder or the hub: ViT and its family, CLIP's image tower, and CNNs.
+
+The feature is the class token after the final norm, without the pooler; of CLIP it is projected where the checkpoint
+has the projection; models without a class token give their own pooled feature. Nothing is masked: a checkpoint of MAE
+is read into ViTModel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from taskvec.addresses import CLIP, HALF, IMAGENET, Channels
+from taskvec.errors import TaskvecError, did_you_mean
+from taskvec.images import RESAMPLING, Preprocessing
+from taskvec.loaders import hub
+from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, check_pickle, first_line
+from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, no_projection
+from taskvec.store import file_digest, fingerprint, read_json
+from taskvec.weights import check_keys, read_keys
+
+CONFIG, IMAGES = "config.json", "preprocessor_config.json"
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+HEADS = (*CLASSIFIERS, *DECODERS, "cls_classifier.", "distillation_classifier.", "pooler.", "embeddings.mask_token")
+"""Key prefixes of what an encoder does without: classifiers, decoders, the pooler and the token of hidden patches."""
+TEXTS = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.")
+Images = Float[Tensor, "batch 3 size size"]
+
+
+@dataclass(frozen=True)
+class Type:
+    """How a type of model in transformers is read: the type whose encoder it has, and which output is its feature."""
+
+    encoder: str
+    feature: str
+
+
+TYPES = {
+    **{name: Type(name, "class") for name in ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")},
+    "vit_mae": Type("vit", "class"),
+    "vit_msn": Type("vit_msn", "class"),
+    "clip": Type("clip_vision_model", "clip"),
+    "clip_vision_model": Type("clip_vision_model", "clip"),
+    "siglip": Type("siglip_vision_model", "pooled"),
+    **{
+        name: Type(name, "pooled")
+        for name in (
+            "siglip_vision_model", "beit", "data2vec-vision", "swin", "swinv2", "focalnet", "resnet", "regnet", "bit",
+            "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "mobilenet_v1", "mobilenet_v2", "levit",
+        )
+    },
+}  # fmt: skip
+"""The types of model that are known, by ``model_type`` of config.json."""
+
+
+class Encoder(nn.Module):
+    """A model of transformers that gives one feature an image."""
+
+    def __init__(self, model: nn.Module, resampled: bool) -> None:
+        """Keep the model; ``resampled`` lets it resample its position embeddings to the images' size."""
+        super().__init__()
+        self.model = model
+        self.resampled = {"interpolate_pos_encoding": True} if resampled else {}
+
+    def outputs(self, images: Images) -> Any:
+        """Return all outputs of the model."""
+        return self.model(images, **self.resampled)
+
+
+class ClassToken(Encoder):
+    """The class token after the final norm."""
+
+    patches: int
+
+    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
+        """Return the feature of every image."""
+        feature: Tensor = self.outputs(images).last_hidden_state[:, 0]
+        return feature
+
+    def tokens(self, images: Images) -> Float[Tensor, "batch patches width"]:
+        """Return the final token of every patch, without class and register tokens."""
+        tokens: Tensor = self.outputs(images).last_hidden_state[:, -self.patches :]
+        return tokens
+
+
+class Pooled(Encoder):
+    """The model's own pooled feature; of CLIP's image tower that is the normalised class token."""
+
+    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
+        """Return the feature of every image."""
+        feature: Tensor = self.outputs(images).pooler_output.flatten(1)
+        return feature
+
+
+class Projected(Encoder):
+    """The embedding after CLIP's projection, not normalised."""
+
+    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
+        """Return the feature of every image."""
+        feature: Tensor = self.outputs(images).image_embeds
+        return feature
+
+
+# ---------------------------------------------------------------- folders
+
+
+def locate(request: Request) -> Path | None:
+    """Return the folder of a model on this machine: the one given, or where the hub's cache holds the repository."""
+    folder = Path(request.name).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise TaskvecError(f"folder '{folder}' has no {CONFIG}", "give a folder that save_pretrained wrote")
+        return folder
+    if request.name.startswith(("/", ".", "~")) or request.name.count("/") != 1:
+        raise TaskvecError(f"no folder at '{folder}'", "give a folder that save_pretrained wrote, or OWNER/NAME")
+    held = hub.cached(request.name, CONFIG)
+    return held.parent if held and weights_in(held.parent) else None
+
+
+def is_folder(folder: Path) -> bool:
+    """Say whether a folder holds a model of transformers: its configuration names a type of model."""
+    return (folder / CONFIG).is_file() and "model_type" in read_json(folder / CONFIG)
+
+
+def obtain(request: Request) -> Path:
+    """Return the folder of a model, downloading what the hub's cache lacks."""
+    folder = locate(request)
+    if folder is not None:
+        return folder
+    repo, address = request.name, request.address
+    instead = "with no network, give a local folder: hf:FOLDER, with config.json and model.safetensors"
+    folder = hub.fetch(repo, (CONFIG,), True, address, instead).parent
+    weights = hub.fetch(repo, WEIGHTS, request.allow_pickle, address, instead)
+    for file in shards(weights):
+        hub.fetch(repo, (file.name,), request.allow_pickle, address, instead)
+    for name in (IMAGES, *(TOKENIZER if read_json(folder / CONFIG).get("model_type") == "clip" else ())):
+        if hub.exists(repo, name, address, instead):
+            hub.download(repo, name, address, instead)
+    return folder
+
+
+def weights_in(folder: Path) -> Path | None:
+    """Return the weights file of a folder, or the index of its parts; None where it has none."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def shards(weights: Path) -> list[Path]:
+    """Return the files that hold the tensors."""
+    if weights.suffix != ".json":
+        return [weights]
+    return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
+
+
+def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """Return the weights files of a folder; a missing or damaged one, or a pickle not asked for, is an error."""
+    weights = weights_in(folder)
+    if weights is None:
+        raise TaskvecError(f"folder '{folder}' has no weights", f"it should hold {WEIGHTS[0]}")
+    files = shards(weights)
+    for file in files:
+        check_pickle(file, allow_pickle)
+        if not file.is_file():
+            raise TaskvecError(f"'{weights}' names '{file.name}', which is missing", "copy the whole folder again")
+        if file.suffix == ".safetensors":
+            read_keys(file)
+    return files
+
+
+def digest(folder: Path, allow_pickle: bool, more: Sequence[str] = ()) -> str:
+    """Return a digest of everything in a folder that decides a model's features."""
+    files = [folder / CONFIG, folder / IMAGES, *(folder / name for name in more), *checked_files(folder, allow_pickle)]
+    return fingerprint({file.name: file_digest(file) for file in files if file.is_file()})
+
+
+def content(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of a weights file; of several, that of their SHA-256s in hexadecimal, one after the other."""
+    digests = [file_digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def identify(request: Request) -> dict[str, Any]:
+    """Return a digest of the folder, where it is on this machine, and the library's version."""
+    folder = locate(request)
+    extra("transformers", "transformers", "hf", request.address)
+    about = {"library": library("transformers")}
+    return about | ({"content": digest(folder, request.allow_pickle)} if folder else {})
+
+
+def missing(request: Request) -> str:
+    """Say what would have to be downloaded."""
+    return f"{request.name}/{WEIGHTS[0]}" if locate(request) is None else ""
+
+
+# ---------------------------------------------------------------- models
+
+
+def load(request: Request) -> Loaded:
+    """Find a model's folder and read its configuration."""
+    extra("transformers", "transformers", "hf", request.address)
+    folder = obtain(request)
+    config = read_json(folder / CONFIG)
+    kind = type_of(request, config)
+    own = edge(dict(config.get("vision_config") or config).get("image_size"))
+    seen = preprocessing(folder, kind, own)
+    seen = replace(seen, size=request.size or seen.size)
+    options = options_of(request, config, kind, seen.size)
+    where = request.name if Path(request.name).expanduser() == folder else f"{request.name}/{folder.name}"
+    return Loaded(
+        {"family": "hf", "options": options},
+        lambda _: seen,
+        lambda module: state_for(module, folder, options),
+        {"from": where, "sha256": content(checked_files(folder, request.allow_pickle))},
+    )
+
+
+def type_of(request: Request, config: dict[str, Any]) -> str:
+    """Return the type of a model; one that is not known is an error."""
+    kind = str(config.get("model_type"))
+    if kind not in TYPES:
+        raise TaskvecError(f"'{request.address}' is a model of type '{kind}'", did_you_mean(kind, TYPES))
+    return kind
+
+
+def options_of(request: Request, config: dict[str, Any], kind: str, size: int) -> dict[str, Any]:
+    """Return what ``build`` makes the encoder from."""
+    names = " ".join(config.get("architectures") or ())
+    has_projection = TYPES[kind].feature == "clip" and ("WithProjection" in names or "CLIPModel" in names)
+    vision = dict(config.get("vision_config") or config)
+    if has_projection and "projection_dim" in config:
+        vision["projection_dim"] = config["projection_dim"]
+    elif not has_projection:
+        no_projection(request, "its checkpoint holds none")
+    own = edge(vision.get("image_size"))
+    return {
+        "type": kind,
+        "config": {key: value for key, value in vision.items() if key not in ("model_type", "architectures", "dtype")},
+        "size": size,
+        "resampled": own is not None and size != own,
+        "has_projection": has_projection,
+        "projection": has_projection and request.projection is not False,
+        "library": library("transformers"),
+    }
+
+
+def make_config(options: dict[str, Any]) -> Any:
+    """Make the configuration of an encoder."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[TYPES[options["type"]].encoder](**options["config"])
+
+
+def model_class(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a model, and with what else it is made: without a pooler where the class token counts."""
+    import inspect
+
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if options["has_projection"]:
+        return transformers.CLIPVisionModelWithProjection, {}
+    found = MODEL_MAPPING[type(make_config(options))]
+    pools = "add_pooling_layer" in inspect.signature(found.__init__).parameters
+    return found, {"add_pooling_layer": False} if pools and TYPES[options["type"]].feature == "class" else {}
+
+
+def build(options: dict[str, Any]) -> nn.Module:
+    """Make an encoder with random weights."""
+    extra("transformers", "transformers", "hf", f"hf:{options['type']}")
+    made, more = model_class(options)
+    with quiet():
+        model = made(make_config(options), **more)
+    return wrap(model, options)
+
+
+def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """Make a model give its feature."""
+    import inspect
+
+    if options["has_projection"] and not options["projection"]:
+        model = model.vision_model  # type: ignore[assignment]
+    takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    resampled = options["resampled"] and takes
+    if options["projection"]:
+        return Projected(model, resampled)
+    if TYPES[options["type"]].feature != "class":
+        return Pooled(model, resampled)
+    encoder, patch = ClassToken(model, resampled), options["config"].get("patch_size", 16)
+    if options["size"] % patch:
+        raise TaskvecError(
+            f"a model with patches of {patch} px cannot look at {options['size']} px images",
+            f"choose another size, a multiple of {patch}",
+        )
+    encoder.patches = (options["size"] // patch) ** 2
+    return encoder
+
+
+def state_for(module: nn.Module, folder: Path, options: dict[str, Any]) -> State:
+    """Let transformers read and translate the weights of a folder; what is missing or not known raises."""
+    model, info = read_model(folder, options)
+    allowed = (*HEADS, *TEXTS) if TYPES[options["type"]].feature == "clip" or "siglip" in options["type"] else HEADS
+    unexpected = sorted(info["unexpected_keys"])
+    dropped = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"]}
+    found |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
+    found |= {key: () for key in unexpected if key not in dropped}
+    fix = f"give a folder whose weights are those of its {CONFIG}"
+    check_keys(found, shapes, f"'{weights_in(folder)}'", fix)
+    inner = wrap(model, options).state_dict()
+    if options["has_projection"] and not options["projection"]:
+        dropped.append("visual_projection.weight")
+    return State({key: inner[key] for key in module.state_dict()}, tuple(dropped))
+
+
+def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Read a folder into its model by transformers, which also says which keys did not fit."""
+    made, more = model_class(options)
+    weights = weights_in(folder)
+    safe = weights is not None and weights.name.startswith("model.")
+    try:
+        with quiet():
+            model, info = made.from_pretrained(
+                folder,
+                config=make_config(options),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                use_safetensors=safe,
+                weights_only=True,
+                dtype=torch.float32,
+                **more,
+            )
+    except Exception as error:  # its readers raise errors of many kinds
+        raise TaskvecError(
+            f"'{weights}' cannot be read: {first_line(error)}", "is it complete? copy or convert it again"
+        ) from None
+    return model, info
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting what is checked here: keys that do not fit, and bars of progress."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------- preprocessing and texts
+
+
+def preprocessing(folder: Path, kind: str, size: int | None) -> Preprocessing:
+    """Return how a model wants to see images: by its folder, or else as most checkpoints of its type do."""
+    if not (folder / IMAGES).is_file():
+        mean, std = usual(kind)
+        print(
+            f"'{folder}' has no {IMAGES}: taking mean {list(mean)} and std {list(std)}, as usual for '{kind}'",
+            file=sys.stderr,
+        )
+        return Preprocessing(size or 224, mean=mean, std=std)
+    config = read_json(folder / IMAGES)
+    short, cut = edge(config.get("size")), edge(config.get("crop_size") if config.get("do_center_crop") else None)
+    own = cut or short or size or 224
+    crop = cut / short if cut and short else float(config.get("crop_pct") or 1.0)
+    squash = not cut and isinstance(config.get("size"), dict) and "height" in config["size"]
+    interpolation = next((name for name, value in RESAMPLING.items() if value == config.get("resample", 2)), "bicubic")
+    mean, std = (triple(config.get(name)) for name in ("image_mean", "image_std"))
+    if config.get("do_normalize") is False:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return Preprocessing(own, min(crop, 1.0), interpolation, mean, std, squash)
+
+
+def usual(kind: str) -> tuple[Channels, Channels]:
+    """Return mean and standard deviation of most checkpoints of a type."""
+    if kind.startswith("clip"):
+        return CLIP
+    return (HALF, HALF) if kind.startswith(("vit", "siglip", "beit", "mobilenet")) and kind != "vit_mae" else IMAGENET
+
+
+def triple(values: Any) -> Channels:
+    """Return three numbers, one a channel, 0.5 where there are none."""
+    first, second, third = values if isinstance(values, list) and len(values) == 3 else HALF
+    return float(first), float(second), float(third)
+
+
+def edge(size: Any) -> int | None:
+    """Return a side in pixels out of transformers' ways to say a size."""
+    if isinstance(size, list):
+        return int(size[0])
+    if isinstance(size, dict):
+        return next((int(size[name]) for name in ("shortest_edge", "height") if size.get(name)), None)
+    return int(size) if size else None
+
+
+def has_text(request: Request) -> bool:
+    """Say whether zero-shot heads can be built: of CLIP models with both towers; of one not here, by its name."""
+    if request.projection is False:
+        return False
+    folder = locate(request)
+    if folder is None:
+        return "clip" in request.name.lower()
+    config = read_json(folder / CONFIG)
+    return config.get("model_type") == "clip" and "CLIPModel" in " ".join(config.get("architectures") or ())
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise unless a folder holds its tokenizer, in whose place transformers would make an empty one."""
+    names = {name for name in TOKENIZER if (folder / name).is_file()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise TaskvecError(
+            f"'{folder}' holds no tokenizer, which its text tower needs",
+            "copy tokenizer.json there (or vocab.json and merges.txt), or leave out the open regimes",
+        )
+
+
+def identify_text(request: Request) -> str:
+    """Return a digest of weights and tokenizer, where they are on this machine."""
+    folder = locate(request)
+    return digest(folder, request.allow_pickle, TOKENIZER) if folder else ""
+
+
+@torch.inference_mode()
+def texts(request: Request, captions: Sequence[str]) -> Texts:
+    """Return the features of captions by a CLIP model's text tower, and its logit scale."""
+    transformers = extra("transformers", "transformers", "hf", request.address)
+    folder = obtain(request)
+    checked_files(folder, request.allow_pickle)
+    check_tokenizer(folder)
+    try:
+        with quiet():
+            model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            words = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt")
+    except Exception as error:
+        raise TaskvecError(
+            f"the text tower in '{folder}' cannot be used: {first_line(error)}", "leave out the open regimes"
+        ) from None
+    found = model.get_text_features(**words)
+    features: Tensor = getattr(found, "pooler_output", found)
+    return nn.functional.normalize(features.float(), dim=1), float(model.logit_scale.exp())
+
+
+FAMILY = Family(load, identify, missing, has_text, identify_text, texts)

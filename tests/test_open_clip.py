@@ -1,0 +1,181 @@
+"""CLIP models of open_clip: the image tower's own features, texts, the paper's checkpoints, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import write_folder_task
+from safetensors.torch import load_file, save_file
+from test_pipeline import Quiet
+
+from taskvec import backbones, heads, runs, templates
+from taskvec.backbones import load_backbone
+from taskvec.errors import TaskvecError
+from taskvec.images import normalise
+from taskvec.store import Store, read_json
+from taskvec.study import StudyFile, parse_study
+
+open_clip = pytest.importorskip("open_clip", reason="the extra clip is part of the test environment (make test)")
+
+TINY = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
+    """Teach open_clip a tiny model and let it write a file of seeded random weights."""
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "ViT-Tiny.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder / "ViT-Tiny.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-Tiny", pretrained=None).eval()
+    path = folder / "tiny.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    yield path, model
+
+
+def inputs_for(backbone: backbones.Backbone) -> tuple[np.ndarray, torch.Tensor]:
+    size = backbone.preprocessing.size
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, size, size), dtype=np.uint8)
+    return images, normalise(torch.from_numpy(images), backbone.preprocessing, "cpu")
+
+
+def test_features_are_the_librarys_own(tiny: tuple[Path, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    path, model = tiny
+    backbone = load_backbone(f"open_clip:ViT-Tiny@{path}")
+    assert "of a text tower (" in capsys.readouterr().err
+    assert {key.split(".")[0] for key in backbone.left_out} >= {"logit_scale", "text_projection", "transformer"}
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        assert torch.allclose(backbone.features(images), model.encode_image(x), atol=1e-5)
+    assert backbone.preprocessing.mean == open_clip.OPENAI_DATASET_MEAN
+    assert backbone.origin["from"] == str(path) and len(backbone.origin["sha256"]) == 64
+
+
+def test_another_size_and_no_projection(tiny: tuple[Path, Any]) -> None:
+    path, model = tiny
+    wide = open_clip.create_model("ViT-Tiny", pretrained=str(path), force_image_size=48).eval()
+    backbone = load_backbone(f"open_clip:ViT-Tiny@{path}", size=48)
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        assert torch.allclose(backbone.features(images), wide.encode_image(x), atol=1e-5)
+    plain = load_backbone(f"open_clip:ViT-Tiny@{path}", projection=False)
+    images, x = inputs_for(plain)
+    with torch.inference_mode():
+        assert torch.allclose(plain.features(images) @ model.visual.proj, model.encode_image(x), atol=1e-5)
+    assert plain.width == 64 and "visual.proj" in plain.left_out
+
+
+def test_a_training_checkpoint_needs_allow_pickle(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+    path, _ = tiny
+    wrapped = {f"module.{key}": value for key, value in load_file(path).items()}
+    pickled = tmp_path / "epoch_32.pt"
+    torch.save({"epoch": 32, "name": "run", "state_dict": wrapped}, pickled)
+    with pytest.raises(TaskvecError, match="allow_pickle: true"):
+        load_backbone(f"open_clip:ViT-Tiny@{pickled}")
+    found = load_backbone(f"open_clip:ViT-Tiny@{pickled}", allow_pickle=True)
+    assert torch.equal(found.pretrained.flat, load_backbone(f"open_clip:ViT-Tiny@{path}").pretrained.flat)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"weights\.safetensors.* is missing visual\.ln_pre\.weight"),
+        ("unexpected", r"weights\.safetensors.* has unexpected visual\.ln_extra"),
+        ("shape", r"weights\.safetensors.* another shape for visual\.ln_pre\.weight \[3\] instead of \[64\]"),
+        ("truncated", r"weights\.safetensors' cannot be read"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tiny: tuple[Path, Any], tmp_path: Path, how: str, message: str) -> None:
+    state, path = load_file(tiny[0]), tmp_path / "weights.safetensors"
+    if how == "missing":
+        del state["visual.ln_pre.weight"]
+    elif how != "truncated":
+        state["visual.ln_extra" if how == "unexpected" else "visual.ln_pre.weight"] = torch.zeros(3)
+    save_file(state, path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TaskvecError, match=message):
+        load_backbone(f"open_clip:ViT-Tiny@{path}")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("open_clip:ViT-B-16", "names no weights\n.*laion2b_s34b_b88k"),
+        ("open_clip:ViT-B-61@openai", "unknown open_clip model 'ViT-B-61'\ndid you mean"),
+        ("open_clip:ViT-B-16@laion2b", "has no weights 'laion2b' of 'ViT-B-16'\ndid you mean"),
+        ("open_clip:ViT-B-16@laion2b_s34b_b88k", "HF_HUB_OFFLINE is set\n.*open_clip:ViT-B-16@FILE"),
+        ("paper:vit-l14-clip-2b", "CLIP-ViT-L-14-laion2B-s32B-b82K.*HF_HUB_OFFLINE is set\n.*@FILE"),
+        ("paper:vit-b16-clip-400m", "Data-400M_Samples-34B.*not a .safetensors file.*\n.*allow_pickle: true"),
+        ("paper:vit-b16-clip", "unknown checkpoint of the paper 'vit-b16-clip'"),
+    ],
+)
+def test_bad_addresses_and_no_network_are_clear_errors(address: str, message: str) -> None:
+    with pytest.raises(TaskvecError, match=message):
+        load_backbone(address)
+
+
+def test_a_head_of_several_captions_is_their_mean(tiny: tuple[Path, Any]) -> None:
+    path, model = tiny
+    captions = templates.captions(["forest", "sea_lake"], "EuroSAT")
+    assert captions[1][0] == "a centered satellite photo of sea lake."
+    texts, scale = backbones.text_features(f"open_clip:ViT-Tiny@{path}", [c for group in captions for c in group])
+    got = heads.zero_shot_head(heads.class_texts(texts, [3, 3]), scale).weight
+    tokenize = open_clip.get_tokenizer("ViT-Tiny")
+    with torch.inference_mode():
+        each = [model.encode_text(tokenize(group), normalize=True).mean(0) for group in captions]
+        want = torch.stack([mean / mean.norm() for mean in each]) * model.logit_scale.exp()
+    assert torch.allclose(got, want, atol=1e-4)
+
+
+def test_published_sentences_belong_to_the_papers_data_sets() -> None:
+    assert set(templates.TEMPLATES) == {"cars", "dtd", "eurosat", "gtsrb", "mnist", "resisc45", "sun397", "svhn"}
+    counts = [len(set(templates.templates_of(name))) for name in ("Cars", "dtd", "resisc45", "GTSRB", "birds")]
+    assert counts == [8, 8, 18, 3, 2]
+    assert all(text.count("{}") == 1 for texts in templates.TEMPLATES.values() for text in texts)
+    assert templates.captions(["3"], "svhn") == [['a photo of the number: "3".']]
+
+
+def test_a_text_tower_is_noticed(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+    assert backbones.has_text(f"open_clip:ViT-Tiny@{tiny[0]}")
+    assert not backbones.has_text(f"open_clip:ViT-Tiny@{tiny[0]}", projection=False)
+    assert backbones.has_text("open_clip:ViT-B-16@laion2b_s34b_b88k")
+    alone = {key: value for key, value in load_file(tiny[0]).items() if key.startswith("visual.")}
+    save_file(alone, tmp_path / "tower.safetensors")
+    assert not backbones.has_text(f"open_clip:ViT-Tiny@{tmp_path / 'tower.safetensors'}")
+
+
+STUDY = """
+name: clip
+backbones: ["open_clip:ViT-Tiny@tiny.safetensors"]
+tasks: ["folder:one", "folder:two"]
+regimes: [open]
+methods: [{name: task_arithmetic, scales: "0:1:0.5"}]
+heads: [kept]
+heatmap: {pairs: 0}
+probe: {steps: 5, batch_size: 8, warmup: 0, learning_rates: [0.01]}
+finetune: {steps: 2, batch_size: 8, warmup: 0}
+"""
+
+
+def test_an_open_study_of_folders_starts_from_sentences(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+    (tmp_path / "tiny.safetensors").symlink_to(tiny[0])
+    write_folder_task(tmp_path / "one")
+    write_folder_task(tmp_path / "two", ("red", "blue"), train=15, test=6)
+    file, out = StudyFile(parse_study(STUDY, "clip"), STUDY, tmp_path), tmp_path / "out"
+    runs.run_study(file, out, Store(tmp_path / "store"), 1, Quiet(), "taskvec run clip")
+    rows = pd.read_csv(out / "results.csv", keep_default_na=False)
+    assert {"zero_shot", "fine_tuned", "task_arithmetic", "probing"} == set(rows.method)
+    lock = read_json(out / "study.lock.json")
+    assert lock["weights"]["ViT-Tiny"] == load_backbone(f"open_clip:ViT-Tiny@{tiny[0]}").origin["sha256"]

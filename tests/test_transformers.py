@@ -1,0 +1,250 @@
+"""Models of transformers from their folders: the library's own features, strict weights, texts, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from taskvec import backbones, heads
+from taskvec.backbones import load_backbone, read_backbone, write_backbone
+from taskvec.errors import TaskvecError
+from taskvec.images import normalise
+
+T = pytest.importorskip("transformers", reason="the extra hf is part of the test environment (make test)")
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+DINO = {key: value for key, value in SMALL.items() if key != "intermediate_size"}
+DECODER = {
+    "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 60,
+    "bos_token_id": 56, "eos_token_id": 57, "pad_token_id": 57,
+}  # fmt: skip
+CLIP = {"vision_config": SMALL, "text_config": TEXT, "projection_dim": 24}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+
+
+def folder_of(folder: Path, name: str, config: str, options: dict[str, Any]) -> tuple[Path, Any]:
+    """Let the library write a model with seeded random weights, and return it."""
+    torch.manual_seed(0)
+    model = getattr(T, name)(getattr(T, config)(**options)).eval()
+    for norm in (part for part in model.modules() if hasattr(part, "running_mean")):
+        norm.running_mean.normal_()
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def inputs_for(backbone: backbones.Backbone) -> tuple[np.ndarray, torch.Tensor]:
+    size = backbone.preprocessing.size
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, size, size), dtype=np.uint8)
+    return images, normalise(torch.from_numpy(images), backbone.preprocessing, "cpu")
+
+
+def own(inside: str = "") -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    return lambda model, x: (getattr(model, inside) if inside else model)(x).last_hidden_state[:, 0]
+
+
+def pooled(inside: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    return lambda model, x: getattr(model, inside)(x).pooler_output.flatten(1)
+
+
+FAMILIES = {
+    "vit": ("ViTModel", "ViTConfig", SMALL, own(), "2 tensors of a pooler"),
+    "classifier": ("ViTForImageClassification", "ViTConfig", SMALL, own("vit"), "2 tensors of a classifier"),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", SMALL, own("deit"), "2 tensors of a classifier"),
+    "dinov2": ("Dinov2Model", "Dinov2Config", DINO, own(), ""),
+    "clip": ("CLIPModel", "CLIPConfig", CLIP, lambda m, x: m.get_image_features(x).pooler_output, "of a text tower"),
+    "clip tower": ("CLIPVisionModel", "CLIPVisionConfig", SMALL, lambda m, x: m(x).pooler_output, ""),
+    "swin": ("SwinForImageClassification", "SwinConfig", SWIN, pooled("swin"), "2 tensors of a classifier"),
+    "resnet": ("ResNetForImageClassification", "ResNetConfig", RESNET, pooled("resnet"), "2 tensors of a classifier"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_the_librarys_own(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    *made, reference, left_out = FAMILIES[family]
+    folder, model = folder_of(tmp_path / "model", *made)
+    backbone = load_backbone(f"hf:{folder}", size=32)
+    assert left_out in capsys.readouterr().err
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        want = reference(model, x)
+    assert backbone.width == want.shape[1]
+    assert torch.allclose(backbone.features(images), want, atol=1e-5)
+    write_backbone(backbone, tmp_path)
+    assert torch.equal(read_backbone(tmp_path).features(images), backbone.features(images))
+
+
+def test_maes_encoder_looks_at_the_whole_image(tmp_path: Path) -> None:
+    folder, mae = folder_of(tmp_path, "ViTMAEForPreTraining", "ViTMAEConfig", SMALL | DECODER)
+    backbone = load_backbone(f"hf:{folder}")
+    images, x = inputs_for(backbone)
+    mae.vit.embeddings.config.mask_ratio = 0.0
+    with torch.inference_mode():  # without a mask, and in the order of the patches
+        want = mae.vit(x, noise=torch.arange(16.0).repeat(2, 1)).last_hidden_state[:, 0]
+    assert torch.allclose(backbone.features(images), want, atol=1e-5)
+    assert torch.equal(backbone.features(images), backbone.features(images))
+    assert all("decoder" in key for key in backbone.left_out)
+
+
+def test_position_embeddings_are_resampled_by_the_library(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    backbone = load_backbone(f"hf:{folder}", size=48)
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        want = model(x, interpolate_pos_encoding=True).last_hidden_state
+    assert torch.allclose(backbone.features(images), want[:, 0], atol=1e-5)
+    assert torch.allclose(backbone.features(images, per_patch=True), want[:, 1:], atol=1e-5)
+    with pytest.raises(TaskvecError, match="30 px images\nchoose another size, a multiple of 8"):
+        load_backbone(f"hf:{folder}", size=30)
+
+
+def test_clips_projection_is_a_choice(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path / "clip", "CLIPModel", "CLIPConfig", CLIP)
+    backbone = load_backbone(f"hf:{folder}", projection=False)
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        assert torch.allclose(backbone.features(images), model.vision_model(x).pooler_output, atol=1e-5)
+    assert "visual_projection.weight" in backbone.left_out
+    assert backbones.has_text(f"hf:{folder}") and not backbones.has_text(f"hf:{folder}", projection=False)
+    plain, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
+    assert not backbones.has_text(f"hf:{plain}")
+    with pytest.raises(TaskvecError, match="has no projection"):
+        load_backbone(f"hf:{plain}", projection=True)
+
+
+def test_preprocessing_is_the_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
+    assert load_backbone(f"hf:{folder}").preprocessing.std == (0.5, 0.5, 0.5)
+    assert "has no preprocessor_config.json: taking mean [0.5, 0.5, 0.5]" in capsys.readouterr().err
+    mean = [0.485, 0.456, 0.406]
+    T.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=mean).save_pretrained(folder)
+    found = load_backbone(f"hf:{folder}").preprocessing
+    assert (found.size, found.squash, found.interpolation, found.mean) == (32, True, "bilinear", tuple(mean))
+    T.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    found = load_backbone(f"hf:{folder}").preprocessing
+    assert (found.size, found.crop, found.squash, found.interpolation) == (32, 0.8, False, "bicubic")
+
+
+def tokenizer_into(folder: Path) -> None:
+    """Write a tokenizer of 58 tokens: letters, at the end of a word or not, and the two marks."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), ".", ".</w>", "!", "!</w>"]
+    vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    T.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder)
+
+
+def test_a_zero_shot_head_scores_as_the_library_does(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path, "CLIPModel", "CLIPConfig", CLIP)
+    with pytest.raises(TaskvecError, match=r"tokenizer\.json"):
+        backbones.text_features(f"hf:{folder}", ["a cat."])
+    before = backbones.describe_text(f"hf:{folder}")
+    tokenizer_into(folder)
+    assert backbones.describe_text(f"hf:{folder}") != before
+    captions = ["a cat.", "the dog!", "a photo of ink."]
+    texts, scale = backbones.text_features(f"hf:{folder}", captions)
+    backbone = load_backbone(f"hf:{folder}")
+    images, x = inputs_for(backbone)
+    words = T.AutoTokenizer.from_pretrained(folder)(captions, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        want = model(**words, pixel_values=x).logits_per_image
+    got = heads.zero_shot_head(texts, scale).logits(backbone.features(images))
+    assert torch.allclose(got, want, atol=1e-4)
+
+
+def edit(folder: Path, how: str) -> str:
+    """Damage a folder and return what the error has to say."""
+    path, key = folder / "model.safetensors", "layernorm.weight"
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+        return r"model\.safetensors.* cannot be read"
+    state = load_file(path)
+    if how == "missing":
+        del state[key]
+    elif how == "unexpected":
+        state[key := "layernorm.extra"] = torch.zeros(1)
+    else:
+        state[key] = torch.zeros(3)
+    save_file(state, path, {"format": "pt"})
+    return rf"model\.safetensors.*{key}"
+
+
+@pytest.mark.parametrize("how", ["missing", "unexpected", "shape", "truncated"])
+def test_weights_that_do_not_fit_are_refused_with_file_and_key(tmp_path: Path, how: str) -> None:
+    folder, _ = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    message = edit(folder, how)
+    with pytest.raises(TaskvecError, match=message):
+        load_backbone(f"hf:{folder}")
+
+
+def test_weights_in_several_files_and_pickles(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path / "one", "ViTModel", "ViTConfig", SMALL)
+    whole = load_backbone(f"hf:{folder}").pretrained.flat
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert torch.equal(load_backbone(f"hf:{tmp_path / 'many'}").pretrained.flat, whole)
+    next((tmp_path / "many").glob("model-00002*")).unlink()
+    with pytest.raises(TaskvecError, match=r"model-00002.*missing"):
+        load_backbone(f"hf:{tmp_path / 'many'}")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(TaskvecError, match="allow_pickle: true"):
+        load_backbone(f"hf:{folder}")
+    assert torch.equal(load_backbone(f"hf:{folder}", allow_pickle=True).pretrained.flat, whole)
+
+
+def test_folders_without_a_model_are_clear_errors(tmp_path: Path) -> None:
+    for address, message in [
+        (f"hf:{tmp_path}", r"has no config\.json"),
+        (f"hf:{tmp_path}/absent", "no folder at"),
+        ("hf:vit", "no folder at"),
+    ]:
+        with pytest.raises(TaskvecError, match=message):
+            load_backbone(address)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov22"}))
+    with pytest.raises(TaskvecError, match="of type 'dinov22'\ndid you mean 'dinov2'"):
+        load_backbone(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(TaskvecError, match=r"has no weights\nit should hold model\.safetensors"):
+        load_backbone(f"hf:{tmp_path}")
+
+
+def test_a_repository_in_the_hubs_cache_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "content" not in backbones.describe("hf:owner/vit", 32)
+    with pytest.raises(TaskvecError, match=r"config\.json of .*'owner/vit'.*HF_HUB_OFFLINE is set\n.*hf:FOLDER"):
+        load_backbone("hf:owner/vit")
+    home, commit = tmp_path / "models--owner--vit", "c" * 40
+    folder, _ = folder_of(home / "snapshots" / commit, "ViTModel", "ViTConfig", SMALL)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    assert backbones.describe("hf:owner/vit", 32)["content"] == backbones.describe(f"hf:{folder}", 32)["content"]
+    found = load_backbone("hf:owner/vit")
+    assert (found.name, found.origin["from"]) == ("vit", f"owner/vit/{commit}")
+    assert torch.equal(found.pretrained.flat, load_backbone(f"hf:{folder}").pretrained.flat)
+
+
+def test_a_fingerprint_holds_content_and_library_and_no_path(tmp_path: Path) -> None:
+    first, _ = folder_of(tmp_path / "first", "ViTModel", "ViTConfig", SMALL)
+    second, _ = folder_of(tmp_path / "second", "ViTModel", "ViTConfig", SMALL)
+    one, two = (backbones.describe(f"hf:{folder}", 32) for folder in (first, second))
+    assert one["content"] == two["content"] and one["library"].startswith("transformers ")
+    for folder in (first, second):
+        write_backbone(load_backbone(f"hf:{folder}", name="x"), folder)
+    assert (first / "backbone.json").read_bytes() == (second / "backbone.json").read_bytes()
+    T.ViTImageProcessor().save_pretrained(second)
+    assert backbones.describe(f"hf:{second}", 32)["content"] != one["content"]
