@@ -24,6 +24,7 @@ from PIL import Image
 from taskvec.errors import TaskvecError
 from taskvec.images import Encoded, Preprocessing, crop_box, cut, quiet, read_image, resize_and_crop, shrink
 from taskvec.listing import Items, name_of
+from taskvec.store import gigabytes
 from taskvec.training import Progress
 
 CHUNK = 64
@@ -139,8 +140,9 @@ class Whole:
     @cached_property
     def starts(self) -> Int64[np.ndarray, " count"]:
         """Where each image begins."""
-        sizes = 3 * self.shapes.prod(axis=1)
-        return np.cumsum(sizes) - sizes
+        sizes: Int64[np.ndarray, " count"] = 3 * self.shapes.prod(axis=1)
+        starts: Int64[np.ndarray, " count"] = sizes.cumsum() - sizes
+        return starts
 
     def image(self, index: int) -> Pixels:
         """Return one image."""
@@ -190,11 +192,6 @@ def check_room(needed: float, folder: Path, what: str) -> None:
             f"decoding {what} takes about {gigabytes(needed)}, and '{folder}' has {gigabytes(free)} free",
             "free some space (taskvec store lists and clears), choose another --store, or set a smaller size or limit",
         )
-
-
-def gigabytes(count: float) -> str:
-    """Write a number of bytes for people: 48.5 GB, 12 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
 
 
 def twins(written: dict[str, Written], items: dict[str, Items]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,12 +121,18 @@ def answers(address: str) -> bool:
     found = threading.Event()
 
     def ask() -> None:
-        with contextlib.suppress(OSError):
+        try:
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=WAIT).close()
-            found.set()
+        except urllib.error.HTTPError:
+            found.set()  # it refuses this question, but it is there
+        except OSError:
+            return
+        found.set()
 
-    threading.Thread(target=ask, daemon=True).start()
-    return found.wait(WAIT)
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(WAIT)
+    return found.is_set()
 
 
 @contextlib.contextmanager

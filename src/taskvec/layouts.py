@@ -22,7 +22,7 @@ from taskvec.hub import read_splits, table_files
 from taskvec.listing import Items, Labels, Listing, check_trained, rename_classes, split_classes, split_validation
 from taskvec.papertasks import PaperTask, canonical, find_task, in_order
 
-FIXTURE = 0.1
+FIXTURE = 0.5
 """Share of the real number of images below which a data set is taken for a fixture and its sizes are not checked."""
 EUROSAT_HELD_OUT = 270
 """Images a class to validate and as many to test on, where EuroSAT has no splits (protocol, Data)."""
@@ -388,8 +388,8 @@ def made_by(name: str, root: Path, **arguments: Any) -> Any:
     make = Svhn if name == "SVHN" else getattr(datasets, name)
     try:
         return make(str(root), **arguments)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        first = " ".join(str(error).split())
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        first = " ".join(str(error).split()) or "its files are damaged"
         raise TaskvecError(
             f"torchvision cannot read {name} from '{root}': {first}",
             f"is it whole? torchvision.datasets.{name}(FOLDER, download=True) downloads it, where that still works",

@@ -62,11 +62,9 @@ class Listing:
 
 def pick(items: Items, indices: Int64[np.ndarray, " chosen"]) -> Items:
     """Return the items at ``indices``."""
-    if isinstance(items, np.ndarray):
-        return items[indices]
     if isinstance(items, list):
         return [items[i] for i in indices]
-    chosen: Items = items.select(indices)  # type: ignore[union-attr]
+    chosen: Items = items[indices] if isinstance(items, np.ndarray) else items.select(indices)  # type: ignore[union-attr]
     return chosen
 
 

@@ -25,8 +25,8 @@ class PaperTask:
 
     ``validation`` says what becomes of a validation split that a source brings: it is the protocol's (``own``), it is
     training data of which a tenth is held out (``join``), or it is left out (``drop``) and a tenth of the rest is.
-    ``names`` are class names in order, each with the other spellings of its sources; a task without them takes the
-    names of the source. ``other_sizes`` are those of sources that lack images.
+    ``names`` are class names, each with the other spellings of its sources; where they are all listed their order is
+    the canonical one. Other classes have the names of the source. ``other_sizes`` are those of sources that lack some.
     """
 
     description: str
@@ -106,6 +106,7 @@ TASKS: Mapping[str, PaperTask] = MappingProxyType(
             (7330, 814, 8041),
             ("tanganke/stanford_cars",),
             ("stanford_cars/{cars_train,cars_test,devkit,cars_test_annos_withlabels.mat}",),
+            names=(("Ram C/V Cargo Van Minivan 2012",),),
         ),
         "dtd": PaperTask(
             "describable textures (DTD, partition 1)",
@@ -193,11 +194,12 @@ def canonical(task: str, name: str) -> str:
 
 
 def in_order(task: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return canonical class names in canonical order: listed ones as they are listed, others by their letters.
+    """Return canonical class names in canonical order: as they are listed where all are, else by their letters.
 
     Two names that are the same class raise.
     """
-    places = {names[0]: place for place, names in enumerate(TASKS[task].names)}
+    found = TASKS[task]
+    places = {names[0]: place for place, names in enumerate(found.names) if len(found.names) == found.classes}
     ordered = sorted(names, key=lambda name: (places.get(name, len(places)), key(name), name))
     for one, other in itertools.pairwise(ordered):
         if key(one) == key(other):

@@ -96,7 +96,7 @@ class Watcher(Protocol):
     def finished(self, step: Step, seconds: float) -> None:
         """A step that was done now."""
 
-    def noted(self, step: Step, note: str) -> None:
+    def noted(self, label: str, note: str) -> None:
         """What a step that was done, now or before, has to tell the user."""
 
 
@@ -188,7 +188,7 @@ def _advance(
 
 def _tell(step: Step, artifact: Artifact, watcher: Watcher) -> None:
     for note in artifact.notes():
-        watcher.noted(step, note)
+        watcher.noted(step.label, note)
 
 
 def about(finished: Finished) -> dict[str, Any]:

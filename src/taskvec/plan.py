@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from taskvec import backbones, tasks
 from taskvec.cells import LEARNING, OPEN, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
+from taskvec.decoded import view_bytes
 from taskvec.disentangling import choose_pairs, spread_sets
 from taskvec.errors import TaskvecError
 from taskvec.merging import ADDITION, PER_TASK, find_method
 from taskvec.pipeline import Step
 from taskvec.search import coarse
 from taskvec.settings import Finetune, parse_scales
-from taskvec.store import Store
+from taskvec.store import Store, canonical
 from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, StudyFile
 
 VERSIONS = {
@@ -43,6 +45,8 @@ VERSIONS = {
     "build_model": 2,
 }
 """The version of each step's meaning: raise it when the same configuration would give another result."""
+USUAL_SIZE = 224
+"""Pixels that an encoder is taken to see where a study does not say."""
 ROUNDS = (2, 1)
 """Re-probing refines its coarse search by neighbours two places away, then one."""
 
@@ -417,6 +421,18 @@ def unique(names: list[str], kind: str) -> list[str]:
                 "give it another name: key",
             )
     return names
+
+
+def view_sizes(steps: Iterable[Step]) -> float:
+    """Return about how many bytes the evaluation views of a study take; an encoder's own size counts as 224 pixels."""
+    sizes = {}
+    for step in steps:
+        if step.function.endswith(":decode_task"):
+            encoder = step.inputs["preprocessing"][0].inputs["backbone"][0]
+            size, source = encoder.config["size"] or USUAL_SIZE, step.config["source"]
+            images = min(source["images"], 3 * (step.config["limit"] or source["images"]))
+            sizes[canonical([source, size])] = view_bytes(images, size)
+    return sum(sizes.values())
 
 
 def plan(file: StudyFile, store: Store) -> list[Cell]:

@@ -32,6 +32,16 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:20]
 
 
+def default_store() -> Path:
+    """Return where artifacts are kept unless told: ``$TASKVEC_STORE``, or ``~/.cache/taskvec``."""
+    return Path(os.environ.get("TASKVEC_STORE") or Path.home() / ".cache" / "taskvec")
+
+
+def gigabytes(count: float) -> str:
+    """Write a number of bytes for people: 48.5 GB, 12 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
+
+
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk or a refused write into one clear message that says where and how to go on."""
@@ -97,6 +107,16 @@ class Artifact:
         return list(read_json(place)) if place.exists() else []
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a store holds of one artifact: its id, its kind (the name of its step's function), label and bytes."""
+
+    id: str
+    kind: str
+    label: str
+    size: int
+
+
 class Store:
     """Artifacts by id under one folder; several processes may write to it at once."""
 
@@ -145,6 +165,26 @@ class Store:
         if artifact is None:
             raise TaskvecError(f"artifact '{place}' was damaged while it was written", "check the disk and run again")
         return artifact
+
+    def held(self) -> list[Held]:
+        """Say what is kept, in the order of kind and label; folders without a readable record are left out."""
+        found = []
+        for path in self.folder.glob(f"??/*/{RECORD}"):
+            with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
+                about = read_json(path)["about"]
+                size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+                kind = str(about["function"]).rpartition(":")[2]
+                found.append(Held(path.parent.name, kind, str(about["label"]), size))
+        return sorted(found, key=lambda one: (one.kind, one.label, one.id))
+
+    def clear(self, ids: Iterable[str]) -> None:
+        """Remove artifacts, each at once; what reads one now keeps its open files, and a run makes it again."""
+        for id in ids:
+            gone = self.begin()
+            with contextlib.suppress(FileNotFoundError), disk_errors(self.folder):
+                self._place(id).rename(gone / id)
+            shutil.rmtree(gone, ignore_errors=True)
+            self._checked.pop(id, None)
 
     def sweep(self) -> None:
         """Remove temporary folders that processes of this host left behind when they were killed."""
