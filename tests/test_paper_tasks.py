@@ -31,6 +31,7 @@ from taskvec import papertasks, tasks
 from taskvec.decoded import open_item
 from taskvec.errors import TaskvecError
 from taskvec.hub import answers
+from taskvec.images import Preprocessing, resize_and_crop
 from taskvec.layouts import FIXTURE, check_sizes, list_paper, list_torchvision
 from taskvec.listing import Listing, split_classes, validation_indices
 
@@ -240,6 +241,10 @@ def test_a_local_data_set_of_parquet_is_a_task(tmp_path: Path) -> None:
     assert listing.sizes() == {"train": 51, "validation": 5, "test": 16}
     source = tasks.describe(address, lambda root, files: str(sorted(files)))
     assert "train-00000-of-00001.parquet" in source["content"]
+    task = tasks.load_task(address, Preprocessing(16))
+    for place in (0, 17, 50):
+        want = resize_and_crop(open_item(listing.items["train"][place]), Preprocessing(16))
+        assert np.array_equal(task.train.images[place], want)
 
 
 def test_labels_may_be_plain_values_and_one_split_is_divided(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ class Store:
         """Return a digest of the content of ``files``, read again only when a size or a time has changed."""
         stats = {name: (root / name).stat() for name in files}
         seen = fingerprint({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
-        memo = self.folder / "digests" / f"{fingerprint(str(root.resolve()))}.json"
+        memo = self.folder / "digests" / f"{fingerprint([str(root.resolve()), sorted(stats)])}.json"
         with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
             if (known := read_json(memo))["seen"] == seen:
                 return str(known["digest"])
