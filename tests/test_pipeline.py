@@ -31,10 +31,14 @@ class Quiet:
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.kept: list[str] = []
+        self.notes: list[str] = []
 
     def planned(self, steps: Any) -> None: ...
     def started(self, step: Step) -> None: ...
     def advanced(self, step: Step, share: float) -> None: ...
+
+    def noted(self, label: str, note: str) -> None:
+        self.notes.append(f"{label}: {note}")
 
     def reused(self, step: Step) -> None:
         self.kept.append(step.label)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from taskvec.runs import Outcome
 
+DECODED = {"decode_task": "decoded", "decode_training": "decoded"}
+"""The kinds of steps that keep decoded images."""
 MANY = 4
 """Backbones and regimes above which the terminal shows one line for each instead of a table of tasks."""
 
@@ -73,8 +75,8 @@ def run(
     from dataclasses import replace
 
     from taskvec.progress import Terminal, clock
-    from taskvec.runs import default_store, run_study
-    from taskvec.store import Store
+    from taskvec.runs import run_study
+    from taskvec.store import Store, default_store
 
     if smoke:
         file = replace(file, study=file.study.smoke())
@@ -212,6 +214,36 @@ def diff(
         typer.echo(f"written to {out}: {', '.join(file_commands.write(found, out))}")
 
 
+@app.command("store")
+@guarded
+def store_(
+    clear: Annotated[
+        str | None, typer.Option(help="remove what is of this kind, or has this id; decoded: all decoded images; all")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
+    ] = None,
+) -> None:
+    """List what the store keeps: decoded images one by one, other steps by kind. With --clear, remove some of it."""
+    from taskvec.store import Store, default_store, gigabytes
+
+    place = Store((store or default_store()).expanduser())
+    every = place.held()
+    if clear:
+        chosen = [one for one in every if clear in ("all", one.kind, one.id, DECODED.get(one.kind))]
+        if not chosen:
+            raise unknown("part of the store", clear, {"all", "decoded", *(one.kind for one in every)})
+        place.clear(one.id for one in chosen)
+        typer.echo(f"removed {len(chosen)} steps, {gigabytes(sum(one.size for one in chosen))}, from {place.folder}")
+        return
+    for one in (one for one in every if one.kind in DECODED):
+        typer.echo(f"{gigabytes(one.size):>9}  {one.id}  {one.label}")
+    for kind in sorted({one.kind for one in every} - set(DECODED)):
+        sizes = [one.size for one in every if one.kind == kind]
+        typer.echo(f"{gigabytes(sum(sizes)):>9}  {kind}: {len(sizes)} steps")
+    typer.echo(f"{gigabytes(sum(one.size for one in every)):>9}  in all, in {place.folder}")
+
+
 @app.command("list")
 @guarded
 def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones or tasks")]) -> None:
@@ -220,7 +252,7 @@ def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones 
     if kind not in listings:
         raise unknown("kind of list", kind, listings)
     for name, text in listings[kind]().items():
-        typer.echo(f"{name:<24} {text}")
+        typer.echo(f"{name:<26} {text}")
 
 
 def _studies() -> dict[str, str]:
@@ -244,9 +276,19 @@ def _backbones() -> dict[str, str]:
 
 def _tasks() -> dict[str, str]:
     from taskvec.lab.worlds import DESCRIPTIONS
+    from taskvec.papertasks import TASKS
 
     lab_tasks = {f"lab:{name}": text for name, text in DESCRIPTIONS.items()}
-    return lab_tasks | {"folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val"}
+    papers = {f"paper:{name}": f"{task.description}, {task.classes} classes" for name, task in TASKS.items()}
+    return (
+        lab_tasks
+        | {f"{name}[@FOLDER|@hf]": text for name, text in papers.items()}
+        | {
+            "folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val, or in PATH itself",
+            "hf:DATASET[@CONFIG]": "a data set of the Hugging Face Hub, or a local folder of parquet files",
+            "torchvision:NAME[@FOLDER]": "a data set of torchvision, which has been downloaded into FOLDER",
+        }
+    )
 
 
 @lab.command()

@@ -18,13 +18,15 @@ from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.merging.buffers import DIRECTIONS
 from taskvec.pipeline import Watcher
-from taskvec.plan import plan
+from taskvec.plan import plan, view_sizes
 from taskvec.results import Done, heatmaps, results
-from taskvec.store import Store, digests, disk_errors, fingerprint, read_json, write_json, write_text
+from taskvec.store import Store, digests, disk_errors, fingerprint, gigabytes, read_json, write_json, write_text
 from taskvec.study import StudyFile
 
 LOCK = "study.lock.json"
 MARKER = ".taskvec"
+LARGE = 1e9
+"""Bytes of decoded images from which their size is said."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,6 @@ class Counter:
         self.watcher.finished(step, seconds)
 
 
-def default_store() -> Path:
-    """Return where artifacts are kept unless told: ``$TASKVEC_STORE``, or ``~/.cache/taskvec``."""
-    return Path(os.environ.get("TASKVEC_STORE") or Path.home() / ".cache" / "taskvec")
-
-
 def default_workers(device: str, threads: int) -> int:
     """Return how many steps run at once: one on a GPU, one for every ``threads`` cores of a CPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -81,6 +78,7 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
             )
     counter = Counter(watcher)
     steps = [step for cell in cells for step in cell.steps()]
+    say_size(view_sizes(pipeline.ordered(steps)), store, watcher)
     executor = open_executor(workers or default_workers(device, file.study.threads))
     done = pipeline.run(steps, store, executor, counter)
     lock = make_lock(file, cells, done, device, command)
@@ -89,6 +87,17 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
         with disk_errors(out):
             write_run(file, cells, done, out, lock)
     return Outcome(out, len(done), counter.ran, fresh)
+
+
+def say_size(views: float, store: Store, watcher: Watcher) -> None:
+    """Say before the work how much room decoded images take, where that is much."""
+    if views >= LARGE:
+        free = gigabytes(shutil.disk_usage(store.folder if store.folder.exists() else Path()).free)
+        watcher.noted(
+            "decoded images",
+            f"about {gigabytes(views)} of evaluation views, and whole training images beside them, in '{store.folder}' "
+            f"({free} free there); taskvec store lists and clears them",
+        )
 
 
 def check_folder(out: Path) -> None:

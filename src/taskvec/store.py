@@ -18,6 +18,8 @@ from typing import Any
 from taskvec.errors import TaskvecError
 
 RECORD = "record.json"
+NOTES = "notes.json"
+"""What a step tells the user about its work: with the record, no part of an artifact's content."""
 
 
 def canonical(value: Any) -> str:
@@ -28,6 +30,16 @@ def canonical(value: Any) -> str:
 def fingerprint(value: Any) -> str:
     """Return the first 20 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:20]
+
+
+def default_store() -> Path:
+    """Return where artifacts are kept unless told: ``$TASKVEC_STORE``, or ``~/.cache/taskvec``."""
+    return Path(os.environ.get("TASKVEC_STORE") or Path.home() / ".cache" / "taskvec")
+
+
+def gigabytes(count: float) -> str:
+    """Write a number of bytes for people: 48.5 GB, 12 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
 
 
 @contextlib.contextmanager
@@ -89,6 +101,21 @@ class Artifact:
         """Read one of its JSON files."""
         return read_json(self.folder / name)
 
+    def notes(self) -> list[str]:
+        """Return what the step had to tell the user."""
+        place = self.folder / NOTES
+        return list(read_json(place)) if place.exists() else []
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a store holds of one artifact: its id, its kind (the name of its step's function), label and bytes."""
+
+    id: str
+    kind: str
+    label: str
+    size: int
+
 
 class Store:
     """Artifacts by id under one folder; several processes may write to it at once."""
@@ -139,6 +166,26 @@ class Store:
             raise TaskvecError(f"artifact '{place}' was damaged while it was written", "check the disk and run again")
         return artifact
 
+    def held(self) -> list[Held]:
+        """Say what is kept, in the order of kind and label; folders without a readable record are left out."""
+        found = []
+        for path in self.folder.glob(f"??/*/{RECORD}"):
+            with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
+                about = read_json(path)["about"]
+                size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+                kind = str(about["function"]).rpartition(":")[2]
+                found.append(Held(path.parent.name, kind, str(about["label"]), size))
+        return sorted(found, key=lambda one: (one.kind, one.label, one.id))
+
+    def clear(self, ids: Iterable[str]) -> None:
+        """Remove artifacts, each at once; what reads one now keeps its open files, and a run makes it again."""
+        for id in ids:
+            gone = self.begin()
+            with contextlib.suppress(FileNotFoundError), disk_errors(self.folder):
+                self._place(id).rename(gone / id)
+            shutil.rmtree(gone, ignore_errors=True)
+            self._checked.pop(id, None)
+
     def sweep(self) -> None:
         """Remove temporary folders that processes of this host left behind when they were killed."""
         for folder in (self.folder / "tmp").glob("*-*-*"):
@@ -150,7 +197,7 @@ class Store:
         """Return a digest of the content of ``files``, read again only when a size or a time has changed."""
         stats = {name: (root / name).stat() for name in files}
         seen = fingerprint({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
-        memo = self.folder / "digests" / f"{fingerprint(str(root.resolve()))}.json"
+        memo = self.folder / "digests" / f"{fingerprint([str(root.resolve()), sorted(stats)])}.json"
         with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
             if (known := read_json(memo))["seen"] == seen:
                 return str(known["digest"])
@@ -165,8 +212,8 @@ class Store:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the digest of every file in a folder but its record, by relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    """Return the digest of every file in a folder but its record and notes, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (RECORD, NOTES))
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
