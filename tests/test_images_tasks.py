@@ -17,7 +17,9 @@ from timm.data import create_transform
 
 from taskvec import tasks
 from taskvec.errors import TaskvecError
+from taskvec.folders import list_folder
 from taskvec.images import Preprocessing, normalise, open_image, random_resized_crop, resize_and_crop
+from taskvec.listing import validation_indices
 
 
 @settings(deadline=None, max_examples=30)
@@ -94,15 +96,15 @@ def test_a_folder_task_is_read_in_the_order_of_names(tmp_path: Path) -> None:
 
 
 def test_the_validation_split_is_the_papers() -> None:
-    train, validation = tasks.validation_indices(60_000)
+    train, validation = validation_indices(60_000)
     assert (int(train[0]), int(validation[0])) == (36044, 30102)
     assert (len(train), len(validation)) == (55_000, 5_000)
-    assert [len(part) for part in tasks.validation_indices(8144)] == [7330, 814]
+    assert [len(part) for part in validation_indices(8144)] == [7330, 814]
 
 
 @given(st.integers(10, 500))
 def test_training_and_validation_are_disjoint_and_whole(count: int) -> None:
-    train, validation = tasks.validation_indices(count)
+    train, validation = validation_indices(count)
     assert sorted([*train.tolist(), *validation.tolist()]) == list(range(count))
 
 
@@ -192,7 +194,7 @@ def test_hidden_files_are_left_out_links_followed_and_others_counted(
     shutil.copy(ant / "000.png", tmp_path / "more" / "LINKED.PNG")
     (ant / "link").symlink_to(tmp_path / "more")
     (ant / "loop").symlink_to(ant)
-    listing = tasks.list_folder(str(root))
+    listing = list_folder(str(root))
     names = [path.name for path in listing.items["train"] if isinstance(path, Path) and "ant" in path.parts]
     assert names == [*(f"{i:03}.png" for i in range(12)), "LINKED.PNG"]
     assert "left out 1 files that are no images, such as notes.txt" in capsys.readouterr().err
@@ -202,7 +204,7 @@ def test_a_class_folder_whose_name_is_no_text_is_an_error(tmp_path: Path) -> Non
     root = write_folder_task(tmp_path / "t")
     os.mkdir(os.fsencode(root / "train") + b"/caf\xe9")  # noqa: PTH102
     with pytest.raises(TaskvecError, match="not UTF-8"):
-        tasks.list_folder(str(root))
+        list_folder(str(root))
 
 
 @pytest.mark.parametrize("address", ["birds", "folders:/x", "lab:greeek", "lab:"])

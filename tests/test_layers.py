@@ -9,6 +9,7 @@ import taskvec
 
 ORDER = """
 errors addresses compute settings weights store pipeline executors images training kinds
+papertasks listing decoded folders hub layouts
 lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
 templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from taskvec.pipeline import Step
@@ -34,13 +34,23 @@ class Candidate:
 
 @dataclass
 class Ground:
-    """What all regimes of one backbone share: the encoder, decoded tasks and cached features by task name."""
+    """What all regimes of one backbone share: the encoder, decoded tasks and cached features by task name.
+
+    ``whole`` has the steps that keep whole training images, of the tasks that are trained on crops of them.
+    """
 
     backbone: str
     choice: BackboneChoice
     encoder: Step
     data: dict[str, Step]
     features: dict[str, Step]
+    whole: dict[str, Step]
+
+    def training(self, names: Iterable[str]) -> Inputs:
+        """Return what training on some tasks reads of them: decoded splits, and whole images by place."""
+        chosen = list(names)
+        whole = {f"whole{place}": [self.whole[t]] for place, t in enumerate(chosen) if t in self.whole}
+        return {"task": [self.data[t] for t in chosen]} | whole
 
 
 @dataclass

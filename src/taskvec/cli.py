@@ -166,7 +166,7 @@ def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones 
     if kind not in listings:
         raise unknown("kind of list", kind, listings)
     for name, text in listings[kind]().items():
-        typer.echo(f"{name:<24} {text}")
+        typer.echo(f"{name:<26} {text}")
 
 
 def _studies() -> dict[str, str]:
@@ -190,9 +190,19 @@ def _backbones() -> dict[str, str]:
 
 def _tasks() -> dict[str, str]:
     from taskvec.lab.worlds import DESCRIPTIONS
+    from taskvec.papertasks import TASKS
 
     lab_tasks = {f"lab:{name}": text for name, text in DESCRIPTIONS.items()}
-    return lab_tasks | {"folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val"}
+    papers = {f"paper:{name}": f"{task.description}, {task.classes} classes" for name, task in TASKS.items()}
+    return (
+        lab_tasks
+        | {f"{name}[@FOLDER|@hf]": text for name, text in papers.items()}
+        | {
+            "folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val, or in PATH itself",
+            "hf:DATASET[@CONFIG]": "a data set of the Hugging Face Hub, or a local folder of parquet files",
+            "torchvision:NAME[@FOLDER]": "a data set of torchvision, which has been downloaded into FOLDER",
+        }
+    )
 
 
 @lab.command()

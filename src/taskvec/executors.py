@@ -170,13 +170,15 @@ def encode(job: Job) -> str:
     """Write a job as one line of JSON; a step's inputs are folders by now, so its dependencies stay behind."""
     step = job.step
     fields = {"label": step.label, "function": step.function, "version": step.version, "config": step.config}
+    fields["aside"] = dict(step.aside)
     return json.dumps(fields | {"threads": step.threads, "id": job.id, "inputs": job.inputs, "folder": str(job.folder)})
 
 
 def decode(line: str) -> Job:
     """Read a job from its line of JSON."""
     data = json.loads(line)
-    step = Step(data["label"], data["function"], data["version"], data["config"], {}, data["threads"])
+    named = {name: data[name] for name in ("label", "function", "version", "config", "threads", "aside")}
+    step = Step(**named, inputs={})
     return Job(step, data["id"], data["inputs"], Path(data["folder"]))
 
 

@@ -7,16 +7,20 @@ together (appendix G). Open and open full: the same two from a zero-shot head (a
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from taskvec.backbones import Backbone, encode
 from taskvec.compute import autocast, choose_precision
+from taskvec.decoded import Whole, cores
 from taskvec.errors import TaskvecError
 from taskvec.heads import Head, random_head
 from taskvec.images import normalise, random_resized_crop
@@ -43,15 +47,36 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Yield normalised batches forever, on the backbone's device, augmented where the kind's labels stay right.
 
-    All draws come from the seed.
+    Where the split has whole images, crops are cut from them, else from the evaluation views. All draws come from the
+    seed.
     """
-    generator = torch.Generator().manual_seed(seed)
     labels = torch.from_numpy(split.labels)
+    if split.whole is not None and KINDS[kind].crops:
+        size, device = backbone.preprocessing.size, backbone.device
+        for indices, crops in cropped_batches(split.whole, batch_size, size, seed):
+            yield normalise(torch.from_numpy(crops), backbone.preprocessing, device), labels[indices].to(device)
+    generator = torch.Generator().manual_seed(seed)
     for indices in index_batches(len(split), batch_size, seed):
         images = torch.from_numpy(split.images[indices.numpy()])
         inputs = normalise(images, backbone.preprocessing, backbone.device)
         cropped = random_resized_crop(inputs, generator) if KINDS[kind].crops else inputs
         yield cropped, labels[indices].to(backbone.device)
+
+
+def cropped_batches(
+    whole: Whole, batch_size: int, size: int, seed: int, workers: int = 0
+) -> Iterator[tuple[Int64[Tensor, " batch"], UInt8[np.ndarray, "batch 3 size size"]]]:
+    """Yield indices and random crops of whole images forever, each batch made while the one before is trained on.
+
+    They come from the seed alone, whatever the number of ``workers`` (all cores for 0).
+    """
+    with ThreadPoolExecutor(workers or cores()) as pool, ThreadPoolExecutor(1) as ahead:
+        coming: deque[tuple[Tensor, Future[UInt8[np.ndarray, "batch 3 size size"]]]] = deque()
+        for step, indices in enumerate(index_batches(len(whole.shapes), batch_size, seed)):
+            coming.append((indices, ahead.submit(whole.crops, indices.tolist(), seed, step, size, pool)))
+            if step:
+                chosen, images = coming.popleft()
+                yield chosen, images.result()
 
 
 def finetune(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,20 +58,55 @@ class Preprocessing:
         return Preprocessing(**{**fields, "mean": mean, "std": std})
 
 
-def open_image(path: Path) -> Image.Image:
+@dataclass(frozen=True)
+class Encoded:
+    """An image file that lies in a data set's table: its bytes, and a name for messages."""
+
+    data: bytes
+    name: str
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return self.name
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Pillow's warnings: odd EXIF or ICC tags do not change pixels, and large images are errors here.
+
+    Python keeps its filters for all threads at once: enter it before they start.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)
+        warnings.simplefilter("ignore", category=Image.DecompressionBombWarning)
+        yield
+
+
+def open_image(source: Path | Encoded) -> Image.Image:
     """Open an image file as upright 8-bit RGB; a corrupt or huge one is an error that names the file."""
+    with quiet():
+        return read_image(source)
+
+
+def read_image(source: Path | Encoded) -> Image.Image:
+    """Open an image as ``open_image`` does, in a thread for which somebody else has silenced the warnings."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)  # odd EXIF or ICC tags do not change the pixels
-            with Image.open(path) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise TaskvecError(f"image '{path}' is suspiciously large: {error}", "shrink it or remove it") from None
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source.data)) as image:
+            check_size(image)
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise TaskvecError(f"image '{source}' is suspiciously large: {error}", "shrink it or remove it") from None
     except FileNotFoundError:
-        raise TaskvecError(f"no image at '{path}'", "check the path") from None
+        raise TaskvecError(f"no image at '{source}'", "check the path") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, ...
-        raise TaskvecError(f"image '{path}' cannot be read: {error}", "replace it or remove it") from None
+        raise TaskvecError(f"image '{source}' cannot be read: {error}", "replace it or remove it") from None
+
+
+def check_size(image: Image.Image) -> None:
+    """Raise for a decompression bomb: Pillow itself refuses only twice as many pixels as it warns about."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {limit}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -103,15 +140,15 @@ def resize_and_crop(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, 
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def decode(
-    items: Sequence[Path] | UInt8[np.ndarray, "count 3 height width"],
-    to: Preprocessing,
-    out: UInt8[np.ndarray, "count 3 size size"],
-) -> None:
-    """Fill ``out`` with the evaluation view of every item: paths are opened, arrays taken as RGB images."""
-    for index, item in enumerate(items):
-        image = open_image(item) if isinstance(item, Path) else Image.fromarray(item.transpose(1, 2, 0))
-        out[index] = resize_and_crop(image, to)
+def shrink(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, "3 height width"]:
+    """Return the whole image with its short side at size / crop pixels, never upscaled: what training crops from."""
+    short = max(to.size, math.floor(to.size / to.crop))
+    width, height = image.size
+    if min(width, height) > short:
+        scale = short / min(width, height)
+        size = (max(short, round(width * scale)), max(short, round(height * scale)))
+        image = image.resize(size, RESAMPLING[to.interpolation])
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def normalise(
@@ -129,7 +166,8 @@ def random_resized_crop(
 ) -> Float[Tensor, "batch 3 size size"]:
     """Cut a random part of each image (area ``smallest``..1, aspect 3/4..4/3) and resize it back bicubically.
 
-    The paper's training transform on a whole batch; the draws come from the CPU generator, so any device sees the same.
+    For images whose evaluation view is the whole image, as the lab's: the draws, on a continuous scale, come from the
+    CPU generator, so any device sees the same. ``crop_box`` is the transform of all others.
     """
     count = len(images)
     area = torch.empty(count).uniform_(smallest, 1.0, generator=generator)
@@ -141,3 +179,38 @@ def random_resized_crop(
     theta[:, 0, 2], theta[:, 1, 2] = shift[0] * (1 - width), shift[1] * (1 - height)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images.device)
     return F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+
+
+def crop_box(
+    height: int, width: int, generator: np.random.Generator, smallest: float = 0.9
+) -> tuple[int, int, int, int]:
+    """Draw the top, left, height and width of a training crop, in pixels (protocol, RandomResizedCrop).
+
+    The rule is torchvision's ``RandomResizedCrop.get_params``: an area share of ``smallest``..1 and an aspect of
+    3/4..4/3, ten tries to fit them into the image, else the largest centred part of an aspect within those limits.
+    """
+    least, most = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = height * width * generator.uniform(smallest, 1.0)
+        aspect = math.exp(generator.uniform(math.log(least), math.log(most)))
+        wide, high = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < high <= height:
+            return int(generator.integers(height - high + 1)), int(generator.integers(width - wide + 1)), high, wide
+    wide, high = width, height
+    if width / height < least:
+        high = round(width / least)
+    elif width / height > most:
+        wide = round(height * most)
+    return (height - high) // 2, (width - wide) // 2, high, wide
+
+
+def cut(
+    image: UInt8[np.ndarray, "3 height width"], box: tuple[int, int, int, int], size: int
+) -> UInt8[np.ndarray, "3 size size"]:
+    """Cut a part out of an image and resize it bicubically to a square, pixel for pixel as torchvision does with PIL.
+
+    ``box`` is top, left, height and width.
+    """
+    top, left, high, wide = box
+    part = Image.fromarray(np.ascontiguousarray(image[:, top : top + high, left : left + wide].transpose(1, 2, 0)))
+    return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)

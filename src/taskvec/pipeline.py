@@ -26,7 +26,10 @@ PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "s
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One unit of work: ``function`` (``module:name``) gets the config, input folders and an empty output folder."""
+    """One unit of work: ``function`` (``module:name``) gets the config, input folders and an empty output folder.
+
+    ``aside`` is given to the function with the config and is no part of the fingerprint: where files are, for one.
+    """
 
     label: str
     function: str
@@ -35,6 +38,7 @@ class Step:
     inputs: Mapping[str, Sequence[Step]] = field(default_factory=dict)
     threads: int = 1
     cost: float = 1.0
+    aside: Mapping[str, Any] = field(default_factory=dict)
 
     def dependencies(self) -> list[Step]:
         """List the steps that it reads, in order."""
@@ -92,6 +96,9 @@ class Watcher(Protocol):
     def finished(self, step: Step, seconds: float) -> None:
         """A step that was done now."""
 
+    def noted(self, step: Step, note: str) -> None:
+        """What a step that was done, now or before, has to tell the user."""
+
 
 def step_id(step: Step, inputs: Mapping[str, Sequence[Artifact]]) -> str:
     """Return the fingerprint of a step whose inputs are known."""
@@ -138,6 +145,7 @@ def run(steps: Iterable[Step], store: Store, executor: Executor, watcher: Watche
                     first, *joined = running.pop(finished.job.id)
                     done |= dict.fromkeys([first, *joined], artifact)
                     watcher.finished(first, finished.seconds)
+                    _tell(first, artifact, watcher)
                     for step in joined:
                         watcher.reused(step)
     finally:
@@ -168,6 +176,7 @@ def _advance(
         done[step] = artifact
         waiting.remove(step)
         watcher.reused(step)
+        _tell(step, artifact, watcher)
     elif len(running) < executor.slots:
         folders = {role: [str(a.folder) for a in artifacts] for role, artifacts in inputs.items()}
         job = Job(step, id, folders, store.begin())
@@ -175,6 +184,11 @@ def _advance(
         waiting.remove(step)
         watcher.started(step)
         executor.start(job, lambda share: watcher.advanced(step, share))
+
+
+def _tell(step: Step, artifact: Artifact, watcher: Watcher) -> None:
+    for note in artifact.notes():
+        watcher.noted(step, note)
 
 
 def about(finished: Finished) -> dict[str, Any]:
@@ -204,7 +218,7 @@ def perform(job: Job, function: Callable[..., None], progress: Callable[[float],
     inputs = {role: [Path(folder) for folder in folders] for role, folders in job.inputs.items()}
     try:
         with disk_errors(job.folder):
-            function(dict(job.step.config), inputs, job.folder, progress)
+            function({**job.step.config, **job.step.aside}, inputs, job.folder, progress)
     except BaseException as error:
         shutil.rmtree(job.folder, ignore_errors=True)
         if isinstance(error, TaskvecError):

@@ -17,12 +17,13 @@ from taskvec.pipeline import Step
 from taskvec.search import coarse
 from taskvec.settings import Finetune, parse_scales
 from taskvec.store import Store
-from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, StudyFile, TaskChoice
+from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, StudyFile
 
 VERSIONS = {
     "load_backbone": 1,
     "preprocessing": 1,
     "decode_task": 1,
+    "decode_training": 1,
     "features": 1,
     "probe_task": 1,
     "choose_rate": 1,
@@ -58,8 +59,9 @@ class Planner:
         device = choose_device(file.study.device)
         self.device = {"device": device}
         self.training = {"device": device, "precision": file.study.precision, "fast_bfloat16": has_fast_bfloat16()}
-        names = unique([t.name or tasks.default_name(self._address(t)) for t in file.study.tasks], "tasks")
-        self.addresses = {name: self._address(task) for name, task in zip(names, file.study.tasks, strict=True)}
+        addresses = [tasks.resolve(t.address, self.folder, file.study.data) for t in file.study.tasks]
+        given = [t.name or tasks.default_name(a) for t, a in zip(file.study.tasks, addresses, strict=True)]
+        self.addresses = dict(zip(unique(given, "tasks"), addresses, strict=True))
         self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
         self.sentences: dict[str, list[list[str]] | None] = {}
         self.regimes = {regime.name: regime for regime in file.study.regimes}
@@ -116,7 +118,9 @@ class Planner:
         encoder = self._backbone(name, choice)
         view = self.step("preprocessing", f"preprocessing of {name}", {}, {"backbone": [encoder]})
         data = {t: self._decode(t, name, a, about[t], view) for t, a in self.addresses.items()}
-        return Ground(name, choice, encoder, data, {t: self._features(t, name, encoder, data[t]) for t in data})
+        whole = {t: self._whole(t, name, a, about[t], view) for t, a in self.addresses.items() if tasks.has_whole(a)}
+        features = {t: self._features(t, name, encoder, data[t]) for t in data}
+        return Ground(name, choice, encoder, data, features, whole)
 
     def cell(self, ground: Ground, regime: RegimeChoice, seed: int) -> Cell:
         """Return the steps of one backbone, regime and seed."""
@@ -137,18 +141,23 @@ class Planner:
         return cell
 
     def step(
-        self, function: str, label: str, config: dict[str, Any], inputs: Inputs | None = None, cost: float = 10
+        self,
+        function: str,
+        label: str,
+        config: dict[str, Any],
+        inputs: Inputs | None = None,
+        cost: float = 10,
+        aside: dict[str, Any] | None = None,
     ) -> Step:
         """Return a step with the study's threads; costs are in forward passes of one image."""
-        return Step(
-            label, f"taskvec.steps:{function}", VERSIONS[function], config, inputs or {}, self.study.threads, cost
-        )
+        version, threads = VERSIONS[function], self.study.threads
+        return Step(label, f"taskvec.steps:{function}", version, config, inputs or {}, threads, cost, aside or {})
 
-    def _address(self, choice: TaskChoice | BackboneChoice) -> str:
+    def _address(self, choice: BackboneChoice) -> str:
         """Return an address whose path is absolute: relative paths start from the study file's folder."""
         kind, colon, rest = choice.address.partition(":")
         name, at, file = rest.partition("@")
-        if kind == "folder" or (kind == "hf" and self._path(rest).exists()):
+        if kind == "hf" and self._path(rest).exists():
             return f"{kind}:{self._path(rest)}"
         if at and is_file(file):
             return f"{kind}{colon}{name}{at}{self._path(file)}"
@@ -170,9 +179,19 @@ class Planner:
         return self.step("load_backbone", f"load {name}", config | {"source": about}, cost=backbones.load_cost(address))
 
     def _decode(self, task: str, backbone: str, address: str, about: dict[str, Any], view: Step) -> Step:
-        config = {"address": address, "limit": self.study.limit, **about}
-        cost = 0.8 * self.images[task]
-        return self.step("decode_task", f"decode {task} ({backbone})", config, {"preprocessing": [view]}, cost)
+        label, cost = f"decode {task} ({backbone})", 0.8 * self.images[task]
+        config, aside = self._source(address, about)
+        return self.step("decode_task", label, config, {"preprocessing": [view]}, cost, aside)
+
+    def _whole(self, task: str, backbone: str, address: str, about: dict[str, Any], view: Step) -> Step:
+        label, cost = f"decode whole training images of {task} ({backbone})", 0.8 * self.images[task]
+        config, aside = self._source(address, about)
+        return self.step("decode_training", label, config, {"preprocessing": [view]}, cost, aside)
+
+    def _source(self, address: str, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what a decoded task depends on, and the address, which counts only where it is all there is."""
+        config = {"limit": self.study.limit, **about} | ({"skip_corrupt": True} if self.study.skip_corrupt else {})
+        return (config, {"address": address}) if tasks.has_whole(address) else ({"address": address, **config}, {})
 
     def _features(self, task: str, backbone: str, encoder: Step, data: Step) -> Step:
         inputs = {"backbone": [encoder], "task": [data]}
@@ -258,14 +277,14 @@ class Planner:
     def _finetune(self, task: str, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs) -> Step:
         learns = cell.regime in LEARNING
         start: Inputs = {"head": [(cell.zero_shot or cell.head)[task]]} if cell.regime != "full" else {}
-        inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]} | start | rate
+        inputs = {"backbone": [ground.encoder], **ground.training([task])} | start | rate
         config = {"finetune": training_config(settings, rate), "seed": cell.seed, "head_learns": learns}
         at = "" if rate else f" at {settings.learning_rate:g}"
         cost = settings.steps * settings.batch_size * 3.0
         return self.step("finetune", f"fine-tune {task}{at} {cell.where}", config | self.training, inputs, cost)
 
     def _finetune_joint(self, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs) -> Step:
-        inputs = {"backbone": [ground.encoder], "task": list(ground.data.values()), "head": list(cell.head.values())}
+        inputs = {"backbone": [ground.encoder], **ground.training(ground.data), "head": list(cell.head.values())}
         config = {"finetune": training_config(settings, rate), "seed": cell.seed, **self.training}
         cost = settings.steps * settings.batch_size * 3.0
         return self.step("finetune_joint", f"fine-tune jointly {cell.where}", config, inputs | rate, cost)

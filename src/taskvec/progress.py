@@ -86,6 +86,10 @@ class Terminal:
                 f"[{self.number}/{self.count}] {step.label}: {seconds:.1f} s{ahead}", markup=False, highlight=False
             )
 
+    def noted(self, step: Step, note: str) -> None:
+        """Write what a step has to tell."""
+        self.console.print(f"{step.label}: {note}", markup=False, highlight=False)
+
     def left(self) -> float | None:
         """Return the seconds left, from the cost done now and the time it took; None before anything is done."""
         done = self.cost + sum(step.cost * share for step, share in self.shares.items())

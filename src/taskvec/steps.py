@@ -42,7 +42,13 @@ def open_task(inputs: Inputs) -> Task:
 
 def open_tasks(inputs: Inputs) -> list[Task]:
     """Open all decoded tasks that a step reads."""
-    return [read_task(folder, folder.name) for folder in inputs["task"]]
+    folders = inputs["task"]
+    return [read_task(one, one.name, whole_of(inputs, place)) for place, one in enumerate(folders)]
+
+
+def whole_of(inputs: Inputs, place: int) -> Path | None:
+    """Return the folder of whole training images of the task at a place, where a step trains on crops of them."""
+    return inputs[f"whole{place}"][0] if f"whole{place}" in inputs else None
 
 
 def open_head(inputs: Inputs, role: str = "head") -> Head:
@@ -97,9 +103,22 @@ def preprocessing(config: Config, inputs: Inputs, out: Path, progress: Progress)
 
 
 def decode_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Decode a task's images once."""
-    to = Preprocessing(**read_json(inputs["preprocessing"][0] / "preprocessing.json"))
-    tasks.write_task(config["address"], to, config["limit"], out, progress)
+    """Decode the evaluation views of a task's images once."""
+    tasks.write_task(
+        config["address"], open_view(inputs), config["limit"], out, progress, config.get("skip_corrupt", False)
+    )
+
+
+def decode_training(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Decode a task's whole training images once."""
+    tasks.write_training(
+        config["address"], open_view(inputs), config["limit"], out, progress, config.get("skip_corrupt", False)
+    )
+
+
+def open_view(inputs: Inputs) -> Preprocessing:
+    """Open the part of a preprocessing that decides decoded pixels."""
+    return Preprocessing(**read_json(inputs["preprocessing"][0] / "preprocessing.json"))
 
 
 def features(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:

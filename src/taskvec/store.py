@@ -18,6 +18,8 @@ from typing import Any
 from taskvec.errors import TaskvecError
 
 RECORD = "record.json"
+NOTES = "notes.json"
+"""What a step tells the user about its work: with the record, no part of an artifact's content."""
 
 
 def canonical(value: Any) -> str:
@@ -88,6 +90,11 @@ class Artifact:
     def json(self, name: str) -> Any:
         """Read one of its JSON files."""
         return read_json(self.folder / name)
+
+    def notes(self) -> list[str]:
+        """Return what the step had to tell the user."""
+        place = self.folder / NOTES
+        return list(read_json(place)) if place.exists() else []
 
 
 class Store:
@@ -165,8 +172,8 @@ class Store:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the digest of every file in a folder but its record, by relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    """Return the digest of every file in a folder but its record and notes, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (RECORD, NOTES))
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 

@@ -165,6 +165,8 @@ class Study(Settings):
     threads: Annotated[int, Field(ge=1)] = 1
     allow_pickle: bool = False
     limit: Annotated[int, Field(ge=1)] | None = None
+    data: str | None = None
+    skip_corrupt: bool = False
 
     @field_validator("regimes")
     @classmethod

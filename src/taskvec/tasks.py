@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float32, Int64, UInt8
-from numpy.lib.format import write_array_header_1_0
+from jaxtyping import Int64, UInt8
 
-from taskvec import templates
+from taskvec import papertasks, templates
+from taskvec.decoded import (
+    Whole,
+    Written,
+    check_room,
+    read_whole,
+    skips,
+    twins,
+    view_bytes,
+    whole_bytes,
+    write_views,
+    write_whole,
+)
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.images import SUFFIXES, Preprocessing, decode
+from taskvec.folders import list_folder
+from taskvec.hub import describe_hub, folder_of, list_hub
+from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION, KINDS
-from taskvec.store import read_json, write_json
+from taskvec.layouts import list_own, list_paper
+from taskvec.listing import SPLITS, Items, Labels, Listing, pick, split_validation
+from taskvec.store import NOTES, fingerprint, read_json, write_json
 from taskvec.training import Progress, no_progress
 
-SPLITS = ("train", "validation", "test")
 LAB_COUNTS = {"train": 4000, "test": 1000}
 """Images that a lab task draws; the validation split comes out of the training images."""
-CHUNK = 64
-"""Images that are decoded between two reports of progress."""
-Labels = Int64[np.ndarray, " count *patches"] | Float32[np.ndarray, "count 2"]
-"""A class of each image (or each patch, row by row), or the cosine and sine of its angle."""
+DATA = "TASKVEC_DATA"
+"""The environment variable with the folder of published data sets."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Decoded images of one split (uint8, channels first) and their labels."""
+    """Decoded images of one split (uint8, channels first) and their labels; to train, perhaps whole images as well."""
 
     images: UInt8[np.ndarray, "count 3 size size"]
     labels: Labels
+    whole: Whole | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -58,16 +71,6 @@ class Task:
     kind: str = CLASSIFICATION
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a task address holds before decoding: image files or drawn images, and labels, by split."""
-
-    classes: tuple[str, ...]
-    items: dict[str, Sequence[Path] | UInt8[np.ndarray, "count 3 height width"]]
-    labels: dict[str, Labels]
-    kind: str = CLASSIFICATION
-
-
 def parse(address: str) -> tuple[str, str]:
     """Split ``kind:rest``, or raise and say which kinds there are."""
     kind, colon, rest = address.partition(":")
@@ -81,9 +84,52 @@ def parse(address: str) -> tuple[str, str]:
 
 
 def default_name(address: str) -> str:
-    """Return the name a task gets when none is given: the folder's or the lab task's."""
+    """Return the name a task gets when none is given: the folder's, the data set's or the lab task's."""
     kind, rest = parse(address)
-    return Path(rest).expanduser().resolve().name if kind == "folder" else rest
+    name = rest if kind in ("folder", "lab") else rest.partition("@")[0]
+    return Path(name).expanduser().resolve().name if kind == "folder" else name.rstrip("/").rpartition("/")[2]
+
+
+def resolve(address: str, start: Path, data: str | None = None) -> str:
+    """Return an address that means the same everywhere: paths are absolute, and published data sets have a folder.
+
+    Relative paths begin at ``start``; published data sets lie in ``data``, or else in ``$TASKVEC_DATA``.
+    """
+    kind, rest = parse(address)
+    name, at, where = rest.partition("@")
+    if kind == "folder":
+        return f"{kind}:{absolute(rest, start)}"
+    if kind == "hf":
+        local = absolute(name, start)
+        return f"{kind}:{local}{at}{where}" if local.is_dir() or name.startswith((".", "~")) else address
+    if kind == "lab" or where == "hf" or where.startswith("hf:"):
+        return address
+    if where:
+        return f"{kind}:{name}@{absolute(where, start)}"
+    root = absolute(data, start) if data else Path(os.environ[DATA]).expanduser() if os.environ.get(DATA) else None
+    return f"{kind}:{name}@{root.absolute()}" if root else address
+
+
+def absolute(path: str, start: Path) -> Path:
+    """Return a path that begins at a folder."""
+    return start / Path(path).expanduser()
+
+
+def hub_dataset(address: str) -> str | None:
+    """Return the data set of the Hub that an address means, None where it is on disk or drawn."""
+    kind, rest = parse(address)
+    if kind == "hf":
+        return None if folder_of(rest.partition("@")[0]) else rest
+    name, _, where = rest.partition("@")
+    if kind != "paper" or not (where in ("", "hf") or where.startswith("hf:")):
+        return None
+    dataset = where.removeprefix("hf").removeprefix(":") or papertasks.find_task(name).hub[0]
+    return None if folder_of(dataset.partition("@")[0]) else dataset
+
+
+def has_whole(address: str) -> bool:
+    """Say whether training crops are cut from whole images; the lab's evaluation view is the whole image."""
+    return parse(address)[0] != "lab"
 
 
 def list_task(address: str) -> Listing:
@@ -91,122 +137,6 @@ def list_task(address: str) -> Listing:
     kind, rest = parse(address)
     listing = SOURCES[kind](rest)
     return listing if "validation" in listing.labels else split_validation(listing, address)
-
-
-def list_folder(path: str) -> Listing:
-    """List ``train/ [val/] test/`` of class folders; classes and files are in the order of their names."""
-    root = Path(path).expanduser()
-    check_root(root)
-    names = {"train": "train", "test": "test"} | ({"validation": "val"} if (root / "val").exists() else {})
-    found = {split: class_files(root / name) for split, name in names.items()}
-    classes = tuple(sorted(found["train"]))
-    for split in names:
-        _check_classes(root / names[split], found[split], classes)
-    items = {split: [file for c in classes for file in files.get(c, [])] for split, files in found.items()}
-    labels = {
-        split: np.array([i for i, c in enumerate(classes) for _ in files.get(c, [])], dtype=np.int64)
-        for split, files in found.items()
-    }
-    return Listing(classes, dict(items), labels)
-
-
-def check_root(root: Path) -> None:
-    """Raise unless a folder has train/ and test/, or where its validation folder has another name than val/."""
-    layout = "expected train/, test/ and perhaps val/ in it, each with one folder a class"
-    if not root.is_dir():
-        near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        hint = did_you_mean(root.name, near) if near else layout
-        raise TaskvecError(f"no task folder at '{root}'", hint)
-    held = sorted(p.name for p in root.iterdir())
-    for name in ("train", "test"):
-        if not (root / name).is_dir():
-            shown = ", ".join(held[:8]) or "nothing"
-            raise TaskvecError(f"task folder '{root}' has no {name}/ folder; it holds {shown}", layout)
-    for name in ("valid", "validation"):
-        if name in held:
-            raise TaskvecError(f"task folder '{root}' holds {name}/, which would be passed over", "rename it to val/")
-
-
-def class_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of every class folder, by class name (in Unicode normal form C)."""
-    entries = sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
-    classes = [p for p in entries if p.is_dir()]
-    if not classes:
-        raise TaskvecError(
-            f"'{folder}' holds no class folders", "put the images of each class into a folder of its own"
-        )
-    loose = [p.name for p in entries if p.suffix.lower() in SUFFIXES and p.is_file()]
-    if loose:
-        raise TaskvecError(f"image '{folder / loose[0]}' is in no class folder", "move it into one or remove it")
-    found: dict[str, list[Path]] = {}
-    for path in classes:
-        name = class_name(path)
-        if name in found:
-            raise TaskvecError(
-                f"'{folder}' has two class folders named '{name}'", "one is spelt with combining accents: merge them"
-            )
-        found[name] = image_files(path)
-    return found
-
-
-def class_name(folder: Path) -> str:
-    """Return a class folder's name in Unicode normal form C; a name that is no text is an error."""
-    try:
-        folder.name.encode("utf-8")
-    except UnicodeEncodeError:
-        shown = folder.name.encode("utf-8", "backslashreplace").decode()
-        raise TaskvecError(
-            f"class folder '{shown}' in '{folder.parent}' has a name that is not UTF-8", "rename it"
-        ) from None
-    return unicodedata.normalize("NFC", folder.name)
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Return the images in a folder and below it (links are followed, hidden ones left out), in the order of names.
-
-    Other files are left out with a message that counts them.
-    """
-    every = [Path(top) / name for top, _, names in visible(folder) for name in names if not name.startswith(".")]
-    images = [path for path in every if path.suffix.lower() in SUFFIXES]
-    if len(images) < len(every):
-        odd = next(path for path in every if path.suffix.lower() not in SUFFIXES)
-        print(
-            f"'{folder}': left out {len(every) - len(images)} files that are no images, such as {odd.name}",
-            file=sys.stderr,
-        )
-    return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def visible(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk a folder and those below it that are not hidden, through links, each real folder once."""
-    seen = set()
-    for top, below, names in os.walk(folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        if (real := os.path.realpath(top)) not in seen:
-            seen.add(real)
-            yield top, below, names
-        else:
-            below.clear()
-
-
-def _check_classes(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...]) -> None:
-    extra = sorted(set(files) - set(classes))
-    if extra:
-        raise TaskvecError(
-            f"class '{extra[0]}' is in '{folder}' but not in train/"
-            + (f" (and {len(extra) - 1} more)" if extra[1:] else ""),
-            f"add training images for it, or remove it; {did_you_mean(extra[0], classes)}",
-        )
-    empty = sorted(name for name, found in files.items() if not found)
-    if folder.name == "train" and empty:
-        raise TaskvecError(
-            f"class folder '{folder / empty[0]}' has no images",
-            f"readable are {' '.join(SUFFIXES)}; add some or remove it",
-        )
-    if folder.name == "train" and len(classes) < 2:
-        raise TaskvecError(f"'{folder}' has one class only, '{classes[0]}'", "a task needs at least two classes")
-    if not any(files.values()):
-        raise TaskvecError(f"'{folder}' has no images", f"readable are {' '.join(SUFFIXES)}")
 
 
 def list_lab(name: str) -> Listing:
@@ -245,74 +175,116 @@ def sentences(address: str, name: str) -> list[list[str]] | None:
     return templates.captions(names, name) if names else None
 
 
-SOURCES: dict[str, Callable[[str], Listing]] = {"folder": list_folder, "lab": list_lab}
-
-
-def split_validation(listing: Listing, source: str) -> Listing:
-    """Take int(0.1 N) training images, at most 5000, for validation, as the paper's code does (protocol, Data)."""
-    train, validation = validation_indices(len(listing.labels["train"]))
-    if not len(validation):
-        count = len(listing.labels["train"])
-        raise TaskvecError(
-            f"task '{source}' has {count} training images: too few to hold out a tenth", "add images or a val/ folder"
-        )
-    items, labels = listing.items["train"], listing.labels["train"]
-    parts = {"train": train, "validation": validation}
-    return replace(
-        listing,
-        items=listing.items | {split: pick(items, indices) for split, indices in parts.items()},
-        labels=listing.labels | {split: labels[indices] for split, indices in parts.items()},
-    )
-
-
-def validation_indices(count: int) -> tuple[Int64[np.ndarray, " train"], Int64[np.ndarray, " validation"]]:
-    """Return the indices of ``random_split(train, [N - v, v])`` with a generator seeded 0, v = min(N // 10, 5000)."""
-    held_out = min(int(0.1 * count), 5000)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
-    return order[: count - held_out], order[count - held_out :]
-
-
-Items = Sequence[Path] | UInt8[np.ndarray, "count 3 height width"]
-
-
-def pick(items: Items, indices: Int64[np.ndarray, " chosen"]) -> Items:
-    """Return the items at ``indices``."""
-    return items[indices] if isinstance(items, np.ndarray) else [items[i] for i in indices]
+SOURCES: dict[str, Callable[[str], Listing]] = {
+    "folder": list_folder,
+    "hf": list_hub,
+    "lab": list_lab,
+    "paper": list_paper,
+    "torchvision": list_own,
+}
 
 
 def describe(address: str, digest: Callable[[Path, Sequence[str]], str]) -> dict[str, Any]:
-    """Return what identifies a task's images, for a fingerprint: the lab's name, or a digest of the files."""
+    """Return what identifies a task's images, for a fingerprint: the lab's name, a revision, or digests of content."""
     kind, rest = parse(address)
     if kind == "lab":
         return describe_lab(rest)
+    if dataset := hub_dataset(address):
+        size = {"images": sum(papertasks.find_task(rest.partition("@")[0]).sizes)} if kind == "paper" else {}
+        return describe_hub(dataset) | size | {"kind": kind}
     listing = list_task(address)
-    root = Path(rest).expanduser()
-    files = [p.relative_to(root).as_posix() for items in listing.items.values() for p in items if isinstance(p, Path)]
-    return {"content": digest(root, files), "images": len(files)}
+    every = [item for items in listing.items.values() if isinstance(items, list) for item in items]
+    found = {"content": digest(listing.root, relative(every or list(listing.files), listing.root))}
+    if kind != "folder":
+        found["listing"] = listing_digest(listing)
+    return found | {"images": sum(listing.sizes().values())}
+
+
+def relative(paths: Sequence[Path], root: Path) -> list[str]:
+    """Return paths from a folder on."""
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
+def listing_digest(listing: Listing) -> str:
+    """Return a digest of which image has which label in which split; images that are in memory count themselves."""
+    found: dict[str, Any] = {"classes": list(listing.classes)}
+    for split, items in listing.items.items():
+        labels = listing.labels[split].tolist()
+        if isinstance(items, np.ndarray):
+            names: Any = hashlib.sha256(np.ascontiguousarray(items).data).hexdigest()
+        else:
+            names = [path.relative_to(listing.root).as_posix() for path in items] if isinstance(items, list) else None
+        found[split] = [labels, names]
+    return fingerprint(found)
 
 
 def write_task(
-    address: str, to: Preprocessing, limit: int | None, folder: Path, progress: Progress = no_progress
+    address: str,
+    to: Preprocessing,
+    limit: int | None,
+    folder: Path,
+    progress: Progress = no_progress,
+    skip_corrupt: bool = False,
 ) -> None:
-    """Decode a task into a folder: a uint8 memory map and the labels of each split, class names, an unusual kind."""
-    listing = list_whole(address, to)
-    chosen = {split: _chosen(len(listing.labels[split]), limit) for split in SPLITS}
-    total, before = sum(map(len, chosen.values())), 0
-    for split, indices in chosen.items():
-        items, labels = pick(listing.items[split], indices), listing.labels[split][indices]
-        with (folder / f"{split}.npy").open("wb") as file:  # written, not mapped: a full disk is an error, not a crash
-            shape = (len(labels), 3, to.size, to.size)
-            write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for start in range(0, len(labels), CHUNK):
-                part = np.empty((len(labels[start : start + CHUNK]), *shape[1:]), np.uint8)
-                decode(items[start : start + CHUNK], to, part)
-                file.write(part.tobytes())
-                progress((before + start + len(part)) / total)
-        np.save(folder / f"{split}-labels.npy", labels)
-        before += len(labels)
+    """Decode a task into a folder: a uint8 memory map and the labels of each split, class names, an unusual kind.
+
+    What the user should know, such as images that are in two splits, goes to a file of notes.
+    """
+    listing = few(list_whole(address, to), limit)
+    total, before = sum(listing.sizes().values()), 0
+    check_room(view_bytes(total, to.size), folder, f"{total} images of {default_name(address)}")
+    written: dict[str, Written] = {}
+    for split in SPLITS:
+        count = len(listing.labels[split])
+        ours = share_of(progress, before / total, count / total)
+        one = write_views(listing.items[split], to, folder / f"{split}.npy", skip_corrupt, ours)
+        np.save(folder / f"{split}-labels.npy", listing.labels[split][one.kept])
+        written[split] = one
+        before += count
     write_json(folder / "classes.json", list(listing.classes))
     if listing.kind != CLASSIFICATION:
         write_json(folder / "kind.json", listing.kind)
+    if has_whole(address):
+        check_kept(listing, written, address)
+        notes = [*listing.notes, *skips(written), *twins(written, listing.items)]
+        write_json(folder / NOTES, notes)
+
+
+def check_kept(listing: Listing, written: dict[str, Written], address: str) -> None:
+    """Raise if a class lost all its training images, or a split all its images, because none could be read."""
+    kept = {split: listing.labels[split][one.kept] for split, one in written.items()}
+    lost = sorted(set(listing.labels["train"].tolist()) - set(kept["train"].tolist()))
+    empty = [split for split, labels in kept.items() if not len(labels)]
+    if lost or empty:
+        what = f"the training images of class '{listing.classes[lost[0]]}'" if lost else f"the {empty[0]} split"
+        raise TaskvecError(f"task '{address}': nothing of {what} can be read", "replace the corrupt images")
+
+
+def write_training(
+    address: str,
+    to: Preprocessing,
+    limit: int | None,
+    folder: Path,
+    progress: Progress = no_progress,
+    skip_corrupt: bool = False,
+) -> None:
+    """Decode a task's training images whole into a folder: the same images in the same order as ``write_task``."""
+    items = few(list_whole(address, to), limit).items["train"]
+    check_room(whole_bytes(items, to), folder, f"{len(items)} training images of {default_name(address)}")
+    write_whole(items, to, folder, skip_corrupt, progress)
+
+
+def share_of(progress: Progress, start: float, share: float) -> Progress:
+    """Return a report of progress within a part of the work."""
+    return lambda done: progress(start + share * done)
+
+
+def few(listing: Listing, limit: int | None) -> Listing:
+    """Return a listing with a seeded choice of at most ``limit`` images a split."""
+    chosen = {split: _chosen(len(listing.labels[split]), limit) for split in SPLITS}
+    items: dict[str, Items] = {split: pick(listing.items[split], indices) for split, indices in chosen.items()}
+    labels: dict[str, Labels] = {split: listing.labels[split][indices] for split, indices in chosen.items()}
+    return replace(listing, items=items, labels=labels)
 
 
 def list_whole(address: str, to: Preprocessing) -> Listing:
@@ -333,24 +305,38 @@ def _chosen(count: int, limit: int | None) -> Int64[np.ndarray, " chosen"]:
     return np.sort(np.random.default_rng(0).permutation(count)[:limit])
 
 
-def read_task(folder: Path, name: str) -> Task:
-    """Open a decoded task; images stay on disk until they are looked at."""
+def read_task(folder: Path, name: str, whole: Path | None = None, mmap_mode: Literal["r"] | None = "r") -> Task:
+    """Open a decoded task, and the folder of its whole training images; they stay on disk until they are looked at."""
     splits = {
-        split: Split(np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}-labels.npy"))
+        split: Split(np.load(folder / f"{split}.npy", mmap_mode=mmap_mode), np.load(folder / f"{split}-labels.npy"))
         for split in SPLITS
     }
+    if whole is not None:
+        splits["train"] = replace(splits["train"], whole=read_whole(whole, mmap_mode))
     kind = folder / "kind.json"
     classes = tuple(read_json(folder / "classes.json"))
     return Task(name, classes, **splits, kind=read_json(kind) if kind.exists() else CLASSIFICATION)
 
 
-def load_task(address: str, preprocessing: Preprocessing, name: str | None = None, limit: int | None = None) -> Task:
-    """Decode a task into memory for an encoder's preprocessing; ``limit`` keeps a seeded choice of so many a split."""
-    listing = list_whole(address, preprocessing)
-    splits = {}
-    for split in SPLITS:
-        indices = _chosen(len(listing.labels[split]), limit)
-        images = np.empty((len(indices), 3, preprocessing.size, preprocessing.size), np.uint8)
-        decode(pick(listing.items[split], indices), preprocessing, images)
-        splits[split] = Split(images, listing.labels[split][indices])
-    return Task(name or default_name(address), listing.classes, **splits, kind=listing.kind)
+def load_task(
+    address: str,
+    preprocessing: Preprocessing,
+    name: str | None = None,
+    limit: int | None = None,
+    skip_corrupt: bool = False,
+) -> Task:
+    """Decode a task into memory for an encoder's preprocessing; ``limit`` keeps a seeded choice of so many a split.
+
+    What the user should know of it, such as images that are in two splits, is printed to standard error.
+    """
+    address = resolve(address, Path.cwd())
+    with tempfile.TemporaryDirectory() as temporary:
+        views, training = Path(temporary) / "views", Path(temporary) / "training"
+        for folder, write in ((views, write_task), (training, write_training)):
+            if folder is views or has_whole(address):
+                folder.mkdir()
+                write(address, preprocessing, limit, folder, skip_corrupt=skip_corrupt)
+        for note in read_json(views / NOTES) if (views / NOTES).exists() else []:
+            print(f"{address}: {note}", file=sys.stderr)
+        whole = training if training.exists() else None
+        return read_task(views, name or default_name(address), whole, mmap_mode=None)

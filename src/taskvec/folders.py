@@ -1,0 +1,165 @@
+"""Class folders: ``train/ [val/] test/`` with one folder a class, or one flat tree that is divided by a seed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from taskvec.errors import TaskvecError, did_you_mean
+from taskvec.images import SUFFIXES
+from taskvec.listing import Listing, split_classes
+
+LAYOUT = "expected train/, test/ and perhaps val/ in it, each with one folder a class, or the class folders themselves"
+SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
+
+
+def list_folder(path: str) -> Listing:
+    """List ``train/ [val/] test/`` of class folders, or class folders alone, which are divided class by class.
+
+    Classes and files are in the order of their names.
+    """
+    root = Path(path).expanduser()
+    check_root(root)
+    if is_flat(root):
+        return split_classes(list_splits(root, {"train": "."}))
+    return list_splits(root, {"train": "train", "test": "test"} | ({"validation": "val"} if has(root, "val") else {}))
+
+
+def has(root: Path, name: str) -> bool:
+    """Say whether a folder holds something of that name."""
+    return (root / name).exists()
+
+
+def is_flat(root: Path) -> bool:
+    """Say whether a folder holds class folders and no splits."""
+    return not any(has(root, name) for name in SPLIT_NAMES) and len(class_folders(root)) > 1
+
+
+def class_folders(root: Path) -> list[Path]:
+    """Return the folders in a folder that hold images and no splits of their own."""
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [p for p in folders if not any(has(p, name) for name in ("train", "test")) and holds_image(p)]
+
+
+def holds_image(folder: Path) -> bool:
+    """Say whether there is an image in a folder or below it."""
+    return any(Path(name).suffix.lower() in SUFFIXES for _, _, names in visible(folder) for name in names)
+
+
+def list_splits(root: Path, names: dict[str, str]) -> Listing:
+    """List the class folders of each split, which lies in the folder of that name; training decides the classes."""
+    found = {split: class_files(root / name) for split, name in names.items()}
+    classes = tuple(sorted(found["train"]))
+    for split in names:
+        _check_classes(root / names[split], found[split], classes, split == "train")
+    items = {split: [file for c in classes for file in files.get(c, [])] for split, files in found.items()}
+    labels = {
+        split: np.array([i for i, c in enumerate(classes) for _ in files.get(c, [])], dtype=np.int64)
+        for split, files in found.items()
+    }
+    return Listing(classes, dict(items), labels, root=root)
+
+
+def check_root(root: Path) -> None:
+    """Raise unless a folder has train/ and test/ or class folders, or if validation has another name than val/."""
+    if not root.is_dir():
+        near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        hint = did_you_mean(root.name, near) if near else LAYOUT
+        raise TaskvecError(f"no task folder at '{root}'", hint)
+    if is_flat(root):
+        return
+    held = sorted(p.name for p in root.iterdir())
+    for name in ("train", "test"):
+        if not (root / name).is_dir():
+            shown = ", ".join(held[:8]) or "nothing"
+            raise TaskvecError(f"task folder '{root}' has no {name}/ folder; it holds {shown}", LAYOUT)
+    for name in ("valid", "validation"):
+        if name in held:
+            raise TaskvecError(f"task folder '{root}' holds {name}/, which would be passed over", "rename it to val/")
+
+
+def class_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the image files of every class folder, by class name (in Unicode normal form C)."""
+    entries = sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    classes = [p for p in entries if p.is_dir()]
+    if not classes:
+        raise TaskvecError(
+            f"'{folder}' holds no class folders", "put the images of each class into a folder of its own"
+        )
+    loose = [p.name for p in entries if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if loose:
+        raise TaskvecError(f"image '{folder / loose[0]}' is in no class folder", "move it into one or remove it")
+    found: dict[str, list[Path]] = {}
+    for path in classes:
+        name = class_name(path)
+        if name in found:
+            raise TaskvecError(
+                f"'{folder}' has two class folders named '{name}'", "one is spelt with combining accents: merge them"
+            )
+        found[name] = image_files(path)
+    return found
+
+
+def class_name(folder: Path) -> str:
+    """Return a class folder's name in Unicode normal form C; a name that is no text is an error."""
+    try:
+        folder.name.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = folder.name.encode("utf-8", "backslashreplace").decode()
+        raise TaskvecError(
+            f"class folder '{shown}' in '{folder.parent}' has a name that is not UTF-8", "rename it"
+        ) from None
+    return unicodedata.normalize("NFC", folder.name)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder and below it (links are followed, hidden ones left out), in the order of names.
+
+    Other files are left out with a message that counts them.
+    """
+    every = [Path(top) / name for top, _, names in visible(folder) for name in names if not name.startswith(".")]
+    images = [path for path in every if path.suffix.lower() in SUFFIXES]
+    if len(images) < len(every):
+        odd = next(path for path in every if path.suffix.lower() not in SUFFIXES)
+        print(
+            f"'{folder}': left out {len(every) - len(images)} files that are no images, such as {odd.name}",
+            file=sys.stderr,
+        )
+    return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def visible(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder and those below it that are not hidden, through links, each real folder once."""
+    seen = set()
+    for top, below, names in os.walk(folder, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if (real := os.path.realpath(top)) not in seen:
+            seen.add(real)
+            yield top, below, names
+        else:
+            below.clear()
+
+
+def _check_classes(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...], training: bool) -> None:
+    extra = sorted(set(files) - set(classes))
+    if extra:
+        raise TaskvecError(
+            f"class '{extra[0]}' is in '{folder}' but not in train/"
+            + (f" (and {len(extra) - 1} more)" if extra[1:] else ""),
+            f"add training images for it, or remove it; {did_you_mean(extra[0], classes)}",
+        )
+    empty = sorted(name for name, found in files.items() if not found)
+    if training and empty:
+        raise TaskvecError(
+            f"class folder '{folder / empty[0]}' has no images",
+            f"readable are {' '.join(SUFFIXES)}; add some or remove it",
+        )
+    if training and len(classes) < 2:
+        raise TaskvecError(f"'{folder}' has one class only, '{classes[0]}'", "a task needs at least two classes")
+    if not any(files.values()):
+        raise TaskvecError(f"'{folder}' has no images", f"readable are {' '.join(SUFFIXES)}")
