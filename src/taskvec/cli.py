@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
@@ -72,8 +73,6 @@ def run(
     from taskvec.study import open_study
 
     file = open_study(study)
-    from dataclasses import replace
-
     from taskvec.progress import Terminal, clock
     from taskvec.runs import run_study
     from taskvec.store import Store, default_store
@@ -143,6 +142,36 @@ def _print(console: Console, title: str, frame: pd.DataFrame) -> None:
     for row in frame[columns].itertuples(index=False):
         shown.add_row(*map(str, row))
     console.print(shown, "", sep="\n", markup=False)
+
+
+@app.command("plan")
+@guarded
+def plan_(
+    study: Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")],
+    device: Annotated[
+        str | None, typer.Option(help="h100, a100 or cpu: whose hours to estimate; all by default")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="of the run with 2 steps and 32 images a split")] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="steps at once on a CPU; one a core by default")] = None,
+) -> None:
+    """Say what a study takes before it runs: steps, images, FLOPs, hours, disk, memory, downloads."""
+    from taskvec.study import open_study
+
+    file = open_study(study)
+    from taskvec.forecast import DEVICES, forecast, report
+    from taskvec.plan import plan
+    from taskvec.runs import default_workers
+    from taskvec.store import Store, default_store
+
+    if device is not None and device not in DEVICES:
+        raise unknown("device", device, DEVICES)
+    held, chosen = Store((store or default_store()).expanduser()), file.study.smoke() if smoke else file.study
+    found = forecast(chosen.name, plan(replace(file, study=chosen), held, estimate=True), held)
+    for line in report(found, [device] if device else list(DEVICES), workers or default_workers("cpu", chosen.threads)):
+        typer.echo(line)
 
 
 @app.command()

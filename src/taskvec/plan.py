@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from taskvec import backbones, batch_norm, tasks
+from taskvec import backbones, batch_norm, brought, tasks
+from taskvec.absent import absent_task, absent_weights, has_images
 from taskvec.addresses import default_name, is_file
 from taskvec.cells import LEARNING, OPEN, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
@@ -18,7 +19,7 @@ from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, Recipe, find_recipe
 from taskvec.pipeline import Step
 from taskvec.search import coarse
 from taskvec.settings import Finetune, parse_scales
-from taskvec.store import Store, canonical
+from taskvec.store import Store, canonical, file_digest
 from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, StudyFile
 
 VERSIONS = {
@@ -33,6 +34,7 @@ VERSIONS = {
     "zero_shot": 1,
     "finetune": 2,
     "finetune_joint": 1,
+    "import_finetuned": 1,
     "choose_learning_rate": 2,
     "merge": 1,
     "choose_option": 1,
@@ -61,15 +63,16 @@ ROUNDS = (2, 1)
 class Planner:
     """Builds the steps of a study, one small method a kind of step."""
 
-    def __init__(self, file: StudyFile, store: Store) -> None:
-        self.study, self.folder, self.store = file.study, file.folder, store
-        device = choose_device(file.study.device)
+    def __init__(self, file: StudyFile, store: Store, estimate: bool = False) -> None:
+        self.study, self.folder, self.store, self.estimate = file.study, file.folder, store, estimate
+        device = file.study.device if estimate and file.study.device != "auto" else choose_device(file.study.device)
         self.device = {"device": device}
         self.training = {"device": device, "precision": file.study.precision, "fast_bfloat16": has_fast_bfloat16()}
         addresses = [tasks.resolve(t.address, self.folder, file.study.data) for t in file.study.tasks]
         given = [t.name or tasks.default_name(a) for t, a in zip(file.study.tasks, addresses, strict=True)]
         self.addresses = dict(zip(unique(given, "tasks"), addresses, strict=True))
         self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
+        self.brought = {name: task for name, task in zip(given, file.study.tasks, strict=True) if task.finetuned}
         self.sentences: dict[str, list[list[str]] | None] = {}
         self.regimes = {regime.name: regime for regime in file.study.regimes}
         self.joint = self.regimes.get("joint")
@@ -78,7 +81,7 @@ class Planner:
         """Return the steps of every backbone, regime and seed."""
         study = self.study
         names = unique([b.name or default_name(b.address) for b in study.backbones], "backbones")
-        about = {name: {"source": tasks.describe(a, self.store.tree_digest)} for name, a in self.addresses.items()}
+        about = {name: {"source": self._describe(address)} for name, address in self.addresses.items()}
         self.images = {name: self._count(found["source"]) for name, found in about.items()}
         grounds = [self._ground(name, choice, about) for name, choice in zip(names, study.backbones, strict=True)]
         self._check_open()
@@ -90,20 +93,44 @@ class Planner:
             for seed in regime.seeds or study.seeds
         ]
 
+    def _describe(self, address: str) -> dict[str, Any]:
+        """Return what identifies a task's images; an estimate reads none and makes do with the paper's sizes."""
+        known = absent_task(address) if self.estimate else None
+        absent = {"absent": address, "images": sum(known.sizes)} if known else {}
+        if absent and not has_images(address):
+            return absent
+        try:
+            return tasks.describe(address, self.store.known_digest if self.estimate else self.store.tree_digest)
+        except TaskvecError:
+            if not absent:
+                raise
+            return absent
+
+    def _sentences(self, name: str, address: str) -> list[list[str]] | None:
+        """Return the captions of a task's classes; an estimate makes do with their number where the data is absent."""
+        known = absent_task(address) if self.estimate else None
+        return [[""]] * known.classes if known else tasks.sentences(address, name)
+
     def _takes_part(self, choice: BackboneChoice, regime: str) -> bool:
         """Say whether a backbone is fine-tuned in a regime: the study does not leave it out, and it can be."""
         wanted = not choice.regimes or regime in choice.regimes
         return wanted and (regime not in OPEN or self._has_text(choice))
 
     def _has_text(self, choice: BackboneChoice) -> bool:
+        if self._is_absent(choice):
+            return choice.address.partition("-clip")[1] != ""
         return backbones.has_text(self._address(choice), self.study.allow_pickle, choice.projection)
+
+    def _is_absent(self, choice: BackboneChoice) -> bool:
+        """Say whether an estimate has to do without a checkpoint of the paper, and with no library that reads it."""
+        return self.estimate and bool(absent_weights(self._address(choice)))
 
     def _captions(self, choice: BackboneChoice) -> Mapping[str, list[str] | list[list[str]] | None]:
         """Return the captions of every task's classes: in the words of the lab's text encoders, or in sentences."""
         if choice.address.startswith("lab:"):
             return self.captions
         if not self.sentences:
-            self.sentences = {name: tasks.sentences(address, name) for name, address in self.addresses.items()}
+            self.sentences = {name: self._sentences(name, address) for name, address in self.addresses.items()}
         return self.sentences
 
     def _check_open(self) -> None:
@@ -179,7 +206,9 @@ class Planner:
 
     def _backbone(self, name: str, choice: BackboneChoice) -> Step:
         address = self._address(choice)
-        about = backbones.describe(address, choice.size, self.study.allow_pickle, choice.projection)
+        about: dict[str, Any] = {"absent": absent_weights(address)}
+        if not self._is_absent(choice):
+            about = backbones.describe(address, choice.size, self.study.allow_pickle, choice.projection)
         config = {"address": address, "size": choice.size, "name": name, "allow_pickle": self.study.allow_pickle}
         config |= {} if choice.projection is None else {"projection": choice.projection}
         config |= {"batch_norm": choice.batch_norm} if choice.batch_norm != "merged" else {}
@@ -232,7 +261,7 @@ class Planner:
 
     def _zero_shot(self, task: str, ground: Ground) -> Step:
         address, allow_pickle = self._address(ground.choice), self.study.allow_pickle
-        text = backbones.describe_text(address, allow_pickle)
+        text = "" if self._is_absent(ground.choice) else backbones.describe_text(address, allow_pickle)
         config: dict[str, Any] = {"address": address, "captions": self._captions(ground.choice)[task], "text": text}
         config |= {} if address.startswith("lab:") else {"allow_pickle": allow_pickle}
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
@@ -243,10 +272,13 @@ class Planner:
         """Fine-tune on every task, and on all at once where the study asks for it; search the learning rate first."""
         settings = self._settings(ground.choice, regime)
         rate: Inputs = {}
-        if settings.learning_rates:
+        if settings.learning_rates and any(t not in self.brought for t in cell.tasks):
             rate = {"rate": [self._learning_rate(cell, ground, regime, settings)]}
         for t in cell.tasks:
-            cell.finetuned[t] = self._finetune(t, cell, ground, settings, rate)
+            if t in self.brought:
+                cell.finetuned[t] = self._import(t, cell, ground)
+            else:
+                cell.finetuned[t] = self._finetune(t, cell, ground, settings, rate)
         joint = self.joint
         if cell.regime != "aligned" or not joint or not self._takes_part(ground.choice, "joint"):
             return
@@ -254,6 +286,11 @@ class Planner:
             own = self._settings(ground.choice, joint)
             if "joint" in ground.choice.learning_rates:
                 rate = {}
+            elif settings.learning_rates and not rate:
+                raise TaskvecError(
+                    f"no learning rate for joint on '{ground.backbone}': all tasks bring checkpoints, none is searched",
+                    "give the backbone one: learning_rates: {joint: 1.0e-5}",
+                )
             else:
                 own = own.model_copy(update={"learning_rate": settings.learning_rate})
             cell.joint = self._finetune_joint(cell, ground, own, rate)
@@ -266,7 +303,8 @@ class Planner:
         return self.study.finetune.model_copy(update=update)
 
     def _learning_rate(self, cell: Cell, ground: Ground, regime: RegimeChoice, settings: Finetune) -> Step:
-        """Search the learning rate on the first task, with the first seed (paper, appendix C)."""
+        """Search the learning rate on the first task that is trained, with the first seed (paper, appendix C)."""
+        searched = next(t for t in cell.tasks if t not in self.brought)
         seed = (regime.seeds or self.study.seeds)[0]
         first = cell if cell.first else Cell(cell.backbone, cell.regime, seed, cell.tasks, cell.encoder)
         if not cell.first:
@@ -274,11 +312,11 @@ class Planner:
         tried = {}
         for rate in sorted(set(settings.learning_rates)):
             one = settings.model_copy(update={"learning_rate": rate})
-            tried[rate] = self._finetune(cell.tasks[0], first, ground, one, {})
+            tried[rate] = self._finetune(searched, first, ground, one, {})
         config = {"rates": list(tried)}
         label = f"learning rate ({cell.backbone}, {cell.regime})"
         chosen = self.step("choose_learning_rate", label, config, {"finetuned": list(tried.values())})
-        cell.rate = (cell.tasks[0], tried) if cell.first else None
+        cell.rate = (searched, tried) if cell.first else None
         return chosen
 
     def _finetune(self, task: str, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs) -> Step:
@@ -289,6 +327,20 @@ class Planner:
         at = "" if rate else f" at {settings.learning_rate:g}"
         cost = settings.steps * settings.batch_size * 3.0
         return self.step("finetune", f"fine-tune {task}{at} {cell.where}", config | self.training, inputs, cost)
+
+    def _import(self, task: str, cell: Cell, ground: Ground) -> Step:
+        """Take the encoder that a task brings in the place of training; its head may be that of the regime's start."""
+        choice, pickle = self.brought[task], self.study.allow_pickle
+        given = {"finetuned": choice.finetuned} | ({"head": choice.head} if choice.head else {})
+        files = {key: brought.given_file(self._path(file), key, task, pickle) for key, file in given.items()}
+        digests = {key: file_digest(path) for key, path in files.items()}
+        config: dict[str, Any] = {"source": digests, "name": task, "classes": list(choice.classes)}
+        aside = {"allow_pickle": pickle} | {key: str(path) for key, path in files.items()}
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
+        if not choice.head and cell.regime not in LEARNING:
+            inputs["head"] = [(cell.zero_shot or cell.head)[task]]
+        label = f"checkpoint of {task} {cell.where}"
+        return self.step("import_finetuned", label, config | self.device, inputs, 0.1 * self.images[task], aside)
 
     def _finetune_joint(self, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs) -> Step:
         inputs = {"backbone": [ground.encoder], **ground.training(ground.data), "head": list(cell.head.values())}
@@ -372,7 +424,8 @@ class Planner:
         config: dict[str, Any] = {"scales": scales, **self.device}
         config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
         if kept:
-            known = {} if cell.regime in LEARNING else {"start": [(cell.zero_shot or cell.head)[task]]}
+            own = cell.regime in LEARNING or task in self.brought  # a head that need not be the one it started from
+            known = {} if own else {"start": [(cell.zero_shot or cell.head)[task]]}
             inputs |= {"head": [cell.finetuned[task]], **known}
         else:
             inputs |= {"head": [cell.head[task]], "rate": [rates[task]]}
@@ -527,6 +580,9 @@ def view_sizes(steps: Iterable[Step]) -> float:
     return sum(sizes.values())
 
 
-def plan(file: StudyFile, store: Store) -> list[Cell]:
-    """Return the steps of a study, by backbone, regime and seed; unknown addresses raise here, before any work."""
-    return Planner(file, store).cells()
+def plan(file: StudyFile, store: Store, estimate: bool = False) -> list[Cell]:
+    """Return the steps of a study, by backbone, regime and seed; unknown addresses raise here, before any work.
+
+    For an ``estimate`` no image is read: the paper's tasks need not be there, and the device of the study neither.
+    """
+    return Planner(file, store, estimate).cells()

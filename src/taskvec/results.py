@@ -150,8 +150,8 @@ class Writer:
             for rate, value in zip(tried["rates"], tried["validation"], strict=True):
                 yield self.tried_rate("probing", task, rate, value, step)
         for task, step in cell.finetuned.items():
-            rate = self.metrics(step)["learning_rate"]
-            yield self.row("fine_tuned", "kept", 1.0, task, "", "learning_rate", rate, self.done[step].id)
+            if (rate := self.metrics(step).get("learning_rate")) is not None:  # none for a checkpoint that was brought
+                yield self.row("fine_tuned", "kept", 1.0, task, "", "learning_rate", rate, self.done[step].id)
         if cell.joint:
             rate = self.metrics(cell.joint)["learning_rate"]
             yield self.row("joint", "kept", SCALE["joint"], "", "", "learning_rate", rate, self.done[cell.joint].id)

@@ -111,7 +111,8 @@ def check_folder(out: Path) -> None:
 def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, command: str) -> dict[str, Any]:
     """Return what is needed to get the same numbers again: study, versions, seeds, threads, device, fingerprints."""
     study = file.study
-    tuned = [done[step].json("metrics.json") for cell in cells for step in cell.finetuned.values()]
+    tuned = {f"{c.backbone}, {t}": done[s].json("metrics.json") for c in cells for t, s in c.finetuned.items()}
+    left_out = {cell.backbone: done[cell.encoder].json("backbone.json")["left_out"] for cell in cells}
     lock = {
         "study": study.model_dump(mode="json"),
         "command": command,
@@ -119,8 +120,8 @@ def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, comma
         "seeds": list(study.seeds),
         "threads": study.threads,
         "device": device,
-        "precision": sorted({metrics["precision"] for metrics in tuned}),
-        "left_out": {cell.backbone: done[cell.encoder].json("backbone.json")["left_out"] for cell in cells},
+        "precision": sorted({metrics["precision"] for metrics in tuned.values() if "precision" in metrics}),
+        "left_out": left_out | {name: metrics["left_out"] for name, metrics in tuned.items() if "left_out" in metrics},
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
     records = {cell.backbone: done[cell.encoder].json("backbone.json") for cell in cells}

@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from taskvec import backbones, batch_norm, disentangling, evaluation, finetuning, model, search, tasks, vectors
+from taskvec import (
+    backbones,
+    batch_norm,
+    brought,
+    disentangling,
+    evaluation,
+    finetuning,
+    model,
+    search,
+    tasks,
+    vectors,
+)
 from taskvec.backbones import Backbone
 from taskvec.compute import choose_device, choose_precision
 from taskvec.finetuning import task_vector
@@ -229,6 +240,23 @@ def finetune_joint(config: Config, inputs: Inputs, out: Path, progress: Progress
         for task, head in zip(every, heads, strict=True)
     ]
     write_json(out / "metrics.json", {"validation": measured, **training_facts(config, settings, backbone)})
+
+
+def import_finetuned(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Take a fine-tuned encoder and its head from files in the place of training, and measure both."""
+    backbone, task = open_backbone(inputs, config), replace(open_task(inputs), name=config["name"])
+    path, start = Path(config["finetuned"]), open_head(inputs) if "head" in inputs else None
+    found = brought.read_finetuned(path, backbone, config["allow_pickle"])
+    if "head" in config:
+        head = brought.read_head(Path(config["head"]), config["classes"], task, backbone.width)
+    else:
+        head = brought.head_of(found, config["classes"], task, backbone.width, start)
+    save(found.encoder, out / "encoder.safetensors")
+    save_head(head, out)
+    right = evaluation.correct(backbone, found.encoder, task.validation, head)
+    facts: Config = {"metric": head.rules.metric} if head.kind != CLASSIFICATION else {}
+    facts |= {"left_out": sorted(found.classifier)} if "head" in config else {}
+    write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
 
 
 def choose_learning_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON that appears whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return the indented JSON that ``write_json`` writes."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -138,6 +143,14 @@ class Store:
         self._checked[id] = artifact
         return artifact
 
+    def look(self, id: str) -> tuple[str, dict[str, Any]] | None:
+        """Return an artifact's digest and what made it, by its record alone: for estimates, nothing is checked."""
+        try:
+            record = read_json(self._place(id) / RECORD)
+            return fingerprint(record["files"]), record["about"]
+        except (OSError, TaskvecError, KeyError, TypeError):
+            return None
+
     def begin(self) -> Path:
         """Return a new temporary folder to write an artifact into; its name says which process made it."""
         folder = self.folder / "tmp" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
@@ -193,19 +206,33 @@ class Store:
             if host == socket.gethostname() and not _alive(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def tree_digest(self, root: Path, files: Iterable[str]) -> str:
+    def tree_digest(self, root: Path, files: Sequence[str]) -> str:
         """Return a digest of the content of ``files``, read again only when a size or a time has changed."""
-        stats = {name: (root / name).stat() for name in files}
-        seen = fingerprint({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
-        memo = self.folder / "digests" / f"{fingerprint([str(root.resolve()), sorted(stats)])}.json"
-        with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
-            if (known := read_json(memo))["seen"] == seen:
-                return str(known["digest"])
-        digest = fingerprint({name: file_digest(root / name) for name in stats})
+        seen, memo = self._tree(root, files)
+        if (known := self._remembered(seen, memo)) is not None:
+            return known
+        digest = fingerprint({name: file_digest(root / name) for name in files})
         with disk_errors(self.folder):
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_json(memo, {"seen": seen, "digest": digest})
         return digest
+
+    def known_digest(self, root: Path, files: Sequence[str]) -> str:
+        """Return the digest of files that ``tree_digest`` has read before; of others a name for them: none is read."""
+        seen, memo = self._tree(root, files)
+        return self._remembered(seen, memo) or f"not read: {fingerprint([str(root.resolve()), seen])}"
+
+    def _tree(self, root: Path, files: Sequence[str]) -> tuple[str, Path]:
+        """Return what tells whether files have changed, and where their digest is remembered."""
+        stats = {name: (root / name).stat() for name in files}
+        seen = fingerprint({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
+        return seen, self.folder / "digests" / f"{fingerprint([str(root.resolve()), sorted(stats)])}.json"
+
+    def _remembered(self, seen: str, memo: Path) -> str | None:
+        with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
+            if (known := read_json(memo))["seen"] == seen:
+                return str(known["digest"])
+        return None
 
     def _place(self, id: str) -> Path:
         return self.folder / id[:2] / id

@@ -106,10 +106,17 @@ class RegimeChoice(Choice):
 
 
 class TaskChoice(Choice):
-    """A task: its address and a name for tables."""
+    """A task: its address and a name for tables.
+
+    ``finetuned`` is a file of an encoder that was fine-tuned on it elsewhere, ``head`` one of its head, and ``classes``
+    name that head's outputs in their order.
+    """
 
     address: str
     name: str = ""
+    finetuned: str = ""
+    head: str = ""
+    classes: Annotated[tuple[str, ...], AfterValidator(check_distinct)] = ()
 
 
 def checked_recipe(name: str, config: dict[str, Any]) -> Recipe:
@@ -209,7 +216,8 @@ class Study(Settings):
     @model_validator(mode="after")
     def _effective(self) -> Study:
         """Raise for what could have no effect."""
-        for problem in (*self._idle_backbones(), *self._idle_regimes(), *self._idle_measures()):
+        idle = (*self._idle_backbones(), *self._idle_regimes(), *self._idle_measures(), *self._idle_checkpoints())
+        for problem in idle:
             raise ValueError(problem)
         return self
 
@@ -242,6 +250,20 @@ class Study(Settings):
         inside = any(0 < abs(scale) <= 1 for scale in self.heatmap.scales())
         if sizes and self.subsets.points and not inside:
             yield "the error of sets needs points of the heatmap in [-1, 1] beside 0; raise heatmap.points"
+
+    def _idle_checkpoints(self) -> Iterator[str]:
+        """Yield what is wrong with checkpoints that tasks bring: each is of one backbone, made in one regime."""
+        regimes = [regime.name for regime in self.regimes if regime.name != "joint"]
+        for task in self.tasks:
+            if not task.finetuned:
+                if task.head or task.classes:
+                    yield f"'{task.address}' has a head or classes but no checkpoint that they go with; add finetuned"
+            elif len(self.backbones) > 1:
+                count = len(self.backbones)
+                yield f"'{task.address}' brings a checkpoint, which is of one backbone, and there are {count}; keep one"
+            elif len(regimes) > 1:
+                every = ", ".join(regimes)
+                yield f"'{task.address}' brings a checkpoint, which is of one regime, and there are {every}; keep one"
 
     @field_validator("regimes", "methods", "heads")
     @classmethod

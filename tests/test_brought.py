@@ -1,0 +1,260 @@
+"""Checkpoints that tasks bring: read as their backbone is, measured as their library does, or refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import write_folder_task
+from safetensors.torch import save_file
+from test_pipeline import Quiet
+from torch import nn
+
+import taskvec as tv
+from taskvec import pipeline, runs
+from taskvec.brought import arranged, read_finetuned, read_head
+from taskvec.evaluation import correct
+from taskvec.executors import open_executor
+from taskvec.heads import Head, save_heads
+from taskvec.images import normalise
+from taskvec.plan import plan
+from taskvec.results import results
+from taskvec.store import Store, read_json
+from taskvec.study import StudyFile, parse_study
+from taskvec.weights import save
+
+CLASSES = ("ant", "bee", "cow")
+STUDY = """
+name: brought
+backbones: [{{address: "timm:{model}@pre.safetensors", size: 32}}]
+tasks: [{{address: "folder:one", {keys}}}, "folder:two"{more}]
+methods: [{{name: task_arithmetic, scales: "0:1:0.5"}}]
+heads: [kept]
+heatmap: {{pairs: 1, points: 3, range: 1, samples: 4}}
+probe: {{steps: 4, batch_size: 16, warmup: 1, learning_rates: [0.01]}}
+finetune: {{steps: 2, batch_size: 8, warmup: 1, learning_rate: 0.001}}
+"""
+
+
+def classifier(model: str, classes: int, seed: int) -> nn.Module:
+    """Make one of timm's test models at 32 px."""
+    torch.manual_seed(seed)
+    size = {"img_size": 32} if "vit" in model else {}
+    return timm.create_model(model, num_classes=classes, **size).eval()
+
+
+def moved(module: nn.Module, distance: float = 0.02) -> nn.Module:
+    """Move all floating-point entries a little, as fine-tuning does."""
+    generator = torch.Generator().manual_seed(7)
+    for value in module.state_dict().values():
+        if value.is_floating_point():
+            value += distance * torch.randn(value.shape, generator=generator).abs()
+    return module
+
+
+def write(module: nn.Module, path: Path) -> None:
+    save_file({key: value.contiguous() for key, value in module.state_dict().items()}, path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_folder_task(tmp_path / "one", CLASSES, train=12)
+    write_folder_task(tmp_path / "two", ("red", "blue"), train=15, test=6)
+    return tmp_path
+
+
+def prepare(data: Path, model: str = "test_vit", classes: int = 3) -> nn.Module:
+    """Write a pre-trained encoder and a classifier that was fine-tuned from it, and return the classifier."""
+    start = classifier(model, classes, seed=1)
+    write(start, data / "pre.safetensors")
+    tuned = moved(start)
+    write(tuned, data / "tuned.safetensors")
+    return tuned
+
+
+def study(data: Path, keys: str, model: str = "test_vit", more: str = "", tail: str = "") -> StudyFile:
+    text = STUDY.format(model=model, keys=keys, more=more) + tail
+    return StudyFile(parse_study(text, "brought"), text, data)
+
+
+def run(data: Path, file: StudyFile) -> tuple[pd.DataFrame, list[str]]:
+    watcher, store = Quiet(), Store(data / "store")
+    cells = plan(file, store)
+    done = pipeline.run([step for cell in cells for step in cell.steps()], store, open_executor(1), watcher)
+    return results("brought", cells, done), watcher.ran
+
+
+def one(rows: pd.DataFrame, **wanted: object) -> float:
+    for column, value in wanted.items():
+        rows = rows[rows[column] == value]
+    assert len(rows) == 1
+    return float(rows.value.iloc[0])
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet", "test_convnext"])
+def test_a_timm_classifier_is_measured_as_timm_measures_it(data: Path, model: str) -> None:
+    tuned = prepare(data, model)
+    rows, ran = run(data, study(data, "finetuned: tuned.safetensors", model))
+    assert not [label for label in ran if label.startswith("fine-tune one")]
+    backbone = tv.load_backbone(f"timm:{model}@{data / 'pre.safetensors'}", size=32, device="cpu")
+    task = tv.load_task(f"folder:{data / 'one'}", backbone.preprocessing)
+    for name, split in (("validation", task.validation), ("test", task.test)):
+        with torch.inference_mode():
+            scores = tuned(normalise(torch.from_numpy(split.images), backbone.preprocessing, "cpu"))
+        right = float((scores.argmax(1).numpy() == split.labels).mean())
+        found = one(rows, method="fine_tuned", task="one", split=name, metric="accuracy")
+        assert found == pytest.approx(right)
+    kept = rows[(rows.metric == "learning_rate") & (rows.method == "fine_tuned")]
+    assert set(kept.task) == {"two"}
+
+
+def test_scale_0_of_a_brought_head_is_measured_and_not_taken_for_probing(data: Path) -> None:
+    prepare(data)
+    rows, _ = run(data, study(data, "finetuned: tuned.safetensors"))
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    task = tv.load_task(f"folder:{data / 'one'}", backbone.preprocessing)
+    found = read_finetuned(data / "tuned.safetensors", backbone)
+    head = Head(found.classifier["head.weight"], found.classifier["head.bias"])
+    want = float(correct(backbone, backbone.pretrained, task.validation, head).mean())
+    at = {"method": "task_arithmetic", "task": "one", "split": "validation", "metric": "accuracy", "scale": 0}
+    assert one(rows, **at) == pytest.approx(want)
+
+
+def test_without_a_head_the_probed_one_serves_and_other_tasks_are_left_as_they_were(data: Path) -> None:
+    prepare(data)
+    rows, first = run(data, study(data, "name: one"))
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    save(read_finetuned(data / "tuned.safetensors", backbone).encoder, data / "enc.safetensors")
+    again, ran = run(data, study(data, "finetuned: enc.safetensors"))
+    assert "fine-tune one at 0.001 (test_vit, aligned, seed 0)" in first
+    shared = ("load", "decode", "features", "probe", "rate", "head", "fine-tune")
+    assert not [label for label in ran if label.startswith(shared)]
+    assert [label for label in ran if label.startswith("checkpoint of one")]
+    two = {"method": "fine_tuned", "task": "two", "split": "test", "metric": "accuracy"}
+    assert one(rows, **two) == one(again, **two)
+    at = {"task": "one", "split": "validation", "metric": "accuracy"}
+    probed = one(again, **at, method="probing", config="{}")
+    assert one(again, **at, method="task_arithmetic", scale=0) == probed
+    write_folder_task(data / "three", ("up", "down"))
+    _, more = run(data, study(data, "finetuned: enc.safetensors", more=', "folder:three"'))
+    assert not [label for label in more if "one" in label and label.startswith(("checkpoint", "decode", "probe"))]
+    fewer = study(data, "finetuned: enc.safetensors")
+    assert not [label for label in run(data, fewer)[1] if label.startswith(("checkpoint", "fine-tune", "merge"))]
+
+
+def test_a_head_file_goes_before_the_classifier_and_what_is_left_out_is_recorded(data: Path) -> None:
+    tuned = prepare(data)
+    save_file({"weight": -tuned.head.weight.detach(), "bias": -tuned.head.bias.detach()}, data / "head.safetensors")
+    file = study(data, "finetuned: tuned.safetensors, head: head.safetensors")
+    runs.run_study(file, data / "out", Store(data / "store"), 1, Quiet(), "taskvec run brought")
+    lock = read_json(data / "out" / "study.lock.json")
+    assert lock["left_out"]["test_vit, one"] == ["head.bias", "head.weight"]
+    kept = tv.load(data / "out")
+    assert list(kept.heads) == ["one", "two"]
+
+
+def make_task(classes: tuple[str, ...], name: str = "one") -> tv.Task:
+    empty = tv.tasks.Split(np.zeros((0, 3, 8, 8), np.uint8), np.zeros(0, np.int64))
+    return tv.tasks.Task(name, classes, empty, empty, empty)
+
+
+def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path) -> None:
+    head = Head(torch.arange(12.0).reshape(3, 4), torch.tensor([0.0, 1.0, 2.0]))
+    names, task = ("cow", "ant", "bee"), make_task(CLASSES)
+    want = arranged(head, names, task, "x")
+    assert want.bias.tolist() == [1.0, 2.0, 0.0]
+    assert torch.equal(want.weight, head.weight[[1, 2, 0]])
+    path = tmp_path / "heads.safetensors"
+    save_heads({"one": head, "two": Head(torch.zeros(2, 4), torch.zeros(2))}, path)
+    assert torch.equal(read_head(path, (), task, 4).weight, head.weight)
+    assert torch.equal(read_head(path, names, task, 4).weight, want.weight)
+    beside = {"tasks": [{"name": "one", "classes": names}, {"name": "two", "classes": ["a", "b"]}]}
+    (tmp_path / "model.json").write_text(json.dumps(beside))
+    assert torch.equal(read_head(path, (), task, 4).weight, want.weight)
+    save_file({"weight": head.weight}, path, metadata={"classes": json.dumps(names)})
+    found = read_head(path, (), task, 4)
+    assert torch.equal(found.weight, want.weight)
+    assert found.bias.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"weight": torch.zeros(5, 4)}, {}, "5 outputs, and task 'one' has 3 classes"),
+        ({"weight": torch.zeros(3, 6)}, {}, "reads 6 features, and the encoder gives 4"),
+        ({"weight": torch.zeros(4, 3)}, {}, r"\[features, classes\]\ntranspose"),
+        ({"weight": torch.full((3, 4), torch.nan)}, {}, "NaN or infinity"),
+        ({"weight": torch.zeros(3, 4), "bias": torch.zeros(2)}, {}, "3 outputs and 2 biases"),
+        ({"a.weight": torch.zeros(3, 4), "b.weight": torch.zeros(3, 4)}, {}, "heads of a, b, none of them named 'one'"),
+        ({"weight": torch.zeros(3, 4), "scale": torch.zeros(1)}, {}, "not one linear layer: it holds scale"),
+        ({"bias": torch.zeros(3)}, {}, "holds no linear layer"),
+        ({"weight": torch.zeros(3, 4)}, {"classes": '["ant", "bee", "sow"]'}, "'sow' is none of task.*\n.*'cow'"),
+        ({"weight": torch.zeros(3, 4)}, {"classes": '["ant", "bee"]'}, "2 classes are named, and task 'one' has 3"),
+        ({"weight": torch.zeros(3, 4)}, {"classes": '["ant", "bee", "bee"]'}, "a class is named twice"),
+        ({"weight": torch.zeros(3, 4)}, {"classes": "ant"}, "metadata are not JSON"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], message: str
+) -> None:
+    save_file(tensors, tmp_path / "head.safetensors", metadata=metadata)
+    with pytest.raises(tv.TaskvecError, match=message):
+        read_head(tmp_path / "head.safetensors", (), make_task(CLASSES), 4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "more", "tail", "message"),
+    [
+        ("finetuned: none.safetensors", "", "", "no file at '.*none.safetensors', which task 'one' names as finetuned"),
+        ("finetuned: tuned.pt", "", "", "allow_pickle"),
+        ("finetuned: other.safetensors", "", "", "checkpoint of one.*other.safetensors' does not fit: .* cls"),
+        ("finetuned: five.safetensors", "", "", "5 outputs, and task 'one' has 3 classes"),
+        ("finetuned: bare.safetensors", "", "regimes: [full]", "holds no head for task 'one'"),
+        ("head: tuned.safetensors", "", "", "no checkpoint that they go with; add finetuned"),
+        ("classes: [a, b]", "", "", "no checkpoint that they go with; add finetuned"),
+        ("finetuned: tuned.safetensors", "", "regimes: [aligned, full]", "of one regime, and there are aligned, full"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(data: Path, keys: str, more: str, tail: str, message: str) -> None:
+    tuned = prepare(data)
+    bare = {key: value for key, value in tuned.state_dict().items() if not key.startswith("head")}
+    save_file(bare, data / "bare.safetensors")
+    write(classifier("test_vit", 5, 1), data / "five.safetensors")
+    write(classifier("test_resnet", 3, 1), data / "other.safetensors")
+    torch.save(tuned.state_dict(), data / "tuned.pt")
+    with pytest.raises(tv.TaskvecError, match=message):
+        run(data, study(data, keys, more=more, tail=tail))
+
+
+def test_a_checkpoint_belongs_to_one_backbone(data: Path) -> None:
+    text = "backbones: ['lab:random', 'lab:mae']\ntasks: [{address: 'folder:one', finetuned: a.safetensors}]\n"
+    with pytest.raises(tv.TaskvecError, match="of one backbone, and there are 2"):
+        parse_study(text, "s.yaml")
+
+
+def test_a_vector_that_cannot_be_right_is_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(data)
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    read_finetuned(data / "pre.safetensors", backbone)
+    assert "its task vector is zero" in capsys.readouterr().err
+    write(moved(classifier("test_vit", 3, 5), 0.5), data / "far.safetensors")
+    read_finetuned(data / "far.safetensors", backbone)
+    assert "fine-tuned from another checkpoint?" in capsys.readouterr().err
+    read_finetuned(data / "tuned.safetensors", backbone)
+    assert "task vector" not in capsys.readouterr().err
+
+
+def test_positions_of_another_input_size_are_resampled_as_the_backbones_are(data: Path) -> None:
+    torch.manual_seed(2)
+    large = timm.create_model("test_vit", num_classes=3, img_size=64)
+    write(large, data / "large.safetensors")
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'large.safetensors'}", size=32, device="cpu")
+    found = read_finetuned(data / "large.safetensors", backbone)
+    assert torch.equal(found.encoder.flat, backbone.pretrained.flat)
+    assert replace(found, encoder=found.encoder).classifier["head.weight"].shape == (3, 64)
