@@ -40,7 +40,8 @@ probe: {{steps: 6, batch_size: 16, warmup: 1, learning_rates: [0.003, 0.03]}}
 finetune: {{steps: 3, batch_size: 8, warmup: 1, learning_rates: [0.001, 0.003]}}
 {more}
 """
-CHOOSING = {
+CHOOSING = {"preprocessing", "choose_rate", "pick_head", "choose_learning_rate", "choose_option", "choose_scale"}
+CHOOSING |= {"gains"}
     "preprocessing",
     "choose_rate",
     "pick_head",
