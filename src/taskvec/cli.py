@@ -281,7 +281,7 @@ def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones 
     if kind not in listings:
         raise unknown("kind of list", kind, listings)
     for name, text in listings[kind]().items():
-        typer.echo(f"{name:<26} {text}")
+        typer.echo(f"{name:<24} {text}")
 
 
 def _studies() -> dict[str, str]:
@@ -311,11 +311,12 @@ def _tasks() -> dict[str, str]:
     papers = {f"paper:{name}": f"{task.description}, {task.classes} classes" for name, task in TASKS.items()}
     return (
         lab_tasks
-        | {f"{name}[@FOLDER|@hf]": text for name, text in papers.items()}
+        | papers
         | {
+            "paper:NAME@FOLDER": "the same from a folder of published data (or data: FOLDER, $TASKVEC_DATA); @hf: the Hub",
             "folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val, or in PATH itself",
-            "hf:DATASET[@CONFIG]": "a data set of the Hugging Face Hub, or a local folder of parquet files",
-            "torchvision:NAME[@FOLDER]": "a data set of torchvision, which has been downloaded into FOLDER",
+            "hf:DATASET": "a data set of the Hugging Face Hub (DATASET@CONFIG), or a local folder of parquet files",
+            "torchvision:NAME@FOLDER": "a data set of torchvision, which has been downloaded into FOLDER",
         }
     )
 
