@@ -374,7 +374,7 @@ def test_what_a_method_cannot_merge_is_an_error() -> None:
         buffers.direction(find_recipe("slerp"), buffers.Buffers(base, taus))
     with pytest.raises(TaskvecError, match="each task its own"):
         buffers.direction(find_recipe("emr"), buffers.Buffers(base, taus))
-    with pytest.raises(TaskvecError, match="needs heads and training data"):
+    with pytest.raises(TaskvecError, match="needs heads and inputs"):
         buffers.direction(find_recipe("fisher"), buffers.Buffers(base, taus))
     flat = pack({"weight": torch.ones(2, 2)})
     with pytest.raises(TaskvecError, match="no name of the model's tensors tells a layer"):
