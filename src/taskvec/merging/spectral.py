@@ -1,9 +1,9 @@
 """Methods that look at singular vectors, or at the row spaces, of weight matrices; other entries are averaged.
 
-Matrices are decomposed in float64, well conditioned ones through the Gram matrix of their shorter side, which on one core
-takes a third to two thirds of the time of a float32 SVD and is more exact. Directions whose singular value is below
-float32's rounding of the largest one say nothing and are left out, so that no result depends on how a null space happens
-to be completed.
+Matrices are decomposed in float64, well conditioned ones through the Gram matrix of their shorter side, which on one
+core takes a third to two thirds of the time of a float32 SVD and is more exact. Directions whose singular value is
+below float32's rounding of the largest one say nothing and are left out, so that no result depends on how a null space
+happens to be completed.
 """
 
 from __future__ import annotations
