@@ -247,7 +247,7 @@ register(
         scales=FIXED,
         config=adaptive.Fisher,
         survey=adaptive.fisher_weights,
-        needs=frozenset({"training data", "heads", "seed"}),
+        needs=frozenset({"inputs", "heads", "seed"}),
         measure="taskvec.merging.measuring:fisher",
         laws=frozenset({"one task", "order", "homogeneous"}),
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the command lists methods without loading torch
     Function = Callable[[Float32[Tensor, " tasks *shape"], Part, Any], Tensor | Masked]
 
 Role = Literal["transform", "combiner", "per-task"]
-Need = Literal["inputs", "training data", "heads", "seed"]
+Need = Literal["inputs", "heads", "seed"]
 Law = Literal["one task", "order", "homogeneous"]
 """Beside the laws of all methods (zero vectors give a zero direction; shapes stay; the same twice is the same):
 
