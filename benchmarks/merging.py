@@ -5,7 +5,7 @@ python benchmarks/merging.py --size b --tasks 4       # smaller
 python benchmarks/merging.py --peers none             # taskvec alone; nothing is installed
 
 Random weights are written into a temporary folder (ViT-L: 12 GB) and removed afterwards. Peers are installed into
-environments of their own (some GB each) under --environments, a temporary folder by default. Linux only.
+environments of their own, which see this one's torch, under --environments, a temporary folder by default. Linux only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 import venv
 from collections.abc import Iterator
@@ -153,6 +154,8 @@ def install(name: str, folder: Path) -> Path:
     if not (place / "installed").exists():
         print(f"installing {PEERS[name]} into {place}", flush=True)
         venv.create(place, with_pip=True)
+        packages = next((place / "lib").glob("python*/site-packages"))
+        (packages / "torch-of-the-caller.pth").write_text(sysconfig.get_path("purelib"))
         subprocess.run([place / "bin" / "pip", "install", "--quiet", PEERS[name]], check=True)
         (place / "installed").touch()
     return place / "bin"

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -49,6 +49,7 @@ def test_every_half_number_is_widened_as_torch_does() -> None:
         np.testing.assert_array_equal(widen(raw.view(kind), dtype), want)
 
 
+@settings(deadline=None)
 @given(bits)
 def test_numbers_are_rounded_as_torch_does_and_nan_stays_nan(patterns: list[int]) -> None:
     values = np.array(patterns, np.uint32).view(np.float32)
@@ -76,6 +77,7 @@ def test_the_peak_of_nan_is_nan() -> None:
 # ---------------------------------------------------------------- reading
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 30), st.integers(0, 30), st.sampled_from(sorted(TORCH)))
 def test_slices_are_those_of_the_tensor(start: int, length: int, dtype: str) -> None:
     tensor = torch.randn(5, 6, generator=torch.Generator().manual_seed(start)).to(TORCH[dtype])
@@ -197,6 +199,7 @@ def test_a_file_with_a_gap_is_an_error_of_the_program(tmp_path: Path) -> None:
     writer.close()
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(4, 300))
 def test_shards_hold_everything_once_and_stay_below_the_limit(counts: list[int], limit: int) -> None:
     with TemporaryDirectory() as folder:
