@@ -207,7 +207,7 @@ heatmap: {{pairs: 1, points: 3, range: 1, samples: 4}}
 subsets: {{sizes: all, limit: 4, samples: 8, points: 2}}
 seeds: [0, 1]
 probe: {{steps: 20, batch_size: 16, warmup: 2, learning_rates: [0.003, 0.03]}}
-finetune: {{steps: 6, batch_size: 8, warmup: 2, learning_rates: [0.0003, 0.003]}}
+finetune: {{steps: 6, batch_size: 8, warmup: 2, learning_rates: [0.0003, 0.003, 100]}}
 """
 KEY = ["regime", "seed", "tasks", "method", "config", "scale", "split"]
 

@@ -313,7 +313,7 @@ def _tasks() -> dict[str, str]:
         lab_tasks
         | papers
         | {
-            "paper:NAME@FOLDER": "the same from a folder of published data (or data: FOLDER, $TASKVEC_DATA); @hf: the Hub",
+            "paper:NAME@FOLDER": "the same from a folder of published data (data: FOLDER, $TASKVEC_DATA); @hf: the Hub",
             "folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val, or in PATH itself",
             "hf:DATASET": "a data set of the Hugging Face Hub (DATASET@CONFIG), or a local folder of parquet files",
             "torchvision:NAME@FOLDER": "a data set of torchvision, which has been downloaded into FOLDER",

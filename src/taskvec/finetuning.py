@@ -29,9 +29,13 @@ from taskvec.settings import Finetune
 from taskvec.tasks import Split, Task
 from taskvec.training import Group, Progress, Schedule, index_batches, no_progress, train
 from taskvec.vectors import subtract
-from taskvec.weights import Weights, bind, check_finite
+from taskvec.weights import Weights, bind
 
 Batch = tuple[Float[Tensor, "batch 3 size size"], Shaped[Tensor, "batch ..."]]
+
+
+class DivergedError(TaskvecError):
+    """Fine-tuning ended with NaN or infinity; a search of learning rates goes on with the others."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,10 @@ def optimise(
     with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
         torch.manual_seed(seed)  # for dropout and stochastic depth
         train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
-    check_finite(bound, "fine-tuning diverged", "lower finetune.learning_rate")
+    if not bool(torch.isfinite(bound.flat).all()):
+        raise DivergedError(
+            f"fine-tuning diverged at learning rate {settings.learning_rate:g}", "lower finetune.learning_rate"
+        )
     return Tuned(bound.clone(), tuple(head.on("cpu") for head in heads))
 
 

@@ -312,18 +312,22 @@ class Planner:
         tried = {}
         for rate in sorted(set(settings.learning_rates)):
             one = settings.model_copy(update={"learning_rate": rate})
-            tried[rate] = self._finetune(searched, first, ground, one, {})
+            tried[rate] = self._finetune(searched, first, ground, one, {}, trial=True)
         config = {"rates": list(tried)}
         label = f"learning rate ({cell.backbone}, {cell.regime})"
         chosen = self.step("choose_learning_rate", label, config, {"finetuned": list(tried.values())})
         cell.rate = (searched, tried) if cell.first else None
         return chosen
 
-    def _finetune(self, task: str, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs) -> Step:
+    def _finetune(
+        self, task: str, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs, trial: bool = False
+    ) -> Step:
+        """Fine-tune on one task; a trial of a learning rate may diverge."""
         learns = cell.regime in LEARNING
         start: Inputs = {"head": [(cell.zero_shot or cell.head)[task]]} if cell.regime != "full" else {}
         inputs = {"backbone": [ground.encoder], **ground.training([task])} | start | rate
         config = {"finetune": training_config(settings, rate), "seed": cell.seed, "head_learns": learns}
+        config |= {"trial": True} if trial else {}
         at = "" if rate else f" at {settings.learning_rate:g}"
         cost = settings.steps * settings.batch_size * 3.0
         return self.step("finetune", f"fine-tune {task}{at} {cell.where}", config | self.training, inputs, cost)

@@ -200,18 +200,23 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
     head = open_head(inputs) if "head" in inputs else None
     settings = finetune_settings(config, inputs)
     how = (settings, config["seed"], config["precision"], progress)
-    if config["head_learns"]:
-        tuned = finetuning.finetune_full(backbone, task, head, *how)
-        weights, head = tuned.encoder, tuned.heads[0]
-    else:
-        assert head is not None
-        weights = finetuning.finetune(backbone, task, head, *how)
+    facts = training_facts(config, settings, backbone)
+    try:
+        if config["head_learns"]:
+            tuned = finetuning.finetune_full(backbone, task, head, *how)
+            weights, head = tuned.encoder, tuned.heads[0]
+        else:
+            assert head is not None
+            weights = finetuning.finetune(backbone, task, head, *how)
+    except finetuning.DivergedError:
+        if "trial" not in config:
+            raise
+        write_json(out / "metrics.json", {"validation": 0.0, "diverged": True, **facts})
+        return
     save(weights, out / "encoder.safetensors")
     save_head(head, out)
     right = evaluation.correct(backbone, weights, task.validation, head)
-    facts = training_facts(config, settings, backbone) | (
-        {} if head.kind == CLASSIFICATION else {"metric": head.rules.metric}
-    )
+    facts |= {} if head.kind == CLASSIFICATION else {"metric": head.rules.metric}
     write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
 
 
