@@ -77,7 +77,7 @@ def decompose(matrix: Float[Tensor, "rows columns"], most: int | None = None, si
         left = vectors.flip(1)[:, :most]
         right = left.mT @ wide
         sizes = right.norm(dim=1)
-        right = right / sizes[:, None]
+        right /= sizes[:, None]
     count = min(most, int((sizes > ROUNDING * sizes[:1].clamp(min=size)).sum()))
     return left[:, :count], sizes[:count], right[:count]
 
