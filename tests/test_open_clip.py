@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pandas as pd
 import pytest
 import torch
@@ -21,8 +22,6 @@ from taskvec.errors import TaskvecError
 from taskvec.images import normalise
 from taskvec.store import Store, read_json
 from taskvec.study import StudyFile, parse_study
-
-open_clip = pytest.importorskip("open_clip", reason="the extra clip is part of the test environment (make test)")
 
 TINY = {
     "embed_dim": 24,

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as T
 from safetensors.torch import load_file, save_file
 
 from taskvec import backbones, heads
 from taskvec.backbones import load_backbone, read_backbone, write_backbone
 from taskvec.errors import TaskvecError
 from taskvec.images import normalise
-
-T = pytest.importorskip("transformers", reason="the extra hf is part of the test environment (make test)")
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
