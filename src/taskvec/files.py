@@ -257,7 +257,8 @@ def _damaged(path: Path, why: str) -> TaskvecError:
 def widen(raw: Shaped[ndarray, " count"], dtype: str) -> Shaped[ndarray, " count"]:
     """Return stored numbers as float32 (float64 stays), exactly."""
     if dtype == "BF16":
-        bits: Shaped[ndarray, " count"] = np.left_shift(raw, 16, dtype=np.uint32)
+        bits = raw.astype(np.uint32)
+        bits <<= 16
         return bits.view(np.float32)
     return raw if dtype in ("F32", "F64") else raw.astype(np.float32)
 
@@ -267,12 +268,15 @@ def narrow(values: Shaped[ndarray, " count"], dtype: str) -> Shaped[ndarray, " c
     if dtype != "BF16":
         return values.astype(FLOATS[dtype], copy=False)
     bits = values.astype(np.float32, copy=False).view(np.uint32)
-    even = (bits >> 16) & 1
-    even += 0x7FFF
-    even += bits
-    even >>= 16
-    even[np.isnan(values)] = 0x7FC0
-    return even.astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    lost = np.isnan(values)
+    if lost.any():
+        rounded[lost] = 0x7FC0
+    return rounded.astype(np.uint16)
 
 
 def peak(values: Shaped[ndarray, " count"]) -> float:
