@@ -12,7 +12,7 @@ from taskvec.merging.parts import Part
 from taskvec.settings import Settings
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
-    from jaxtyping import Float32
+    from jaxtyping import Float32, Float64
     from numpy import ndarray
     from torch import Tensor
 
@@ -36,6 +36,15 @@ class Lines(Settings):
 def total(vectors: Float32[Tensor, " tasks *shape"]) -> Float32[Tensor, " *shape"]:
     """Return the sum over tasks, in float32 and in the given order; of one task its own vector, not a copy."""
     return sum(vectors[1:], start=vectors[0])
+
+
+def precise_total(vectors: Float32[Tensor, " tasks *shape"]) -> Float64[Tensor, " *shape"]:
+    """Return the sum over tasks in float64, whose sign does not hang on the order of the tasks when they cancel."""
+    if isinstance(vectors, np.ndarray):
+        return vectors.sum(0, dtype=np.float64)
+    import torch
+
+    return vectors.sum(0, dtype=torch.float64)
 
 
 def rows(vectors: Float32[Tensor, " tasks *shape"]) -> Float32[Tensor, "tasks count"]:

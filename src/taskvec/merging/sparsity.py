@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from taskvec.merging.averaging import by_task, rows, total
+from taskvec.merging.averaging import by_task, precise_total, rows, total
 from taskvec.merging.parts import Entries, Masked, Part
 from taskvec.merging.ranks import order_statistics
 from taskvec.settings import Count, Settings
@@ -108,7 +108,7 @@ def trim_thresholds(entries: Entries, config: Ties) -> Float32[ndarray, " tasks"
 
 def elect(vectors: Float32[Tensor, " tasks *shape"], fuse: Fuse) -> Float32[Tensor, " *shape"]:
     """Return the mean, or the sum, of what has the sign of the tasks' sum; 0 where the sum is 0."""
-    elected = total(vectors)
+    elected = precise_total(vectors)
     agreeing = ((vectors > 0) & (elected > 0)) | ((vectors < 0) & (elected < 0))
     merged = total(vectors * agreeing)
     return merged if fuse == "sum" else merged / agreeing.sum(0, dtype=vectors.dtype).clip(1)
@@ -202,7 +202,7 @@ def tall_masks(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Ta
 
 def unify(vectors: Float32[Tensor, " tasks *shape"]) -> tuple[Tensor, Tensor]:
     """Return emr's unified vector, the largest magnitude of the elected sign, and the masks of the tasks that agree."""
-    positive = total(vectors) > 0
+    positive = precise_total(vectors) > 0
     masks = ((vectors > 0) & positive) | ((vectors < 0) & ~positive)
     largest = (vectors.abs() * masks).amax(0)
     return largest.where(positive, -largest), masks
