@@ -47,6 +47,17 @@ class Finetune(Settings):
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.1
 
 
+class Lora(Settings):
+    """Adapters of low rank: each layer W learns W + alpha / rank * B A (LoRA, arXiv 2106.09685).
+
+    ``layers`` are the ends of the names of the layers that have one (``qkv``, ``mlp.fc1``); all linear ones when empty.
+    """
+
+    rank: Count = 8
+    alpha: Annotated[FiniteFloat, Field(gt=0)] = 16.0
+    layers: tuple[str, ...] = ()
+
+
 class Heatmap(Settings):
     """Which disentanglement errors to measure: ``points`` coefficients in [-range, range] an axis, some pairs."""
 
