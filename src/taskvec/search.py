@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from taskvec import vectors
 from taskvec.backbones import Backbone
@@ -90,14 +89,11 @@ def features_along(
 
     Those of a linearised encoder are f_0 + scale * J tau, so that two passes serve all scales.
     """
-    at_scales = scales if backbone.around is None else [0.0, 1.0][: 1 + any(scales)]
-    passes = (_features_at(backbone, vector, split, kind, scale) for scale in at_scales)
-    if backbone.around is None:
-        yield from passes
+    if backbone.around is None or len(scales) <= 2:
+        yield from (_features_at(backbone, vector, split, kind, scale) for scale in scales)
         return
-    (start, labels), *end = passes
-    slope = end[0][0] - start if end else torch.zeros(())
-    yield from ((start + scale * slope, labels) for scale in scales)
+    (start, labels), (end, _) = (_features_at(backbone, vector, split, kind, scale) for scale in (0.0, 1.0))
+    yield from ((start + scale * (end - start), labels) for scale in scales)
 
 
 def _features_at(backbone: Backbone, vector: Weights, split: Split, kind: str, scale: float) -> tuple[Features, Labels]:
