@@ -41,14 +41,13 @@ probe: {{steps: 6, batch_size: 16, warmup: 1, learning_rates: [0.003, 0.03]}}
 finetune: {{steps: 3, batch_size: 8, warmup: 1, learning_rates: [0.001, 0.003]}}
 {more}
 """
-CHOOSING = {"preprocessing", "choose_rate", "pick_head", "choose_learning_rate", "choose_option", "choose_scale"}
-CHOOSING |= {"gains"}
+CHOOSING = {
     "preprocessing",
     "choose_rate",
     "pick_head",
     "choose_learning_rate",
-    "choose_scale",
     "choose_option",
+    "choose_scale",
     "gains",
 }
 AT_MOST = {"reprobed_curve", "subset", "per_task_scales"}

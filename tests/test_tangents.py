@@ -138,9 +138,7 @@ def tuned(backbone: Backbone, tasks: list[Task]) -> tuple[Backbone, list, list[W
     return flat, heads, [tv.task_vector(flat, encoder) for encoder in encoders]
 
 
-def test_fine_tuning_lowers_the_loss_and_leaves_statistics_of_batch_norm(
-    backbone: Backbone, tasks: list[Task]
-) -> None:
+def test_fine_tuning_lowers_the_loss_and_leaves_statistics_of_batch_norm(backbone: Backbone, tasks: list[Task]) -> None:
     flat, (head, _), (vector, _) = tuned(backbone, tasks)
     images, labels = tasks[0].train.images, torch.from_numpy(tasks[0].train.labels)
     before = head.loss(flat.features(images), labels)
@@ -186,7 +184,7 @@ def test_a_kept_model_answers_as_the_linearised_encoder_does(tmp_path: Path) -> 
     [
         ("methods: [task_arithmetic, fisher]", "'fisher' measures layers or gradients"),
         ("backbones: [{address: 'lab:random', batch_norm: reestimated}]", "keeps its statistics"),
-        ("tasks: [{address: 'lab:greek', finetuned: a.safetensors}]", "not of a linearised encoder"),
+        ("tasks: [{address: 'lab:greek', finetuned: a.safetensors}]", "not one of a linearised encoder"),
         ("lora: {rank: 2}", "does not run the regime lora"),
         ("negation: {forget: a, control: a}", "cannot be forgotten and be the control"),
         ("negation: {forget: a, control: b, scales: '-1:1:0.5'}", "0 or more"),

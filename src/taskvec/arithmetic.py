@@ -35,7 +35,9 @@ class Forgetting:
         return self.scales.index(self.scale)
 
 
-def choose_negation(scales: Sequence[float], forgotten: Sequence[float], control: Sequence[float], keep: float) -> float:
+def choose_negation(
+    scales: Sequence[float], forgotten: Sequence[float], control: Sequence[float], keep: float
+) -> float:
     """Return the scale that forgets most while the control task keeps a share of its accuracy at scale 0.
 
     Ties go to the smaller scale. ``scales`` must hold 0, which always keeps all (arXiv 2212.04089, section 3).

@@ -248,7 +248,7 @@ def heatmaps(cells: list[Cell], done: Done) -> pd.DataFrame | None:
 
 
 def negations(cells: list[Cell], done: Done) -> pd.DataFrame | None:
-    """Return the rows of negation.csv, or None where a study forgets nothing: validation, then test before and after."""
+    """Return the rows of negation.csv, or None where a study forgets nothing: validation, then the test."""
     rows = [row for cell in cells if cell.negation for row in negation_rows(cell, cell.negation, done)]
     return pd.DataFrame(rows, columns=NEGATION_COLUMNS) if rows else None
 

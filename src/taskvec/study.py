@@ -260,7 +260,7 @@ class Study(Settings):
                 )
         for task in self.tasks:
             if task.finetuned:
-                yield f"'{task.address}' brings a checkpoint, which is not of a linearised encoder; leave out the regime"
+                yield f"'{task.address}' brings a checkpoint, not one of a linearised encoder; leave out the regime"
 
     def _idle_measures(self) -> Iterator[str]:
         kept = ADDITION in {method.name for method in self.methods} and "kept" in self.heads
