@@ -83,6 +83,6 @@ def parameters(adapted: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def merged(adapted: nn.Module, like: Weights) -> Weights:
-    """Add alpha / rank * B A to every layer that with an adapter, and return the encoder's weights in the layout of ``like``."""
+    """Add alpha / rank * B A to every layer with an adapter; return the encoder's weights in ``like``'s layout."""
     merging: Any = adapted
     return align(merging.merge_and_unload().state_dict(), like, "the encoder with its adapters")

@@ -1,4 +1,4 @@
-"""Arithmetic on task vectors beside addition: forgetting by negation, and analogy ("Editing models", arXiv 2212.04089)."""
+"""Arithmetic on task vectors beside addition: forgetting by negation, and analogy (arXiv 2212.04089)."""
 
 from __future__ import annotations
 

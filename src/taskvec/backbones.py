@@ -81,7 +81,7 @@ class Backbone:
 def encode(
     module: nn.Module, images: Float[Tensor, "batch 3 size size"], per_patch: bool, around: Weights | None = None
 ) -> Float[Tensor, "batch *patches width"]:
-    """Return a module's feature of every image, or of every patch; linearised ``around`` weights where they are given."""
+    """Return a module's feature of every image, or of every patch; linearised ``around`` weights where given."""
     function = patch_tokens if per_patch else image_features
     return function(module, images) if around is None else tangents.expand(module, function, images, around)
 
