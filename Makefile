@@ -30,7 +30,7 @@ check: .venv/installed-dev
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	@echo "setting up .venv (torch is large: some minutes)"
-	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,clip]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,clip,lora]'
 	@touch .venv/installed $@
 
 clean:

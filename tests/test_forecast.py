@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter as Tally
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,9 +82,9 @@ class Watching(Quiet):
         encode = backbones.encode
 
         def counting(tally: Tally[pipeline.Step]):
-            def count(module: torch.nn.Module, images: torch.Tensor, per_patch: bool) -> torch.Tensor:
+            def count(module: torch.nn.Module, images: torch.Tensor, *how: Any) -> torch.Tensor:
                 tally[self.step] += len(images)
-                return encode(module, images, per_patch)
+                return encode(module, images, *how)
 
             return count
 
@@ -94,9 +95,9 @@ class Watching(Quiet):
         self.step = step
 
 
-@pytest.mark.parametrize("regimes", ["aligned, joint", "full"])
+@pytest.mark.parametrize("regimes", ["aligned, joint", "full", "linearised, lora"])
 def test_images_bytes_and_steps_are_those_of_a_run(data: Path, regimes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = "scales: per-task" if regimes == "full" else ""
+    more = {"full": "scales: per-task", "linearised, lora": "negation: {forget: one, control: two}"}.get(regimes, "")
     file, store = study_file(data, regimes=regimes, more=more), Store(data / "store")
     before, watching = look(file, data / "store"), Watching(monkeypatch)
     assert not before.done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from taskvec import loaders
+from taskvec import loaders, tangents
 from taskvec.addresses import default_name, parse
 from taskvec.compute import choose_device
 from taskvec.errors import TaskvecError
@@ -32,6 +32,8 @@ class Backbone:
 
     ``architecture`` is what ``build`` needs to make the module again without the original file; ``left_out`` names the
     tensors of that file that are no part of the encoder, and ``origin`` the file and the SHA-256 of its content.
+    Where there are weights ``around``, the encoder is linearised: its features are those of its first-order expansion
+    around them.
     """
 
     name: str
@@ -44,10 +46,16 @@ class Backbone:
     device: str = "cpu"
     left_out: tuple[str, ...] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
+    around: Weights | None = None
 
     def use(self, weights: Weights) -> None:
         """Move the encoder to other weights of its layout; integer buffers stay the pre-trained encoder's."""
         self.bound.flat.copy_(weights.flat)
+
+    @property
+    def expansion(self) -> tuple[Weights, ...]:
+        """Return the weights that the encoder is linearised around, or nothing, as ``encode`` takes them last."""
+        return () if self.around is None else (self.around,)
 
     @torch.inference_mode()
     def features(
@@ -62,7 +70,8 @@ class Backbone:
         out = torch.empty(0, self.width)
         for start in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            found = encode(self.module, normalise(batch, self.preprocessing, self.device), per_patch).float().cpu()
+            found = encode(self.module, normalise(batch, self.preprocessing, self.device), per_patch, *self.expansion)
+            found = found.float().cpu()
             out = out if start else torch.empty(len(images), *found.shape[1:])
             out[start : start + len(batch)] = found
             progress((start + len(batch)) / len(images))
@@ -70,11 +79,25 @@ class Backbone:
 
 
 def encode(
-    module: nn.Module, images: Float[Tensor, "batch 3 size size"], per_patch: bool
+    module: nn.Module, images: Float[Tensor, "batch 3 size size"], per_patch: bool, around: Weights | None = None
 ) -> Float[Tensor, "batch *patches width"]:
-    """Return a module's feature of every image, or of every patch."""
-    features: Tensor = patch_tokens(module, images) if per_patch else module(images)
+    """Return a module's feature of every image, or of every patch; linearised ``around`` weights where given."""
+    function = patch_tokens if per_patch else image_features
+    return function(module, images) if around is None else tangents.expand(module, function, images, around)
+
+
+def image_features(module: nn.Module, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch width"]:
+    """Return a module's feature of every image."""
+    features: Tensor = module(images)
     return features
+
+
+def linearised(backbone: Backbone) -> Backbone:
+    """Return the backbone as its first-order expansion around the pre-trained weights (arXiv 2305.12827, section 5).
+
+    Both share the module and its weights. Fine-tuning, merging and measuring it is done as with any backbone.
+    """
+    return replace(backbone, around=backbone.pretrained)
 
 
 def patch_tokens(module: nn.Module, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch patches width"]:

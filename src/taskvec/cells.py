@@ -14,6 +14,10 @@ LEARNING = ("full", "open-full")
 """Regimes in which the head learns with the encoder."""
 OPEN = ("open", "open-full")
 """Regimes that start from a zero-shot head, which needs a text tower and captions."""
+LINEARISED = "linearised"
+"""The regime whose encoder is its first-order expansion around the pre-trained weights."""
+LORA = "lora"
+"""The regime in which adapters of low rank learn."""
 Inputs = dict[str, list[Step]]
 
 
@@ -89,6 +93,7 @@ class Cell:
     test: dict[str, Step] = field(default_factory=dict)
     heatmaps: dict[tuple[str, str], Step] = field(default_factory=dict)
     subsets: dict[tuple[str, ...], Step] = field(default_factory=dict)
+    negation: Step | None = None
     gains: Step | None = None
     model: Step | None = None
 
@@ -110,4 +115,4 @@ class Cell:
         for candidate in [c for one in self.candidates for c in (*one.options, one)]:
             yield from (step for one in candidate.rounds for step in one.values())
             yield candidate.choice
-        yield from (step for step in (self.joint, self.gains, self.model) if step is not None)
+        yield from (step for step in (self.joint, self.negation, self.gains, self.model) if step is not None)

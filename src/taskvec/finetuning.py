@@ -2,6 +2,7 @@
 
 Aligned: the probed head is frozen and the encoder learns (paper, section 3.1). Full: encoder and a random head learn
 together (appendix G). Open and open full: the same two from a zero-shot head (appendix H). Joint: one encoder for all.
+Linearised: aligned, of a linearised backbone (``backbones.linearised``). LoRA: aligned, by adapters of low rank.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from taskvec import adapters
 from taskvec.backbones import Backbone, encode
-from taskvec.compute import autocast, choose_precision
+from taskvec.compute import Precision, autocast, choose_precision
 from taskvec.decoded import Whole, cores
 from taskvec.errors import TaskvecError
 from taskvec.heads import Head, random_head
 from taskvec.images import normalise, random_resized_crop
 from taskvec.kinds import CLASSIFICATION, KINDS
-from taskvec.settings import Finetune
+from taskvec.settings import Finetune, Lora
 from taskvec.tasks import Split, Task
 from taskvec.training import Group, Progress, Schedule, index_batches, no_progress, train
 from taskvec.vectors import subtract
@@ -96,6 +98,24 @@ def finetune(
     return optimise(backbone, [task], [head], False, settings or Finetune(), seed, precision, progress).encoder
 
 
+def finetune_lora(
+    backbone: Backbone,
+    task: Task,
+    head: Head,
+    lora: Lora | None = None,
+    settings: Finetune | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    progress: Progress = no_progress,
+) -> Weights:
+    """Fine-tune adapters of low rank with encoder and head frozen, and return the weights with their product added.
+
+    The task vector is alpha / rank * B A of every adapted layer (LoRA, arXiv 2106.09685), so that all methods merge it.
+    """
+    chosen = settings or Finetune()
+    return optimise(backbone, [task], [head], False, chosen, seed, precision, progress, lora or Lora()).encoder
+
+
 def finetune_full(
     backbone: Backbone,
     task: Task,
@@ -132,43 +152,67 @@ def optimise(
     seed: int,
     precision: str,
     progress: Progress = no_progress,
+    lora: Lora | None = None,
 ) -> Tuned:
-    """Minimise the mean loss over tasks of a copy of the encoder, and of the heads where they learn too."""
+    """Minimise the mean loss over tasks of a copy of the encoder, and of the heads where they learn too.
+
+    With ``lora`` only adapters learn, whose product is added in the end. A linearised encoder is one fixed function of
+    its weights: dropout is off and batch norm keeps its statistics.
+    """
     module = copy.deepcopy(backbone.module)
     bound = bind(module)
     bound.flat.copy_(backbone.pretrained.flat)
-    module.train()
+    module.train(backbone.around is None)
     images = max(1, settings.batch_size // settings.accumulate // len(tasks))
     check_batch(module, images * len(tasks))
-    chosen = choose_precision(precision, "training", backbone.width, backbone.device)
+    chosen = training_precision(backbone, precision)
     heads = [head.on(backbone.device, learns=heads_learn) for head in heads]
+    per_patch = [head.rules.per_patch for head in heads]
 
     def loss(batches: Sequence[Batch]) -> Float[Tensor, ""]:
         with autocast(chosen, backbone.device):
-            parts = encode_all(module, [images for images, _ in batches], [head.rules.per_patch for head in heads])
+            parts = encode_all(module, [images for images, _ in batches], per_patch, backbone)
         each = [head.loss(own, labels) for head, own, (_, labels) in zip(heads, parts, batches, strict=True)]
         return torch.stack(each).mean()
 
-    learning = [*module.parameters(), *(p for head in heads for p in (head.weight, head.bias) if heads_learn)]
     batches = zip(*(training_batches(backbone, task.train, images, seed, task.kind) for task in tasks), strict=True)
     with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
-        torch.manual_seed(seed)  # for dropout and stochastic depth
+        torch.manual_seed(seed)  # for adapters, dropout and stochastic depth
+        adapted = adapters.add(module, lora, backbone.name) if lora else None
+        own = adapters.parameters(adapted) if adapted else module.parameters()
+        learning = [*own, *(p for head in heads for p in (head.weight, head.bias) if heads_learn)]
         train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
-    if not bool(torch.isfinite(bound.flat).all()):
+    tuned = adapters.merged(adapted, bound) if adapted else bound.clone()
+    if not bool(torch.isfinite(tuned.flat).all()):
         raise DivergedError(
             f"fine-tuning diverged at learning rate {settings.learning_rate:g}", "lower finetune.learning_rate"
         )
-    return Tuned(bound.clone(), tuple(head.on("cpu") for head in heads))
+    return Tuned(tuned, tuple(head.on("cpu") for head in heads))
+
+
+def training_precision(backbone: Backbone, setting: str) -> Precision:
+    """Return the precision of fine-tuning; a linearised encoder's derivative is always float32.
+
+    Convolutions under autocast have no forward derivative in bfloat16.
+    """
+    wanted = setting if backbone.around is None else "float32"
+    return choose_precision(wanted, "training", backbone.width, backbone.device)
 
 
 def encode_all(
-    module: torch.nn.Module, images: Sequence[Float[Tensor, "batch 3 size size"]], per_patch: Sequence[bool]
+    module: torch.nn.Module,
+    images: Sequence[Float[Tensor, "batch 3 size size"]],
+    per_patch: Sequence[bool],
+    backbone: Backbone,
 ) -> list[Float[Tensor, "batch *patches width"]]:
-    """Return the features of each batch, of images or of patches; all batches that need the same share one pass."""
+    """Return the features of each batch, of images or of patches; all batches that need the same share one pass.
+
+    The module is a copy of the backbone's, which says whether it is linearised.
+    """
     found: dict[int, Tensor] = {}
     for wanted in sorted(set(per_patch)):
         places = [place for place, needed in enumerate(per_patch) if needed == wanted]
-        features = encode(module, torch.cat([images[place] for place in places]), wanted)
+        features = encode(module, torch.cat([images[place] for place in places]), wanted, *backbone.expansion)
         found |= zip(places, features.split([len(images[place]) for place in places]), strict=True)
     return [found[place] for place in range(len(images))]
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from taskvec import vectors
-from taskvec.backbones import Backbone, restore
+from taskvec.backbones import Backbone, linearised, read_weights, restore
 from taskvec.compute import choose_device
 from taskvec.errors import TaskvecError, unknown
 from taskvec.heads import Head, read_heads, save_heads
@@ -24,6 +24,10 @@ from taskvec.weights import Weights, save
 ABOUT = ("method", "config", "heads", "scale", "scales", "validation")
 """What model.json says of the merge; ``scales``, one a task in their order, are there where each has its own, and
 ``config`` where hyperparameters are not the authors'."""
+
+
+AROUND = "around.safetensors"
+"""The file of the weights that a linearised encoder is expanded around."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,12 @@ def save_model(
     """Write encoder.safetensors, heads.safetensors and model.json (classes, preprocessing, method, scale).
 
     A per-task merge has its ``directions`` in a file of their own, beside the pre-trained encoder; model.json says how
-    many bytes each task adds.
+    many bytes each task adds. A linearised encoder has the weights that it is expanded around in a file of their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save(weights, folder / "encoder.safetensors")
+    if backbone.around is not None:
+        save(backbone.around, folder / AROUND)
     save_heads(dict(heads), folder / "heads.safetensors")
     record: dict[str, Any] = {
         "name": backbone.name,
@@ -128,7 +134,7 @@ def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
     """Load a model folder, or the best model (on validation) of a run folder."""
     chosen = find_model(Path(folder))
     record = read_json(chosen / "model.json")
-    backbone = restore(record, chosen / "encoder.safetensors", choose_device(device))
+    backbone = open_encoder(chosen, record, choose_device(device))
     heads = read_heads(chosen / "heads.safetensors")
     return MultiTaskModel(
         backbone,
@@ -137,6 +143,15 @@ def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
         {key: record[key] for key in ABOUT if key in record},
         read_directions(chosen / DIRECTIONS, backbone.pretrained) if (chosen / DIRECTIONS).exists() else None,
     )
+
+
+def open_encoder(folder: Path, record: Mapping[str, Any], device: str) -> Backbone:
+    """Open a model's encoder, linearised around weights of their own where the folder has them."""
+    if not (folder / AROUND).exists():
+        return restore(record, folder / "encoder.safetensors", device)
+    backbone = linearised(restore(record, folder / AROUND, device))
+    backbone.use(read_weights(folder / "encoder.safetensors", backbone.pretrained))
+    return backbone
 
 
 def find_model(folder: Path) -> Path:

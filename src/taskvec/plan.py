@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from taskvec import backbones, batch_norm, brought, tasks
 from taskvec.absent import absent_task, absent_weights, has_images
 from taskvec.addresses import default_name, is_file
-from taskvec.cells import LEARNING, OPEN, Candidate, Cell, Ground, Inputs
+from taskvec.cells import LEARNING, LINEARISED, LORA, OPEN, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
 from taskvec.decoded import view_bytes
 from taskvec.disentangling import choose_pairs, spread_sets
-from taskvec.errors import TaskvecError
+from taskvec.errors import TaskvecError, unknown
 from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, Recipe, find_recipe
 from taskvec.pipeline import Step
 from taskvec.search import coarse
@@ -50,6 +51,7 @@ VERSIONS = {
     "single_task_predictions": 2,
     "heatmap": 2,
     "build_model": 2,
+    "negate": 1,
 }
 """The version of each step's meaning: raise it when the same configuration would give another result."""
 SEARCHED = 100
@@ -81,6 +83,7 @@ class Planner:
         """Return the steps of every backbone, regime and seed."""
         study = self.study
         names = unique([b.name or default_name(b.address) for b in study.backbones], "backbones")
+        self._check_negation()
         about = {name: {"source": self._describe(address)} for name, address in self.addresses.items()}
         self.images = {name: self._count(found["source"]) for name, found in about.items()}
         grounds = [self._ground(name, choice, about) for name, choice in zip(names, study.backbones, strict=True)]
@@ -148,6 +151,13 @@ class Planner:
                     "add one (lab:greek), or leave the regime out",
                 )
 
+    def _check_negation(self) -> None:
+        """Raise if negation names a task that the study does not have."""
+        asked = self.study.negation
+        for name in (asked.forget, asked.control) if asked else ():
+            if name not in self.addresses:
+                raise unknown("task of negation", name, self.addresses)
+
     def _ground(self, name: str, choice: BackboneChoice, about: dict[str, dict[str, Any]]) -> Ground:
         encoder = self._backbone(name, choice)
         view = self.step("preprocessing", f"preprocessing of {name}", {}, {"backbone": [encoder]})
@@ -168,6 +178,7 @@ class Planner:
             self._merge(cell, method, ground, rates)
         if first and self.study.scales == "per-task":
             self._per_task(cell, ground)
+        self._negate(cell, ground)
         self._test(cell, ground)
         self._model(cell, ground)
         if first and regime.disentanglement:
@@ -186,6 +197,10 @@ class Planner:
         """Return a step with the study's threads; costs are in forward passes of one image."""
         version, threads = VERSIONS[function], self.study.threads
         return Step(label, f"taskvec.steps:{function}", version, config, inputs or {}, threads, cost, aside or {})
+
+    def _on(self, cell: Cell) -> dict[str, Any]:
+        """Return what steps that evaluate a cell's encoders are told: the device, and that they are linearised."""
+        return self.device | ({"linearised": True} if cell.regime == LINEARISED else {})
 
     def _address(self, choice: BackboneChoice) -> str:
         """Return an address whose path is absolute: relative paths start from the study file's folder."""
@@ -328,9 +343,21 @@ class Planner:
         inputs = {"backbone": [ground.encoder], **ground.training([task])} | start | rate
         config = {"finetune": training_config(settings, rate), "seed": cell.seed, "head_learns": learns}
         config |= {"trial": True} if trial else {}
+        config |= {"linearised": True} if cell.regime == LINEARISED else {}
+        config |= self._adapters() if cell.regime == LORA else {}
         at = "" if rate else f" at {settings.learning_rate:g}"
         cost = settings.steps * settings.batch_size * 3.0
         return self.step("finetune", f"fine-tune {task}{at} {cell.where}", config | self.training, inputs, cost)
+
+    def _adapters(self) -> dict[str, Any]:
+        """Return the settings of LoRA and the version of the library that has it; an estimate does without."""
+        try:
+            version = metadata.version("peft")
+        except metadata.PackageNotFoundError:
+            if not self.estimate:
+                raise TaskvecError("the regime lora needs peft", "pip install 'taskvec[lora]'") from None
+            version = ""
+        return {"lora": self.study.lora.model_dump(mode="json"), "peft": version}
 
     def _import(self, task: str, cell: Cell, ground: Ground) -> Step:
         """Take the encoder that a task brings in the place of training; its head may be that of the regime's start."""
@@ -425,7 +452,7 @@ class Planner:
         kept = candidate.heads == "kept"
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
         scales = [] if number else candidate.grid if kept else coarse(candidate.grid)
-        config: dict[str, Any] = {"scales": scales, **self.device}
+        config: dict[str, Any] = {"scales": scales, **self._on(cell)}
         config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
         if kept:
             own = cell.regime in LEARNING or task in self.brought  # a head that need not be the one it started from
@@ -452,9 +479,22 @@ class Planner:
             inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in cell.tasks]}
             inputs |= {"finetuned": list(cell.finetuned.values()), "choice": [one.choice]}
             cost = sum(8 * len(cell.tasks) * SEARCHED + 0.2 * self.images[t] for t in cell.tasks)
-            config = {"grid": one.grid, "samples": SEARCHED, **self.device}
+            config = {"grid": one.grid, "samples": SEARCHED, **self._on(cell)}
             found = self.step("per_task_scales", f"lambda of each task {cell.where}", config, inputs, cost)
             cell.candidates.append(Candidate(PER_TASK, one.grid, "kept", found, [], found))
+
+    def _negate(self, cell: Cell, ground: Ground) -> None:
+        """Forget one task by its negated vector; heads are those that the pre-trained encoder was probed with."""
+        asked = self.study.negation
+        if asked is None or not {asked.forget, asked.control} <= set(cell.tasks):
+            return
+        names, heads = (asked.forget, asked.control), cell.zero_shot or cell.head
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in names]}
+        inputs |= {"head": [heads[t] for t in names], "finetuned": [cell.finetuned[asked.forget]]}
+        config = {"scales": parse_scales(asked.scales), "keep": asked.keep, "names": list(names), **self._on(cell)}
+        cost = sum((0.1 * len(config["scales"]) + 0.4) * self.images[t] for t in names)
+        label = f"forget {asked.forget}, keep {asked.control} {cell.where}"
+        cell.negation = self.step("negate", label, config, inputs, cost)
 
     def _test(self, cell: Cell, ground: Ground) -> None:
         """Plan the only steps that look at test labels: they read every choice, so they come after all of them."""
@@ -467,7 +507,7 @@ class Planner:
             inputs |= {"finetuned": [cell.finetuned[t]], **baselines}
             inputs |= {"zero_shot": [cell.zero_shot[t]]} if cell.zero_shot else {}
             inputs |= common | {f"rounds{i}": [one[t] for one in c.rounds] for i, c in enumerate(cell.candidates)}
-            config: dict[str, Any] = {"candidates": kinds, **self.device}
+            config: dict[str, Any] = {"candidates": kinds, **self._on(cell)}
             if any(c.per_task for c in cell.candidates):
                 config |= {"task": cell.tasks.index(t)}
             cell.test[t] = self.step("test_task", f"test {t} {cell.where}", config, inputs, self.images[t])
@@ -488,7 +528,8 @@ class Planner:
         candidates: list[dict[str, Any]] = [{"method": c.name, "heads": c.heads} for c in cell.candidates]
         for candidate, about in zip(cell.candidates, candidates, strict=True):
             about |= {"config": dict(candidate.settings)} if candidate.settings else {}
-        config = {"tasks": list(cell.tasks), "candidates": candidates}
+        config: dict[str, Any] = {"tasks": list(cell.tasks), "candidates": candidates}
+        config |= {"linearised": True} if cell.regime == LINEARISED else {}
         cell.model = self.step("build_model", f"model {cell.where}", config, inputs)
 
     def _disentanglement(self, cell: Cell, ground: Ground) -> None:
@@ -523,7 +564,7 @@ class Planner:
     def _single(self, task: str, cell: Cell, ground: Ground) -> Step:
         settings = self.study.heatmap
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "finetuned": [cell.finetuned[task]]}
-        config = {"scales": settings.scales(), "samples": settings.samples, **self.device}
+        config = {"scales": settings.scales(), "samples": settings.samples, **self._on(cell)}
         cost = settings.points * float(settings.samples)
         return self.step("single_task_predictions", f"heatmap axis of {task} {cell.where}", config, inputs, cost)
 
@@ -531,7 +572,7 @@ class Planner:
         settings = self.study.heatmap
         inputs = {"backbone": [ground.encoder], "finetuned": [cell.finetuned[t] for t in pair]}
         inputs |= {"singles": [singles[t] for t in pair]}
-        config = {"scales": settings.scales(), **self.device}
+        config = {"scales": settings.scales(), **self._on(cell)}
         cost = 2.0 * settings.points**2 * settings.samples
         return self.step("heatmap", f"heatmap of {' and '.join(pair)} {cell.where}", config, inputs, cost)
 
@@ -541,7 +582,7 @@ class Planner:
         settings, axis = self.study.subsets, self.study.heatmap
         grids = [method.grid() for method in self.study.methods if method.name == ADDITION]
         grid = grids[0] if grids else parse_scales(find_recipe(ADDITION).scales)
-        config = {"merge": merge, "grid": grid, "samples": settings.samples, **self.device}
+        config = {"merge": merge, "grid": grid, "samples": settings.samples, **self._on(cell)}
         config |= {"points": settings.points, "axis": axis.scales()}
         inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in names]}
         inputs |= {"finetuned": [cell.finetuned[t] for t in names]}

@@ -19,6 +19,9 @@ COLUMNS = (
     "study backbone regime seed tasks method config heads scale task split metric value artifact".split()  # noqa: SIM905
 )
 HEATMAP_COLUMNS = "backbone regime seed task_1 task_2 scale_1 scale_2 error_1 error_2 n".split()  # noqa: SIM905
+NEGATION_COLUMNS = (
+    "backbone regime seed forget control scale split forget_accuracy control_accuracy chosen".split()  # noqa: SIM905
+)
 SCALE = {"probing": 0.0, "zero_shot": 0.0, "joint": 1.0, "fine_tuned": 1.0}
 """The scale under which each baseline stands."""
 NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
@@ -242,6 +245,23 @@ def heatmaps(cells: list[Cell], done: Done) -> pd.DataFrame | None:
         row for cell in cells for pair, step in cell.heatmaps.items() for row in heatmap_rows(cell, pair, done[step])
     ]
     return pd.DataFrame(rows, columns=HEATMAP_COLUMNS) if rows else None
+
+
+def negations(cells: list[Cell], done: Done) -> pd.DataFrame | None:
+    """Return the rows of negation.csv, or None where a study forgets nothing: validation, then the test."""
+    rows = [row for cell in cells if cell.negation for row in negation_rows(cell, cell.negation, done)]
+    return pd.DataFrame(rows, columns=NEGATION_COLUMNS) if rows else None
+
+
+def negation_rows(cell: Cell, step: Step, done: Done) -> Iterator[Row]:
+    """Yield a row for every scale of negation that one cell tried, and for the test at 0 and at the chosen one."""
+    found = done[step].json("negation.json")
+    place = (cell.backbone, cell.regime, cell.seed, *found["names"])
+    tried = [("validation", *one) for one in zip(found["scales"], found["forgotten"], found["control"], strict=True)]
+    before, after = found["test"]["before"], found["test"]["after"]
+    for split, scale, *accuracies in (*tried, ("test", 0.0, *before), ("test", found["scale"], *after)):
+        values = (scale, split, *accuracies, scale == found["scale"])
+        yield dict(zip(NEGATION_COLUMNS, (*place, *values), strict=True))
 
 
 def heatmap_rows(cell: Cell, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:

@@ -17,9 +17,10 @@ from taskvec.cells import Cell
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.merging.buffers import DIRECTIONS
+from taskvec.model import AROUND
 from taskvec.pipeline import Watcher
 from taskvec.plan import plan, view_sizes
-from taskvec.results import Done, heatmaps, results
+from taskvec.results import Done, heatmaps, negations, results
 from taskvec.store import Store, digests, disk_errors, fingerprint, gigabytes, read_json, write_json, write_text
 from taskvec.study import StudyFile
 
@@ -154,6 +155,8 @@ def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: d
         write_text(fresh / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
         if heat is not None:
             write_text(fresh / "disentanglement.csv", heat.to_csv(index=False, lineterminator="\n"))
+        if (forgotten := negations(cells, done)) is not None:
+            write_text(fresh / "negation.csv", forgotten.to_csv(index=False, lineterminator="\n"))
         write_models(cells, done, fresh / "models")
         write_report(rows, heat, fresh, lock, file)
         write_json(fresh / LOCK, lock | {"files": held(fresh)})
@@ -198,6 +201,6 @@ def write_models(cells: list[Cell], done: Done, out: Path) -> None:
                 best[cell.backbone] = *value, artifact.folder
     for backbone, (*_, source) in best.items():
         (out / backbone).mkdir(parents=True)
-        for name in ("encoder.safetensors", "heads.safetensors", DIRECTIONS, "model.json"):
+        for name in ("encoder.safetensors", "heads.safetensors", AROUND, DIRECTIONS, "model.json"):
             if (source / name).exists():
                 shutil.copyfile(source / name, out / backbone / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 from taskvec import vectors
 from taskvec.backbones import Backbone
 from taskvec.evaluation import normalised_accuracy
-from taskvec.heads import Head, accuracy, features_of, fit
+from taskvec.heads import Features, Head, Labels, accuracy, features_of, fit
 from taskvec.merging import ADDITION, buffers, find_recipe
 from taskvec.settings import Probe, parse_scales
-from taskvec.tasks import Task
+from taskvec.tasks import Split, Task
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights
 
@@ -82,6 +82,25 @@ def direction(
     return buffers.direction(find_recipe(method, config), buffers.Buffers(pretrained, task_vectors, seed))
 
 
+def features_along(
+    backbone: Backbone, vector: Weights, split: Split, kind: str, scales: Sequence[float]
+) -> Iterator[tuple[Features, Labels]]:
+    """Yield features and labels of a split at every scale along a vector.
+
+    Those of a linearised encoder are f_0 + scale * J tau, so that two passes serve all scales.
+    """
+    if backbone.around is None or len(scales) <= 2:
+        yield from (_features_at(backbone, vector, split, kind, scale) for scale in scales)
+        return
+    (start, labels), (end, _) = (_features_at(backbone, vector, split, kind, scale) for scale in (0.0, 1.0))
+    yield from ((start + scale * (end - start), labels) for scale in scales)
+
+
+def _features_at(backbone: Backbone, vector: Weights, split: Split, kind: str, scale: float) -> tuple[Features, Labels]:
+    vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
+    return features_of(backbone, split, kind)
+
+
 def kept_curve(
     backbone: Backbone,
     merged: Weights,
@@ -92,9 +111,8 @@ def kept_curve(
 ) -> list[float]:
     """Return the validation accuracy of a task at each scale along a merged vector, with its probed head kept."""
     values = []
-    for index, scale in enumerate(scales):
-        vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
-        values.append(accuracy(head, *features_of(backbone, task.validation, task.kind)))
+    for index, found in enumerate(features_along(backbone, merged, task.validation, task.kind, scales)):
+        values.append(accuracy(head, *found))
         progress((index + 1) / len(scales))
     return values
 
@@ -192,12 +210,12 @@ def reprobed_curve(
     The probe's own settings, learning rate and seed are used, so that scale 0 gives the probed head back.
     """
     values, heads = [], []
-    for index, scale in enumerate(scales):
-        vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
-        features, labels = features_of(backbone, task.train, task.kind)
-        head = fit(features, labels, len(task.classes), [rate], settings, seed, kind=task.kind)[0]
+    train = features_along(backbone, merged, task.train, task.kind, scales)
+    validation = features_along(backbone, merged, task.validation, task.kind, scales)
+    for index, (fitted_on, measured_on) in enumerate(zip(train, validation, strict=True)):
+        head = fit(*fitted_on, len(task.classes), [rate], settings, seed, kind=task.kind)[0]
         heads.append(head)
-        values.append(accuracy(head, *features_of(backbone, task.validation, task.kind)))
+        values.append(accuracy(head, *measured_on))
         progress((index + 1) / len(scales))
     return values, heads
 

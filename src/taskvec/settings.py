@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 
 Rate = Annotated[float, Field(gt=0, le=100)]
 Count = Annotated[int, Field(ge=1)]
@@ -45,6 +45,43 @@ class Finetune(Settings):
     learning_rates: tuple[Rate, ...] = ()
     warmup: Annotated[int, Field(ge=0)] = 200
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.1
+
+
+class Lora(Settings):
+    """Adapters of low rank: each layer W learns W + alpha / rank * B A (LoRA, arXiv 2106.09685).
+
+    ``layers`` are the ends of the names of the layers that have one (``qkv``, ``mlp.fc1``); all linear ones when empty.
+    """
+
+    rank: Count = 8
+    alpha: Annotated[FiniteFloat, Field(gt=0)] = 16.0
+    layers: tuple[str, ...] = ()
+
+
+class Negation(Settings):
+    """Which task to forget, and which control task is to keep a share of its accuracy (arXiv 2212.04089, section 3).
+
+    ``scales`` are those of the negated task vector, ``start:stop:step``.
+    """
+
+    forget: str
+    control: str
+    scales: str = "0:1:0.05"
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.95
+
+    @field_validator("scales")
+    @classmethod
+    def _positive(cls, scales: str) -> str:
+        if min(parse_scales(scales)) < 0:
+            raise ValueError("scales of negation are 0 or more: negation puts the sign itself")
+        return scales
+
+    @field_validator("control")
+    @classmethod
+    def _another(cls, control: str, info: ValidationInfo) -> str:
+        if control == info.data.get("forget"):
+            raise ValueError(f"'{control}' cannot be forgotten and be the control task; name another")
+        return control
 
 
 class Heatmap(Settings):

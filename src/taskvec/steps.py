@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from taskvec import (
+    arithmetic,
     backbones,
     batch_norm,
     brought,
@@ -26,14 +27,14 @@ from taskvec import (
     vectors,
 )
 from taskvec.backbones import Backbone
-from taskvec.compute import choose_device, choose_precision
+from taskvec.compute import choose_device
 from taskvec.finetuning import task_vector
 from taskvec.heads import Head, Probed, class_texts, features_of, probe, read_heads, save_heads, zero_shot_head
 from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION
 from taskvec.merging import ADDITION, buffers, find_recipe
 from taskvec.merging.parts import Data
-from taskvec.settings import Finetune, Probe
+from taskvec.settings import Finetune, Lora, Probe
 from taskvec.store import read_json, write_json
 from taskvec.tasks import Split, Task, read_task
 from taskvec.training import Progress
@@ -44,8 +45,9 @@ Inputs = dict[str, list[Path]]
 
 
 def open_backbone(inputs: Inputs, config: Config) -> Backbone:
-    """Open the backbone that a step reads, on the study's device."""
-    return backbones.read_backbone(inputs["backbone"][0], choose_device(config.get("device", "cpu")))
+    """Open the backbone that a step reads, on the study's device, and linearised where its regime is."""
+    backbone = backbones.read_backbone(inputs["backbone"][0], choose_device(config.get("device", "cpu")))
+    return backbones.linearised(backbone) if config.get("linearised") else backbone
 
 
 def open_task(inputs: Inputs) -> Task:
@@ -207,7 +209,10 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
             weights, head = tuned.encoder, tuned.heads[0]
         else:
             assert head is not None
-            weights = finetuning.finetune(backbone, task, head, *how)
+            if "lora" in config:
+                weights = finetuning.finetune_lora(backbone, task, head, Lora(**config["lora"]), *how)
+            else:
+                weights = finetuning.finetune(backbone, task, head, *how)
     except finetuning.DivergedError:
         if "trial" not in config:
             raise
@@ -230,7 +235,7 @@ def finetune_settings(config: Config, inputs: Inputs) -> Finetune:
 
 def training_facts(config: Config, settings: Finetune, backbone: Backbone) -> dict[str, Any]:
     """Return what a fine-tuned encoder's record says of its training."""
-    precision = choose_precision(config["precision"], "training", backbone.width, backbone.device)
+    precision = finetuning.training_precision(backbone, config["precision"])
     return {"precision": precision, "learning_rate": settings.learning_rate}
 
 
@@ -400,6 +405,22 @@ def choose_scale(config: Config, inputs: Inputs, out: Path, progress: Progress) 
     write_json(out / "choice.json", chosen | {"next": after})
 
 
+def negate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Choose the scale that forgets a task on validation, then test that task and the control before and after."""
+    backbone, (forget, control) = open_backbone(inputs, config), open_tasks(inputs)
+    first, second = open_heads(inputs)
+    vector = open_task_vectors(inputs, backbone)[0]
+    found = arithmetic.negate(
+        backbone, vector, (forget, control), (first, second), config["scales"], config["keep"], progress
+    )
+    test = {}
+    for name, scale in (("before", 0.0), ("after", found.scale)):
+        weights = vectors.add(backbone.pretrained, vector, -scale)
+        pairs = ((forget, first), (control, second))
+        test[name] = [float(evaluation.correct(backbone, weights, task.test, head).mean()) for task, head in pairs]
+    write_json(out / "negation.json", {**vars(found), "names": config["names"], "test": test})
+
+
 def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Touch a task's test split, once: the baselines, fine-tuned, and what validation chose for every candidate."""
     backbone, task, own = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
@@ -530,6 +551,7 @@ def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -
     directions = None
     if index is None:
         weights, heads = backbone.pretrained, open_heads(inputs, "probe")
+        backbone = replace(backbone, around=None)  # probing needs no expansion
     else:
         heads = open_heads(inputs, "finetuned")
         if best["heads"] == "reprobed":

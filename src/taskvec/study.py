@@ -16,11 +16,11 @@ from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationEr
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.merging import ADDITION, Recipe, find_recipe
 from taskvec.paper import MODELS
-from taskvec.settings import Count, Finetune, Heatmap, Probe, Rate, Settings, Subsets, parse_scales
+from taskvec.settings import Count, Finetune, Heatmap, Lora, Negation, Probe, Rate, Settings, Subsets, parse_scales
 
 MOST_OPTIONS = 64
 """How many combinations of a method's hyperparameters one study searches at most."""
-REGIMES = ("aligned", "full", "open", "open-full", "joint")
+REGIMES = ("aligned", "full", "open", "open-full", "joint", "linearised", "lora")
 
 
 def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -197,6 +197,8 @@ class Study(Settings):
     seeds: Seeds = (0,)
     probe: Probe = Probe()
     finetune: Finetune = Finetune()
+    lora: Lora = Lora()
+    negation: Negation | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
@@ -217,6 +219,7 @@ class Study(Settings):
     def _effective(self) -> Study:
         """Raise for what could have no effect."""
         idle = (*self._idle_backbones(), *self._idle_regimes(), *self._idle_measures(), *self._idle_checkpoints())
+        idle += (*self._idle_linearised(),)
         for problem in idle:
             raise ValueError(problem)
         return self
@@ -238,6 +241,26 @@ class Study(Settings):
         seeds = {regime.name: regime.seeds or self.seeds for regime in self.regimes}
         for seed in set(seeds.get("joint", ())) - set(seeds.get("aligned", ())):
             yield f"joint has seed {seed}, which aligned has not, whose heads it needs; add it there"
+
+        if self.lora != Lora() and "lora" not in seeds:
+            yield "lora has settings, but the study does not run the regime lora; add it to regimes"
+
+    def _idle_linearised(self) -> Iterator[str]:
+        """Yield what a linearised encoder cannot do."""
+        if "linearised" not in {regime.name for regime in self.regimes}:
+            return
+        for method in self.methods:
+            if method.recipes()[0].measures:
+                yield f"'{method.name}' measures layers or gradients, which a linearised encoder has not; leave it out"
+        for choice in self.backbones:
+            if choice.batch_norm == "reestimated" and (not choice.regimes or "linearised" in choice.regimes):
+                yield (
+                    f"'{choice.address}': a linearised encoder keeps its statistics of batch norm, so they are not "
+                    "estimated anew; leave out batch_norm, or the regime for this backbone"
+                )
+        for task in self.tasks:
+            if task.finetuned:
+                yield f"'{task.address}' brings a checkpoint, not one of a linearised encoder; leave out the regime"
 
     def _idle_measures(self) -> Iterator[str]:
         kept = ADDITION in {method.name for method in self.methods} and "kept" in self.heads
@@ -392,5 +415,7 @@ def known_keys(place: Sequence[Any]) -> list[str]:
         "subsets": Subsets,
         "probe": Probe,
         "finetune": Finetune,
+        "lora": Lora,
+        "negation": Negation,
     }
     return list((inside[place[0]] if place else Study).model_fields)

@@ -56,6 +56,8 @@ REGIMES = {
     "full": "*Full*: the encoder and a random head are fine-tuned together.",
     "open": "*Open*: the head comes from the class names and stays frozen, the encoder is fine-tuned.",
     "open-full": "*Open-full*: encoder and head are fine-tuned together, the head from the class names at first.",
+    "linearised": "*Linearised*: as aligned, of the encoder's first-order expansion around its pre-trained weights.",
+    "lora": "*LoRA*: as aligned, of adapters of low rank, whose product is added to the encoder's weights.",
 }
 METHODS = {
     "zero_shot": "*Zero-shot* is the frozen encoder with the head from the class names.",

@@ -20,6 +20,8 @@ NUMBER = 4
 """Bytes of a float32."""
 BACKWARD = 3
 """Forward passes that a training pass is worth: one forward, and two for the gradients of inputs and of weights."""
+TANGENT = 3
+"""Forward passes that one of a linearised encoder is worth: for y = W x the derivative is W dx + dW x."""
 UNKNOWN = Anatomy(85_800_000, 35.1e9, 32.7e6, 768, 224)
 """A ViT-B/16 at 224 px, which stands for a backbone whose architecture nothing here tells."""
 
@@ -109,7 +111,7 @@ class Counter:
 
     def passes(self, step: Step, forward: float, trained: float = 0, disk: float = 0) -> Work:
         """Return so many images forward and trained on by a step's backbone, and bytes written."""
-        flops = self.backbone(step).flops
+        flops = self.backbone(step).flops * (TANGENT if step.config.get("linearised") else 1)
         return Work(forward, trained, forward * flops, BACKWARD * trained * flops, disk=disk)
 
     def weights(self, step: Step) -> float:
@@ -200,7 +202,18 @@ def merge(count: Counter, step: Step) -> Work:
 def kept(count: Counter, step: Step) -> Work:
     """The validation images pass at every scale, but at 0 where that is known."""
     scales = [scale for scale in step.config["scales"] if scale or "start" not in step.inputs]
-    return count.passes(step, len(scales) * count.read(step)[0].validation)
+    return count.passes(step, along(step, len(scales)) * count.read(step)[0].validation)
+
+
+def along(step: Step, scales: int) -> int:
+    """Return the passes that so many scales along a vector take: two serve all of a linearised encoder's."""
+    return min(scales, 2) if step.config.get("linearised") else scales
+
+
+def negate(count: Counter, step: Step) -> Work:
+    """The validation images of both tasks pass at every scale and 0, their test images before and after."""
+    scales = along(step, len({0.0, *step.config["scales"]}))
+    return count.passes(step, sum(scales * size.validation + 2 * size.test for size in count.read(step)))
 
 
 def reprobed(count: Counter, step: Step) -> Work:
@@ -208,7 +221,7 @@ def reprobed(count: Counter, step: Step) -> Work:
     (size,) = count.read(step)
     scales = 2 if "plan" in step.inputs else len([scale for scale in step.config["scales"] if scale])
     fitting = count.heads(step, step.config["probe"], size, scales)
-    return count.passes(step, scales * (size.train + size.validation)) + fitting
+    return count.passes(step, along(step, scales) * (size.train + size.validation)) + fitting
 
 
 def reestimate(count: Counter, step: Step) -> Work:
@@ -284,6 +297,7 @@ COUNTS: Mapping[str, Callable[[Counter, Step], Work]] = MappingProxyType(
         "single_task_predictions": axis,
         "heatmap": heatmap,
         "build_model": model,
+        "negate": negate,
     }
 )
 """How each kind of step is counted; others choose among numbers, and pass nothing."""
