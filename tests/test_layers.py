@@ -17,10 +17,10 @@ loaders.timm loaders.open_clip loaders.transformers loaders
 backbones batch_norm heads brought vectors finetuning
 merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
 merging.recipes merging merging.buffers merging.streaming differences evaluation search disentangling
-model steps paper study cells absent plan anatomy workload forecast results
-views texts evidence verdict comparison claims tables
+model steps paper study cells absent plan anatomy workload forecast results costs
+views texts evidence verdict comparison claims leaderboard tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
-figures page
+figures.costs figures page
 runs progress file_commands studies cli __main__
 """.split()  # noqa: SIM905
 ROOT = Path(taskvec.__file__).parent

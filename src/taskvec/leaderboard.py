@@ -1,0 +1,250 @@
+"""The leaderboard: every way to serve all tasks, what it reaches and what it costs, and which to pick at which budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+
+from taskvec.texts import MISSING, escape_markdown, gain_text, markdown_table, method_label, percent, short_backbone
+from taskvec.views import HEADS, Cell, View, views
+
+ALONE = {"probing": "linear probing", "joint": "joint fine-tuning", "fine_tuned": "individual models"}
+"""The options that merge nothing, as the leaderboard calls them."""
+STEP = 0.001
+"""By how much (a fraction) an option must be better on validation than a cheaper one to be worth naming."""
+SAME_BUDGET = 2
+"""How many times as long two merges may take, one and the other, to count as one budget."""
+NUMBER = 4
+"""Bytes of a float32."""
+HOW_IT_READS = (
+    "Test split; normalised to the individual models, in %. *Stored* is what must be kept to answer all tasks, heads "
+    "included. *Training* is the time of probes and fine-tuning, *merging and search* that of the merge, of trying scales "
+    "and hyperparameters on validation and, with re-probed heads, of fitting them: seconds of one worker on the machine "
+    "that ran the study, summed over tasks, mean over seeds. Rows are sorted by validation."
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to serve all tasks: its value on validation, by which it is picked, and its costs, as means over seeds.
+
+    ``validation`` is a fraction of the individual models' accuracy; ``training`` and ``extra`` are seconds, ``stored``
+    bytes.
+    """
+
+    method: str
+    heads: str
+    validation: float
+    encoders: float
+    stored: float
+    training: float
+    extra: float
+
+    @property
+    def merged(self) -> bool:
+        """Say whether it is a merge."""
+        return self.method not in ALONE
+
+
+@dataclass(frozen=True)
+class Board:
+    """The options of one backbone in one regime."""
+
+    view: View
+    options: tuple[Option, ...]
+
+    @property
+    def title(self) -> str:
+        """Name the backbone and the regime."""
+        return f"{short_backbone(self.view.backbone)}, {self.view.regime}"
+
+    def reached(self, option: Option) -> Cell:
+        """Return the normalised value of an option on the test split."""
+        return self.view.cell(option.method, option.heads, self.view.normalised)
+
+    def find(self, method: str, heads: str = "kept") -> Option | None:
+        """Return one option, None where it was not measured."""
+        return next((one for one in self.options if (one.method, one.heads) == (method, heads)), None)
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Name the merging methods, the best on validation with either kind of heads first."""
+        merged = sorted((one for one in self.options if one.merged), key=lambda one: -one.validation)
+        return list(dict.fromkeys(one.method for one in merged))
+
+
+def boards(results: pd.DataFrame, costs: pd.DataFrame | None) -> list[Board]:
+    """Return a board for every backbone and regime in which several methods were merged and costs are known."""
+    if costs is None or costs.empty:
+        return []
+    return [Board(one, tuple(options(one, costs))) for one in views(results) if one.methods[1:]]
+
+
+def options(one: View, costs: pd.DataFrame) -> list[Option]:
+    """Return the options of a view, in the order of its costs; those without a validation value are left out."""
+    tried = one.rows[(one.rows["split"] == "validation") & (one.rows["task"] == "")]
+    tried = tried[tried["metric"] == one.normalised]
+    best = tried.groupby(["method", "heads", "seed"])["value"].max().groupby(["method", "heads"]).mean()
+    own = costs[(costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)]
+    own = own[own["tasks"] == one.rows["tasks"].iloc[0]]
+    sums = own.assign(
+        stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"],
+        training=own["probing_seconds"] + own["training_seconds"],
+        extra=own["merging_seconds"] + own["search_seconds"],
+    )
+    means = sums.groupby(["method", "heads"], sort=False)[["encoders", "stored", "training", "extra"]].mean()
+    return [
+        Option(str(method), str(heads), float(best[method, heads]), *(float(value) for value in row))
+        for (method, heads), row in zip(means.index, means.to_numpy(), strict=True)
+        if (method, heads) in best.index
+    ]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def board_table(board: Board) -> pd.DataFrame:
+    """Put each method in one row, kept and re-probed heads side by side with their costs; the baselines come first."""
+    rows = [_row(board, method) for method in ALONE if board.find(method)]
+    frame = pd.DataFrame(rows + [_row(board, method) for method in board.methods])
+    return frame.loc[:, [(frame[column] != MISSING).any() for column in frame.columns]]
+
+
+def _row(board: Board, method: str) -> dict[str, str]:
+    one, found = board.view, {heads: board.find(method, heads) for heads in HEADS}
+    out = {"Method": ALONE.get(method) or method_label(method)}
+    for heads, label in HEADS.items():
+        option, name = found[heads], label.capitalize()
+        out[f"{name}: accuracy"] = percent(one.own(method, heads))
+        out[f"{name}: normalised"] = percent(one.cell(method, heads, one.normalised))
+        out[f"{name}: gain (95 % interval)"] = gain_text(one.gain(method, heads))
+        out[f"{name}: merging and search (s)"] = seconds_text(option.extra) if option and option.merged else MISSING
+    known = next(option for option in found.values() if option)
+    stored = {"encoders": f"{known.encoders:.3g}", "MB": f"{known.stored / 1e6:.1f}"}
+    return out | {f"Stored: {name}": text for name, text in stored.items()} | {"Training (s)": training_text(found)}
+
+
+def training_text(found: dict[str, Option | None]) -> str:
+    """Write the seconds of probes and fine-tuning, which re-probed heads may need more of than kept ones."""
+    return seconds_text(max((option.training for option in found.values() if option), default=math.nan))
+
+
+def seconds_text(seconds: float) -> str:
+    """Write seconds with about two digits."""
+    if math.isnan(seconds):
+        return MISSING
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
+
+
+# ---------------------------------------------------------------- what to pick
+
+
+def frontier(found: Sequence[Option]) -> list[Option]:
+    """Keep of merges, the quickest first, those that validation finds better than every quicker one.
+
+    Those that take at most twice as long as the quickest of them stand for one budget, whose best is kept.
+    """
+    kept: list[Option] = []
+    budget = 0.0
+    for option in sorted(found, key=lambda one: (one.extra, -one.validation)):
+        if kept and option.validation < kept[-1].validation + STEP:
+            continue
+        if kept and option.extra <= budget:
+            kept[-1] = option
+        else:
+            kept.append(option)
+            budget = SAME_BUDGET * option.extra
+    return kept
+
+
+def picks(board: Board) -> list[Option]:
+    """Return the merges worth picking: better than probing, on the frontier, first those that keep one encoder.
+
+    Merges that keep more than one must be better than all that keep one.
+    """
+    probing = board.find("probing")
+    floor = probing.validation if probing else 0.0
+    able = [one for one in board.options if one.merged and one.validation >= floor + STEP]
+    small = frontier([one for one in able if one.encoders == 1])
+    top = max((one.validation for one in small), default=floor)
+    return small + frontier([one for one in able if one.encoders > 1 and one.validation >= top + STEP])
+
+
+def advice(board: Board) -> str:
+    """Say in plain words which option to pick at which budget: picked by validation, told by the test split."""
+    chosen = picks(board)
+    parts = [_without_tuning(board), *_merges(board, chosen), *_alternatives(board, chosen)]
+    lead = "Which to pick, in test accuracy as a share of the individual models'"
+    if board.view.mixed:
+        lead = lead.replace("test accuracy", "each task's test metric")
+    return f"{lead}: " + " ".join(f"{part[0].upper()}{part[1:]}." for part in parts if part)
+
+
+def _level(board: Board, option: Option) -> str:
+    return f"{percent(board.reached(option))} %"
+
+
+def _named(option: Option) -> str:
+    return f"{method_label(option.method)} with {HEADS.get(option.heads, option.heads)}"
+
+
+def _without_tuning(board: Board) -> str:
+    probing = board.find("probing")
+    if probing is None:
+        return ""
+    return f"with no fine-tuning, linear probing reaches {_level(board, probing)}"
+
+
+def _merges(board: Board, chosen: Sequence[Option]) -> list[str]:
+    """Write a clause on each pick, the quickest first; where there is none, say so."""
+    if not chosen:
+        return ["no merge is better than that on validation, so fine-tuned encoders are not worth merging here"]
+    lead = f"with {len(board.view.tasks)} fine-tuned encoders at hand and one to be kept,"
+    small = [one for one in chosen if one.encoders == 1]
+    large = [one for one in chosen if one.encoders > 1]
+    clauses = [
+        f"{_named(one)} reaches {_level(board, one)} after {seconds_text(one.extra)} s of merging and search"
+        for one in small
+    ]
+    out = [f"{lead} {'; '.join(clauses)}"] if clauses else []
+    return out + [
+        f"with {one.stored / 1e6:.1f} MB stored in place of {_least(board) / 1e6:.1f}, {_named(one)} reaches "
+        f"{_level(board, one)}"
+        for one in large[-1:]
+    ]
+
+
+def _least(board: Board) -> float:
+    return min(one.stored for one in board.options)
+
+
+def _alternatives(board: Board, chosen: Sequence[Option]) -> list[str]:
+    """Write what joint training and individual models bring, and cost, against the best pick."""
+    best = max((one.validation for one in chosen), default=math.nan)
+    joint, tuned = board.find("joint"), board.find("fine_tuned")
+    out = []
+    if joint:
+        price = f"{seconds_text(joint.training)} s of training on all data at once"
+        out.append(f"joint fine-tuning reaches {_level(board, joint)} for {price}, {_against(joint, best)}")
+    if tuned:
+        size = f"{tuned.encoders:.0f} encoders, {tuned.stored / 1e6:.1f} MB"
+        out.append(f"the individual models ({size}) are {_against(tuned, best)}")
+    return out
+
+
+def _against(other: Option, best: float) -> str:
+    if math.isnan(best):
+        return "with no merge to compare it with"
+    return ("better" if other.validation >= best + STEP else "no better") + " on validation than the best merge"
+
+
+def markdown_boards(found: Sequence[Board]) -> str:
+    """Write leaderboard.md: for each board a table and, as the last line, which option to pick."""
+    parts = ["# Leaderboard", HOW_IT_READS]
+    for board in found:
+        parts += [f"## {escape_markdown(board.title)}", markdown_table(board_table(board)), escape_markdown(advice(board))]
+    return "\n\n".join(parts) + "\n"
