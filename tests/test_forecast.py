@@ -42,15 +42,7 @@ finetune: {{steps: 3, batch_size: 8, warmup: 1, learning_rates: [0.001, 0.003]}}
 """
 CHOOSING = {"preprocessing", "choose_rate", "pick_head", "choose_learning_rate", "choose_option", "choose_scale"}
 CHOOSING |= {"gains"}
-    "preprocessing",
-    "choose_rate",
-    "pick_head",
-    "choose_learning_rate",
-    "choose_scale",
-    "choose_option",
-    "gains",
-}
-AT_MOST = {"reprobed_curve", "subset", "per_task_scales"}
+AT_MOST = {"reprobed_curve", "surgery_curve", "subset", "per_task_scales"}
 """Steps whose searches end early, so that the count is one from above (or a guess, for per_task_scales)."""
 PACKAGED = ("paper-table1", "paper-table3", "paper-table4", "paper-figures")
 

@@ -14,7 +14,7 @@ lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit l
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
 templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
 loaders.timm loaders.open_clip loaders.transformers loaders
-backbones batch_norm heads brought vectors finetuning
+backbones batch_norm heads surgery brought vectors agreement finetuning
 merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
 merging.recipes merging merging.buffers merging.streaming differences evaluation search disentangling
 model steps paper study cells absent plan anatomy workload forecast results costs

@@ -1,7 +1,7 @@
-"""What each option of a study costs: numbers to store, and the seconds of the steps that it needs, by what they are for.
+"""What each option of a study costs: numbers to store, and the seconds of the steps that it needs by what they are for.
 
-Seconds are those that the store's records tell of each step where it was run, so the same store gives the same costs. They
-stand in a file of their own, because results are the same bits on every run and seconds are not.
+Seconds are those that the store's records tell of each step where it was run, so the same store gives the same costs.
+They stand in a file of their own, because results are the same bits on every run and seconds are not.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "reestimate": "search",
         "reestimated_curve": "search",
         "per_task_scales": "search",
+        "surgery_curve": "search",
+        "agreement": "search",
         "choose_scale": "search",
         "choose_option": "search",
     }
@@ -42,13 +44,15 @@ PARTS: Mapping[str, str] = MappingProxyType(
 STORED = ("encoders", "parameters", "bytes_per_task")
 SECONDS = tuple(f"{part}_seconds" for part in dict.fromkeys(PARTS.values()))
 COLUMNS = ("backbone", "regime", "seed", "tasks", "method", "config", "heads", *STORED, *SECONDS)
+AGREEMENT = "agreement"
+"""Stands for heads in rows on what it takes to choose the scale of re-probed heads by the agreement of features."""
 Row = dict[str, Any]
 
 
 def costs(cells: Iterable[Cell], done: Done) -> pd.DataFrame:
     """Return a row for every option of a study: the baselines, and each merge with each kind of heads.
 
-    ``parameters`` counts the numbers to store, heads included, and ``bytes_per_task`` what a per-task merge needs beside
+    ``parameters`` counts the numbers to store, heads included, ``bytes_per_task`` what a per-task merge needs beside
     them. Training seconds are NaN where a task brings a checkpoint, whose training nothing here has seen.
     """
     return pd.DataFrame([row for cell in cells for row in rows(cell, done)], columns=COLUMNS)
@@ -64,7 +68,10 @@ def rows(cell: Cell, done: Done) -> Iterator[Row]:
     for candidate in cell.candidates:
         config = Writer("", cell, done).config_of(candidate)
         size = stored(cell, done, 1, per_task_file(candidate, done))
-        yield row(cell, done, candidate.name, candidate.heads, config, size, [candidate.choice])
+        size["parameters"] += corrections(candidate, done)
+        yield row(cell, done, candidate.name, candidate.read_by, config, size, [candidate.choice])
+        if candidate.agreement:
+            yield row(cell, done, candidate.name, AGREEMENT, config, size, candidate.agreement.values())
 
 
 def row(
@@ -100,6 +107,17 @@ def numbers(artifact: Artifact, name: str) -> int:
     """Count the numbers in a safetensors file of an artifact, by its header."""
     with Checkpoint(artifact.folder / name) as held:
         return sum(tensor.size for tensor in held.tensors.values())
+
+
+def corrections(candidate: Candidate, done: Done) -> int:
+    """Count the numbers of all tasks' corrections of features, of one scale each; none without surgery."""
+    if candidate.heads != "surgery":
+        return 0
+    total = 0
+    for step in candidate.rounds[0].values():
+        with Checkpoint(done[step].folder / "heads.safetensors") as held:
+            total += 2 * next(tensor.size for name, tensor in held.tensors.items() if name.endswith(".down"))
+    return total
 
 
 def per_task_file(candidate: Candidate, done: Done) -> Artifact | None:

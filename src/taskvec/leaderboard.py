@@ -246,5 +246,9 @@ def markdown_boards(found: Sequence[Board]) -> str:
     """Write leaderboard.md: for each board a table and, as the last line, which option to pick."""
     parts = ["# Leaderboard", HOW_IT_READS]
     for board in found:
-        parts += [f"## {escape_markdown(board.title)}", markdown_table(board_table(board)), escape_markdown(advice(board))]
+        parts += [
+            f"## {escape_markdown(board.title)}",
+            markdown_table(board_table(board)),
+            escape_markdown(advice(board)),
+        ]
     return "\n\n".join(parts) + "\n"
