@@ -298,7 +298,7 @@ ENCODER = 1_000_000
 
 
 def costs(rows: pd.DataFrame, per_task: Sequence[str] = ()) -> pd.DataFrame:
-    """Make costs.csv for rows: merging and search take 2 s and half a second more for each row before, re-probing 9 more.
+    """Make costs.csv for rows: merging and search take 2 s and half a second more for each row before, re-probing 9.
 
     Methods in ``per_task`` keep two encoders and 125 000 bytes a task.
     """

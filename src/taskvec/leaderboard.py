@@ -1,4 +1,4 @@
-"""The leaderboard: every way to serve all tasks, what it reaches and what it costs, and which to pick at which budget."""
+"""The leaderboard: every way to serve all tasks, what it reaches, what it costs, and which to pick for a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from functools import cached_property
 
 import pandas as pd
 
-from taskvec.texts import MISSING, escape_markdown, gain_text, markdown_table, method_label, percent, short_backbone
+from taskvec.texts import (
+    MISSING,
+    escape_markdown,
+    gain_text,
+    markdown_table,
+    method_label,
+    percent,
+    plain_scale,
+    points,
+    short_backbone,
+)
 from taskvec.views import HEADS, Cell, View, views
 
 ALONE = {"probing": "linear probing", "joint": "joint fine-tuning", "fine_tuned": "individual models"}
@@ -22,9 +32,17 @@ NUMBER = 4
 """Bytes of a float32."""
 HOW_IT_READS = (
     "Test split; normalised to the individual models, in %. *Stored* is what must be kept to answer all tasks, heads "
-    "included. *Training* is the time of probes and fine-tuning, *merging and search* that of the merge, of trying scales "
-    "and hyperparameters on validation and, with re-probed heads, of fitting them: seconds of one worker on the machine "
-    "that ran the study, summed over tasks, mean over seeds. Rows are sorted by validation."
+    "included. *Training* is the time of probes and fine-tuning, *merging and search* that of the merge, of trying "
+    "scales and hyperparameters on validation and, with re-probed heads, of fitting them: seconds of one worker on the "
+    "machine that ran the study, summed over tasks, mean over seeds. Rows are sorted by validation."
+)
+
+GUESSING = "The scale of re-probed heads by the agreement of features"
+HOW_GUESSES_READ = (
+    "Agreement is the linear CKA between the merged encoder's features and those of each fine-tuned encoder on "
+    "unlabelled training images, mean over tasks. It is compared with the re-probed normalised validation accuracy at the scales "
+    "that re-probing tried. *Regret* is what the scale of highest agreement loses against the best one; its time has "
+    "one fitting of heads in it, at the scale picked. Means over seeds."
 )
 
 
@@ -51,11 +69,29 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Guess:
+    """How well the agreement of features foretells the re-probed accuracy of a method's scales, as means over seeds.
+
+    ``correlation`` is of ranks; ``regret`` what its choice loses on validation (a fraction of the individual models);
+    ``seconds`` and ``instead_of`` what choosing the scale takes with it and by re-probing.
+    """
+
+    method: str
+    correlation: float
+    regret: float
+    scale: float
+    best: float
+    seconds: float
+    instead_of: float
+
+
+@dataclass(frozen=True)
 class Board:
     """The options of one backbone in one regime."""
 
     view: View
     options: tuple[Option, ...]
+    guesses: tuple[Guess, ...] = ()
 
     @property
     def title(self) -> str:
@@ -81,7 +117,8 @@ def boards(results: pd.DataFrame, costs: pd.DataFrame | None) -> list[Board]:
     """Return a board for every backbone and regime in which several methods were merged and costs are known."""
     if costs is None or costs.empty:
         return []
-    return [Board(one, tuple(options(one, costs))) for one in views(results) if one.methods[1:]]
+    found = [one for one in views(results) if one.methods[1:]]
+    return [Board(one, tuple(options(one, costs)), tuple(guesses(one, costs))) for one in found]
 
 
 def options(one: View, costs: pd.DataFrame) -> list[Option]:
@@ -102,6 +139,63 @@ def options(one: View, costs: pd.DataFrame) -> list[Option]:
         for (method, heads), row in zip(means.index, means.to_numpy(), strict=True)
         if (method, heads) in best.index
     ]
+
+
+# ---------------------------------------------------------------- the agreement of features as a guess
+
+
+def guesses(one: View, costs: pd.DataFrame) -> list[Guess]:
+    """Check for every method whose features were compared how well agreement foretells re-probed validation accuracy.
+
+    Only scales that re-probing tried are compared; agreement picks the highest of them, ties go to the smaller.
+    """
+    rows = one.rows[(one.rows["heads"] == "reprobed") & (one.rows["task"] == "")]
+    own = costs[(costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)]
+    foretold = rows[rows["metric"] == "agreement"]
+    reached = rows[(rows["metric"] == one.normalised) & (rows["split"] == "validation")]
+    both = foretold.merge(reached, on=["method", "seed", "config", "scale"], suffixes=("_foretold", "_reached"))
+    found = [
+        _guess(str(method), same.sort_values("scale"), own[(own["method"] == method) & (own["seed"] == seed)])
+        for (method, seed), same in both.groupby(["method", "seed"], sort=False)
+    ]
+    frame = pd.DataFrame(found, columns=list(Guess.__dataclass_fields__))
+    means = frame.groupby("method", sort=False).mean()
+    return [Guess(str(method), *map(float, row)) for method, row in zip(means.index, means.to_numpy(), strict=True)]
+
+
+def _guess(method: str, same: pd.DataFrame, own: pd.DataFrame) -> Guess:
+    """Compare the two curves of one seed, in rising order of the scale.
+
+    A scale that agreement has picked still needs its heads: one fitting of as many as there are scales tried beside 0.
+    """
+    foretold, reached = (same[f"value_{name}"].reset_index(drop=True) for name in ("foretold", "reached"))
+    scales = same["scale"].reset_index(drop=True)
+    picked, best = int(foretold.idxmax()), int(reached.idxmax())
+    spent = own.set_index("heads")["search_seconds"]
+    fitting = float(spent.get("reprobed", math.nan))
+    seconds = float(spent.get("agreement", math.nan)) + fitting / max(1, int((scales != 0).sum()))
+    regret = float(reached[best] - reached[picked])
+    correlation = float(foretold.rank().corr(reached.rank())) if len(scales) > 1 else math.nan
+    return Guess(method, correlation, regret, float(scales[picked]), float(scales[best]), seconds, fitting)
+
+
+def guess_table(board: Board) -> pd.DataFrame:
+    """Put each method in one row: rank correlation, regret in points, both scales, both times, and what is saved."""
+    return pd.DataFrame([_guess_row(guess) for guess in board.guesses])
+
+
+def _guess_row(guess: Guess) -> dict[str, str]:
+    saved = 1 - guess.seconds / guess.instead_of if guess.instead_of else math.nan
+    return {
+        "Method": method_label(guess.method),
+        "Rank correlation": MISSING if math.isnan(guess.correlation) else f"{guess.correlation:+.2f}",
+        "Regret (points)": points(guess.regret),
+        "λ: by agreement": plain_scale(guess.scale),
+        "λ: by re-probing": plain_scale(guess.best),
+        "Time (s): by agreement": seconds_text(guess.seconds),
+        "Time (s): by re-probing": seconds_text(guess.instead_of),
+        "Time saved (%)": MISSING if math.isnan(saved) else f"{100 * saved:.0f}",
+    }
 
 
 # ---------------------------------------------------------------- the table
@@ -246,9 +340,8 @@ def markdown_boards(found: Sequence[Board]) -> str:
     """Write leaderboard.md: for each board a table and, as the last line, which option to pick."""
     parts = ["# Leaderboard", HOW_IT_READS]
     for board in found:
-        parts += [
-            f"## {escape_markdown(board.title)}",
-            markdown_table(board_table(board)),
-            escape_markdown(advice(board)),
-        ]
+        parts += [f"## {escape_markdown(board.title)}", markdown_table(board_table(board))]
+        if len(guessed := guess_table(board)):
+            parts += [f"### {GUESSING}", HOW_GUESSES_READ, markdown_table(guessed)]
+        parts.append(escape_markdown(advice(board)))
     return "\n\n".join(parts) + "\n"

@@ -20,7 +20,16 @@ from taskvec.claims import HOW_CLAIMS_ARE_DECIDED, claims
 from taskvec.comparison import comparisons
 from taskvec.errors import TaskvecError
 from taskvec.figures import Planned, plan
-from taskvec.leaderboard import HOW_IT_READS, Board, advice, board_table, boards
+from taskvec.leaderboard import (
+    GUESSING,
+    HOW_GUESSES_READ,
+    HOW_IT_READS,
+    Board,
+    advice,
+    board_table,
+    boards,
+    guess_table,
+)
 from taskvec.texts import NAMES, method_label, one_line, short_backbone, shown
 from taskvec.verdict import headline
 from taskvec.views import View, views
@@ -96,8 +105,8 @@ READING = {
     "leaderboard": (
         "Accuracy against cost.",
         "Every dot is one option: a merge with one kind of heads, or what merges nothing. Further up is better, "
-        "further left is cheaper. Rings are around what the line below the table picks on validation. Dashed lines repeat what "
-        "merges nothing.",
+        "further left is cheaper. Rings are around what the line below the table picks on validation. Dashed lines repeat "
+        "what merges nothing.",
     ),
     "gains": (
         "All methods side by side.",
@@ -194,6 +203,8 @@ def render(
         of_paper=any(table.has_paper for table in compared),
         boards=[_board(board, planned, pictures) for board in boards(results, costs)],
         how_it_reads=_emphasis(HOW_IT_READS),
+        guessing=GUESSING,
+        how_guesses_read=_emphasis(HOW_GUESSES_READ),
         shown=shown(found),
         summary=tables.summary(results, heatmap),
         regimes=_regimes(planned, pictures),
@@ -233,7 +244,8 @@ def _board(board: Board, planned: list[Planned], pictures: dict[str, Picture]) -
     """Gather what belongs to one leaderboard."""
     place = ("leaderboard", board.view.backbone, board.view.regime)
     picture = next(pictures[one.stem] for one in planned if (one.kind, one.backbone, one.regime) == place)
-    return {"title": board.title, "table": board_table(board), "advice": advice(board), "picture": picture}
+    shown = {"title": board.title, "table": board_table(board), "advice": advice(board), "picture": picture}
+    return shown | {"guesses": guess_table(board)}
 
 
 def _section(view: View, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:

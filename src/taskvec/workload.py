@@ -212,7 +212,7 @@ def reprobed(count: Counter, step: Step) -> Work:
 
 
 def surgery(count: Counter, step: Step) -> Work:
-    """Training images pass once by the fine-tuned encoder, then with validation images at every scale; a fit at each."""
+    """Training images pass once by the fine-tuned encoder, then at every scale with validation images."""
     (size,), settings = count.read(step), step.config["surgery"]
     scales = 2 if "plan" in step.inputs else len(step.config["scales"])
     numbers = 2 * settings["rank"] * count.backbone(step).width

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from taskvec.figures.style import (
     BLACK,
@@ -67,8 +67,11 @@ def _panel(ax: Axes, board: Board, cost: Callable[[Option], float], label: str, 
     _dots(ax, board, picks(board), cost, "picked", ring)
     if log:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel(label)
+    ax.margins(y=0.08)
     ax.grid(axis="both")
 
 
