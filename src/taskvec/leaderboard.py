@@ -40,9 +40,9 @@ HOW_IT_READS = (
 GUESSING = "The scale of re-probed heads by the agreement of features"
 HOW_GUESSES_READ = (
     "Agreement is the linear CKA between the merged encoder's features and those of each fine-tuned encoder on "
-    "unlabelled training images, mean over tasks. It is compared with the re-probed normalised validation accuracy at the scales "
-    "that re-probing tried. *Regret* is what the scale of highest agreement loses against the best one; its time has "
-    "one fitting of heads in it, at the scale picked. Means over seeds."
+    "unlabelled training images, mean over tasks. It is compared with the re-probed normalised validation accuracy "
+    "at the scales that re-probing tried. *Regret* is what the scale of highest agreement loses against the best one; "
+    "its time has one fitting of heads in it, at the scale picked. Means over seeds."
 )
 
 

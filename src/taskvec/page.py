@@ -105,8 +105,8 @@ READING = {
     "leaderboard": (
         "Accuracy against cost.",
         "Every dot is one option: a merge with one kind of heads, or what merges nothing. Further up is better, "
-        "further left is cheaper. Rings are around what the line below the table picks on validation. Dashed lines repeat "
-        "what merges nothing.",
+        "further left is cheaper. Rings are around what the line below the table picks on validation. Dashed lines "
+        "repeat what merges nothing.",
     ),
     "gains": (
         "All methods side by side.",
