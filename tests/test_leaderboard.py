@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -99,7 +100,7 @@ options = st.builds(
 @given(st.lists(options, min_size=1, max_size=12))
 def test_a_frontier_rises_and_leaves_nothing_better_for_less(found: list[Option]) -> None:
     kept = frontier(found)
-    for one, two in zip(kept, kept[1:], strict=False):
+    for one, two in itertools.pairwise(kept):
         assert one.extra <= two.extra
         assert two.validation >= one.validation + STEP
     for other in found:  # what is better than a pick costs more, unless a later pick is at least about as good
@@ -123,16 +124,11 @@ def test_the_last_line_says_which_to_pick_in_plain_words() -> None:
     found = board()
     last = markdown_boards([found]).splitlines()[-1]
     assert last.startswith("Which to pick")
-    for words in (
-        "linear probing reaches",
-        "with re-probed heads reaches",
-        "MB stored in place of",
-        "Joint fine-tuning",
-    ):
-        assert words in last
+    for words in ("linear probing", "with re-probed heads", "MB stored in place of", "Joint fine-tuning"):
+        assert f"{words} " in last
     nothing = Board(found.view, tuple(one for one in found.options if not one.merged))
     assert "not worth merging" in advice(nothing)
-    assert "no merge to compare" in advice(nothing)
+    assert "individual models (8 encoders, 32.0 MB) are better on validation than linear probing" in advice(nothing)
 
 
 def test_the_page_and_the_figures_hold_the_board(tmp_path: Path) -> None:

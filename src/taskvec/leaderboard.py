@@ -318,22 +318,21 @@ def _least(board: Board) -> float:
 
 def _alternatives(board: Board, chosen: Sequence[Option]) -> list[str]:
     """Write what joint training and individual models bring, and cost, against the best pick."""
-    best = max((one.validation for one in chosen), default=math.nan)
+    best = max(chosen, key=lambda one: one.validation, default=board.find("probing"))
     joint, tuned = board.find("joint"), board.find("fine_tuned")
     out = []
-    if joint:
+    if joint and best:
         price = f"{seconds_text(joint.training)} s of training on all data at once"
         out.append(f"joint fine-tuning reaches {_level(board, joint)} for {price}, {_against(joint, best)}")
-    if tuned:
+    if tuned and best:
         size = f"{tuned.encoders:.0f} encoders, {tuned.stored / 1e6:.1f} MB"
         out.append(f"the individual models ({size}) are {_against(tuned, best)}")
     return out
 
 
-def _against(other: Option, best: float) -> str:
-    if math.isnan(best):
-        return "with no merge to compare it with"
-    return ("better" if other.validation >= best + STEP else "no better") + " on validation than the best merge"
+def _against(other: Option, best: Option) -> str:
+    verdict = "better" if other.validation >= best.validation + STEP else "no better"
+    return f"{verdict} on validation than {'the best merge' if best.merged else 'linear probing'}"
 
 
 def markdown_boards(found: Sequence[Board]) -> str:
