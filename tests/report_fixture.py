@@ -292,6 +292,33 @@ def _of_kinds(key: Key, values: dict[str, float], tuned: dict[str, float]) -> li
     ]
 
 
+# ---------------------------------------------------------------- costs
+
+ENCODER = 1_000_000
+
+
+def costs(rows: pd.DataFrame, per_task: Sequence[str] = ()) -> pd.DataFrame:
+    """Make costs.csv for rows: merging and search take 2 s and half a second more for each row before, re-probing 9.
+
+    Methods in ``per_task`` keep two encoders and 125 000 bytes a task.
+    """
+    options = rows[rows["split"] == "test"].drop_duplicates(["backbone", "regime", "seed", "method", "heads"])
+    order = list(dict.fromkeys(rows["method"]))
+    out = []
+    for row in options.to_dict("records"):
+        tasks, method = len(row["tasks"].split("+")), row["method"]
+        merged, reprobed = method not in ("probing", "fine_tuned", "joint"), row["heads"] == "reprobed"
+        encoders = tasks if method == "fine_tuned" else 2 if method in per_task else 1
+        spent = {"probing_seconds": 10.0, "training_seconds": 0.0 if method == "probing" else 100.0}
+        spent |= {"merging_seconds": float(merged), "search_seconds": merged * (10.0 if reprobed else 1.0)}
+        spent["search_seconds"] += merged * 0.5 * order.index(method)
+        stored = {"encoders": encoders, "parameters": encoders * ENCODER + 1000}
+        stored |= {"bytes_per_task": 125_000 if method in per_task else 0}
+        names = ("backbone", "regime", "seed", "tasks", "method", "config", "heads")
+        out.append({name: row[name] for name in names} | stored | spent)
+    return pd.DataFrame(out)
+
+
 LOCK: dict[str, object] = {
     "study": "fixture",
     "versions": {"python": "3.12.3", "taskvec": "0.1.0", "torch": "2.9.0", "numpy": "2.3.4"},

@@ -50,7 +50,7 @@ CHOOSING = {
     "choose_scale",
     "gains",
 }
-AT_MOST = {"reprobed_curve", "subset", "per_task_scales"}
+AT_MOST = {"reprobed_curve", "surgery_curve", "subset", "per_task_scales"}
 """Steps whose searches end early, so that the count is one from above (or a guess, for per_task_scales)."""
 PACKAGED = ("paper-table1", "paper-table3", "paper-table4", "paper-figures")
 

@@ -14,13 +14,13 @@ lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit l
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
 templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
 loaders.timm loaders.open_clip loaders.transformers loaders
-tangents backbones batch_norm heads brought vectors adapters finetuning
+tangents backbones batch_norm heads surgery brought vectors agreement adapters finetuning
 merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
 merging.recipes merging merging.buffers merging.streaming differences evaluation search arithmetic disentangling
-model steps paper study cells absent plan anatomy workload forecast results
-views texts evidence verdict comparison claims tables
+model steps paper study cells absent plan anatomy workload forecast results costs
+views texts evidence verdict comparison claims leaderboard tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
-figures page
+figures.costs figures page
 runs progress file_commands studies cli __main__
 """.split()  # noqa: SIM905
 ROOT = Path(taskvec.__file__).parent

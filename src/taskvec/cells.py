@@ -28,7 +28,8 @@ class Candidate:
     ``settings`` are its hyperparameters where they are not the authors'. ``options`` are what its hyperparameters were
     chosen from, each tried at a few scales; then ``merged`` has copied the best one. ``per_task`` merges have a
     direction for each task.
-    ``statistics`` is the step that estimated those of batch norm anew, where that was done.
+    ``statistics`` is the step that estimated those of batch norm anew, where that was done; ``agreement`` has the steps
+    that compared features with each task's fine-tuned encoder.
     """
 
     name: str
@@ -41,6 +42,12 @@ class Candidate:
     per_task: bool = False
     options: list[Candidate] = field(default_factory=list)
     statistics: Step | None = None
+    agreement: dict[str, Step] = field(default_factory=dict)
+
+    @property
+    def read_by(self) -> str:
+        """Name the heads in results: representation surgery keeps them, and its method's name tells the correction."""
+        return "kept" if self.heads == "surgery" else self.heads
 
     @property
     def title(self) -> str:
@@ -114,5 +121,6 @@ class Cell:
         yield from self.rate[1].values() if self.rate else ()
         for candidate in [c for one in self.candidates for c in (*one.options, one)]:
             yield from (step for one in candidate.rounds for step in one.values())
+            yield from candidate.agreement.values()
             yield candidate.choice
         yield from (step for step in (self.joint, self.negation, self.gains, self.model) if step is not None)

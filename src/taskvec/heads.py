@@ -29,13 +29,16 @@ Labels = Shaped[Tensor, "count ..."]
 class Head:
     """A linear layer on features: one row of weights a class, or an output of another kind of task.
 
-    Where it is ``normalised``, features are brought to unit length first.
+    Where it is ``normalised``, features are brought to unit length first. One with ``down`` and ``up`` corrects
+    features before anything else (representation surgery, arXiv 2402.02705).
     """
 
     weight: Float[Tensor, "classes width"]
     bias: Float[Tensor, " classes"]
     normalised: bool = False
     kind: str = CLASSIFICATION
+    down: Float[Tensor, "rank width"] | None = None
+    up: Float[Tensor, "width rank"] | None = None
 
     @property
     def rules(self) -> Kind:
@@ -44,8 +47,16 @@ class Head:
 
     def logits(self, features: Features) -> Float[Tensor, "count *patches classes"]:
         """Return scores in float32, on the features' device."""
-        features = F.normalize(features.float(), dim=-1) if self.normalised else features.float()
+        features = self.corrected(features.float())
+        features = F.normalize(features, dim=-1) if self.normalised else features
         return F.linear(features, self.weight.to(features.device), self.bias.to(features.device))
+
+    def corrected(self, features: Features) -> Features:
+        """Return features z as z - up relu(down z), or as they are for a head without a correction."""
+        if self.down is None or self.up is None:
+            return features
+        device = features.device
+        return features - F.linear(F.linear(features, self.down.to(device)).relu(), self.up.to(device))
 
     def on(self, device: str, learns: bool = False) -> Head:
         """Return a copy on a device, whose weights are leaves that learn or constants."""
@@ -184,6 +195,9 @@ def save_heads(heads: dict[str, Head], path: Path) -> None:
     """Write heads by name to a safetensors file: ``NAME.weight`` and ``NAME.bias``; what else they are is metadata."""
     tensors = {f"{name}.weight": head.weight.contiguous() for name, head in heads.items()}
     tensors |= {f"{name}.bias": head.bias.contiguous() for name, head in heads.items()}
+    for name, head in heads.items():
+        if head.down is not None and head.up is not None:
+            tensors |= {f"{name}.down": head.down.contiguous(), f"{name}.up": head.up.contiguous()}
     about = {name: _unusual(head) for name, head in heads.items() if _unusual(head)}
     save_tensors(tensors, path, {"heads": json.dumps(about, sort_keys=True)} if about else None)
 
@@ -200,4 +214,13 @@ def read_heads(path: Path) -> dict[str, Head]:
     tensors = read(path)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
     about: dict[str, Any] = json.loads(read_metadata(path).get("heads", "{}"))
-    return {name: Head(tensors[f"{name}.weight"], tensors[f"{name}.bias"], **about.get(name, {})) for name in names}
+    return {
+        name: Head(
+            tensors[f"{name}.weight"],
+            tensors[f"{name}.bias"],
+            down=tensors.get(f"{name}.down"),
+            up=tensors.get(f"{name}.up"),
+            **about.get(name, {}),
+        )
+        for name in names
+    }

@@ -20,6 +20,16 @@ from taskvec.claims import HOW_CLAIMS_ARE_DECIDED, claims
 from taskvec.comparison import comparisons
 from taskvec.errors import TaskvecError
 from taskvec.figures import Planned, plan
+from taskvec.leaderboard import (
+    GUESSING,
+    HOW_GUESSES_READ,
+    HOW_IT_READS,
+    Board,
+    advice,
+    board_table,
+    boards,
+    guess_table,
+)
 from taskvec.texts import NAMES, method_label, one_line, short_backbone, shown
 from taskvec.verdict import headline
 from taskvec.views import View, views
@@ -91,6 +101,12 @@ READING = {
     "accuracies": (
         "What each task gets.",
         f"{ROOM} Right: the accuracy points that merging adds to probing. {EVIDENCE}",
+    ),
+    "leaderboard": (
+        "Accuracy against cost.",
+        "Every dot is one option: a merge with one kind of heads, or what merges nothing. Further up is better, "
+        "further left is cheaper. Rings are around what the line below the table picks on validation. Dashed lines "
+        "repeat what merges nothing.",
     ),
     "gains": (
         "All methods side by side.",
@@ -169,9 +185,10 @@ def render(
     lock: dict[str, Any],
     study_yaml: str,
     roles: Mapping[str, str] | None = None,
+    costs: pd.DataFrame | None = None,
 ) -> str:
     """Write the whole report of a run as one HTML file, with the PNG figures of folder ``figures`` inside."""
-    planned = plan(results, heatmap, roles)
+    planned = plan(results, heatmap, roles, costs)
     found = views(results)
     reading = READING_OF_KINDS if any(view.mixed for view in found) else READING
     pictures = {one.stem: _picture(one, figures, *reading[one.kind]) for one in planned}
@@ -184,6 +201,10 @@ def render(
         how_claims=HOW_CLAIMS_ARE_DECIDED,
         comparisons=compared,
         of_paper=any(table.has_paper for table in compared),
+        boards=[_board(board, planned, pictures) for board in boards(results, costs)],
+        how_it_reads=_emphasis(HOW_IT_READS),
+        guessing=GUESSING,
+        how_guesses_read=_emphasis(HOW_GUESSES_READ),
         shown=shown(found),
         summary=tables.summary(results, heatmap),
         regimes=_regimes(planned, pictures),
@@ -219,13 +240,21 @@ def _template() -> Any:
     return environment.from_string(text)
 
 
+def _board(board: Board, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:
+    """Gather what belongs to one leaderboard."""
+    place = ("leaderboard", board.view.backbone, board.view.regime)
+    picture = next(pictures[one.stem] for one in planned if (one.kind, one.backbone, one.regime) == place)
+    shown = {"title": board.title, "table": board_table(board), "advice": advice(board), "picture": picture}
+    return shown | {"guesses": guess_table(board)}
+
+
 def _section(view: View, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:
     """Gather what belongs to one backbone in one regime."""
     own = [one for one in planned if (one.backbone, one.regime) == (view.backbone, view.regime)]
     merges = [(method_label(method), tables.task_table(view, method)) for method in view.methods]
     return {
         "title": f"{short_backbone(view.backbone)}, {one_line(view.regime)}",
-        "pictures": [pictures[one.stem] for one in own if one.kind != "heatmap"],
+        "pictures": [pictures[one.stem] for one in own if one.kind not in ("heatmap", "leaderboard")],
         "heatmaps": [pictures[one.stem] for one in own if one.kind == "heatmap"],
         "merges": merges,
     }

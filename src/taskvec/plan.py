@@ -16,7 +16,7 @@ from taskvec.compute import choose_device, has_fast_bfloat16
 from taskvec.decoded import view_bytes
 from taskvec.disentangling import choose_pairs, spread_sets
 from taskvec.errors import TaskvecError, unknown
-from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, Recipe, find_recipe
+from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe, find_recipe
 from taskvec.pipeline import Step
 from taskvec.search import coarse
 from taskvec.settings import Finetune, parse_scales
@@ -44,6 +44,8 @@ VERSIONS = {
     "per_task_scales": 3,
     "kept_curve": 2,
     "reprobed_curve": 2,
+    "surgery_curve": 1,
+    "agreement": 1,
     "choose_scale": 1,
     "test_task": 2,
     "gains": 1,
@@ -388,8 +390,9 @@ class Planner:
         recipes[0].check_tasks(len(cell.tasks))
         merged = [self._merged(cell, recipe, ground) for recipe in recipes]
         for kind in self.study.heads:
+            name = method.name + (SURGERY if kind == "surgery" else "")
             options = [
-                Candidate(method.name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
+                Candidate(name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
                 for step, recipe in zip(merged, recipes, strict=True)
             ]
             candidate = options[0] if len(options) == 1 else self._best_option(cell, options, ground, rates)
@@ -397,6 +400,8 @@ class Planner:
                 candidate.rounds.append({t: self._curve(t, cell, candidate, number, ground, rates) for t in cell.tasks})
                 candidate.choice = self._choice(cell, candidate, stride)
             cell.candidates.append(candidate)
+            if self.study.agreement and kind == "reprobed" and len(candidate.grid) > 1:
+                candidate.agreement = {t: self._agreement(t, cell, candidate, ground) for t in cell.tasks}
             if ground.choice.batch_norm == "reestimated" and kind == "kept" and not candidate.per_task:
                 cell.candidates.append(self._reestimated(cell, candidate, ground))
 
@@ -449,6 +454,8 @@ class Planner:
         self, task: str, cell: Cell, candidate: Candidate, number: int, ground: Ground, rates: dict[str, Step]
     ) -> Step:
         """Try the scales of one round on one task; rounds after the first read which."""
+        if candidate.heads == "surgery":
+            return self._surgery(task, cell, candidate, number, ground)
         kept = candidate.heads == "kept"
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
         scales = [] if number else candidate.grid if kept else coarse(candidate.grid)
@@ -465,6 +472,27 @@ class Planner:
         cost = (2 if number else len(scales)) * self.images[task] * (0.1 if kept else 1.4)
         label = f"scales of {task}, round {number + 1}: {candidate.title} {cell.where}"
         return self.step("kept_curve" if kept else "reprobed_curve", label, config, inputs, cost)
+
+    def _surgery(self, task: str, cell: Cell, candidate: Candidate, number: int, ground: Ground) -> Step:
+        """Learn a correction of features at the scales of one round; rounds after the first read which."""
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
+        inputs |= {"finetuned": [cell.finetuned[task]]} | ({"plan": [candidate.choice]} if number else {})
+        scales = [] if number else coarse(candidate.grid)
+        config: dict[str, Any] = {"scales": scales, "surgery": self.study.surgery.model_dump(mode="json")}
+        config |= {"seed": cell.seed, **self.device}
+        config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
+        cost = (2 if number else len(scales)) * self.images[task] * 1.4
+        label = f"scales of {task}, round {number + 1}: {candidate.title} {cell.where}"
+        return self.step("surgery_curve", label, config, inputs, cost)
+
+    def _agreement(self, task: str, cell: Cell, candidate: Candidate, ground: Ground) -> Step:
+        """Compare features with the task's fine-tuned encoder at every scale of the grid."""
+        inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
+        inputs |= {"finetuned": [cell.finetuned[task]]}
+        config: dict[str, Any] = {"scales": candidate.grid, "images": self.study.agreement, **self.device}
+        config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
+        cost = float((1 + len(candidate.grid)) * self.study.agreement)
+        return self.step("agreement", f"agreement on {task}: {candidate.title} {cell.where}", config, inputs, cost)
 
     def _choice(self, cell: Cell, candidate: Candidate, stride: int) -> Step:
         inputs = {f"round{i}": list(curves.values()) for i, curves in enumerate(candidate.rounds)}

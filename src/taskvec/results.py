@@ -54,6 +54,8 @@ class Writer:
         for names, step in cell.subsets.items():
             yield from self.subset_rows(names, step)
         yield from self.learning_rates()
+        for candidate in cell.candidates:
+            yield from self.agreements(candidate)
 
     def metrics(self, step: Step) -> dict[str, Any]:
         """Return what a step has measured on validation."""
@@ -88,7 +90,7 @@ class Writer:
                     values, made_by = found.setdefault(scale, ({}, {"": self._id(candidate.choice)}))
                     values[task], made_by[task] = value, self.done[step].id
         for scale, (values, made_by) in sorted(found.items()):
-            yield from self.measured(candidate.name, candidate.heads, scale, "validation", values, made_by, config)
+            yield from self.measured(candidate.name, candidate.read_by, scale, "validation", values, made_by, config)
 
     def tried_together(self, candidate: Candidate) -> Iterator[Row]:
         """Yield the validation rows of every set of scales, one a task; ``scale`` is their mean.
@@ -101,7 +103,7 @@ class Writer:
             for scales, accuracies in found[part]:
                 values = dict(zip(self.cell.tasks, accuracies, strict=True))
                 mean, config = self.scales_of(scales)
-                rows = self.measured(candidate.name, candidate.heads, mean, "validation", values, made_by, config)
+                rows = self.measured(candidate.name, candidate.read_by, mean, "validation", values, made_by, config)
                 yield from (row for row in rows if part == "measured" or not row["metric"].startswith("normalised"))
 
     def scales_of(self, scales: Sequence[float]) -> tuple[float, dict[str, Any]]:
@@ -123,7 +125,7 @@ class Writer:
             own = choice["scale"], self.config_of(candidate)
             scale, config = self.scales_of(choice["scales"]) if "scales" in choice else own
             values = {t: found[str(index)] for t, found in measured.items()}
-            name, heads = candidate.name, candidate.heads
+            name, heads = candidate.name, candidate.read_by
             yield from self.measured(name, heads, scale, "test", values, made_by, config)
             for task, gain in gains[str(index)].items():
                 for part, metric in GAINS.items():
@@ -161,6 +163,18 @@ class Writer:
         if cell.rate:
             for rate, step in cell.rate[1].items():
                 yield self.tried_rate("fine_tuned", cell.rate[0], rate, self.metrics(step)["validation"], step)
+
+    def agreements(self, candidate: Candidate) -> Iterator[Row]:
+        """Yield how far features agree with each task's fine-tuned encoder at every scale, and the mean over tasks."""
+        found = {task: self.done[step].json("agreement.json") for task, step in candidate.agreement.items()}
+        config, metric = self.config_of(candidate), "agreement"
+        for place, scale in enumerate(candidate.grid if found else ()):
+            values = {task: one["values"][place] for task, one in found.items()}
+            for task, value in values.items():
+                id = self.done[candidate.agreement[task]].id
+                yield self.row(candidate.name, candidate.read_by, scale, task, "train", metric, value, id, config)
+            mean = sum(values.values()) / len(values)
+            yield self.row(candidate.name, candidate.read_by, scale, "", "train", metric, mean, "", config)
 
     def tried_rate(self, method: str, task: str, rate: float, value: float, step: Step) -> Row:
         """Return the row of one learning rate that was tried on one task."""

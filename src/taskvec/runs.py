@@ -14,6 +14,7 @@ import pandas as pd
 from taskvec import pipeline
 from taskvec.addresses import default_name
 from taskvec.cells import Cell
+from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.merging.buffers import DIRECTIONS
@@ -157,8 +158,10 @@ def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: d
             write_text(fresh / "disentanglement.csv", heat.to_csv(index=False, lineterminator="\n"))
         if (forgotten := negations(cells, done)) is not None:
             write_text(fresh / "negation.csv", forgotten.to_csv(index=False, lineterminator="\n"))
+        spent = costs(cells, done)
+        write_text(fresh / "costs.csv", spent.to_csv(index=False, lineterminator="\n"))
         write_models(cells, done, fresh / "models")
-        write_report(rows, heat, fresh, lock, file)
+        write_report(rows, heat, spent, fresh, lock, file)
         write_json(fresh / LOCK, lock | {"files": held(fresh)})
         swap(fresh, out)
     finally:
@@ -175,19 +178,21 @@ def swap(fresh: Path, out: Path) -> None:
 
 
 def write_report(
-    rows: pd.DataFrame, heat: pd.DataFrame | None, out: Path, lock: dict[str, Any], file: StudyFile
+    rows: pd.DataFrame, heat: pd.DataFrame | None, spent: pd.DataFrame, out: Path, lock: dict[str, Any], file: StudyFile
 ) -> None:
-    """Write tables.md, the paper's tables as LaTeX, the figures and report.html."""
-    from taskvec import comparison, figures, page, tables  # matplotlib is slow to import, and not always needed
+    """Write tables.md, leaderboard.md, the paper's tables as LaTeX, the figures and report.html."""
+    from taskvec import comparison, figures, leaderboard, page, tables  # matplotlib is slow, and not always needed
 
     roles = {b.name or default_name(b.address): b.paper for b in file.study.backbones if b.paper}
     write_text(out / "tables.md", tables.markdown(rows, heat, roles))
+    if found := leaderboard.boards(rows, spent):
+        write_text(out / "leaderboard.md", leaderboard.markdown_boards(found))
     for name, text in comparison.latex_tables(rows, heat, roles).items():
         (out / "tables").mkdir(exist_ok=True)
         write_text(out / "tables" / f"{name}.tex", text)
     (out / "figures").mkdir()
-    figures.write(rows, heat, out / "figures", roles)
-    write_text(out / "report.html", page.render(rows, heat, out / "figures", lock, file.text, roles))
+    figures.write(rows, heat, out / "figures", roles, spent)
+    write_text(out / "report.html", page.render(rows, heat, out / "figures", lock, file.text, roles, spent))
 
 
 def write_models(cells: list[Cell], done: Done, out: Path) -> None:

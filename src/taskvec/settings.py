@@ -84,6 +84,15 @@ class Negation(Settings):
         return control
 
 
+class Surgery(Settings):
+    """How features are corrected by representation surgery, with its authors' values as defaults (arXiv 2402.02705)."""
+
+    rank: Count = 16
+    steps: Count = 1000
+    batch_size: Count = 16
+    learning_rate: Rate = 1e-3
+
+
 class Heatmap(Settings):
     """Which disentanglement errors to measure: ``points`` coefficients in [-range, range] an axis, some pairs."""
 

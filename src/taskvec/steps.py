@@ -26,16 +26,28 @@ from taskvec import (
     tasks,
     vectors,
 )
+from taskvec.agreement import agreement_curve
 from taskvec.backbones import Backbone
 from taskvec.compute import choose_device
 from taskvec.finetuning import task_vector
-from taskvec.heads import Head, Probed, class_texts, features_of, probe, read_heads, save_heads, zero_shot_head
+from taskvec.heads import (
+    Head,
+    Probed,
+    accuracy,
+    class_texts,
+    features_of,
+    probe,
+    read_heads,
+    save_heads,
+    zero_shot_head,
+)
 from taskvec.images import Preprocessing
-from taskvec.kinds import CLASSIFICATION
+from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.merging import ADDITION, buffers, find_recipe
 from taskvec.merging.parts import Data
-from taskvec.settings import Finetune, Lora, Probe
+from taskvec.settings import Finetune, Lora, Probe, Surgery
 from taskvec.store import read_json, write_json
+from taskvec.surgery import operate
 from taskvec.tasks import Split, Task, read_task
 from taskvec.training import Progress
 from taskvec.weights import Weights, read, save, save_tensors
@@ -389,6 +401,34 @@ def _write_curve(out: Path, scales: list[float], values: dict[float, float]) -> 
     write_json(out / "curve.json", {"scales": scales, "validation": [values[scale] for scale in scales]})
 
 
+def surgery_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Learn a correction of features at the scales of this round, from unlabelled training images; heads are kept."""
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
+    vector = open_vector(inputs["merged"][0], backbone, config)
+    scales = read_json(inputs["plan"][0] / "choice.json")["next"] if "plan" in inputs else config["scales"]
+    settings, per_patch = Surgery(**config["surgery"]), head.rules.per_patch
+    backbone.use(open_encoder(inputs["finetuned"][0], backbone))
+    wanted = backbone.features(task.train.images, per_patch=per_patch)
+    heads, curve = {}, {}
+    for scale in scales:
+        vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
+        seen = backbone.features(task.train.images, per_patch=per_patch)
+        heads[scale] = operate(seen, wanted, head, settings, config["seed"])
+        curve[scale] = accuracy(heads[scale], *features_of(backbone, task.validation, task.kind))
+        progress(len(curve) / len(scales))
+    save_heads({scale_key(scale): fit for scale, fit in heads.items()}, out / "heads.safetensors")
+    _write_curve(out, scales, curve)
+
+
+def agreement(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Compare a merged encoder's features with the fine-tuned one's at every scale, on unlabelled training images."""
+    backbone, task = open_backbone(inputs, config), open_task(inputs)
+    vector, tuned = open_vector(inputs["merged"][0], backbone, config), open_encoder(inputs["finetuned"][0], backbone)
+    images, per_patch = fewer(task.train, config["images"]).images, KINDS[task.kind].per_patch
+    values = agreement_curve(backbone, vector, tuned, images, config["scales"], per_patch, progress)
+    write_json(out / "agreement.json", {"scales": config["scales"], "values": values})
+
+
 def choose_scale(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the scale by mean normalised validation accuracy, and name the scales that a next round should try."""
     tuned = validations(inputs["finetuned"])
@@ -554,7 +594,7 @@ def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -
         backbone = replace(backbone, around=None)  # probing needs no expansion
     else:
         heads = open_heads(inputs, "finetuned")
-        if best["heads"] == "reprobed":
+        if best["heads"] != "kept":
             heads = [find_head(inputs[f"rounds{index}-{t}"], scale) for t in range(len(heads))]
         folder = inputs["merged"][index]
         if (folder / buffers.DIRECTIONS).exists():

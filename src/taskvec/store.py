@@ -106,6 +106,10 @@ class Artifact:
         """Read one of its JSON files."""
         return read_json(self.folder / name)
 
+    def seconds(self) -> float:
+        """Return the seconds that its step took, where and when it was run."""
+        return float(read_json(self.folder / RECORD)["about"]["seconds"])
+
     def notes(self) -> list[str]:
         """Return what the step had to tell the user."""
         place = self.folder / NOTES

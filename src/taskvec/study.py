@@ -16,7 +16,19 @@ from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationEr
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.merging import ADDITION, Recipe, find_recipe
 from taskvec.paper import MODELS
-from taskvec.settings import Count, Finetune, Heatmap, Lora, Negation, Probe, Rate, Settings, Subsets, parse_scales
+from taskvec.settings import (
+    Count,
+    Finetune,
+    Heatmap,
+    Lora,
+    Negation,
+    Probe,
+    Rate,
+    Settings,
+    Subsets,
+    Surgery,
+    parse_scales,
+)
 
 MOST_OPTIONS = 64
 """How many combinations of a method's hyperparameters one study searches at most."""
@@ -190,10 +202,12 @@ class Study(Settings):
     tasks: Annotated[tuple[TaskChoice, ...], Field(min_length=1)]
     regimes: Annotated[tuple[RegimeChoice, ...], Field(min_length=1)] = (RegimeChoice(name="aligned"),)
     methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name=ADDITION),)
-    heads: Annotated[tuple[Literal["kept", "reprobed"], ...], Field(min_length=1)] = ("kept", "reprobed")
+    heads: Annotated[tuple[Literal["kept", "reprobed", "surgery"], ...], Field(min_length=1)] = ("kept", "reprobed")
     scales: Literal["common", "per-task"] = "common"
     heatmap: Heatmap = Heatmap()
     subsets: Subsets = Subsets()
+    agreement: Annotated[int, Field(ge=0)] = 0
+    surgery: Surgery = Surgery()
     seeds: Seeds = (0,)
     probe: Probe = Probe()
     finetune: Finetune = Finetune()
@@ -266,6 +280,8 @@ class Study(Settings):
         kept = ADDITION in {method.name for method in self.methods} and "kept" in self.heads
         if self.scales == "per-task" and not kept:
             yield f"per-task scales are those of {ADDITION} with kept heads; add both"
+        if self.agreement and "reprobed" not in self.heads:
+            yield "agreement is checked against re-probed heads, which the study does not fit; add reprobed to heads"
         sizes = self.subsets.sizes
         for size in () if sizes == "all" else sizes:
             if size > len(self.tasks):
@@ -299,6 +315,7 @@ class Study(Settings):
             update={
                 "name": f"{self.name}-smoke",
                 "probe": self.probe.model_copy(update={"steps": 2, "warmup": 0}),
+                "surgery": self.surgery.model_copy(update={"steps": 2}),
                 "finetune": self.finetune.model_copy(update={"steps": 2, "warmup": 0}),
                 "regimes": tuple(
                     regime.model_copy(update={"steps": None if regime.steps is None else 2}) for regime in self.regimes
@@ -413,6 +430,7 @@ def known_keys(place: Sequence[Any]) -> list[str]:
         "methods": MethodChoice,
         "heatmap": Heatmap,
         "subsets": Subsets,
+        "surgery": Surgery,
         "probe": Probe,
         "finetune": Finetune,
         "lora": Lora,

@@ -49,7 +49,8 @@ def expand(
     change = {f"module.{name}": (parameter - base[name]) for name, parameter in module.named_parameters()}
     try:
         with differentiable():
-            value, slope = jvp(lambda weights: functional_call(applied, weights | fixed, images), (start,), (change,))
+            outputs = jvp(lambda weights: functional_call(applied, weights | fixed, images), (start,), (change,))
+            value, slope = outputs[0], outputs[1]
     except NotImplementedError as error:
         raise TaskvecError(
             f"a {type(module).__name__} cannot be linearised: {str(error).splitlines()[0]}",

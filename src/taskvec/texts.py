@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from taskvec.merging import ADDITION, PER_TASK, REESTIMATED
+from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY
 from taskvec.views import METRICS, Cell, Gain, View
 
 MISSING = "–"
 LABELS = {ADDITION: "addition", PER_TASK: "addition, λ per task"}
+SUFFIXES = {REESTIMATED: ", batch norm re-estimated", SURGERY: ", surgery"}
 NAMES = (
     "Backbone", "Regime", "Method", "Task", "Metric", "Model", "Claim", "Paper", "Measured", "Interval", "Verdict",
     "Checkpoint", "Layer",
@@ -46,8 +47,8 @@ def short_backbone(address: str) -> str:
 
 def method_label(method: str) -> str:
     """Call the paper's method addition, as its tables do, and every other by its name."""
-    base = method.removesuffix(REESTIMATED)
-    return (LABELS.get(base) or one_line(base)) + (", batch norm re-estimated" if base != method else "")
+    base = method.removesuffix(REESTIMATED).removesuffix(SURGERY)
+    return (LABELS.get(base) or one_line(base)) + SUFFIXES.get(method.removeprefix(base), "")
 
 
 def metric_label(one: View, task: str) -> str:

@@ -224,6 +224,23 @@ def reprobed(count: Counter, step: Step) -> Work:
     return count.passes(step, along(step, scales) * (size.train + size.validation)) + fitting
 
 
+def surgery(count: Counter, step: Step) -> Work:
+    """Training images pass once by the fine-tuned encoder, then at every scale with validation images."""
+    (size,), settings = count.read(step), step.config["surgery"]
+    scales = 2 if "plan" in step.inputs else len(step.config["scales"])
+    numbers = 2 * settings["rank"] * count.backbone(step).width
+    steps = scales * settings["steps"]
+    flops = steps * min(settings["batch_size"], size.train) * 2 * BACKWARD * numbers
+    learned = Work(head_steps=2 * steps, head_flops=flops, disk=NUMBER * scales * numbers)
+    return count.passes(step, size.train + scales * (size.train + size.validation)) + learned
+
+
+def agreement(count: Counter, step: Step) -> Work:
+    """A sample of training images passes by the fine-tuned encoder and at every scale."""
+    (size,) = count.read(step)
+    return count.passes(step, (1 + len(step.config["scales"])) * min(step.config["images"], size.train))
+
+
 def reestimate(count: Counter, step: Step) -> Work:
     """Training images of all tasks pass at every scale, for the statistics of batch norm."""
     share = min(step.config["images"] // len(step.inputs["task"]), *(size.train for size in count.read(step)))
@@ -291,6 +308,8 @@ COUNTS: Mapping[str, Callable[[Counter, Step], Work]] = MappingProxyType(
         "reestimated_curve": kept,
         "kept_curve": kept,
         "reprobed_curve": reprobed,
+        "surgery_curve": surgery,
+        "agreement": agreement,
         "per_task_scales": per_task,
         "test_task": test,
         "subset": subset,

@@ -16,12 +16,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from taskvec import paper
+from taskvec.figures.costs import cost_panels
 from taskvec.figures.counts import by_count, combinations, error_by_count, with_sets
 from taskvec.figures.curves import lambda_curve, lambda_curves, lambda_methods
 from taskvec.figures.dots import accuracies, method_gains, scales, with_own_scales
 from taskvec.figures.emergence import emergence, snapshots
 from taskvec.figures.maps import by_backbone, heatmaps
 from taskvec.figures.style import STYLE
+from taskvec.leaderboard import boards
 from taskvec.merging import PER_TASK
 from taskvec.texts import short_backbone
 from taskvec.views import View, error_rows, views
@@ -70,7 +72,10 @@ def groups(results: pd.DataFrame, roles: Mapping[str, str]) -> list[Group]:
 
 
 def plan(
-    results: pd.DataFrame, heatmap: pd.DataFrame | None = None, roles: Mapping[str, str] | None = None
+    results: pd.DataFrame,
+    heatmap: pd.DataFrame | None = None,
+    roles: Mapping[str, str] | None = None,
+    costs: pd.DataFrame | None = None,
 ) -> list[Planned]:
     """List the figures of a run in reading order, comparisons first; files are the stem with .png and .pdf."""
     found = [one for one in views(results) if one.methods]
@@ -84,6 +89,9 @@ def plan(
         out += _counts(compared, results, regime, roles or {})
         if with_own_scales(found, regime):
             out.append(_of_regime("scales", regime, partial(scales, results, regime)))
+    for board in boards(results, costs):
+        place = board.view.backbone, board.view.regime
+        out.append(Planned(_stem("leaderboard", *place), "leaderboard", *place, partial(cost_panels, board)))
     return out + [planned for one in found for planned in _of_view(one, results, heatmap)]
 
 
@@ -159,12 +167,16 @@ def _stem(kind: str, *names: str) -> str:
 
 
 def write(
-    results: pd.DataFrame, heatmap: pd.DataFrame | None, folder: Path, roles: Mapping[str, str] | None = None
+    results: pd.DataFrame,
+    heatmap: pd.DataFrame | None,
+    folder: Path,
+    roles: Mapping[str, str] | None = None,
+    costs: pd.DataFrame | None = None,
 ) -> list[str]:
     """Write every figure of a run as PNG (200 dpi) and PDF, the same bytes for the same rows; return the file names."""
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
-    for planned in plan(results, heatmap, roles):
+    for planned in plan(results, heatmap, roles, costs):
         names += save(planned.draw(), folder, planned.stem)
     return names
 

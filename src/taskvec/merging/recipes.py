@@ -82,6 +82,9 @@ PER_TASK = "task_arithmetic_per_task"
 REESTIMATED = "_reestimated"
 """What is added to a method's name in results where the statistics of batch norm were estimated anew."""
 
+SURGERY = "_surgery"
+"""What is added to a method's name in results where features were corrected and heads kept."""
+
 
 def register(method: Method) -> None:
     """Add a method to the registry; a second one of the same name raises, and so does a name with a +."""
