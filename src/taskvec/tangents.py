@@ -55,7 +55,7 @@ def expand(
             f"a {type(module).__name__} cannot be linearised: {str(error).splitlines()[0]}",
             "leave out the regime linearised for this backbone",
         ) from None
-    total: Tensor = value.float() + slope.float()
+    total: Tensor = value + slope
     return total
 
 
