@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import taskvec as tv
 from taskvec import model, search, vectors
 from taskvec.backbones import Backbone, encode, linearised, load_backbone
+from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.study import parse_study
 from taskvec.tangents import expand
@@ -176,6 +177,8 @@ def test_a_kept_model_answers_as_the_linearised_encoder_does(tmp_path: Path) -> 
     model.save_model(tmp_path, flat, weights, {"t": head}, [("a", "b", "c")], about)
     again = model.load(tmp_path, "cpu").scores(images, ["t"])["t"]
     assert torch.allclose(again, want, atol=1e-4)
+    with pytest.raises(TaskvecError, match="is of a linearised encoder"):
+        read_finetuned(tmp_path / "encoder.safetensors", flat)
     plain = replace(flat, around=None)
     assert not torch.allclose(head.logits(plain.features(images)), want, atol=1e-3)
 

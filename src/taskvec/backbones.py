@@ -26,6 +26,10 @@ from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
 
 
+AROUND = "around.safetensors"
+"""The file of a kept model with the weights that its linearised encoder is expanded around."""
+
+
 @dataclass
 class Backbone:
     """An encoder bound to a flat weight buffer; ``pretrained`` keeps the weights it came with, on the same device.
