@@ -68,12 +68,12 @@ def negate(
         raise TaskvecError(f"the control task cannot keep {keep:g} of its accuracy", "give a share from 0 to 1")
     grid = sorted({0.0, *given})
     away = vectors.scale(vector, -1.0)
-    curves = []
-    for place, (task, head) in enumerate(zip(tasks, heads, strict=True)):
-        half = _half(progress, place)
-        curves.append(tuple(kept_curve(backbone, away, task, head, grid, half)))
+    forgotten, control = (
+        tuple(kept_curve(backbone, away, task, head, grid, _half(progress, place)))
+        for place, (task, head) in enumerate(zip(tasks, heads, strict=True))
+    )
     backbone.use(backbone.pretrained)
-    return Forgetting(choose_negation(grid, *curves, keep), tuple(grid), *curves, keep)
+    return Forgetting(choose_negation(grid, forgotten, control, keep), tuple(grid), forgotten, control, keep)
 
 
 def _half(progress: Progress, place: int) -> Progress:
