@@ -39,12 +39,12 @@ def test_the_control_keeps_its_share_and_nothing_allowed_forgets_more(rows: list
 def test_negation_measures_the_encoder_behind_the_pretrained_one(backbone: Backbone, tasks: list[Task]) -> None:
     heads, _, (tau, _) = tune(backbone, tasks)
     found = negate(backbone, tau, (tasks[0], tasks[1]), (heads[0], heads[1]), [0.5, 2.0], keep=0.5)
+    assert torch.equal(backbone.bound.flat, backbone.pretrained.flat)
     assert found.scales == (0.0, 0.5, 2.0)
     for scale, *values in zip(found.scales, found.forgotten, found.control, strict=True):
         weights = tv.merge(backbone.pretrained, [tau], -scale)
         assert list(tv.evaluate(backbone, weights, tasks, heads, "validation").values()) == values
     assert found.control[found.place] >= 0.5 * found.control[0]
-    assert torch.equal(backbone.bound.flat, backbone.pretrained.flat)
 
 
 def test_what_negation_cannot_do_is_told(backbone: Backbone, tasks: list[Task]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import taskvec as tv
 from taskvec import model, search, vectors
 from taskvec.backbones import Backbone, encode, linearised, load_backbone
+from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.study import parse_study
 from taskvec.tangents import expand
@@ -58,7 +59,7 @@ def test_features_are_affine_in_the_weights(first: int, second: int, a: float, b
     tau, other = random_vector(first), random_vector(second)
     start = at(torch.zeros_like(tau))
     want = start + a * (at(tau) - start) + b * (at(other) - start)
-    assert torch.allclose(at(a * tau + b * other), want, atol=2e-4)
+    assert torch.allclose(at(a * tau + b * other), want, atol=1e-3)
 
 
 def test_the_slope_is_that_of_a_finite_difference_in_float64() -> None:
@@ -82,7 +83,8 @@ def test_the_slope_is_that_of_a_finite_difference_in_float64() -> None:
     middle = module(images)
     move(1.0)
     found = expand(module, lambda part, x: part(x), images, _Float64(start))  # type: ignore[arg-type]
-    assert torch.allclose(found - middle, slope, atol=1e-6)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found - middle, slope, atol=1e-8)
     assert not torch.allclose(module(images), found, atol=1e-4)
 
 
@@ -117,7 +119,7 @@ def test_an_operation_without_a_derivative_is_told() -> None:
         def setup_context(ctx: object, inputs: object, output: object) -> None:
             pass
 
-    class Encoder(nn.Module):
+    class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 4)
@@ -125,9 +127,9 @@ def test_an_operation_without_a_derivative_is_told() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return Stuck.apply(self.layer(x))
 
-    module = Encoder()
+    module = Plain()
     around = bind(module).clone()
-    with pytest.raises(TaskvecError, match="an Encoder cannot be linearised"):
+    with pytest.raises(TaskvecError, match="a Plain cannot be linearised"):
         expand(module, lambda part, x: part(x), torch.ones(1, 4), around)
 
 
@@ -175,6 +177,8 @@ def test_a_kept_model_answers_as_the_linearised_encoder_does(tmp_path: Path) -> 
     model.save_model(tmp_path, flat, weights, {"t": head}, [("a", "b", "c")], about)
     again = model.load(tmp_path, "cpu").scores(images, ["t"])["t"]
     assert torch.allclose(again, want, atol=1e-4)
+    with pytest.raises(TaskvecError, match="is of a linearised encoder"):
+        read_finetuned(tmp_path / "encoder.safetensors", flat)
     plain = replace(flat, around=None)
     assert not torch.allclose(head.logits(plain.features(images)), want, atol=1e-3)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,9 +29,14 @@ def library() -> Any:
 def add(module: nn.Module, lora: Lora, name: str) -> nn.Module:
     """Put adapters on a module's layers, in place, and return what trains and merges them; only they learn."""
     peft, chosen = library(), adapted_layers(module, lora, name)
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=chosen, lora_dropout=0.0)
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=exactly(chosen), lora_dropout=0.0)
     adapted: nn.Module = peft.LoraModel(module, config, "default")
     return adapted
+
+
+def exactly(names: Sequence[str]) -> str:
+    """Return the regular expression of some names and no others; peft takes a list for the ends of names."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def adapted_layers(module: nn.Module, lora: Lora, name: str) -> list[str]:

@@ -25,6 +25,9 @@ from taskvec.store import read_json, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
 
+AROUND = "around.safetensors"
+"""The file of a kept model with the weights that its linearised encoder is expanded around."""
+
 
 @dataclass
 class Backbone:

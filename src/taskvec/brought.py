@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taskvec.backbones import Backbone
+from taskvec.backbones import AROUND, Backbone
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.heads import Head
 from taskvec.kinds import CLASSIFICATION
@@ -56,6 +56,8 @@ def read_finetuned(path: Path, backbone: Backbone, allow_pickle: bool = False) -
 
     Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is told on stderr.
     """
+    if path.name == "encoder.safetensors" and (path.parent / AROUND).exists():
+        raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
     source, raw, wanted = f"'{path}'", read_checkpoint(path), backbone.pretrained.state()
     classifier = {key: value for key, value in raw.items() if key not in wanted and key.startswith(CLASSIFIERS)}
     own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items())

@@ -179,10 +179,10 @@ def optimise(
     with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
         torch.manual_seed(seed)  # for adapters, dropout and stochastic depth
         adapted = adapters.add(module, lora, backbone.name) if lora else None
-        own = adapters.parameters(adapted) if adapted else module.parameters()
+        own = adapters.parameters(adapted) if adapted is not None else module.parameters()
         learning = [*own, *(p for head in heads for p in (head.weight, head.bias) if heads_learn)]
         train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
-    tuned = adapters.merged(adapted, bound) if adapted else bound.clone()
+    tuned = adapters.merged(adapted, bound) if adapted is not None else bound.clone()
     if not bool(torch.isfinite(tuned.flat).all()):
         raise DivergedError(
             f"fine-tuning diverged at learning rate {settings.learning_rate:g}", "lower finetune.learning_rate"

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from taskvec import vectors
-from taskvec.backbones import Backbone, linearised, read_weights, restore
+from taskvec.backbones import AROUND, Backbone, linearised, read_weights, restore
 from taskvec.compute import choose_device
 from taskvec.errors import TaskvecError, unknown
 from taskvec.heads import Head, read_heads, save_heads
@@ -24,10 +24,6 @@ from taskvec.weights import Weights, save
 ABOUT = ("method", "config", "heads", "scale", "scales", "validation")
 """What model.json says of the merge; ``scales``, one a task in their order, are there where each has its own, and
 ``config`` where hyperparameters are not the authors'."""
-
-
-AROUND = "around.safetensors"
-"""The file of the weights that a linearised encoder is expanded around."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import pandas as pd
 
 from taskvec import pipeline
 from taskvec.addresses import default_name
+from taskvec.backbones import AROUND
 from taskvec.cells import Cell
 from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.merging.buffers import DIRECTIONS
-from taskvec.model import AROUND
 from taskvec.pipeline import Watcher
 from taskvec.plan import plan, view_sizes
 from taskvec.results import Done, heatmaps, negations, results

@@ -6,6 +6,7 @@ less (Ortiz-Jimenez et al., "Task arithmetic in the tangent space", arXiv 2305.1
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -56,17 +57,21 @@ def expand(
             f"a {type(module).__name__} cannot be linearised: {str(error).splitlines()[0]}",
             "leave out the regime linearised for this backbone",
         ) from None
-    total: Tensor = value.float() + slope.float()
+    total: Tensor = value + slope
     return total
 
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Take the plain paths of attention inside: the fused ones have no forward derivative."""
+    """Take the plain paths of attention inside: the fused ones have no forward derivative.
+
+    The first derivative makes torch script some of its own functions, and warn of that.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

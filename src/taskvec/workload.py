@@ -288,8 +288,8 @@ def heatmap(count: Counter, step: Step) -> Work:
 
 
 def model(count: Counter, step: Step) -> Work:
-    """The best encoder is written, and copied into the run folder once a backbone."""
-    return Work(disk=count.weights(step))
+    """The best encoder is written, and copied into the run folder once a backbone; a linearised one has two at most."""
+    return Work(disk=count.weights(step) * (2 if step.config.get("linearised") else 1))
 
 
 COUNTS: Mapping[str, Callable[[Counter, Step], Work]] = MappingProxyType(
