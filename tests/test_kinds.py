@@ -145,7 +145,7 @@ def test_encoders_that_do_not_fit_the_patches_say_so(backbone: Backbone, monkeyp
 def test_one_pass_for_all_gives_each_task_its_own_features(transformer: Backbone) -> None:
     batches = [torch.randn(n, 3, 32, 32, generator=stream(n)) for n in (2, 3, 1)]
     module = transformer.module.eval()
-    found = encode_all(module, batches, [False, True, False])
+    found = encode_all(module, batches, [False, True, False], transformer)
     for features, images, per_patch in zip(found, batches, [False, True, False], strict=True):
         assert torch.allclose(features, encode(module, images, per_patch), atol=1e-5)
 
