@@ -17,7 +17,7 @@ loaders.timm loaders.open_clip loaders.transformers loaders
 tangents backbones batch_norm heads surgery brought vectors agreement adapters finetuning
 merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
 merging.recipes merging merging.buffers merging.streaming differences evaluation search arithmetic disentangling
-model steps paper study cells absent plan anatomy workload forecast results costs
+model opening steps paper study cells absent sources plan anatomy workload forecast results costs
 views texts evidence verdict comparison claims leaderboard tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
 figures.costs figures page

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from taskvec import backbones, batch_norm, brought, tasks
-from taskvec.absent import absent_task, absent_weights, has_images
-from taskvec.addresses import default_name, is_file
+from taskvec.absent import absent_weights
 from taskvec.cells import LEARNING, LINEARISED, LORA, OPEN, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
 from taskvec.decoded import view_bytes
 from taskvec.disentangling import choose_pairs, spread_sets
-from taskvec.errors import TaskvecError, unknown
+from taskvec.errors import TaskvecError
 from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe, find_recipe
 from taskvec.pipeline import Step
 from taskvec.search import coarse
 from taskvec.settings import Finetune, parse_scales
+from taskvec.sources import Sources
 from taskvec.store import Store, canonical, file_digest
 from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, StudyFile
 
@@ -68,97 +67,30 @@ class Planner:
     """Builds the steps of a study, one small method a kind of step."""
 
     def __init__(self, file: StudyFile, store: Store, estimate: bool = False) -> None:
-        self.study, self.folder, self.store, self.estimate = file.study, file.folder, store, estimate
+        self.study, self.sources = file.study, Sources(file, store, estimate)
         device = file.study.device if estimate and file.study.device != "auto" else choose_device(file.study.device)
         self.device = {"device": device}
         self.training = {"device": device, "precision": file.study.precision, "fast_bfloat16": has_fast_bfloat16()}
-        addresses = [tasks.resolve(t.address, self.folder, file.study.data) for t in file.study.tasks]
-        given = [t.name or tasks.default_name(a) for t, a in zip(file.study.tasks, addresses, strict=True)]
-        self.addresses = dict(zip(unique(given, "tasks"), addresses, strict=True))
-        self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
-        self.brought = {name: task for name, task in zip(given, file.study.tasks, strict=True) if task.finetuned}
-        self.sentences: dict[str, list[list[str]] | None] = {}
-        self.regimes = {regime.name: regime for regime in file.study.regimes}
+        self.addresses, self.brought = self.sources.addresses, self.sources.brought
+        self.regimes = self.sources.regimes
         self.joint = self.regimes.get("joint")
 
     def cells(self) -> list[Cell]:
         """Return the steps of every backbone, regime and seed."""
         study = self.study
-        names = unique([b.name or default_name(b.address) for b in study.backbones], "backbones")
-        self._check_negation()
-        about = {name: {"source": self._describe(address)} for name, address in self.addresses.items()}
+        chosen = self.sources.backbones()
+        self.sources.check_negation()
+        about = {name: {"source": self.sources.describe(address)} for name, address in self.addresses.items()}
         self.images = {name: self._count(found["source"]) for name, found in about.items()}
-        grounds = [self._ground(name, choice, about) for name, choice in zip(names, study.backbones, strict=True)]
-        self._check_open()
+        grounds = [self._ground(name, choice, about) for name, choice in chosen.items()]
+        self.sources.check_open()
         return [
             self.cell(ground, regime, seed)
             for ground in grounds
             for regime in study.regimes
-            if regime.name != "joint" and self._takes_part(ground.choice, regime.name)
+            if regime.name != "joint" and self.sources.takes_part(ground.choice, regime.name)
             for seed in regime.seeds or study.seeds
         ]
-
-    def _describe(self, address: str) -> dict[str, Any]:
-        """Return what identifies a task's images; an estimate reads none and makes do with the paper's sizes."""
-        known = absent_task(address) if self.estimate else None
-        absent = {"absent": address, "images": sum(known.sizes)} if known else {}
-        if absent and not has_images(address):
-            return absent
-        try:
-            return tasks.describe(address, self.store.known_digest if self.estimate else self.store.tree_digest)
-        except TaskvecError:
-            if not absent:
-                raise
-            return absent
-
-    def _sentences(self, name: str, address: str) -> list[list[str]] | None:
-        """Return the captions of a task's classes; an estimate makes do with their number where the data is absent."""
-        known = absent_task(address) if self.estimate else None
-        return [[""]] * known.classes if known else tasks.sentences(address, name)
-
-    def _takes_part(self, choice: BackboneChoice, regime: str) -> bool:
-        """Say whether a backbone is fine-tuned in a regime: the study does not leave it out, and it can be."""
-        wanted = not choice.regimes or regime in choice.regimes
-        return wanted and (regime not in OPEN or self._has_text(choice))
-
-    def _has_text(self, choice: BackboneChoice) -> bool:
-        if self._is_absent(choice):
-            return choice.address.partition("-clip")[1] != ""
-        return backbones.has_text(self._address(choice), self.study.allow_pickle, choice.projection)
-
-    def _is_absent(self, choice: BackboneChoice) -> bool:
-        """Say whether an estimate has to do without a checkpoint of the paper, and with no library that reads it."""
-        return self.estimate and bool(absent_weights(self._address(choice)))
-
-    def _captions(self, choice: BackboneChoice) -> Mapping[str, list[str] | list[list[str]] | None]:
-        """Return the captions of every task's classes: in the words of the lab's text encoders, or in sentences."""
-        if choice.address.startswith("lab:"):
-            return self.captions
-        if not self.sentences:
-            self.sentences = {name: self._sentences(name, address) for name, address in self.addresses.items()}
-        return self.sentences
-
-    def _check_open(self) -> None:
-        """Raise if a regime that starts from zero-shot heads can have none."""
-        for name in (name for name in self.regimes if name in OPEN):
-            if not any(self._takes_part(choice, name) for choice in self.study.backbones):
-                raise TaskvecError(
-                    f"regime '{name}' needs a backbone with a text tower that takes part in it, and there is none",
-                    "add one (lab:contrastive), or leave the regime out",
-                )
-            able = (choice for choice in self.study.backbones if self._takes_part(choice, name))
-            if not any(any(self._captions(choice).values()) for choice in able):
-                raise TaskvecError(
-                    f"regime '{name}' needs tasks whose classes have captions, and there is none",
-                    "add one (lab:greek), or leave the regime out",
-                )
-
-    def _check_negation(self) -> None:
-        """Raise if negation names a task that the study does not have."""
-        asked = self.study.negation
-        for name in (asked.forget, asked.control) if asked else ():
-            if name not in self.addresses:
-                raise unknown("task of negation", name, self.addresses)
 
     def _ground(self, name: str, choice: BackboneChoice, about: dict[str, dict[str, Any]]) -> Ground:
         encoder = self._backbone(name, choice)
@@ -170,7 +102,7 @@ class Planner:
 
     def cell(self, ground: Ground, regime: RegimeChoice, seed: int) -> Cell:
         """Return the steps of one backbone, regime and seed."""
-        captions = self._captions(ground.choice) if regime.name in OPEN else {}
+        captions = self.sources.captions_for(ground.choice) if regime.name in OPEN else {}
         chosen = tuple(t for t in self.addresses if regime.name not in OPEN or captions[t])
         first = seed == (regime.seeds or self.study.seeds)[0]
         cell = Cell(ground.backbone, regime.name, seed, chosen, ground.encoder, first)
@@ -204,27 +136,14 @@ class Planner:
         """Return what steps that evaluate a cell's encoders are told: the device, and that they are linearised."""
         return self.device | ({"linearised": True} if cell.regime == LINEARISED else {})
 
-    def _address(self, choice: BackboneChoice) -> str:
-        """Return an address whose path is absolute: relative paths start from the study file's folder."""
-        kind, colon, rest = choice.address.partition(":")
-        name, at, file = rest.partition("@")
-        if kind == "hf" and self._path(rest).exists():
-            return f"{kind}:{self._path(rest)}"
-        if at and is_file(file):
-            return f"{kind}{colon}{name}{at}{self._path(file)}"
-        return choice.address
-
-    def _path(self, path: str) -> Path:
-        return self.folder / Path(path).expanduser()
-
     def _count(self, source: dict[str, Any]) -> float:
         """Return about how many images a task has, for estimates of time."""
         return float(min(source["images"], 3 * (self.study.limit or source["images"])))
 
     def _backbone(self, name: str, choice: BackboneChoice) -> Step:
-        address = self._address(choice)
+        address = self.sources.address_of(choice)
         about: dict[str, Any] = {"absent": absent_weights(address)}
-        if not self._is_absent(choice):
+        if not self.sources.is_absent(choice):
             about = backbones.describe(address, choice.size, self.study.allow_pickle, choice.projection)
         config = {"address": address, "size": choice.size, "name": name, "allow_pickle": self.study.allow_pickle}
         config |= {} if choice.projection is None else {"projection": choice.projection}
@@ -233,18 +152,13 @@ class Planner:
 
     def _decode(self, task: str, backbone: str, address: str, about: dict[str, Any], view: Step) -> Step:
         label, cost = f"decode {task} ({backbone})", 0.8 * self.images[task]
-        config, aside = self._source(address, about)
+        config, aside = self.sources.source(address, about)
         return self.step("decode_task", label, config, {"preprocessing": [view]}, cost, aside)
 
     def _whole(self, task: str, backbone: str, address: str, about: dict[str, Any], view: Step) -> Step:
         label, cost = f"decode whole training images of {task} ({backbone})", 0.8 * self.images[task]
-        config, aside = self._source(address, about)
+        config, aside = self.sources.source(address, about)
         return self.step("decode_training", label, config, {"preprocessing": [view]}, cost, aside)
-
-    def _source(self, address: str, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what a decoded task depends on, and the address, which counts only where it is all there is."""
-        config = {"limit": self.study.limit, **about} | ({"skip_corrupt": True} if self.study.skip_corrupt else {})
-        return (config, {"address": address}) if tasks.has_whole(address) else ({"address": address, **config}, {})
 
     def _features(self, task: str, backbone: str, encoder: Step, data: Step) -> Step:
         inputs = {"backbone": [encoder], "task": [data]}
@@ -277,9 +191,13 @@ class Planner:
         return dict.fromkeys(probes, rate)
 
     def _zero_shot(self, task: str, ground: Ground) -> Step:
-        address, allow_pickle = self._address(ground.choice), self.study.allow_pickle
-        text = "" if self._is_absent(ground.choice) else backbones.describe_text(address, allow_pickle)
-        config: dict[str, Any] = {"address": address, "captions": self._captions(ground.choice)[task], "text": text}
+        address, allow_pickle = self.sources.address_of(ground.choice), self.study.allow_pickle
+        text = "" if self.sources.is_absent(ground.choice) else backbones.describe_text(address, allow_pickle)
+        config: dict[str, Any] = {
+            "address": address,
+            "captions": self.sources.captions_for(ground.choice)[task],
+            "text": text,
+        }
         config |= {} if address.startswith("lab:") else {"allow_pickle": allow_pickle}
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
         label = f"zero-shot head of {task} ({ground.backbone})"
@@ -297,7 +215,7 @@ class Planner:
             else:
                 cell.finetuned[t] = self._finetune(t, cell, ground, settings, rate)
         joint = self.joint
-        if cell.regime != "aligned" or not joint or not self._takes_part(ground.choice, "joint"):
+        if cell.regime != "aligned" or not joint or not self.sources.takes_part(ground.choice, "joint"):
             return
         if cell.seed in (joint.seeds or self.study.seeds):
             own = self._settings(ground.choice, joint)
@@ -356,7 +274,7 @@ class Planner:
         try:
             version = metadata.version("peft")
         except metadata.PackageNotFoundError:
-            if not self.estimate:
+            if not self.sources.estimate:
                 raise TaskvecError("the regime lora needs peft", "pip install 'taskvec[lora]'") from None
             version = ""
         return {"lora": self.study.lora.model_dump(mode="json"), "peft": version}
@@ -365,7 +283,7 @@ class Planner:
         """Take the encoder that a task brings in the place of training; its head may be that of the regime's start."""
         choice, pickle = self.brought[task], self.study.allow_pickle
         given = {"finetuned": choice.finetuned} | ({"head": choice.head} if choice.head else {})
-        files = {key: brought.given_file(self._path(file), key, task, pickle) for key, file in given.items()}
+        files = {key: brought.given_file(self.sources.path(file), key, task, pickle) for key, file in given.items()}
         digests = {key: file_digest(path) for key, path in files.items()}
         config: dict[str, Any] = {"source": digests, "name": task, "classes": list(choice.classes)}
         aside = {"allow_pickle": pickle} | {key: str(path) for key, path in files.items()}
@@ -579,15 +497,12 @@ class Planner:
 
     def _captioned(self, cell: Cell, ground: Ground) -> tuple[str, ...]:
         """Return the tasks that open regimes of the backbone merge; none where it has no text tower."""
-        captions = self._captions(ground.choice) if self._opens(ground) else {}
+        captions = self.sources.captions_for(ground.choice) if self.sources.has_open(ground.choice) else {}
         return tuple(t for t in cell.tasks if captions.get(t))
-
-    def _opens(self, ground: Ground) -> bool:
-        return any(name in OPEN and self._takes_part(ground.choice, name) for name in self.regimes)
 
     def _is_compared_with_open(self, cell: Cell, ground: Ground, captioned: tuple[str, ...]) -> bool:
         """Say whether open regimes merge fewer tasks than this one, which is then to be measured on those as well."""
-        return cell.regime not in OPEN and self._opens(ground) and 1 < len(captioned) < len(cell.tasks)
+        return cell.regime not in OPEN and self.sources.has_open(ground.choice) and 1 < len(captioned) < len(cell.tasks)
 
     def _single(self, task: str, cell: Cell, ground: Ground) -> Step:
         settings = self.study.heatmap
@@ -624,21 +539,6 @@ def training_config(settings: Finetune, rate: Inputs) -> dict[str, Any]:
     """Return the settings that a fine-tuning step depends on: no rate where it reads one, and not those of a search."""
     left_out = {"learning_rates"} | ({"learning_rate"} if rate else set())
     return settings.model_dump(mode="json", exclude=left_out)
-
-
-def unique(names: list[str], kind: str) -> list[str]:
-    """Return the names, or raise when two are the same or one cannot stand in a table."""
-    for name in names:
-        if names.count(name) > 1:
-            raise TaskvecError(
-                f"two {kind} are named '{name}'", f"give each a name of its own: {{address: ..., name: {name}-2}}"
-            )
-        if name.startswith(".") or any(sign in name for sign in "+/\\\n\r\t"):
-            raise TaskvecError(
-                f"'{name}' cannot name one of the {kind}: it begins with a dot, or has a + or a slash or a line break",
-                "give it another name: key",
-            )
-    return names
 
 
 def view_sizes(steps: Iterable[Step]) -> float:

@@ -28,8 +28,6 @@ from taskvec import (
 )
 from taskvec.agreement import agreement_curve
 from taskvec.backbones import Backbone
-from taskvec.compute import choose_device
-from taskvec.finetuning import task_vector
 from taskvec.heads import (
     Head,
     Probed,
@@ -45,74 +43,30 @@ from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.merging import ADDITION, buffers, find_recipe
 from taskvec.merging.parts import Data
+from taskvec.opening import (
+    Config,
+    Inputs,
+    find_head,
+    merged_weights,
+    open_backbone,
+    open_encoder,
+    open_head,
+    open_heads,
+    open_task,
+    open_task_vectors,
+    open_tasks,
+    open_vector,
+    open_view,
+    save_head,
+    scale_key,
+    validations,
+)
 from taskvec.settings import Finetune, Lora, Probe, Surgery
 from taskvec.store import read_json, write_json
 from taskvec.surgery import operate
-from taskvec.tasks import Split, Task, read_task
+from taskvec.tasks import Split, Task
 from taskvec.training import Progress
-from taskvec.weights import Weights, read, save, save_tensors
-
-Config = dict[str, Any]
-Inputs = dict[str, list[Path]]
-
-
-def open_backbone(inputs: Inputs, config: Config) -> Backbone:
-    """Open the backbone that a step reads, on the study's device, and linearised where its regime is."""
-    backbone = backbones.read_backbone(inputs["backbone"][0], choose_device(config.get("device", "cpu")))
-    return backbones.linearised(backbone) if config.get("linearised") else backbone
-
-
-def open_task(inputs: Inputs) -> Task:
-    """Open the decoded task that a step reads."""
-    return open_tasks(inputs)[0]
-
-
-def open_tasks(inputs: Inputs) -> list[Task]:
-    """Open all decoded tasks that a step reads."""
-    folders = inputs["task"]
-    return [read_task(one, one.name, whole_of(inputs, place)) for place, one in enumerate(folders)]
-
-
-def whole_of(inputs: Inputs, place: int) -> Path | None:
-    """Return the folder of whole training images of the task at a place, where a step trains on crops of them."""
-    return inputs[f"whole{place}"][0] if f"whole{place}" in inputs else None
-
-
-def open_head(inputs: Inputs, role: str = "head") -> Head:
-    """Open the head that a step reads."""
-    return open_heads(inputs, role)[0]
-
-
-def open_heads(inputs: Inputs, role: str = "head") -> list[Head]:
-    """Open the heads in the folders of a role; a fine-tuned encoder's folder holds the head that goes with it."""
-    return [read_heads(folder / "head.safetensors")["head"] for folder in inputs[role]]
-
-
-def save_head(head: Head, out: Path) -> None:
-    """Write the one head of a step."""
-    save_heads({"head": head}, out / "head.safetensors")
-
-
-def open_task_vectors(inputs: Inputs, backbone: Backbone) -> list[Weights]:
-    """Open the fine-tuned encoders that a step reads, as task vectors."""
-    return [task_vector(backbone, open_encoder(folder, backbone)) for folder in inputs["finetuned"]]
-
-
-def validations(folders: list[Path]) -> list[float]:
-    """Return the validation accuracies that steps have measured."""
-    return [read_json(folder / "metrics.json")["validation"] for folder in folders]
-
-
-def open_vector(folder: Path, backbone: Backbone, config: Config) -> Weights:
-    """Open a merged task vector, or of a per-task merge the one of the task whose place the configuration tells."""
-    if (folder / buffers.DIRECTIONS).exists():
-        return buffers.read_directions(folder / buffers.DIRECTIONS, backbone.pretrained).of(config["task"])
-    return backbones.read_weights(folder / "direction.safetensors", backbone.pretrained)
-
-
-def open_encoder(folder: Path, backbone: Backbone) -> Weights:
-    """Open a fine-tuned encoder's weights."""
-    return backbones.read_weights(folder / "encoder.safetensors", backbone.pretrained)
+from taskvec.weights import Weights, save, save_tensors
 
 
 def load_backbone(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
@@ -143,11 +97,6 @@ def decode_training(config: Config, inputs: Inputs, out: Path, progress: Progres
     tasks.write_training(
         config["address"], open_view(inputs), config["limit"], out, progress, config.get("skip_corrupt", False)
     )
-
-
-def open_view(inputs: Inputs) -> Preprocessing:
-    """Open the part of a preprocessing that decides decoded pixels."""
-    return Preprocessing(**read_json(inputs["preprocessing"][0] / "preprocessing.json"))
 
 
 def features(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
@@ -326,15 +275,6 @@ def reestimate(config: Config, inputs: Inputs, out: Path, progress: Progress) ->
         found[scale_key(scale)] = batch_norm.statistics(batch_norm.reestimate(backbone, weights, images))
         progress((index + 1) / len(config["scales"]))
     save_tensors(found, out / "statistics.safetensors")
-
-
-def merged_weights(backbone: Backbone, vector: Weights, scale: float, estimated: list[Path]) -> Weights:
-    """Return the encoder at a scale along a merged vector, with statistics of batch norm where they were estimated."""
-    weights = vectors.add(backbone.pretrained, vector, scale)
-    for folder in estimated:
-        found = read(folder / "statistics.safetensors", [scale_key(scale)])
-        weights = batch_norm.with_statistics(weights, found[scale_key(scale)])
-    return weights
 
 
 def reestimated_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
@@ -520,20 +460,6 @@ def fewer(split: Split, count: int) -> Split:
     """Return a seeded choice of at most ``count`` images of a split."""
     order = np.sort(np.random.default_rng(0).permutation(len(split))[:count])
     return Split(split.images[order], split.labels[order])
-
-
-def scale_key(scale: float) -> str:
-    """Return the name under which a scale's head is kept; 0.0 and -0.0 are one scale."""
-    return repr(float(scale) + 0.0)
-
-
-def find_head(rounds: list[Path], scale: float) -> Head:
-    """Return the head that a round of re-probing fitted at a scale."""
-    for folder in rounds:
-        heads = read_heads(folder / "heads.safetensors")
-        if scale_key(scale) in heads:
-            return heads[scale_key(scale)]
-    raise ValueError(f"no head was fitted at scale {scale}")
 
 
 def gains(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:

@@ -1,0 +1,135 @@
+"""What a study names: its tasks and backbones at their addresses, and which regimes they can take part in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from taskvec import backbones, tasks
+from taskvec.absent import absent_task, absent_weights, has_images
+from taskvec.addresses import default_name, is_file
+from taskvec.cells import OPEN
+from taskvec.errors import TaskvecError, unknown
+from taskvec.store import Store
+from taskvec.study import BackboneChoice, StudyFile
+
+
+class Sources:
+    """The tasks and backbones of a study; an estimate reads no image and no weights, and lets the paper's be absent."""
+
+    def __init__(self, file: StudyFile, store: Store, estimate: bool) -> None:
+        """Find the tasks by name; two of one name raise."""
+        self.study, self.folder, self.store, self.estimate = file.study, file.folder, store, estimate
+        self.regimes = {regime.name: regime for regime in file.study.regimes}
+        addresses = [tasks.resolve(t.address, self.folder, file.study.data) for t in file.study.tasks]
+        given = [t.name or tasks.default_name(a) for t, a in zip(file.study.tasks, addresses, strict=True)]
+        self.addresses = dict(zip(unique(given, "tasks"), addresses, strict=True))
+        self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
+        self.brought = {name: task for name, task in zip(given, file.study.tasks, strict=True) if task.finetuned}
+        self.sentences: dict[str, list[list[str]] | None] = {}
+
+    def backbones(self) -> dict[str, BackboneChoice]:
+        """Return the backbones by name; two of one name raise."""
+        chosen = self.study.backbones
+        return dict(zip(unique([b.name or default_name(b.address) for b in chosen], "backbones"), chosen, strict=True))
+
+    def describe(self, address: str) -> dict[str, Any]:
+        """Return what identifies a task's images; an estimate reads none and makes do with the paper's sizes."""
+        known = absent_task(address) if self.estimate else None
+        absent = {"absent": address, "images": sum(known.sizes)} if known else {}
+        if absent and not has_images(address):
+            return absent
+        try:
+            return tasks.describe(address, self.store.known_digest if self.estimate else self.store.tree_digest)
+        except TaskvecError:
+            if not absent:
+                raise
+            return absent
+
+    def source(self, address: str, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what a decoded task depends on, and the address, which counts only where it is all there is."""
+        config = {"limit": self.study.limit, **about} | ({"skip_corrupt": True} if self.study.skip_corrupt else {})
+        return (config, {"address": address}) if tasks.has_whole(address) else ({"address": address, **config}, {})
+
+    def address_of(self, choice: BackboneChoice) -> str:
+        """Return an address whose path is absolute: relative paths start from the study file's folder."""
+        kind, colon, rest = choice.address.partition(":")
+        name, at, file = rest.partition("@")
+        if kind == "hf" and self.path(rest).exists():
+            return f"{kind}:{self.path(rest)}"
+        if at and is_file(file):
+            return f"{kind}{colon}{name}{at}{self.path(file)}"
+        return choice.address
+
+    def path(self, path: str) -> Path:
+        """Return a path, which is relative to the study file's folder."""
+        return self.folder / Path(path).expanduser()
+
+    def takes_part(self, choice: BackboneChoice, regime: str) -> bool:
+        """Say whether a backbone is fine-tuned in a regime: the study does not leave it out, and it can be."""
+        wanted = not choice.regimes or regime in choice.regimes
+        return wanted and (regime not in OPEN or self._has_text(choice))
+
+    def _has_text(self, choice: BackboneChoice) -> bool:
+        if self.is_absent(choice):
+            return choice.address.partition("-clip")[1] != ""
+        return backbones.has_text(self.address_of(choice), self.study.allow_pickle, choice.projection)
+
+    def is_absent(self, choice: BackboneChoice) -> bool:
+        """Say whether an estimate has to do without a checkpoint of the paper, and with no library that reads it."""
+        return self.estimate and bool(absent_weights(self.address_of(choice)))
+
+    def captions_for(self, choice: BackboneChoice) -> Mapping[str, list[str] | list[list[str]] | None]:
+        """Return the captions of every task's classes: in the words of the lab's text encoders, or in sentences."""
+        if choice.address.startswith("lab:"):
+            return self.captions
+        if not self.sentences:
+            self.sentences = {name: self._sentences(name, address) for name, address in self.addresses.items()}
+        return self.sentences
+
+    def _sentences(self, name: str, address: str) -> list[list[str]] | None:
+        """Return the captions of a task's classes; an estimate makes do with their number where the data is absent."""
+        known = absent_task(address) if self.estimate else None
+        return [[""]] * known.classes if known else tasks.sentences(address, name)
+
+    def has_open(self, choice: BackboneChoice) -> bool:
+        """Say whether a backbone takes part in a regime that starts from zero-shot heads."""
+        return any(name in OPEN and self.takes_part(choice, name) for name in self.regimes)
+
+    def check_open(self) -> None:
+        """Raise if a regime that starts from zero-shot heads can have none."""
+        for name in (name for name in self.regimes if name in OPEN):
+            if not any(self.takes_part(choice, name) for choice in self.study.backbones):
+                raise TaskvecError(
+                    f"regime '{name}' needs a backbone with a text tower that takes part in it, and there is none",
+                    "add one (lab:contrastive), or leave the regime out",
+                )
+            able = (choice for choice in self.study.backbones if self.takes_part(choice, name))
+            if not any(any(self.captions_for(choice).values()) for choice in able):
+                raise TaskvecError(
+                    f"regime '{name}' needs tasks whose classes have captions, and there is none",
+                    "add one (lab:greek), or leave the regime out",
+                )
+
+    def check_negation(self) -> None:
+        """Raise if negation names a task that the study does not have."""
+        asked = self.study.negation
+        for name in (asked.forget, asked.control) if asked else ():
+            if name not in self.addresses:
+                raise unknown("task of negation", name, self.addresses)
+
+
+def unique(names: list[str], kind: str) -> list[str]:
+    """Return the names, or raise when two are the same or one cannot stand in a table."""
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskvecError(
+                f"two {kind} are named '{name}'", f"give each a name of its own: {{address: ..., name: {name}-2}}"
+            )
+        if name.startswith(".") or any(sign in name for sign in "+/\\\n\r\t"):
+            raise TaskvecError(
+                f"'{name}' cannot name one of the {kind}: it begins with a dot, or has a + or a slash or a line break",
+                "give it another name: key",
+            )
+    return names
