@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timing import seconds
 
 import taskvec as tv
 from taskvec import heads, search, vectors
@@ -22,16 +23,6 @@ from taskvec.images import Preprocessing, normalise
 from taskvec.model import MultiTaskModel
 from taskvec.tasks import Split
 from taskvec.training import index_batches
-
-
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """Return the least CPU seconds of some runs."""
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
-    return min(times)
 
 
 def forward(backbone: tv.Backbone, images: np.ndarray) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,21 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from timing import seconds
 from torchvision import transforms
 
 from taskvec.decoded import read_whole, write_views, write_whole
 from taskvec.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
 from taskvec.training import no_progress
-
-
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """Return the least CPU seconds of some runs."""
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
-    return min(times)
 
 
 def write_photos(folder: Path, count: int) -> list[Path]:
