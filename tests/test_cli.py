@@ -177,6 +177,29 @@ def test_ctrl_c_in_the_first_moments_is_no_traceback(tmp_path: Path) -> None:
         assert (process.returncode, "Traceback" in message) == (130, False), message
 
 
+@pytest.mark.parametrize("after", ["pass", "time.sleep(60)"], ids=["ends", "goes on"])
+def test_a_library_that_catches_everything_does_not_undo_ctrl_c(after: str) -> None:
+    code = f"""
+import signal, sys, time
+import taskvec.cli
+from taskvec import __main__ as entry
+
+def app():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        {after}
+
+taskvec.cli.app = app
+entry.TIDYING = 0.5
+entry.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "interrupted" in done.stderr
+
+
 def test_the_lab_can_be_pre_trained_again_and_the_result_loaded(tmp_path: Path) -> None:
     done = taskvec("lab", "pretrain", "supervised", "--steps", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
