@@ -251,9 +251,10 @@ def reestimate(count: Counter, step: Step) -> Work:
 
 
 def per_task(count: Counter, step: Step) -> Work:
-    """About six settings a task are tried on all validation images; the search ends when nothing moves."""
-    sizes = count.read(step)
-    images = 6 * len(sizes) * sum(size.validation for size in sizes)
+    """About six settings a task are tried on samples, and two on all images; the search ends when nothing moves."""
+    validation = [size.validation for size in count.read(step)]
+    sampled = sum(min(images, step.config["samples"]) for images in validation)
+    images = 6 * len(validation) * sampled + 2 * sum(validation)
     return count.passes(step, images, disk=count.weights(step))
 
 
