@@ -93,6 +93,7 @@ def test_scales_have_both_ends_and_no_drift() -> None:
 def test_smoke_shortens_any_study() -> None:
     study = parse_study(SMALL, "s.yaml").smoke()
     assert (study.probe.steps, study.finetune.steps, study.limit, study.name) == (2, 2, 32, "s-smoke")
+    assert (study.finetune.batch_size, study.methods[0].grid()) == (8, [0.0, 0.25, 0.5, 0.75, 1.0])
     text = "backbones: ['lab:mae@400', {address: 'lab:mae@1', name: early}, 'lab:mae']\ntasks: ['lab:greek']"
     shortened = [(one.address, one.name) for one in parse_study(text, "s.yaml").smoke().backbones]
     assert shortened == [("lab:mae@2", "mae@400"), ("lab:mae@1", "early"), ("lab:mae", "")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import report_fixture as fixture
@@ -196,11 +197,16 @@ def test_columns_that_nothing_fills_are_left_out() -> None:
     assert not any("Re-probed" in column or "ξ" in column or "Joint" in column for column in frame.columns)
 
 
-def test_box_error_is_the_mean_of_the_sum_within_one() -> None:
-    rows = fixture.heatmap(points=7)
-    inside = rows[(rows["scale_1"].abs() <= 1) & (rows["scale_2"].abs() <= 1)]
-    expected = (inside["error_1"] + inside["error_2"]).mean()
-    assert box_error(rows, "lab:supervised", "aligned").mean == pytest.approx(expected)
+@pytest.mark.parametrize("points", [7, 11, 13, 21])
+def test_the_error_in_the_box_does_not_depend_on_the_grid(points: int) -> None:
+    axis = np.linspace(-3, 3, points)
+    first, second = (grid.ravel() for grid in np.meshgrid(axis, axis, indexing="ij"))
+    rows = pd.DataFrame({"scale_1": first, "scale_2": second, "seed": 0, "backbone": "b", "regime": "aligned"})
+    rows = rows.assign(error_1=0.3 + 0.1 * first, error_2=0.2 + 0.05 * second + 0.02 * first * second)
+    assert box_error(rows, "b", "aligned").mean == pytest.approx(0.5)
+    rows = rows.assign(error_1=first**2, error_2=0.0)  # 1/3, and what straight lines between points add
+    step = 6 / (points - 1)
+    assert 1 / 3 <= box_error(rows, "b", "aligned").mean <= 1 / 3 + step**2 / 4
 
 
 def test_subsets_of_tasks_stay_out_of_the_tables() -> None:

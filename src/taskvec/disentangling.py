@@ -18,6 +18,8 @@ from taskvec.weights import Weights
 
 Images = UInt8[np.ndarray, "count 3 size size"]
 Predictions = Int64[np.ndarray, "points count *patches"]
+BOX_AXIS = (-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875)
+"""Coefficients of points in the box [-1, 1]^T: the middles of eight equal parts, so that every task is added."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,6 @@ class Errors:
         """Return the disentanglement error, 0 to 2."""
         total: Float64[np.ndarray, "points points"] = self.first + self.second
         return total
-
-    def mean_in_box(self, half_width: float = 1.0) -> float:
-        """Return the mean of xi over grid points with both coefficients in [-half_width, half_width] (the red box)."""
-        inside = np.abs(np.array(self.scales)) <= half_width + 1e-9
-        return float(self.xi()[np.ix_(inside, inside)].mean())
 
 
 def predictions(backbone: Backbone, head: Head, images: Images) -> Int64[np.ndarray, " count *patches"]:
@@ -96,28 +93,35 @@ def disentanglement(
     return Errors(tuple(scales), shares[0], shares[1])
 
 
-def box_error(
+def latin_points(axis: int, tasks: int, points: int, seed: int) -> Int64[np.ndarray, "points tasks"]:
+    """Return seeded points as places on an axis, on which each task takes all places about equally often."""
+    generator = np.random.default_rng(seed)
+    columns = [
+        np.concatenate([generator.permutation(axis) for _ in range(math.ceil(points / axis))])[:points]
+        for _ in range(tasks)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def set_error(
     backbone: Backbone,
     task_vectors: Sequence[Weights],
     heads: Sequence[Head],
     images: Sequence[Images],
     singles: Sequence[Predictions],
-    scales: Sequence[float],
+    axis: Sequence[float],
     points: int,
     seed: int = 0,
-    half_width: float = 1.0,
 ) -> float:
-    """Measure the disentanglement error of T tasks: the mean of xi_T over seeded points of the box.
+    """Measure the disentanglement error of T tasks: the mean of xi_T over seeded points.
 
     xi_T(l) = 2/T sum_t P_t[f(x; theta_pre + l_t tau_t) != f(x; theta_pre + sum_s l_s tau_s)], which is the paper's xi
-    for two tasks and within 0 to 2 for any number. Points are drawn from the axis ``scales`` in [-half_width,
-    half_width], for which ``singles`` hold the predictions of each task under its own vector.
+    for two tasks and within 0 to 2 for any number. Each task's coefficients are those of ``axis`` in turn, for which
+    ``singles`` hold its predictions under its own vector.
     """
-    inside = [i for i, scale in enumerate(scales) if abs(scale) <= half_width + 1e-9]
-    drawn = np.random.default_rng(seed).choice(inside, (points, len(task_vectors)))
     errors = []
-    for places in drawn:
-        vectors.move(backbone.bound, backbone.pretrained, task_vectors, [scales[place] for place in places])
+    for places in latin_points(len(axis), len(task_vectors), points, seed):
+        vectors.move(backbone.bound, backbone.pretrained, task_vectors, [axis[place] for place in places])
         for place, head, own, single in zip(places, heads, images, singles, strict=True):
             merged = predictions(backbone, head, own)
             errors.append(np.mean((merged != single[place]) | (merged < 0)))

@@ -14,7 +14,7 @@ import pandas as pd
 from taskvec import paper
 from taskvec.merging import ADDITION
 from taskvec.texts import short_backbone
-from taskvec.views import Gain, View, task_sets, views, with_errors
+from taskvec.views import Gain, View, box_mean, task_sets, views, with_errors
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 FEWEST = 3  # units that a bootstrap needs
@@ -104,15 +104,18 @@ class Evidence:
 
     @cached_property
     def _pairs(self) -> pd.Series[float]:
-        """Average the error (%) over points and seeds, by backbone, regime, whether in the box, and pair of tasks."""
+        """Average the error (%) over seeds, by whether in the box, backbone, regime and pair of tasks."""
         if self.heat is None or self.heat.empty:
             return pd.Series(dtype=float)
         rows = with_errors(self.heat)
-        return 100 * rows.groupby(["backbone", "regime", "inside", "task_1", "task_2"])["error"].mean().dropna()
+        by = ["backbone", "regime", "task_1", "task_2"]
+        outside = rows[~rows["inside"]].groupby(by)["error"].mean()
+        found: pd.Series[float] = 100 * pd.concat({True: box_mean(rows, by), False: outside}).dropna()
+        return found
 
     def error(self, backbone: str, regime: str, inside: bool = True) -> Measure:
         """Measure the disentanglement error of each pair of tasks, inside the box or outside."""
-        place = (backbone, regime, inside)
+        place = (inside, backbone, regime)
         known = not self._pairs.empty and place in self._pairs.index
         values = cast("pd.Series[float]", self._pairs.loc[place]) if known else pd.Series(dtype=float)
         return Measure(short_backbone(backbone), values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib import metadata
@@ -12,12 +13,11 @@ from taskvec.absent import absent_weights
 from taskvec.cells import LEARNING, LINEARISED, LORA, OPEN, Candidate, Cell, Ground, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
 from taskvec.decoded import view_bytes
-from taskvec.disentangling import choose_pairs, spread_sets
+from taskvec.disentangling import BOX_AXIS, choose_pairs, spread_sets
 from taskvec.errors import TaskvecError
 from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe, find_recipe
 from taskvec.pipeline import Step
-from taskvec.search import coarse
-from taskvec.settings import Finetune, parse_scales
+from taskvec.settings import Finetune, coarse, parse_scales
 from taskvec.sources import Sources
 from taskvec.store import Store, canonical, file_digest
 from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, StudyFile
@@ -48,7 +48,7 @@ VERSIONS = {
     "choose_scale": 1,
     "test_task": 2,
     "gains": 1,
-    "subset": 2,
+    "subset": 3,
     "single_task_predictions": 2,
     "heatmap": 2,
     "build_model": 2,
@@ -483,33 +483,32 @@ class Planner:
         pairs = choose_pairs(cell.tasks, self.study.heatmap.pairs)
         subsets = self.study.subsets
         sets = spread_sets(cell.tasks, subsets.of(len(cell.tasks)), subsets.limit)
-        captioned = self._captioned(cell, ground)
-        if captioned not in sets and self._is_compared_with_open(cell, ground, captioned):
-            sets.append(captioned)
-        seen = {t for pair in pairs for t in pair} | {t for one in sets for t in one if subsets.points}
-        singles = {t: self._single(t, cell, ground) for t in cell.tasks if t in seen}
+        sets += [one for one in self._merged_by_open(cell) if one not in sets]
+        drawn = {t for pair in pairs for t in pair}
+        singles = {t: self._single(t, cell, ground, self.study.heatmap.scales()) for t in cell.tasks if t in drawn}
         for pair in pairs:
             cell.heatmaps[pair] = self._heatmap(pair, cell, ground, singles)
+        among = {t for one in sets for t in one if subsets.points}
+        singles = {t: self._single(t, cell, ground, list(BOX_AXIS)) for t in cell.tasks if t in among}
         for one in sets:
             whole = len(one) == len(cell.tasks)
             if subsets.points or not whole:  # the merge of all tasks is measured elsewhere
                 cell.subsets[one] = self._subset(one, cell, ground, singles, not whole)
 
-    def _captioned(self, cell: Cell, ground: Ground) -> tuple[str, ...]:
-        """Return the tasks that open regimes of the backbone merge; none where it has no text tower."""
-        captions = self.sources.captions_for(ground.choice) if self.sources.has_open(ground.choice) else {}
-        return tuple(t for t in cell.tasks if captions.get(t))
+    def _merged_by_open(self, cell: Cell) -> list[tuple[str, ...]]:
+        """Return the sets of tasks with captions that the open regimes of any backbone merge, to be compared with."""
+        if cell.regime in OPEN:
+            return []
+        every = [self.sources.captions_for(one) for one in self.study.backbones if self.sources.has_open(one)]
+        sets = dict.fromkeys(tuple(t for t in cell.tasks if captions.get(t)) for captions in every)
+        return [one for one in sets if 1 < len(one) < len(cell.tasks)]
 
-    def _is_compared_with_open(self, cell: Cell, ground: Ground, captioned: tuple[str, ...]) -> bool:
-        """Say whether open regimes merge fewer tasks than this one, which is then to be measured on those as well."""
-        return cell.regime not in OPEN and self.sources.has_open(ground.choice) and 1 < len(captioned) < len(cell.tasks)
-
-    def _single(self, task: str, cell: Cell, ground: Ground) -> Step:
-        settings = self.study.heatmap
+    def _single(self, task: str, cell: Cell, ground: Ground, scales: list[float]) -> Step:
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "finetuned": [cell.finetuned[task]]}
-        config = {"scales": settings.scales(), "samples": settings.samples, **self._on(cell)}
-        cost = settings.points * float(settings.samples)
-        return self.step("single_task_predictions", f"heatmap axis of {task} {cell.where}", config, inputs, cost)
+        samples = self.study.heatmap.samples
+        config = {"scales": scales, "samples": samples, **self._on(cell)}
+        label = f"{task} along its own axis {cell.where}"
+        return self.step("single_task_predictions", label, config, inputs, len(scales) * float(samples))
 
     def _heatmap(self, pair: tuple[str, str], cell: Cell, ground: Ground, singles: dict[str, Step]) -> Step:
         settings = self.study.heatmap
@@ -526,7 +525,7 @@ class Planner:
         grids = [method.grid() for method in self.study.methods if method.name == ADDITION]
         grid = grids[0] if grids else parse_scales(find_recipe(ADDITION).scales)
         config = {"merge": merge, "grid": grid, "samples": settings.samples, **self._on(cell)}
-        config |= {"points": settings.points, "axis": axis.scales()}
+        config |= {"points": settings.points, "axis": list(BOX_AXIS), "seed": zlib.crc32("+".join(names).encode())}
         inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in names]}
         inputs |= {"finetuned": [cell.finetuned[t] for t in names]}
         inputs |= {"singles": [singles[t] for t in names]} if settings.points else {}

@@ -13,14 +13,10 @@ from taskvec.backbones import Backbone
 from taskvec.evaluation import normalised_accuracy
 from taskvec.heads import Features, Head, Labels, accuracy, features_of, fit
 from taskvec.merging import ADDITION, buffers, find_recipe
-from taskvec.settings import Probe, parse_scales
+from taskvec.settings import Probe, coarse, parse_scales
 from taskvec.tasks import Split, Task
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights
-
-STRIDE = 5
-"""A coarse search looks at every fifth scale of the grid, then at neighbours two places and one place away."""
-
 
 COORDINATE_STRIDES = (4, 1)
 """A coordinate search moves each task's scale by so many places of the grid."""
@@ -39,11 +35,6 @@ class Search:
 def choose(scales: Sequence[float], values: Sequence[float]) -> float:
     """Return the scale with the highest value; ties go to the smaller scale (protocol, Task vectors and addition)."""
     return max(zip(scales, values, strict=True), key=lambda pair: (pair[1], -pair[0]))[0]
-
-
-def coarse(grid: Sequence[float]) -> list[float]:
-    """Return every fifth scale of the grid and its last."""
-    return [s for i, s in enumerate(grid) if i % STRIDE == 0 or i == len(grid) - 1]
 
 
 def refine(grid: Sequence[float], tried: Sequence[float], best: float, step: int) -> list[float]:

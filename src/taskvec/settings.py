@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 
 Rate = Annotated[float, Field(gt=0, le=100)]
 Count = Annotated[int, Field(ge=1)]
+STRIDE = 5
+"""A coarse search looks at every fifth scale of the grid, then at neighbours two places and one place away."""
 
 
 class Settings(BaseModel):
@@ -98,7 +101,7 @@ class Heatmap(Settings):
 
     pairs: Annotated[int, Field(ge=0)] = 2
     points: Annotated[int, Field(ge=2, le=201)] = 11
-    range: Annotated[FiniteFloat, Field(gt=0, le=100)] = 3.0
+    range: Annotated[FiniteFloat, Field(ge=1, le=100)] = 3.0
     samples: Count = 256
 
     def scales(self) -> list[float]:
@@ -110,8 +113,8 @@ class Heatmap(Settings):
 class Subsets(Settings):
     """Which sets of fewer tasks to merge: their ``sizes`` (two up to all tasks), and how many sets in all.
 
-    lambda is chosen coarse to fine for every set, on ``samples`` validation images a task. ``points`` coefficients from
-    the box measure the disentanglement error of more than two tasks; 0 leaves it out.
+    lambda is chosen coarse to fine for every set, on ``samples`` validation images a task. ``points`` of the box
+    [-1, 1]^T measure the disentanglement error of T tasks; 0 leaves it out.
     """
 
     sizes: Literal["all"] | tuple[Annotated[int, Field(ge=2)], ...] = ()
@@ -139,3 +142,8 @@ def parse_scales(text: str) -> list[float]:
     if abs(start + count * step - stop) > 1e-9:
         raise ValueError("the steps do not end at stop")
     return [round(start + index * step, 10) + 0.0 for index in range(count + 1)]
+
+
+def coarse(grid: Sequence[float]) -> list[float]:
+    """Return every fifth scale of the grid and its last."""
+    return [s for i, s in enumerate(grid) if i % STRIDE == 0 or i == len(grid) - 1]

@@ -158,7 +158,10 @@ def zero_shot(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
 
 
 def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Fine-tune the encoder with its head frozen or learning (from a random head if none), and measure both."""
+    """Fine-tune the encoder with its head frozen or learning (from a random head if none), and measure both.
+
+    Trials of learning rates keep the measure only: encoders are large, and the winner is trained again with its seed.
+    """
     backbone, task = open_backbone(inputs, config), open_task(inputs)
     head = open_head(inputs) if "head" in inputs else None
     settings = finetune_settings(config, inputs)
@@ -179,8 +182,9 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
             raise
         write_json(out / "metrics.json", {"validation": 0.0, "diverged": True, **facts})
         return
-    save(weights, out / "encoder.safetensors")
-    save_head(head, out)
+    if "trial" not in config:
+        save(weights, out / "encoder.safetensors")
+        save_head(head, out)
     right = evaluation.correct(backbone, weights, task.validation, head)
     facts |= {} if head.kind == CLASSIFICATION else {"metric": head.rules.metric}
     write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
@@ -445,8 +449,8 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
     if config["points"]:
         images = [np.load(folder / "images.npy") for folder in inputs["singles"]]
         singles = [np.load(folder / "predictions.npy") for folder in inputs["singles"]]
-        axis, points = config["axis"], config["points"]
-        found["error"] = disentangling.box_error(backbone, tuned, heads, images, singles, axis, points)
+        how = (config["axis"], config["points"], config["seed"])
+        found["error"] = disentangling.set_error(backbone, tuned, heads, images, singles, *how)
     write_json(out / "subset.json", found)
 
 

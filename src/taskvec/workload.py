@@ -182,11 +182,12 @@ def validate(count: Counter, step: Step) -> Work:
 
 
 def finetune(count: Counter, step: Step) -> Work:
-    """So many batches pass forward and back, shared by the tasks, then the validation images of each."""
+    """So many batches pass forward and back, shared by the tasks, then validation images; trials keep no encoder."""
     settings, sizes = step.config["finetune"], count.read(step)
     share = max(1, settings["batch_size"] // settings["accumulate"] // len(sizes))
     images = settings["steps"] * settings["accumulate"] * sum(min(share, size.train) for size in sizes)
-    return validate(count, step) + count.passes(step, 0, images, disk=count.weights(step))
+    kept = 0.0 if "trial" in step.config else count.weights(step)
+    return validate(count, step) + count.passes(step, 0, images, disk=kept)
 
 
 def imported(count: Counter, step: Step) -> Work:
