@@ -12,8 +12,8 @@ import report_fixture as fixture
 from taskvec import tables
 from taskvec.claims import COLUMNS, claims
 from taskvec.errors import TaskvecError
-from taskvec.evidence import FAILS, HOLDS, OPEN, Estimate, Measure, above, bootstrap, level, of_gain
-from taskvec.views import Gain, view
+from taskvec.evidence import FAILS, HOLDS, UNDECIDED, Estimate, Measure, above, level, of_gain, t_interval
+from taskvec.views import Gain, box_error, view
 
 Run = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -45,27 +45,30 @@ def _shifted(run: Run, backbone: str, regime: str, by: float) -> pd.DataFrame:
     ("low", "high", "strict", "verdict"),
     [
         (0.1, 1.0, True, HOLDS),
-        (0.04, 1.0, True, OPEN),  # is printed as +0.0
-        (0.0, 1.0, True, OPEN),
+        (0.04, 1.0, True, UNDECIDED),  # is printed as +0.0
+        (0.0, 1.0, True, UNDECIDED),
         (0.0, 1.0, False, HOLDS),
-        (-1.0, 1.0, True, OPEN),
+        (-1.0, 1.0, True, UNDECIDED),
         (-1.0, 0.0, True, FAILS),
-        (-1.0, 0.0, False, OPEN),
+        (-1.0, 0.0, False, UNDECIDED),
         (-1.0, -0.2, False, FAILS),
-        (math.nan, math.nan, True, OPEN),
+        (math.nan, math.nan, True, UNDECIDED),
     ],
 )
 def test_the_interval_decides(low: float, high: float, strict: bool, verdict: str) -> None:
     assert Estimate("", 0.5, low, high, "8 tasks").verdict(strict) == verdict
 
 
-def test_bootstrap_is_seeded_and_needs_three() -> None:
-    values = np.arange(8.0)
-    low, high = bootstrap(values)
-    assert bootstrap(values) == (low, high)
-    assert 1.5 < low < 3.5 < high < 5.5
-    assert all(map(math.isnan, bootstrap(values[:2])))
-    assert bootstrap(np.ones(5)) == (1.0, 1.0)
+@pytest.mark.parametrize("count", [3, 4, 8])
+def test_the_interval_covers_the_mean_95_times_in_100(count: int) -> None:
+    drawn = np.random.default_rng(count).normal(2.0, 5.0, (2000, count))
+    ends = np.array([t_interval(values) for values in drawn])
+    assert np.mean((ends[:, 0] < 2.0) & (ends[:, 1] > 2.0)) == pytest.approx(0.95, abs=0.015)
+
+
+def test_an_interval_needs_three_units() -> None:
+    assert all(map(math.isnan, t_interval(np.arange(2.0))))
+    assert t_interval(np.ones(5)) == (1.0, 1.0)
 
 
 def test_measures_are_compared_on_what_both_have() -> None:
@@ -87,7 +90,7 @@ def test_a_gain_turned_round_keeps_its_interval_in_order() -> None:
     nothing = Gain("kept", 0.0, math.nan, -0.01, 0.01, gain.scale._replace(low=0.0, high=0.0))
     assert of_gain("", nothing)[1:4] == (0.0, 0.0, 0.0)
     unknown = of_gain("", gain._replace(low=math.nan, high=math.nan))
-    assert unknown.verdict(strict=True) == OPEN
+    assert unknown.verdict(strict=True) == UNDECIDED
 
 
 # ---------------------------------------------------------------- claims
@@ -121,7 +124,7 @@ def test_without_roles_there_are_no_claims(run: Run) -> None:
 def test_every_claim_is_decided_on_a_whole_run(run: Run) -> None:
     found = claims(*run, fixture.ROLES)
     assert list(found.columns) == COLUMNS
-    assert set(found["Verdict"]) == {HOLDS, OPEN}
+    assert set(found["Verdict"]) == {HOLDS, UNDECIDED}
     assert found.map(lambda text: isinstance(text, str) and text != "").all(axis=None)
     assert found["Claim"].is_unique
 
@@ -146,10 +149,22 @@ def test_dino_s_claim_is_that_nothing_is_gained(run: Run) -> None:
 def test_one_backbone_that_fails_makes_a_claim_on_all_fail(run: Run) -> None:
     words = "Addition after full is far below aligned"
     assert _claim(claims(*run, fixture.ROLES), words)["Measured"].endswith("(the closest of 7; 7 hold)")
-    row = _claim(claims(_shifted(run, "masked", "full", 35), run[1], fixture.ROLES), words)
+    row = _claim(claims(_shifted(run, "masked", "full", 50), run[1], fixture.ROLES), words)
     assert row["Measured"].startswith("masked aligned ")
-    assert row["Measured"].endswith("(the closest of 7; 6 hold)")
+    assert row["Measured"].endswith("(the farthest of 7; 6 hold)")
     assert row["Verdict"] == FAILS
+    both = _shifted((_shifted(run, "masked", "full", 50), run[1]), "sup-1k", "full", 70)
+    row = _claim(claims(both, run[1], fixture.ROLES), words)
+    assert row["Measured"].startswith("sup-1k aligned ")
+    assert row["Measured"].endswith("(the farthest of 7; 5 hold)")
+
+
+def test_regimes_are_compared_on_the_seeds_that_both_have(run: Run) -> None:
+    words = "Addition after full is far below aligned"
+    rows = run[0]
+    more = rows[rows["regime"] == "aligned"].assign(seed=1, value=0.0)
+    once, twice = (_claim(claims(one, run[1], fixture.ROLES), words) for one in (rows, pd.concat([rows, more])))
+    assert once.equals(twice)
 
 
 def test_probing_competes_only_up_to_three_points(run: Run) -> None:
@@ -167,7 +182,7 @@ def test_small_scales_and_the_fall_past_the_best(run: Run) -> None:
     rows.loc[added & (rows["split"] == "test"), "scale"] = 0.2
     row = _claim(claims(rows, run[1], fixture.ROLES), "The best λ is small")
     assert (row["Measured"], row["Margin"], row["Interval"], row["Verdict"]) == (
-        "sup-1k λ = 0.20 (the closest of 7; 6 hold)", "-0.05", "–", FAILS,
+        "sup-1k λ = 0.20 (the farthest of 7; 6 hold)", "-0.05", "–", FAILS,
     )  # fmt: skip
     curve = added & (rows["split"] == "validation") & (rows["task"] == "") & (rows["metric"] == "normalised_accuracy")
     rows.loc[curve & (rows["scale"] == 0.9), "value"] = 0.5
@@ -177,9 +192,8 @@ def test_small_scales_and_the_fall_past_the_best(run: Run) -> None:
 
 
 def test_errors_are_compared_over_pairs_in_the_box(run: Run) -> None:
-    heat = run[1]
-    inside = heat[(heat["scale_1"].abs() <= 1) & (heat["scale_2"].abs() <= 1) & (heat["regime"] == "aligned")]
-    xi = (inside["error_1"] + inside["error_2"]).groupby(inside["backbone"]).mean() * 100
+    names = ("masked", "sup-1k", "random-init")
+    xi = {name: 100 * box_error(run[1], name, "aligned").mean for name in names}
     row = _claim(claims(*run, fixture.ROLES), "ξ in the box is higher for MAE (IN1k)")
     assert row["Measured"] == f"masked {xi['masked']:.1f}, sup-1k {xi['sup-1k']:.1f}"
     assert row["Margin"] == f"{xi['masked'] - xi['sup-1k']:+.1f}"
@@ -190,7 +204,7 @@ def test_errors_are_compared_over_pairs_in_the_box(run: Run) -> None:
 
 def test_too_few_pairs_leave_a_claim_undecided(run: Run) -> None:
     row = _claim(claims(run[0], run[1][run[1]["task_1"] != "gtsrb"], fixture.ROLES), "CLIP is the most disentangled")
-    assert (row["Interval"], row["Verdict"]) == ("none (2 pairs)", OPEN)
+    assert (row["Interval"], row["Verdict"]) == ("none (2 pairs)", UNDECIDED)
 
 
 def test_few_tasks_and_linear_decay(run: Run) -> None:
@@ -203,7 +217,7 @@ def test_few_tasks_and_linear_decay(run: Run) -> None:
     sets = (rows["metric"] == "normalised_accuracy") & (rows["split"] == "test") & (rows["regime"] == "full")
     rows.loc[sets & (rows["backbone"] == "sup-1k"), "value"] = 0.1 * size
     row = _claim(claims(rows, run[1], fixture.ROLES), "falls about linearly")
-    assert (row["Measured"], row["Margin"]) == ("sup-1k R² 0.00, +10.0 a task (the closest of 7; 6 hold)", "-0.90")
+    assert (row["Measured"], row["Margin"]) == ("sup-1k R² 0.00, +10.0 a task (the farthest of 7; 6 hold)", "-0.90")
     assert row["Verdict"] == FAILS
 
 

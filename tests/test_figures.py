@@ -188,7 +188,7 @@ def _kinds(planned: list[figures.Planned], regime: str) -> list[str]:
 def test_every_figure_of_the_paper_is_planned_once(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     planned = figures.plan(*whole, fixture.ROLES)
     both = ["backbones", "heatmaps-algorithm", "heatmaps-data", "heatmaps-scale", "combinations", "counts-all"]
-    both += ["counts-scale", "counts-data", "errors", "scales"]
+    both += ["counts-data", "counts-scale", "errors", "scales"]
     assert _kinds(planned, "aligned") == _kinds(planned, "full") == both
     assert _kinds(planned, "open") == ["backbones", "scales"]
     assert len({one.stem for one in planned}) == len(planned)
@@ -313,8 +313,9 @@ def test_sets_of_mixed_tasks_have_one_panel() -> None:
 
 def test_along_pre_training_mixed_tasks_are_normalised() -> None:
     panels = figures.emergence(fixture.mixed(backbones=("e@1", "e")), None, "aligned").axes
-    assert panels[2].get_title(loc="left") == "fine-tuned = 100; probing dotted (%)"
-    assert [list(line.get_ydata()) for line in panels[2].get_lines()] == [
+    assert panels[1].get_title(loc="left") == "addition, fine-tuned = 100 (%)"
+    assert panels[3].get_title(loc="left") == "fine-tuned = 100; probing dotted (%)"
+    assert [list(line.get_ydata()) for line in panels[3].get_lines()] == [
         pytest.approx([100, 100]),
         pytest.approx([73.125, 73.125]),
     ]

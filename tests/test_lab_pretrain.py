@@ -179,6 +179,23 @@ def test_the_command_makes_what_a_folder_lacks(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "supervised.json").stat().st_mtime_ns == made
 
 
+@pytest.mark.usefixtures("quick")
+def test_bad_places_and_seeds_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    call = ["lab", "pretrain", "supervised", "--steps", "1"]
+    found = CliRunner().invoke(app, [*call, "--out", str(tmp_path / "file")])
+    assert (found.exit_code, "cannot use" in found.output) == (2, True)
+    assert CliRunner().invoke(app, [*call, "--seed", "9" * 25]).exit_code == 2
+
+
+def test_a_checkpoint_of_other_versions_is_not_dropped_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"key": {"command": "another"}}, tmp_path / "kept")
+    assert pretrain.Checkpoint(tmp_path / "kept", "this", 1).read() is None
+    assert "begun anew" in capsys.readouterr().err
+
+
 def test_a_mistyped_encoder_is_explained_without_torch() -> None:
     code = "import sys; from taskvec.cli import app; app(['lab', 'pretrain', 'contrastiv'], standalone_mode=False)"
     code = f"try:\n    {code}\nfinally:\n    print('torch' in sys.modules)"

@@ -181,3 +181,10 @@ def test_rendered_twice_it_is_the_same(tmp_path: Path) -> None:
 def test_a_missing_figure_is_told(tmp_path: Path) -> None:
     with pytest.raises(TaskvecError, match="write the figures before the page"):
         page.render(fixture.results(), None, tmp_path, fixture.LOCK, fixture.STUDY)
+
+
+def test_the_notes_of_a_study_stand_above_its_tables(tmp_path: Path) -> None:
+    rows = fixture.results()
+    _render(tmp_path, rows)
+    html = page.render(rows, None, tmp_path, fixture.LOCK, fixture.STUDY, study_notes=("a <note>",))
+    assert html.index("Before you compare") < html.index("a &lt;note&gt;") < html.index("<table")

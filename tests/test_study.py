@@ -56,7 +56,7 @@ def test_every_packaged_study_is_valid_and_says_what_to_expect() -> None:
         (SMALL + "regimes: [aligned, {name: joint, seeds: [3]}]", "joint has seed 3, which aligned has not"),
         (SMALL + "scales: per-task\nheads: [reprobed]", "per-task scales are those of task_arithmetic with kept heads"),
         (SMALL + "subsets: {sizes: [3]}", "s.yaml: subsets has sets of 3 tasks, and there are 2"),
-        (SMALL + "subsets: {sizes: all}\nheatmap: {points: 2}", "raise heatmap.points"),
+        (SMALL + "heatmap: {range: 0.5}", "heatmap.range"),
         (BACKBONE.format("regimes: [full]"), "names the regime 'full', which the study does not run"),
         (BACKBONE.format("learning_rates: {full: 0.1}"), "names the regime 'full', which the study does not run"),
         (BACKBONE.format("paper: vit-b16-dno"), "did you mean 'vit-b16-dino'"),

@@ -189,7 +189,7 @@ def test_summary_has_a_row_for_each_backbone_regime_and_method() -> None:
     frame = tables.summary(rows, fixture.heatmap(backbones=("a",)))
     assert len(frame) == 8
     assert list(frame["Method"][:2]) == ["addition", "iso_c"]
-    assert list(frame["ξ in the box"][:3]) == ["3.8", "3.8", MISSING]
+    assert list(frame["ξ in the box"][:3]) == ["6.4", "6.4", MISSING]
 
 
 def test_columns_that_nothing_fills_are_left_out() -> None:
@@ -338,3 +338,9 @@ def test_mistakes_are_told() -> None:
 def test_a_backbone_from_a_file_is_named_without_its_folder() -> None:
     assert short_backbone("timm:vit_s@/data/models/dino.safetensors") == "timm:vit_s@dino.safetensors"
     assert short_backbone("hf:facebook/dino-vitb16") == "hf:facebook/dino-vitb16"
+
+
+def test_the_notes_of_a_study_stand_above_its_tables() -> None:
+    text = tables.markdown(fixture.results(), notes=("one_ had *less* time",))
+    assert text.index("## Before you compare") < text.index(r"one\_ had \*less\* time") < text.index("## Summary")
+    assert "## Before you compare" not in tables.markdown(fixture.results())

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from taskvec import paper
-from taskvec.evidence import FAILS, FEWEST, HOLDS, OPEN, Estimate, Evidence, Measure, above, exact, level, of_gain
+from taskvec.evidence import FAILS, FEWEST, HOLDS, UNDECIDED, Estimate, Evidence, Measure, above, exact, level, of_gain
 from taskvec.merging import ADDITION
 from taskvec.texts import MISSING, points, scale_text, short_backbone
 from taskvec.views import View, line_search
@@ -28,11 +28,11 @@ HOW_CLAIMS_ARE_DECIDED = (
     "Each claim is an inequality, and its margin says how far the measured numbers lie on the claimed side, in points "
     "(in λ or R² where the claim is on one of them). It holds "
     "if the whole 95 % interval of the margin lies on that side, does not hold if it lies on the other, and is "
-    "undecided between. Of several backbones the claim holds only if it does for each; shown is the one that "
-    "decides with the smallest margin. Intervals of gains are paired bootstraps over test images, all others "
-    f"percentile bootstraps over tasks, pairs or sets of tasks, and there is none for fewer than {FEWEST}; with few "
-    "they are too narrow, and none covers the spread over seeds. The paper's numbers are those of its own checkpoints "
-    "and tasks."
+    "undecided between; where no interval is given the margin alone decides. Of several backbones the claim holds only "
+    "if it does for each; shown is the one with the smallest margin of those that decide. Intervals of gains are "
+    "paired bootstraps over test images, all others Student's over tasks, pairs or sets of tasks, none for fewer than "
+    f"{FEWEST}; pairs and sets share tasks, so that theirs are somewhat narrow, and none covers the spread over seeds. "
+    "Regimes are compared on the seeds that both have. The paper's numbers are those of its own checkpoints and tasks."
 )
 
 
@@ -40,13 +40,16 @@ HOW_CLAIMS_ARE_DECIDED = (
 
 
 def row(claim: str, printed: str, estimates: Sequence[Estimate], needs: str, strict: bool = True) -> dict[str, str]:
-    """Write a claim with its closest estimate; it holds if all do, and does not if one does not."""
+    """Write a claim with one estimate; it holds if all do, and does not if one does not.
+
+    Of the estimates that decide the one with the smallest margin is shown: what nearly fails, or fails by most.
+    """
     if not estimates:
         return dict(zip(COLUMNS, (claim, printed, f"needs {needs}", MISSING, MISSING, ABSENT), strict=True))
     verdicts = [estimate.verdict(strict) for estimate in estimates]
-    decides = _joint(verdicts)  # the estimate shown is one that decides, the closest of them
-    closest = min((e for e, verdict in zip(estimates, verdicts, strict=True) if verdict == decides), key=_by_margin)
-    found = (printed, _measured(closest, verdicts), _margin(closest), _interval(closest), decides)
+    decides = _joint(verdicts)
+    shown = min((e for e, verdict in zip(estimates, verdicts, strict=True) if verdict == decides), key=_by_margin)
+    found = (printed, _measured(shown, verdicts, decides), _margin(shown), _interval(shown), decides)
     return dict(zip(COLUMNS, (claim, *found), strict=True))
 
 
@@ -55,12 +58,13 @@ def _by_margin(estimate: Estimate) -> float:
 
 
 def _joint(verdicts: list[str]) -> str:
-    return FAILS if FAILS in verdicts else OPEN if OPEN in verdicts else HOLDS
+    return FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
 
 
-def _measured(closest: Estimate, verdicts: list[str]) -> str:
-    count = f" (the closest of {len(verdicts)}; {verdicts.count(HOLDS)} hold)" if len(verdicts) > 1 else ""
-    return closest.words + count
+def _measured(shown: Estimate, verdicts: list[str], decides: str) -> str:
+    place = "farthest" if decides == FAILS else "closest"
+    count = f" (the {place} of {len(verdicts)}; {verdicts.count(HOLDS)} hold)" if len(verdicts) > 1 else ""
+    return shown.words + count
 
 
 def _margin(estimate: Estimate) -> str:
@@ -190,24 +194,21 @@ def _flat(estimates: Iterable[list[Estimate]]) -> list[Estimate]:
 
 def more_is_better(e: Evidence, what: str, less: str, more: str) -> list[dict[str, str]]:
     """More data, or a larger model: higher addition accuracy in both regimes, and a lower error in the box."""
-    names = f"{paper.MODELS[more].name} over {paper.MODELS[less].name}"
-    rows = [_more_accurate(e, f"{what}: {names}", less, more, regime) for regime in ("aligned", "full")]
+    pair = f"{paper.MODELS[more].name} over {paper.MODELS[less].name}"
+    found = []
+    for regime in ("aligned", "full"):
+        compared = [above(e.addition(b, regime), e.addition(a, regime), "tasks") for a, b in _both(e, less, more)]
+        printed = ", ".join(str(paper.MODELS[key].numbers(regime).absolute) for key in (more, less))
+        needs = f"addition of both backbones, {regime}"
+        found.append(row(f"{what} adds better: {pair} ({regime})", printed, _flat(compared), needs))
     compared = [above(e.error(a, "aligned"), e.error(b, "aligned"), "pairs") for a, b in _both(e, less, more)]
     figure = "Figure 4" if paper.MODELS[less].size != paper.MODELS[more].size else "Figure 3"
-    claim = f"{what} has a lower ξ: {names} (aligned)"
-    return [*rows, row(claim, figure, _flat(compared), "heatmaps of both backbones, aligned")]
+    claim = f"{what} has a lower ξ: {pair} (aligned)"
+    return [*found, row(claim, figure, _flat(compared), "heatmaps of both backbones, aligned")]
 
 
 def _both(e: Evidence, first: str, second: str) -> list[tuple[str, str]]:
     return list(product(e.of([first]), e.of([second])))
-
-
-def _more_accurate(e: Evidence, names: str, less: str, more: str, regime: str) -> dict[str, str]:
-    compared = [above(e.addition(b, regime), e.addition(a, regime), "tasks") for a, b in _both(e, less, more)]
-    numbers = [paper.MODELS[key].numbers(regime).absolute for key in (more, less)]
-    what, _, who = names.partition(": ")
-    needs = f"addition of both backbones, {regime}"
-    return row(f"{what} adds better: {who} ({regime})", "{}, {}".format(*numbers), _flat(compared), needs)
 
 
 def more_data(e: Evidence) -> list[dict[str, str]]:
@@ -252,8 +253,8 @@ def open_full_above_closed_full(e: Evidence) -> dict[str, str]:
 
 def _far_above(e: Evidence, backbone: str, higher: str, lower: str) -> list[Estimate]:
     """Compare two regimes of one backbone, each merging the tasks that the first one has."""
-    among = e.tasks(backbone, higher)
-    first, second = (e.addition(backbone, regime, among=among).called(regime) for regime in (higher, lower))
+    among, same = e.tasks(backbone, higher), e.paired(backbone, (higher, lower))
+    first, second = (same.addition(backbone, regime, among=among).called(regime) for regime in (higher, lower))
     return above(first, second, "tasks", FAR)
 
 

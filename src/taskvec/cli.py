@@ -326,10 +326,10 @@ def _tasks() -> dict[str, str]:
 def pretrain(
     encoder: Annotated[str, typer.Argument(help="an encoder of the lab (taskvec list backbones), or all")],
     steps: Annotated[int | None, typer.Option(min=1, help="optimiser steps; the shipped encoder's by default")] = None,
-    seed: Annotated[int, typer.Option(help="seed of weights and images")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of weights and images")] = 0,
     out: Annotated[Path, typer.Option(help="the folder to write the encoder and its record to")] = Path(),
 ) -> None:
-    """Pre-train one of the lab's encoders again, or all that OUT lacks; what was stopped continues."""
+    """Pre-train one of the lab's encoders, or all, where OUT lacks it; what was stopped continues."""
     from taskvec.lab.encoders import pretrained
 
     if encoder not in (*pretrained(), "all"):
@@ -340,7 +340,7 @@ def pretrain(
     from taskvec.lab.pretrain import pretrain as make
 
     for name in pretrained() if encoder == "all" else (encoder,):
-        if encoder == "all" and is_made(name, out, steps, seed):
+        if is_made(name, out, steps, seed):
             typer.echo(f"{name} is there already")
             continue
         with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -186,6 +186,7 @@ def render(
     study_yaml: str,
     roles: Mapping[str, str] | None = None,
     costs: pd.DataFrame | None = None,
+    study_notes: Sequence[str] = (),
 ) -> str:
     """Write the whole report of a run as one HTML file, with the PNG figures of folder ``figures`` inside."""
     planned = plan(results, heatmap, roles, costs)
@@ -197,6 +198,7 @@ def render(
     page: str = _template().render(
         study=one_line(str(results["study"].iloc[0])) if "study" in results else "study",
         verdicts=headline(results).splitlines(),
+        study_notes=study_notes,
         claims=claims(results, heatmap, roles or {}),
         how_claims=HOW_CLAIMS_ARE_DECIDED,
         comparisons=compared,

@@ -184,7 +184,7 @@ def write_report(
     from taskvec import comparison, figures, leaderboard, page, tables  # matplotlib is slow, and not always needed
 
     roles = {b.name or default_name(b.address): b.paper for b in file.study.backbones if b.paper}
-    write_text(out / "tables.md", tables.markdown(rows, heat, roles))
+    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes))
     if found := leaderboard.boards(rows, spent):
         write_text(out / "leaderboard.md", leaderboard.markdown_boards(found))
     for name, text in comparison.latex_tables(rows, heat, roles).items():
@@ -192,7 +192,8 @@ def write_report(
         write_text(out / "tables" / f"{name}.tex", text)
     (out / "figures").mkdir()
     figures.write(rows, heat, out / "figures", roles, spent)
-    write_text(out / "report.html", page.render(rows, heat, out / "figures", lock, file.text, roles, spent))
+    how = (lock, file.text, roles, spent, file.study.notes)
+    write_text(out / "report.html", page.render(rows, heat, out / "figures", *how))
 
 
 def write_models(cells: list[Cell], done: Done, out: Path) -> None:

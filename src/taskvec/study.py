@@ -221,6 +221,7 @@ class Study(Settings):
     limit: Annotated[int, Field(ge=1)] | None = None
     data: str | None = None
     skip_corrupt: bool = False
+    notes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
     @field_validator("regimes")
     @classmethod

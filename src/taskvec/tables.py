@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -65,10 +65,14 @@ METHODS = {
     "task_arithmetic_per_task": "*Addition, λ per task* searches one λ after the other, from the common one "
     "on, for the first seed only; its λ here is their mean.",
 }
-OVER_SEEDS = "a ± b is mean ± standard deviation over seeds; the ends of an interval are means over seeds."
+OVER_SEEDS = (
+    "a ± b is mean ± standard deviation over seeds, a number without ± is of one seed; the ends of an interval are "
+    "means over seeds."
+)
 IN_THE_BOX = (
     "ξ is the weight disentanglement error in % (0 to 200: the shares of changed predictions of two tasks, added), "
-    "its mean over the box -1 ≤ λ₁, λ₂ ≤ 1 and over pairs of tasks; lower is better (as in the paper's Figure 1)."
+    "its mean over the area of the box -1 ≤ λ₁, λ₂ ≤ 1 and over pairs of tasks; lower is better (as in the paper's "
+    "Figure 1)."
 )
 OF_PAPER = "Numbers in parentheses are the paper's own, averages over its eight tasks."
 
@@ -138,11 +142,17 @@ def definitions(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> l
 # ---------------------------------------------------------------- Markdown
 
 
-def markdown(results: pd.DataFrame, heatmap: pd.DataFrame | None = None, roles: Mapping[str, str] | None = None) -> str:
-    """Write tables.md: the verdict, the paper's claims and tables, a table of tasks for each merge, what words mean."""
+def markdown(
+    results: pd.DataFrame,
+    heatmap: pd.DataFrame | None = None,
+    roles: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """Write tables.md: verdict, notes, the paper's claims and tables, a table for each merge, what words mean."""
     verdicts = [escape_markdown(line) for line in headline(results).splitlines()]
     top = verdicts[0] if len(verdicts) == 1 else "\n".join(f"- {line}" for line in verdicts)
-    parts = ["# Results", top, *_claims(results, heatmap, roles or {})]
+    told = ["## Before you compare", "\n".join(f"- {escape_markdown(note)}" for note in notes)] if notes else []
+    parts = ["# Results", top, *told, *_claims(results, heatmap, roles or {})]
     for table in comparisons(results, heatmap, roles or {}):
         parts += [f"## {table.title}", f"{table.shown}. {OF_PAPER if table.has_paper else ''}"]
         parts[-1] = parts[-1].rstrip()
@@ -152,8 +162,8 @@ def markdown(results: pd.DataFrame, heatmap: pd.DataFrame | None = None, roles: 
         for method in one.methods:
             parts.append(f"## {escape_markdown(title(one, method))}")
             parts.append(markdown_table(task_table(one, method), bold=[-1]))
-    notes = "\n".join(f"- {note}" for note in definitions(results, heatmap))
-    return "\n\n".join([*parts, "## What the words mean", notes]) + "\n"
+    meanings = "\n".join(f"- {note}" for note in definitions(results, heatmap))
+    return "\n\n".join([*parts, "## What the words mean", meanings]) + "\n"
 
 
 def _claims(results: pd.DataFrame, heatmap: pd.DataFrame | None, roles: Mapping[str, str]) -> list[str]:

@@ -123,7 +123,7 @@ def _counts(compared: list[Group], results: pd.DataFrame, regime: str, roles: Ma
     if measured:
         one = next((name for name in measured if roles.get(name) == FIGURE_6), measured[0])
         out.append(_of_regime("combinations", regime, partial(combinations, results, one, regime)))
-    for group in reversed(_among(compared, measured)):
+    for group in sorted(_among(compared, measured), key=lambda one: one.name != "all"):  # Figures 7, 8, 9
         if group.name != "algorithm":
             draw = partial(by_count, results, group.backbones, regime, group.what)
             out.append(_of_regime(f"counts-{group.name}", regime, draw))

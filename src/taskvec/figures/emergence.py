@@ -38,17 +38,18 @@ def snapshots(results: pd.DataFrame, regime: str) -> Series:
 
 
 def emergence(results: pd.DataFrame, heatmap: pd.DataFrame | None, regime: str) -> Figure:
-    """Draw the error in the box, addition's gain over probing, and both single-task accuracies, against the step."""
+    """Draw the error in the box, addition and its gain over probing, and both single-task accuracies, by step."""
     series = snapshots(results, regime)
     if not series:
         raise unknown("regime with snapshots", regime, results["regime"].unique())
     steps = sorted({step for one in series.values() for step in one})
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
-        error, gain, single = figure.subplots(1, 3)
+        figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+        (error, added), (gain, single) = figure.subplots(2, 2)
         for index, (name, one) in enumerate(series.items()):
             label, style = safe_name(name, 30), line_style(index)
             _line(error, one, steps, lambda v: box_error(heatmap, v.backbone, v.regime).mean, label=label, **style)
+            _line(added, one, steps, lambda v: v.overall(ADDITION, v.heads[0]).mean, label=label, **style)
             _line(gain, one, steps, lambda v: v.gain(ADDITION, v.heads[0]).mean, label=label, **style)
             _line(single, one, steps, lambda v: v.overall("fine_tuned").mean, label=label, **style)
             _line(single, one, steps, lambda v: v.overall("probing").mean, **style | {"linestyle": ":"})
@@ -56,6 +57,7 @@ def emergence(results: pd.DataFrame, heatmap: pd.DataFrame | None, regime: str) 
         _name_axes(error, "disentanglement error ξ in the box (%)", steps)
         _name_axes(gain, "addition: gain over probing (points)", steps)
         mixed = any(view.mixed for one in series.values() for view in one.values())
+        _name_axes(added, f"addition{', fine-tuned = 100' if mixed else ': test accuracy'} (%)", steps)
         _name_axes(single, f"fine-tuned{' = 100' if mixed else ''}; probing dotted (%)", steps)
         legend(figure, error)
         figure.suptitle(f"{safe_name(regime, 24)}, along pre-training", x=0.01, ha="left")

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from taskvec.lab.masked import MaskedAutoencoder
 from taskvec.lab.objective import WARMUP, WEIGHT_DECAY, Objective, mean_of_last
 from taskvec.lab.supervised import Supervised
 from taskvec.lab.vit import VisionTransformer
+from taskvec.store import disk_errors
 from taskvec.training import Progress, Schedule, make_optimizer, no_progress, train
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -140,7 +142,10 @@ class Checkpoint:
             state: Facts = torch.load(self.path, weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
             return None
-        return state if state.pop("key", None) == self.key else None
+        if state.pop("key", None) == self.key:
+            return state
+        print(f"'{self.path}' is of another command or other versions, and is begun anew", file=sys.stderr)
+        return None
 
 
 def temporary_path(path: Path) -> Path:
@@ -233,15 +238,16 @@ def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, prog
     """Pre-train one of ``PRETRAININGS`` on one thread and write it to the folder ``out``; return the weights' path.
 
     The same steps, seed and versions give the same bytes on one type of processor, also if the run was killed and
-    started again: it continues from ``.NAME.checkpoint`` in ``out``. An unknown name raises.
+    started again: it continues from ``.NAME.checkpoint`` in ``out``. An unknown name, a full disk and a file in the
+    place of the folder raise.
     """
     recipe = checked(name)
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed), recipe.version)
-    with one_thread():
+    with disk_errors(out), one_thread():
+        out.mkdir(parents=True, exist_ok=True)
         run = Run(recipe, steps, seed)
         if state := checkpoint.read():
             run.restore(state)
@@ -252,7 +258,7 @@ def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, prog
 
         run.advance(steps, keep, progress)
         path = finish(run, name, out, seed)
-    checkpoint.path.unlink(missing_ok=True)
+        checkpoint.path.unlink(missing_ok=True)
     return path
 
 
