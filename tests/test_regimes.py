@@ -366,6 +366,7 @@ def test_open_regimes_start_from_captions_on_the_tasks_that_have_them(tmp_path: 
         ["contrastive", "open", "greek+signs"],
         ["contrastive", "open-full", "greek+signs"],
         ["random", "aligned", "greek+textures+signs"],
+        ["random", "aligned", "greek+signs"],
     ]
     assert heat.regime.unique().tolist() == ["aligned", "open-full"]
     mean = rows[(rows.metric == "accuracy") & (rows.task == "") & (rows.config == "{}")]
