@@ -21,7 +21,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as reference
 from typer.testing import CliRunner
 
-from taskvec import decoded, pipeline, runs, tasks
+from taskvec import decoded, pipeline, runs, steps, tasks
 from taskvec.backbones import Backbone
 from taskvec.cli import app
 from taskvec.decoded import Whole, check_room, write_whole
@@ -32,7 +32,7 @@ from taskvec.heads import random_head
 from taskvec.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
 from taskvec.plan import plan
 from taskvec.settings import Finetune
-from taskvec.store import NOTES, Store, digests, read_json
+from taskvec.store import NOTES, Store, digests, read_json, write_json
 from taskvec.study import StudyFile, parse_study
 from taskvec.training import no_progress
 
@@ -215,6 +215,11 @@ def test_both_caches_hold_the_same_images_or_are_refused(tmp_path: Path) -> None
     shutil.copy(first, first.with_name("new.png"))
     with pytest.raises(TaskvecError, match=r"has changed since the run began: it had 48 images, now it has 49\n"):
         tasks.write_training(address, TO, None, tmp_path / "later", known=known)
+    write_json(tmp_path / "preprocessing.json", TO.decoding())
+    for decode in (steps.decode_task, steps.decode_training):
+        with pytest.raises(TaskvecError, match="has changed since the run began"):
+            config = {"address": address, "limit": None, "source": known}
+            decode(config, {"preprocessing": [tmp_path]}, tmp_path / "later", no_progress)
     first.unlink()  # as many as before, and others
     tasks.write_training(address, TO, None, tmp_path / "later", known=known)
     assert task.train.whole is not None
