@@ -168,13 +168,15 @@ def captions(address: str) -> list[str] | None:
 
 
 def sentences(address: str, name: str) -> list[list[str]] | None:
-    """Return captions for each class of a task in plain sentences, for other text towers; ``name`` chooses which.
+    """Return captions for each class of a task in plain sentences, for other text towers: those of its data set.
 
+    Where the address does not tell which that is, ``name`` does.
     A task of another kind than classification has none, nor one of the lab whose classes have no caption.
     """
     kind, _ = parse(address)
     names = captions(address) if kind == "lab" else list_task(address).classes
-    return templates.captions(names, name) if names else None
+    data_sets = [name] if kind == "folder" else [default_name(address), name]
+    return templates.captions(names, data_sets) if names else None
 
 
 SOURCES: dict[str, Callable[[str], Listing]] = {
