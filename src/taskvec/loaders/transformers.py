@@ -239,12 +239,13 @@ def load(request: Request) -> Loaded:
     seen = processors.preprocessing(folder, kind, own)
     seen = replace(seen, size=request.size or seen.size)
     options = options_of(request, config, kind, seen.size)
+    files = checked_files(folder, request.allow_pickle)
     where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
     return Loaded(
         {"family": "hf", "options": options},
         lambda _: seen,
         lambda module: state_for(module, folder, options),
-        {"from": where, "sha256": content(checked_files(folder, request.allow_pickle))},
+        lambda: {"from": where, "sha256": content(files)},
     )
 
 
