@@ -10,10 +10,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from taskvec import backbones
+from taskvec import backbones, loaders
+from taskvec.anatomy import anatomy
 from taskvec.backbones import load_backbone, read_backbone, write_backbone
 from taskvec.errors import TaskvecError
 from taskvec.images import normalise
+from taskvec.loaders.timm import preprocessing, state_for
+from taskvec.weights import check_keys
 
 VIT = "vit_tiny_patch16_224"
 
@@ -150,3 +153,39 @@ def test_an_impossible_size_is_a_clear_error(tmp_path: Path) -> None:
     path, _ = timm_file(tmp_path, VIT)
     with pytest.raises(TaskvecError, match="8 px"):
         load_backbone(f"timm:{VIT}@{path}", size=8)
+
+
+def test_auxiliary_heads_are_left_out() -> None:
+    name = "efficientvim_m1"
+    with torch.device("meta"):
+        whole, bare = timm.create_model(name), timm.create_model(name, num_classes=0)
+    state = state_for(bare, whole.state_dict(), name)
+    assert set(state.tensors) == set(bare.state_dict())
+    assert set(state.left_out) == set(whole.state_dict()) - set(bare.state_dict())
+
+
+@pytest.mark.parametrize("overlay", [{}, {"crop_mode": "border"}, {"crop_pct": 1.15}])
+def test_a_border_that_timm_lays_around_images_is_told(
+    overlay: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = timm.create_model("test_vit", num_classes=0, pretrained_cfg_overlay=overlay)
+    assert preprocessing(module, 160).crop <= 1
+    assert ("border" in capsys.readouterr().err) == bool(overlay)
+
+
+def test_a_plan_says_what_a_run_would_and_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(TaskvecError, match="cannot look at 8 px images: .*\nchoose another size"):
+        anatomy(f"timm:{VIT}@{path}", 8)
+    save_file({"x": torch.zeros(1)}, path)
+    monkeypatch.setattr("taskvec.loaders.requests.file_digest", lambda _: pytest.fail("the weights were read"))
+    family, asked = loaders.find(f"timm:{VIT}@{path}")
+    loaders.load(asked, family)
+    wide, narrow = (anatomy("paper:vit-b16-clip-2b", None, projection) for projection in (None, False))
+    assert wide is not None and narrow is not None
+    assert (wide.width, narrow.width) == (512, 768)
+
+
+def test_another_shape_is_not_blamed_on_a_size_that_was_given() -> None:
+    with pytest.raises(TaskvecError, match="give that size, or none where the architecture keeps its own"):
+        check_keys({"a": (2,)}, {"a": (3,)}, "x", "give another")

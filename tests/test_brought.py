@@ -18,7 +18,7 @@ from torch import nn
 
 import taskvec as tv
 from taskvec import pipeline, runs
-from taskvec.brought import arranged, read_finetuned, read_head
+from taskvec.brought import arranged, head_of, read_finetuned, read_head
 from taskvec.evaluation import correct
 from taskvec.executors import open_executor
 from taskvec.heads import Head, save_heads
@@ -183,6 +183,29 @@ def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path) -> None:
     assert found.bias.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("where", ["metadata", "id2label", "label_names", "model.json", "nowhere", "numbers"])
+def test_a_classifier_in_a_checkpoint_is_mapped_by_the_names_that_are_known(
+    data: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned, names = prepare(data), ["cow", "ant", "bee"]
+    state = {key: value.contiguous() for key, value in tuned.state_dict().items()}
+    save_file(state, data / "tuned.safetensors", {"classes": json.dumps(names)} if where == "metadata" else None)
+    for wanted, name, content in (
+        ("id2label", "config.json", {"id2label": dict(enumerate(names))}),
+        ("label_names", "config.json", {"label_names": names}),
+        ("numbers", "config.json", {"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}}),
+        ("model.json", "model.json", {"tasks": [{"name": "one", "classes": names}]}),
+    ):
+        if where == wanted:
+            (data / name).write_text(json.dumps(content))
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    found = read_finetuned(data / "tuned.safetensors", backbone)
+    unnamed = where in ("nowhere", "numbers")
+    want = state["head.weight"] if unnamed else state["head.weight"][[1, 2, 0]]
+    assert torch.equal(head_of(found, (), make_task(CLASSES), 64, None).weight, want)
+    assert ("tuned.safetensors' names no classes" in capsys.readouterr().err) == unnamed
+
+
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
@@ -258,3 +281,15 @@ def test_positions_of_another_input_size_are_resampled_as_the_backbones_are(data
     found = read_finetuned(data / "large.safetensors", backbone)
     assert torch.equal(found.encoder.flat, backbone.pretrained.flat)
     assert replace(found, encoder=found.encoder).classifier["head.weight"].shape == (3, 64)
+
+
+def test_names_beside_a_checkpoint_are_in_its_fingerprint(data: Path) -> None:
+    prepare(data)
+
+    def source() -> dict[str, str]:
+        (cell,) = plan(study(data, "finetuned: tuned.safetensors"), Store(data / "store"))
+        return next(dict(s.config["source"]) for s in cell.steps() if s.function.endswith("import_finetuned"))
+
+    assert list(source()) == ["finetuned"]
+    (data / "config.json").write_text(json.dumps({"label_names": ["cow", "ant", "bee"]}))
+    assert list(source()) == ["finetuned", "finetuned, config.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as reference
 from typer.testing import CliRunner
 
-from taskvec import decoded, pipeline, runs, tasks
+from taskvec import decoded, pipeline, runs, steps, tasks
 from taskvec.backbones import Backbone
 from taskvec.cli import app
 from taskvec.decoded import Whole, check_room, write_whole
@@ -31,7 +32,7 @@ from taskvec.heads import random_head
 from taskvec.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
 from taskvec.plan import plan
 from taskvec.settings import Finetune
-from taskvec.store import NOTES, Store, digests, read_json
+from taskvec.store import NOTES, Store, digests, read_json, write_json
 from taskvec.study import StudyFile, parse_study
 from taskvec.training import no_progress
 
@@ -199,6 +200,77 @@ def test_corrupt_images_stop_the_load_or_are_skipped_and_counted(tmp_path: Path)
     assert isinstance(kept[-1], Path)
     assert np.array_equal(task.train.images[-1], resize_and_crop(open_image(kept[-1]), TO))
     assert np.array_equal(task.train.whole.image(31), shrink(open_image(kept[-1]), TO))
+
+
+def test_both_caches_hold_the_same_images_or_are_refused(tmp_path: Path) -> None:
+    root = write_folder_task(tmp_path / "t")
+    address = f"folder:{root}"
+    known = tasks.describe(address, Store(tmp_path / "store").tree_digest)
+    for name in ("views", "whole", "later"):
+        (tmp_path / name).mkdir()
+    tasks.write_task(address, TO, None, tmp_path / "views", known=known)
+    tasks.write_training(address, TO, None, tmp_path / "whole", known=known)
+    task = tasks.read_task(tmp_path / "views", "t", tmp_path / "whole")
+    first = sorted((root / "train" / "ant").iterdir())[0]
+    shutil.copy(first, first.with_name("new.png"))
+    with pytest.raises(TaskvecError, match=r"has changed since the run began: it had 48 images, now it has 49\n"):
+        tasks.write_training(address, TO, None, tmp_path / "later", known=known)
+    write_json(tmp_path / "preprocessing.json", TO.decoding())
+    for decode in (steps.decode_task, steps.decode_training):
+        with pytest.raises(TaskvecError, match="has changed since the run began"):
+            config = {"address": address, "limit": None, "source": known}
+            decode(config, {"preprocessing": [tmp_path]}, tmp_path / "later", no_progress)
+    first.unlink()  # as many as before, and others
+    tasks.write_training(address, TO, None, tmp_path / "later", known=known)
+    assert task.train.whole is not None
+    assert len(tasks.read_whole(tmp_path / "later").shapes) == len(task.train.whole.shapes)
+    with pytest.raises(TaskvecError, match=r"not of the same files.*\ntaskvec store --clear views, .* later"):
+        tasks.read_task(tmp_path / "views", "t", tmp_path / "later")
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (OSError(24, "Too many open files"), "Too many open files"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (MemoryError(), "no memory is left"),
+    ],
+)
+def test_a_failing_system_is_not_taken_for_a_corrupt_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception, message: str
+) -> None:
+    def fail(_: object) -> None:
+        raise problem
+
+    items = write_sizes(tmp_path / "in", [(10, 10)])
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(TaskvecError, match=rf"000\.png' cannot be read: .*{message}"):
+        list(decoded.decode(items, TO, skipped=decoded.Skipped()))
+
+
+def test_links_to_nothing_and_names_that_are_no_text_are_told(tmp_path: Path) -> None:
+    root, store = write_folder_task(tmp_path / "t"), Store(tmp_path / "store")
+    train = root / "train" / "ant"
+    odd = train / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(sorted(train.iterdir())[0], odd)
+    shutil.copy(odd, root / "test" / "ant" / odd.name)
+    (train / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    about = tasks.describe(f"folder:{root}", store.tree_digest)
+    assert about["content"] == tasks.describe(f"folder:{root}", store.tree_digest)["content"]
+    with pytest.raises(TaskvecError, match=r"no image at '.*dead\.png'\n.*skip_corrupt: true"):
+        notes_of(root, tmp_path / "no")
+    notes = notes_of(root, tmp_path / "out", skip=True)
+    assert "dead.png" in notes[0]
+    assert r"caf\udce9.png" in notes[1]
+
+
+def test_an_image_that_grows_beyond_all_bounds_is_refused(tmp_path: Path) -> None:
+    items = write_sizes(tmp_path / "in", [(1, 65_000), (10, 10)])
+    with pytest.raises(TaskvecError, match=r"000\.png' is suspiciously large: 14560000 x 224 pixels"):
+        list(decoded.decode(items, Preprocessing(224)))
+    skipped = decoded.Skipped()
+    assert [place for place, _ in decoded.decode(items, Preprocessing(224), skipped=skipped)] == [1]
 
 
 def test_a_class_that_cannot_be_read_at_all_is_an_error(tmp_path: Path) -> None:

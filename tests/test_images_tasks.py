@@ -95,6 +95,15 @@ def test_a_folder_task_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert task.test.images[0].mean() < task.test.images[4].mean() < task.test.images[8].mean()
 
 
+def test_a_class_that_is_not_tested_is_told(tmp_path: Path) -> None:
+    root = write_folder_task(tmp_path / "t")
+    assert list_folder(str(root)).notes == ()
+    shutil.rmtree(root / "test" / "bee")
+    assert list_folder(str(root)).notes == ("the test split has no images of 1 classes, such as 'bee'",)
+    (root / "test" / "bee").mkdir()
+    assert list_folder(str(root)).notes == ("the test split has no images of 1 classes, such as 'bee'",)
+
+
 def test_the_validation_split_is_the_papers() -> None:
     train, validation = validation_indices(60_000)
     assert (int(train[0]), int(validation[0])) == (36044, 30102)

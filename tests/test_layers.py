@@ -13,7 +13,7 @@ papertasks listing decoded folders hub layouts
 lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
 templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
-loaders.timm loaders.open_clip loaders.transformers loaders
+loaders.timm loaders.open_clip loaders.processors loaders.transformers loaders
 tangents backbones batch_norm heads surgery brought vectors agreement adapters finetuning
 merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
 merging.recipes merging merging.buffers merging.streaming differences evaluation search arithmetic disentangling

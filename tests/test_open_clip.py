@@ -11,15 +11,20 @@ import numpy as np
 import open_clip
 import pandas as pd
 import pytest
+import timm
 import torch
 from conftest import write_folder_task
 from safetensors.torch import load_file, save_file
 from test_pipeline import Quiet
 
-from taskvec import backbones, heads, runs, templates
+from taskvec import backbones, heads, runs, tasks, templates
+from taskvec.addresses import PAPER, parse
 from taskvec.backbones import load_backbone
 from taskvec.errors import TaskvecError
 from taskvec.images import normalise
+from taskvec.listing import Listing
+from taskvec.loaders.checkpoints import TEXTS, separate
+from taskvec.loaders.open_clip import build
 from taskvec.store import Store, read_json
 from taskvec.study import StudyFile, parse_study
 
@@ -127,7 +132,7 @@ def test_bad_addresses_and_no_network_are_clear_errors(address: str, message: st
 
 def test_a_head_of_several_captions_is_their_mean(tiny: tuple[Path, Any]) -> None:
     path, model = tiny
-    captions = templates.captions(["forest", "sea_lake"], "EuroSAT")
+    captions = templates.captions(["forest", "sea_lake"], ["EuroSAT"])
     assert captions[1][0] == "a centered satellite photo of sea lake."
     texts, scale = backbones.text_features(f"open_clip:ViT-Tiny@{path}", [c for group in captions for c in group])
     got = heads.zero_shot_head(heads.class_texts(texts, [3, 3]), scale).weight
@@ -140,10 +145,10 @@ def test_a_head_of_several_captions_is_their_mean(tiny: tuple[Path, Any]) -> Non
 
 def test_published_sentences_belong_to_the_papers_data_sets() -> None:
     assert set(templates.TEMPLATES) == {"cars", "dtd", "eurosat", "gtsrb", "mnist", "resisc45", "sun397", "svhn"}
-    counts = [len(set(templates.templates_of(name))) for name in ("Cars", "dtd", "resisc45", "GTSRB", "birds")]
+    counts = [len(set(templates.templates_of([name]))) for name in ("Cars", "dtd", "resisc45", "GTSRB", "birds")]
     assert counts == [8, 8, 18, 3, 2]
     assert all(text.count("{}") == 1 for texts in templates.TEMPLATES.values() for text in texts)
-    assert templates.captions(["3"], "svhn") == [['a photo of the number: "3".']]
+    assert templates.captions(["3"], ["svhn"]) == [['a photo of the number: "3".']]
 
 
 def test_a_text_tower_is_noticed(tiny: tuple[Path, Any], tmp_path: Path) -> None:
@@ -178,3 +183,42 @@ def test_an_open_study_of_folders_starts_from_sentences(tiny: tuple[Path, Any], 
     assert {"zero_shot", "fine_tuned", "task_arithmetic", "probing"} == set(rows.method)
     lock = read_json(out / "study.lock.json")
     assert lock["weights"]["ViT-Tiny"] == load_backbone(f"open_clip:ViT-Tiny@{tiny[0]}").origin["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("address", "name", "count"),
+    [
+        ("torchvision:StanfordCars@x", "stanfordcars", 8),
+        ("paper:eurosat@x", "land", 3),
+        ("hf:timm/eurosat-rgb", "b", 3),
+        ("hf:me/photos", "dtd", 8),
+        ("folder:/data/cars", "dtd", 8),
+        ("folder:/data/gtsrb", "birds", 2),
+    ],
+)
+def test_sentences_are_those_of_the_data_set(
+    address: str, name: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "list_task", lambda _: Listing(("a", "b"), {}, {}))
+    found = tasks.sentences(address, name)
+    assert found is not None
+    assert len(set(found[0])) == count
+
+
+def test_a_coca_tower_gives_one_feature_an_image() -> None:
+    with torch.device("meta"):
+        tower = build({"model": "coca_ViT-B-32", "size": 224, "quick_gelu": False, "projection": True})
+    assert backbones.tried(tower, torch.zeros(2, 3, 224, 224, device="meta"), "coca").shape == (2, 512)
+    assert separate({"text_decoder.x": torch.zeros(1)}, (), TEXTS)[1] == ("text_decoder.x",)
+
+
+def test_the_papers_rows_see_images_as_their_libraries_say() -> None:
+    for row, checkpoint in PAPER.items():
+        kind, name, tag = parse(checkpoint.address)
+        if kind == "open_clip":
+            config = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+            want = config.get("mean", open_clip.OPENAI_DATASET_MEAN), config.get("std", open_clip.OPENAI_DATASET_STD)
+        else:
+            seen = timm.get_pretrained_cfg(checkpoint.timm or name)
+            want = seen.mean, seen.std
+        assert (checkpoint.mean, checkpoint.std) == tuple(map(tuple, want)), row

@@ -8,10 +8,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torchvision
+from conftest import write_folder_task
 from layouts import (
     FOLDERS,
     TEST,
@@ -26,13 +28,14 @@ from layouts import (
     write_resisc45,
 )
 from PIL import Image
+from scipy.io import loadmat, savemat
 
 from taskvec import papertasks, tasks
 from taskvec.decoded import open_item
 from taskvec.errors import TaskvecError
-from taskvec.hub import answers
+from taskvec.hub import answers, read_splits
 from taskvec.images import Preprocessing, resize_and_crop
-from taskvec.layouts import FIXTURE, check_sizes, list_paper, list_torchvision
+from taskvec.layouts import FIXTURE, check_classes, check_sizes, list_paper, list_torchvision
 from taskvec.listing import Listing, split_classes, validation_indices
 
 CASES = [(task, layout) for task, layouts in VARIANTS.items() for layout in layouts]
@@ -77,7 +80,7 @@ def test_validation_is_the_protocols_share_of_the_training_images(tmp_path: Path
     train, validation, test = papertasks.TASKS[task].sizes
     if task != "eurosat":
         assert [len(part) for part in validation_indices(train + validation)] == [train, validation]
-    assert (train + validation + test) * FIXTURE > 2000
+    assert sum(sizes.values()) < FIXTURE * (train + validation + test)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,9 @@ def listing_of(sizes: papertasks.Sizes, classes: int) -> Listing:
 def test_real_data_must_have_exactly_the_protocols_sizes() -> None:
     cars, land = papertasks.TASKS["cars"], papertasks.TASKS["eurosat"]
     assert check_sizes("cars", cars, listing_of(cars.sizes, 196)) == ()
+    half = (3384 // 2, 376 // 2, 1880 // 2)
+    with pytest.raises(TaskvecError, match=r"has 1692 to train, .* 23 classes; the paper has 3384.*\n.*less than 2%"):
+        check_sizes("dtd", papertasks.TASKS["dtd"], listing_of(half, 23))
     for sizes, classes in (((7330, 814, 8040), 196), (cars.sizes, 195), ((2000, 814, 8041), 196)):
         with pytest.raises(TaskvecError, match="the paper has 7330 to train, 814 to validate, 8041 to test"):
             check_sizes("cars", cars, listing_of(sizes, classes))
@@ -260,6 +266,46 @@ def test_labels_may_be_plain_values_and_one_split_is_divided(tmp_path: Path) -> 
     assert listing.sizes() == {"train": 24, "validation": 3, "test": 3}
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        ("string", ["a", None, "b"], "row 1 of the train split has no label in column 'label'"),
+        ("class", [0, None, 1], "row 1 of the train split has no label in column 'label'"),
+        ("list", [["a"], ["b"], ["a"]], "row 0 of the train split has a list for a label in column 'label'"),
+        ("path", ["a", "b", "a"], r"row 0' is not in the table, which names '.*0\.png'\n.*folder:PATH"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_clear_errors(tmp_path: Path, kind: str, labels: list[Any], message: str) -> None:
+    import datasets
+    import pyarrow.parquet
+
+    value = {"class": datasets.ClassLabel(names=["a", "b"]), "list": datasets.List(datasets.Value("string"))}
+    features = datasets.Features({"image": datasets.Image(), "label": value.get(kind, datasets.Value("string"))})
+    data = {"image": [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(3)], "label": labels}
+    if kind == "path":
+        data["image"] = [{"path": str(tmp_path / f"{i}.png"), "bytes": None} for i in range(3)]
+    (tmp_path / "t").mkdir()
+    table = datasets.Dataset.from_dict(data, features=features)
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "t" / "train.parquet")
+    with pytest.raises(TaskvecError, match=message):
+        read_splits(f"{tmp_path / 't'}").items["train"][0]
+
+
+def test_a_folder_of_images_is_no_table(tmp_path: Path) -> None:
+    root = write_folder_task(tmp_path / "t")
+    with pytest.raises(TaskvecError, match=r"holds no \.parquet or \.arrow files\n.*read as folder:"):
+        tasks.describe(f"hf:{root}", lambda root, files: "")
+
+
+@pytest.mark.parametrize("task", ["eurosat", "gtsrb", "mnist", "svhn"])
+def test_a_class_of_another_data_set_is_refused(task: str) -> None:
+    known = papertasks.TASKS[task]
+    names = tuple(one[0] for one in known.names)
+    check_classes(task, known, Listing(names, {}, {}))
+    with pytest.raises(TaskvecError, match=f"paper:{task} has no class 'cat'"):
+        check_classes(task, known, Listing((*names[1:], "cat"), {}, {}))
+
+
 @pytest.mark.parametrize("how", ["no images", "no train", "no folder", "nothing"])
 def test_unusable_data_sets_are_clear_errors(tmp_path: Path, how: str) -> None:
     import datasets
@@ -316,11 +362,11 @@ def test_the_same_content_has_the_same_identity_wherever_it_lies(tmp_path: Path)
     for task in ("cars", "svhn"):
         one, two = (tasks.describe(f"paper:{task}@{tmp_path / root}", store.tree_digest) for root in ("one", "two"))
         assert one == two
-    VARIANTS["svhn"]["torchvision"](tmp_path / "three")
-    from layouts import write_svhn  # a changed label is another task
-
-    write_svhn(tmp_path / "three")
-    assert tasks.describe(f"paper:svhn@{tmp_path / 'three'}", store.tree_digest) == two
-    listing = list_paper(f"svhn@{tmp_path / 'three'}")
+    path = tmp_path / "two" / "svhn" / "test_32x32.mat"
+    found = loadmat(path)
+    savemat(path, {"X": found["X"], "y": found["y"][::-1]})
+    changed = tasks.describe(f"paper:svhn@{tmp_path / 'two'}", store.tree_digest)
+    assert changed["listing"] != two["listing"]  # a changed label is another task
+    listing = list_paper(f"svhn@{tmp_path / 'two'}")
     labels = listing.labels | {"test": listing.labels["test"][::-1]}
-    assert tasks.listing_digest(replace(listing, labels=labels)) != tasks.listing_digest(listing)
+    assert tasks.listing_digest(replace(listing, labels=labels)) == one["listing"]

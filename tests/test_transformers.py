@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from taskvec import backbones, heads
 from taskvec.backbones import load_backbone, read_backbone, write_backbone
+from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.images import normalise
+from taskvec.loaders.transformers import TYPES, is_whole
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
@@ -33,7 +35,23 @@ TEXT = {
 }  # fmt: skip
 CLIP = {"vision_config": SMALL, "text_config": TEXT, "projection_dim": 24}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+BEIT = SMALL | {"use_mean_pooling": True}
+SIGLIP = {"vision_config": SMALL, "text_config": TEXT}
+FOCAL = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "focal_levels": [1, 1],
+    "focal_windows": [3, 3],
+}  # fmt: skip
+NEXT = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+LEVIT = {
+    "image_size": 32, "hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1],
+    "key_dim": [8, 8, 8], "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 2, 4, 2, 2]],
+}  # fmt: skip
+MOBILE = {"depth_multiplier": 0.25, "image_size": 32}
+EFFICIENT = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "image_size": 32, "hidden_dim": 320}
+CLASSIFIER = "2 tensors of a classifier"
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+REGNET = RESNET | {"layer_type": "y", "groups_width": 8}
+BIT = RESNET | {"layer_type": "bottleneck", "num_groups": 4}
 
 
 def folder_of(folder: Path, name: str, config: str, options: dict[str, Any]) -> tuple[Path, Any]:
@@ -56,20 +74,50 @@ def own(inside: str = "") -> Callable[[Any, torch.Tensor], torch.Tensor]:
     return lambda model, x: (getattr(model, inside) if inside else model)(x).last_hidden_state[:, 0]
 
 
-def pooled(inside: str) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    return lambda model, x: getattr(model, inside)(x).pooler_output.flatten(1)
+def pooled(inside: str = "") -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    return lambda model, x: (getattr(model, inside) if inside else model)(x).pooler_output.flatten(1)
 
 
 FAMILIES = {
     "vit": ("ViTModel", "ViTConfig", SMALL, own(), "2 tensors of a pooler"),
-    "classifier": ("ViTForImageClassification", "ViTConfig", SMALL, own("vit"), "2 tensors of a classifier"),
-    "deit": ("DeiTForImageClassification", "DeiTConfig", SMALL, own("deit"), "2 tensors of a classifier"),
+    "classifier": ("ViTForImageClassification", "ViTConfig", SMALL, own("vit"), CLASSIFIER),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", SMALL, own("deit"), CLASSIFIER),
     "dinov2": ("Dinov2Model", "Dinov2Config", DINO, own(), ""),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", DINO, own(), ""),
+    "dinov3_vit": ("DINOv3ViTModel", "DINOv3ViTConfig", SMALL, own(), ""),
+    "vit_msn": ("ViTMSNModel", "ViTMSNConfig", SMALL, own(), ""),
     "clip": ("CLIPModel", "CLIPConfig", CLIP, lambda m, x: m.get_image_features(x).pooler_output, "of a text tower"),
-    "clip tower": ("CLIPVisionModel", "CLIPVisionConfig", SMALL, lambda m, x: m(x).pooler_output, ""),
-    "swin": ("SwinForImageClassification", "SwinConfig", SWIN, pooled("swin"), "2 tensors of a classifier"),
-    "resnet": ("ResNetForImageClassification", "ResNetConfig", RESNET, pooled("resnet"), "2 tensors of a classifier"),
-}
+    "clip_vision_model": ("CLIPVisionModel", "CLIPVisionConfig", SMALL, pooled(), ""),
+    "siglip": ("SiglipModel", "SiglipConfig", SIGLIP, pooled("vision_model"), "of a text tower"),
+    "siglip_vision_model": ("SiglipVisionModel", "SiglipVisionConfig", SMALL, pooled(), ""),
+    "beit": ("BeitForImageClassification", "BeitConfig", BEIT, pooled("beit"), CLASSIFIER),
+    "data2vec-vision": (
+        "Data2VecVisionForImageClassification", "Data2VecVisionConfig", BEIT, pooled("data2vec_vision"), CLASSIFIER,
+    ),
+    "swin": ("SwinForImageClassification", "SwinConfig", SWIN, pooled("swin"), CLASSIFIER),
+    "swinv2": ("Swinv2ForImageClassification", "Swinv2Config", SWIN, pooled("swinv2"), CLASSIFIER),
+    "focalnet": ("FocalNetForImageClassification", "FocalNetConfig", FOCAL, pooled("focalnet"), CLASSIFIER),
+    "resnet": ("ResNetForImageClassification", "ResNetConfig", RESNET, pooled("resnet"), CLASSIFIER),
+    "regnet": ("RegNetForImageClassification", "RegNetConfig", REGNET, pooled("regnet"), CLASSIFIER),
+    "bit": ("BitForImageClassification", "BitConfig", BIT, pooled("bit"), CLASSIFIER),
+    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", NEXT, pooled("convnext"), CLASSIFIER),
+    "convnextv2": ("ConvNextV2ForImageClassification", "ConvNextV2Config", NEXT, pooled("convnextv2"), CLASSIFIER),
+    "dinov3_convnext": ("DINOv3ConvNextModel", "DINOv3ConvNextConfig", NEXT, pooled(), ""),
+    "efficientnet": (
+        "EfficientNetForImageClassification", "EfficientNetConfig", EFFICIENT, pooled("efficientnet"), CLASSIFIER,
+    ),
+    "mobilenet_v1": (
+        "MobileNetV1ForImageClassification", "MobileNetV1Config", MOBILE, pooled("mobilenet_v1"), CLASSIFIER,
+    ),
+    "mobilenet_v2": (
+        "MobileNetV2ForImageClassification", "MobileNetV2Config", MOBILE, pooled("mobilenet_v2"), CLASSIFIER,
+    ),
+    "levit": ("LevitForImageClassification", "LevitConfig", LEVIT, pooled("levit"), "of a classifier"),
+}  # fmt: skip
+
+
+def test_every_type_is_held_against_the_library() -> None:
+    assert set(FAMILIES) - {"classifier"} == set(TYPES) - {"vit_mae"}  # which has a test of its own
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -204,6 +252,37 @@ def test_weights_in_several_files_and_pickles(tmp_path: Path) -> None:
     assert torch.equal(load_backbone(f"hf:{folder}", allow_pickle=True).pretrained.flat, whole)
 
 
+def test_a_file_beside_a_folders_own_weights_is_never_taken_for_them(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
+    whole = load_backbone(f"hf:{folder}")
+    assert torch.equal(load_backbone(f"hf:{folder}/model.safetensors").pretrained.flat, whole.pretrained.flat)
+    state = load_file(folder / "model.safetensors")
+    moved = {f"vit.{key}": value + 0.03 for key, value in state.items() if not key.startswith("pooler.")}
+    save_file(moved, folder / "cars.safetensors")
+    for read in (
+        lambda: load_backbone(f"hf:{folder}/cars.safetensors"),
+        lambda: load_backbone(f"paper:vit-b16-in1k@{folder}/cars.safetensors"),
+        lambda: read_finetuned(folder / "cars.safetensors", whole),
+    ):
+        with pytest.raises(TaskvecError, match=r"cars\.safetensors' is not what .*\n.*folder of its own as model"):
+            read()
+    folder_of(tmp_path / "cars", "ViTModel", "ViTConfig", SMALL)
+    save_file(moved, tmp_path / "cars" / "model.safetensors", {"format": "pt"})
+    found = read_finetuned(tmp_path / "cars" / "model.safetensors", whole)
+    assert torch.allclose(found.encoder.flat, whole.pretrained.flat + 0.03)
+
+
+def test_a_cache_with_a_part_missing_is_not_whole(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert not is_whole(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert is_whole(folder)
+    next(folder.glob("model-00002*")).unlink()
+    assert not is_whole(folder)
+
+
 def test_folders_without_a_model_are_clear_errors(tmp_path: Path) -> None:
     for address, message in [
         (f"hf:{tmp_path}", r"has no config\.json"),
@@ -231,6 +310,11 @@ def test_a_repository_in_the_hubs_cache_is_loaded(tmp_path: Path, monkeypatch: p
     folder, _ = folder_of(home / "snapshots" / commit, "ViTModel", "ViTConfig", SMALL)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
+    assert backbones.to_download("hf:owner/vit") == "owner/vit/model.safetensors"
+    with pytest.raises(TaskvecError, match=r"needs preprocessor_config\.json .*'owner/vit'.*HF_HUB_OFFLINE is set"):
+        load_backbone("hf:owner/vit")  # AutoModel caches configuration and weights only, and no view is guessed
+    T.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    assert backbones.to_download("hf:owner/vit") == ""
     assert backbones.describe("hf:owner/vit", 32)["content"] == backbones.describe(f"hf:{folder}", 32)["content"]
     found = load_backbone("hf:owner/vit")
     assert (found.name, found.origin["from"]) == ("vit", f"owner/vit/{commit}")

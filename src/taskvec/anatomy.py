@@ -7,11 +7,11 @@ operations are counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from taskvec import loaders
+from taskvec import backbones, loaders
 from taskvec.addresses import PAPER as SEEN
 from taskvec.addresses import parse
 from taskvec.errors import TaskvecError
@@ -88,17 +88,22 @@ PAPER: Mapping[str, Transformer] = MappingProxyType(
 """The encoders of the paper's tables, by the names of ``paper.MODELS``."""
 
 
-def anatomy(address: str, size: int | None) -> Anatomy | None:
-    """Return what a backbone costs at an input size, its own by default; None where nothing here tells its shape."""
+def anatomy(address: str, size: int | None, projection: bool | None = None) -> Anatomy | None:
+    """Return what a backbone costs at an input size, its own by default; None where nothing here tells its shape.
+
+    An encoder that cannot look at images of that size raises.
+    """
     kind, name, _ = parse(address)
     if kind == "paper":
-        return PAPER[name].anatomy(size or 224, SEEN[name].crop)
+        shape = PAPER[name] if projection is not False else replace(PAPER[name], projection=0)
+        return shape.anatomy(size or 224, SEEN[name].crop)
     if kind == "lab":
         return lab_anatomy(encoders.split_step(name)[0], size)
     try:
-        return counted(*architecture(address, size))
+        record, seen = architecture(address, size, projection)
     except (TaskvecError, OSError):
         return None
+    return counted(record, seen, address)
 
 
 def lab_anatomy(name: str, size: int | None) -> Anatomy:
@@ -109,21 +114,20 @@ def lab_anatomy(name: str, size: int | None) -> Anatomy:
     return shape.anatomy(options["size"])
 
 
-def architecture(address: str, size: int | None) -> tuple[dict[str, Any], Seen]:
+def architecture(address: str, size: int | None, projection: bool | None = None) -> tuple[dict[str, Any], Seen]:
     """Return the record from which a module can be built, and how it sees images; timm's needs no file."""
-    family, asked = loaders.find(address, size, allow_pickle=True)
+    family, asked = loaders.find(address, size, allow_pickle=True, projection=projection)
     if asked.kind == "timm":
         pixels = size or timm.own_size(asked.name)
-        return {"family": "timm", "options": {"name": asked.name, "size": pixels}}, lambda m: timm.preprocessing(
-            m, pixels
-        )
+        options = {"name": asked.name, "size": pixels} | timm.projection_options(asked)
+        return {"family": "timm", "options": options}, lambda m: timm.preprocessing(m, pixels)
     if family.missing(asked):
         raise TaskvecError(f"'{address}' is not on this machine", "give a file")
     found = loaders.load(asked, family)
     return found.architecture, found.preprocessing
 
 
-def counted(record: Mapping[str, Any], seen: Seen | None = None) -> Anatomy:
+def counted(record: Mapping[str, Any], seen: Seen | None = None, name: str = "the encoder") -> Anatomy:
     """Build an encoder on the meta device, which holds shapes and no numbers, and count one forward pass."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -140,7 +144,7 @@ def counted(record: Mapping[str, Any], seen: Seen | None = None) -> Anatomy:
         if not list(part.children()):
             part.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter:
-        features = module(torch.zeros(1, 3, size, size, device="meta"))
+        features = backbones.tried(module, torch.zeros(1, 3, size, size, device="meta"), name)
     parameters = sum(value.numel() for value in module.state_dict().values() if value.is_floating_point())
     view = seen(module) if seen else None
     return Anatomy(parameters, float(counter.get_total_flops()), float(kept[0]), features.shape[1], size, view)

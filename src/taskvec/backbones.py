@@ -20,7 +20,7 @@ from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing, normalise
 from taskvec.lab import encoders
 from taskvec.loaders import build
-from taskvec.loaders.checkpoints import parts
+from taskvec.loaders.checkpoints import first_line, parts
 from taskvec.store import read_json, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
@@ -186,15 +186,16 @@ def load_backbone(
     loaded = loaders.load(asked, family)
     module = build(loaded.architecture)
     state = loaded.state(module)
+    origin = loaded.origin()
     named, device = name or default_name(address), choose_device(device)
     backbone = assemble(named, module, loaded.preprocessing(module), loaded.architecture, device)
     if state is not None:
-        source = f"'{loaded.origin.get('from', asked.file or asked.name)}'"
+        source = f"'{origin.get('from', asked.file or asked.name)}'"
         fill(backbone, state.tensors, source)
         backbone.left_out = state.left_out
         if state.left_out:
             print(f"{source}: left out {parts(state.left_out)}", file=sys.stderr)
-    backbone.origin = loaded.origin
+    backbone.origin = origin
     return backbone
 
 
@@ -212,19 +213,21 @@ def assemble(
 def feature_width(module: nn.Module, preprocessing: Preprocessing, device: str, name: str) -> int:
     """Return the width of the module's features, or raise if it cannot look at images of that size."""
     images = torch.zeros(2, 3, preprocessing.size, preprocessing.size, device=device)
+    return int(tried(module, images, name).shape[1])
+
+
+def tried(module: nn.Module, images: Float[Tensor, "batch 3 size size"], name: str) -> Float[Tensor, "batch width"]:
+    """Return a module's features, or raise if it cannot look at such images or gives no vector of each."""
     try:
-        features = module(images)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        features: Any = module(images)
+    except Exception as error:  # modules of many libraries, which raise errors of many kinds
         raise TaskvecError(
-            f"'{name}' cannot look at {preprocessing.size} px images: {reason}", "choose another size"
+            f"'{name}' cannot look at {images.shape[-1]} px images: {first_line(error)}", "choose another size"
         ) from None
-    if features.ndim != 2:
-        raise TaskvecError(
-            f"'{name}' gives features of shape {list(features.shape[1:])}, not one vector an image",
-            "choose a classifier",
-        )
-    return int(features.shape[1])
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        what = f"features of shape {list(features.shape[1:])}" if isinstance(features, Tensor) else "several outputs"
+        raise TaskvecError(f"'{name}' gives {what}, not one vector an image", "choose a classifier")
+    return features
 
 
 def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:

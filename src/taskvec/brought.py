@@ -6,6 +6,7 @@ The paper takes checkpoints "downloaded from online repositories" for its task v
 from __future__ import annotations
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -28,15 +29,17 @@ from taskvec.store import read_json
 from taskvec.tasks import Task
 from taskvec.weights import Weights, align, read_metadata
 
+NAMING = ("model.json", "config.json")
+"""Files beside a checkpoint that may name the outputs of its head."""
 FAR = 0.7
 """Length of a task vector, in lengths of the pre-trained weights, that speaks of another pre-training."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An encoder that was fine-tuned elsewhere, and the tensors of a classifier in its file."""
+    """An encoder that was fine-tuned elsewhere, its file, and the tensors of a classifier in it."""
 
-    source: str
+    path: Path
     encoder: Weights
     classifier: Mapping[str, Tensor]
 
@@ -66,7 +69,7 @@ def read_finetuned(path: Path, backbone: Backbone, allow_pickle: bool = False) -
     counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked") and key not in kept}
     encoder = align(kept | counters, backbone.pretrained, source)
     warn_of(encoder, backbone, source)
-    return Checkpoint(source, encoder, classifier)
+    return Checkpoint(path, encoder, classifier)
 
 
 def translate(path: Path, backbone: Backbone, allow_pickle: bool) -> Mapping[str, Tensor]:
@@ -96,17 +99,19 @@ def warn_of(encoder: Weights, backbone: Backbone, source: str) -> None:
 def head_of(checkpoint: Checkpoint, given: Sequence[str], task: Task, width: int, start: Head | None) -> Head:
     """Return the classifier in a checkpoint as the task's head, or else the frozen head that its regime starts from.
 
-    ``given`` are the names of its outputs in order, by default the task's classes; without either head it raises.
+    ``given`` are the names of its outputs in order, by default those that its file knows; without any head it raises.
     """
-    found, fix = dict(checkpoint.classifier), "give its head: as a .safetensors file with weight and bias"
+    found, source = dict(checkpoint.classifier), f"'{checkpoint.path}'"
+    fix = "give its head: as a .safetensors file with weight and bias"
     if not found and start is not None:
         return start
     if not found:
-        raise TaskvecError(f"{checkpoint.source} holds no head for task '{task.name}', and the regime has none", fix)
+        raise TaskvecError(f"{source} holds no head for task '{task.name}', and the regime has none", fix)
     weights = [key for key, value in found.items() if key.endswith("weight") and value.ndim == 2]
     if len(weights) != 1 or set(found) - layer(weights[0]):
-        raise TaskvecError(f"{checkpoint.source}: {', '.join(sorted(found)[:6])} are not one linear layer", fix)
-    return fitted(found, weights[0], {}, given, task, width, checkpoint.source)
+        raise TaskvecError(f"{source}: {', '.join(sorted(found)[:6])} are not one linear layer", fix)
+    names = given or class_names(checkpoint.path, task.name, len(found[weights[0]]))
+    return fitted(found, weights[0], {}, names, task, width, source)
 
 
 def layer(weight: str) -> set[str]:
@@ -118,7 +123,7 @@ def read_head(path: Path, given: Sequence[str], task: Task, width: int) -> Head:
     """Read a task's head from a file: ``weight`` and ``bias``, a classifier's ``NAME.weight``, or a model's heads.
 
     Of several heads the one with the task's name is taken. Its outputs are named by ``given``, or else by the file's
-    metadata ``classes`` (JSON) or the model.json beside it, and brought into the order of the task's classes.
+    metadata ``classes`` (JSON), the model.json or the config.json beside it, and brought into the order of the task's.
     """
     source, tensors = f"'{path}'", read_checkpoint(path)
     weights = [key for key in tensors if key.endswith("weight") and tensors[key].ndim == 2]
@@ -130,10 +135,10 @@ def read_head(path: Path, given: Sequence[str], task: Task, width: int) -> Head:
         raise TaskvecError(f"{source} holds {what}", did_you_mean(named, weights) if several else "give another head:")
     if len(weights) == 1 and (odd := sorted(set(tensors) - layer(chosen))):
         raise TaskvecError(f"{source} is not one linear layer: it holds {', '.join(odd[:3])}", "give another head:")
-    about = head_metadata(path)
     label = chosen.removesuffix("weight").removesuffix(".")
-    unusual = about.get("heads", {}).get(label, {})
-    return fitted(tensors, chosen, unusual, given or class_names(path, about, label), task, width, source)
+    unusual = head_metadata(path).get("heads", {}).get(label, {})
+    names = given or class_names(path, label, len(tensors[chosen]))
+    return fitted(tensors, chosen, unusual, names, task, width, source)
 
 
 def head_metadata(path: Path) -> dict[str, Any]:
@@ -145,13 +150,28 @@ def head_metadata(path: Path) -> dict[str, Any]:
         raise TaskvecError(f"'{path}': its metadata are not JSON", "give classes: in the study file") from None
 
 
-def class_names(path: Path, about: Mapping[str, Any], label: str) -> Sequence[str]:
-    """Return the names of a head's outputs that its file knows, or the model.json that a study wrote beside it."""
-    known = about.get("classes", {})
+def class_names(path: Path, label: str, outputs: int) -> Sequence[str]:
+    """Return the names of a head's outputs that its file knows, or a model.json or config.json beside it; else none."""
+    known = head_metadata(path).get("classes", {})
     if isinstance(known, dict) and label not in known and (beside := path.with_name("model.json")).is_file():
-        known = {task["name"]: task["classes"] for task in read_json(beside)["tasks"]}
+        known = {task["name"]: task["classes"] for task in read_json(beside).get("tasks", [])}
     names = known.get(label, []) if isinstance(known, dict) else known
-    return [str(name) for name in names]
+    return [str(name) for name in names] or configured_names(path.with_name("config.json"), outputs)
+
+
+def naming(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the files beside checkpoints and heads that may name their outputs."""
+    beside = {f"{key}, {name}": path.with_name(name) for key, path in files.items() for name in NAMING}
+    return {key: path for key, path in beside.items() if path.is_file()}
+
+
+def configured_names(config: Path, outputs: int) -> list[str]:
+    """Return the names of so many outputs in a config.json of transformers (``id2label``) or timm (``label_names``)."""
+    about = read_json(config) if config.is_file() else {}
+    found = about.get("id2label") or about.get("label_names") or []
+    names = [found[key] for key in sorted(found, key=int)] if isinstance(found, dict) else list(found)
+    nameless = all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names)
+    return [] if nameless or len(names) != outputs else [str(name) for name in names]
 
 
 def fitted(
@@ -170,6 +190,8 @@ def fitted(
     if head.kind != task.kind:
         raise TaskvecError(f"{source} is a head for {head.kind}, and '{task.name}' is a task of {task.kind}", "swap it")
     check_shape(rows, bias, task, width, source)
+    if not names and task.kind == CLASSIFICATION:
+        print(f"{source} names no classes: its outputs are taken in the order of task '{task.name}'", file=sys.stderr)
     return arranged(head, names or task.classes, task, source)
 
 

@@ -22,7 +22,18 @@ from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
 from taskvec.errors import TaskvecError
-from taskvec.images import Encoded, Preprocessing, crop_box, cut, quiet, read_image, resize_and_crop, shrink
+from taskvec.images import (
+    CorruptImage,
+    Encoded,
+    Preprocessing,
+    corrupt,
+    crop_box,
+    cut,
+    quiet,
+    read_image,
+    resize_and_crop,
+    shrink,
+)
 from taskvec.listing import Items, name_of
 from taskvec.store import gigabytes
 from taskvec.training import Progress
@@ -60,12 +71,14 @@ def decode(
 ) -> Iterator[tuple[int, Pixels]]:
     """Yield the place and the decoded view of every item, in order, made on ``workers`` threads (all cores for 0).
 
-    An image that cannot be read raises, or is left out and noted in ``skipped``.
+    A corrupt image raises, or is left out and noted in ``skipped``.
     """
 
     def one(place: int) -> Pixels | TaskvecError:
         try:
-            return make(open_item(items[place]), to)
+            item = items[place]
+            with corrupt(item if isinstance(item, Path | Encoded) else f"number {place}"):
+                return make(open_item(item), to)
         except TaskvecError as error:
             return error
 
@@ -75,6 +88,8 @@ def decode(
             for place, pixels in zip(places, pool.map(one, places), strict=True):
                 if not isinstance(pixels, TaskvecError):
                     yield place, pixels
+                elif not isinstance(pixels, CorruptImage):
+                    raise pixels
                 elif skipped is None:
                     raise TaskvecError(pixels.problem, f"{pixels.fix}, or let the study say skip_corrupt: true")
                 else:
@@ -105,17 +120,21 @@ def write_views(items: Items, to: Preprocessing, path: Path, skip: bool, progres
     return Written(np.array(kept, np.int64), tuple(digests), skipped)
 
 
-def write_whole(items: Items, to: Preprocessing, folder: Path, skip: bool, progress: Progress) -> None:
-    """Decode whole training images into ``pixels.npy``, one after another, with their sizes in ``shapes.npy``."""
-    shapes, skipped = [], Skipped()
+def write_whole(
+    items: Items, to: Preprocessing, folder: Path, skip: bool, progress: Progress
+) -> Int64[np.ndarray, " kept"]:
+    """Decode whole images into ``pixels.npy``, one after another, with sizes in ``shapes.npy``; return those kept."""
+    shapes, kept, skipped = [], [], Skipped()
     with (folder / "pixels.npy").open("wb") as file:
         _header(file, (0,))
         for place, pixels in decode(items, to, shrink, skipped if skip else None):
             file.write(pixels.tobytes())
             shapes.append(pixels.shape[1:])
+            kept.append(place)
             report(place, len(items), progress)
         _header(file, (sum(3 * height * width for height, width in shapes),))
     np.save(folder / "shapes.npy", np.array(shapes, np.int64).reshape(-1, 2))
+    return np.array(kept, np.int64)
 
 
 def report(place: int, count: int, progress: Progress) -> None:

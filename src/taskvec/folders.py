@@ -62,7 +62,13 @@ def list_splits(root: Path, names: dict[str, str]) -> Listing:
         split: np.array([i for i, c in enumerate(classes) for _ in files.get(c, [])], dtype=np.int64)
         for split, files in found.items()
     }
-    return Listing(classes, dict(items), labels, root=root)
+    lacking = {split: [c for c in classes if not files.get(c)] for split, files in found.items()}
+    notes = [
+        f"the {split} split has no images of {len(none)} classes, such as '{none[0]}'"
+        for split, none in lacking.items()
+        if none
+    ]
+    return Listing(classes, dict(items), labels, root=root, notes=tuple(notes))
 
 
 def check_root(root: Path) -> None:

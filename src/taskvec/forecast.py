@@ -132,7 +132,7 @@ def expected_digest(step: Step, id: str, count: Counter) -> str:
 
 def unknown_shapes(count: Counter) -> Iterator[str]:
     """Name backbones whose architecture is told by no file here."""
-    for (address, _), shape in count.anatomies.items():
+    for (address, *_), shape in count.anatomies.items():
         if shape is None:
             yield f"the architecture of {address} is not on this machine: counted as a ViT-B/16 at 224 px"
 

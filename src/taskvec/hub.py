@@ -8,7 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.images import Encoded
+from taskvec.images import CorruptImage, Encoded, corrupt
 from taskvec.listing import Items, Labels, Listing, check_trained, rename_classes, split_classes
 
 WAIT = 4.0
@@ -34,11 +34,15 @@ ENDINGS = (".parquet", ".arrow")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a data set's image column, as files; ``places`` are those chosen of it, in order."""
+    """Rows of a data set's image column, as files; ``places`` are those chosen of it, in order.
+
+    Where a data set is ``local`` its images must lie in the table: what is elsewhere is not in its digest.
+    """
 
     column: Any
     name: str
     places: Int64[np.ndarray, " count"]
+    local: bool = False
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -49,8 +53,14 @@ class Table:
         place = int(self.places[index])
         cell, name = self.column[place], f"{self.name}, row {place}"
         if cell is None or not (cell["bytes"] or cell["path"]):
-            raise TaskvecError(f"image '{name}' is empty", "replace it or remove it")
-        return Encoded(cell["bytes"] or Path(cell["path"]).read_bytes(), name)
+            raise CorruptImage(f"image '{name}' is empty", "replace it or remove it")
+        if self.local and not cell["bytes"]:
+            raise TaskvecError(
+                f"image '{name}' is not in the table, which names '{cell['path']}'",
+                "write the table with its images in it (datasets: embed_table_storage), or use folder:PATH",
+            )
+        with corrupt(name):
+            return Encoded(cell["bytes"] or Path(cell["path"]).read_bytes(), name)
 
     def __iter__(self) -> Iterator[Encoded]:
         """Yield all images' files."""
@@ -58,7 +68,7 @@ class Table:
 
     def select(self, indices: Int64[np.ndarray, " chosen"]) -> Table:
         """Return the rows at ``indices``."""
-        return Table(self.column, self.name, self.places[indices])
+        return replace(self, places=self.places[indices])
 
 
 def library() -> Any:
@@ -175,6 +185,13 @@ def list_hub(address: str) -> Listing:
 
 def read_splits(address: str) -> Listing:
     """List a data set's splits as they are."""
+    local = folder_of(address.partition("@")[0])
+    files = tuple(table_files(local)) if local else ()
+    if local and not files:
+        raise TaskvecError(
+            f"'{local}' cannot be read as a data set: it holds no {' or '.join(ENDINGS)} files",
+            f"images in folders are read as folder:{local}",
+        )
     found = open_dataset(address)
     splits = {split: found[name] for split, names in NAMES.items() for name in names if name in found}
     if "train" not in splits:
@@ -186,10 +203,8 @@ def read_splits(address: str) -> Listing:
     items: dict[str, Items] = {}
     for split, table in splits.items():
         column = table.select_columns([image]).cast_column(image, library().Image(decode=False))[image]
-        items[split] = Table(column, f"{address} {split}", np.arange(len(table)))
+        items[split] = Table(column, f"{address} {split}", np.arange(len(table)), local is not None)
     labels, classes = class_labels({split: table.select_columns([label]) for split, table in splits.items()}, label)
-    local = folder_of(address.partition("@")[0])
-    files = tuple(table_files(local)) if local else ()
     listing = Listing(classes, items, labels, root=local or Path(), files=files)
     return rename_classes(listing, lambda name: name, lambda names: tuple(n for n in classes if n in names))
 
@@ -214,6 +229,8 @@ def class_labels(tables: dict[str, Any], column: str) -> tuple[dict[str, Labels]
     """Return the labels of each split and the class names; a plain column has the classes of its values, in order."""
     values = {split: list(table[column]) for split, table in tables.items()}
     kind = tables["train"].features[column]
+    for split, found in values.items():
+        check_labels(found, column, split)
     names: Sequence[Any]
     if isinstance(kind, library().ClassLabel):
         names = list(kind.names)
@@ -224,6 +241,17 @@ def class_labels(tables: dict[str, Any], column: str) -> tuple[dict[str, Labels]
         split: np.array([places[value] for value in found], np.int64) for split, found in values.items()
     }
     return labels, tuple(map(str, names))
+
+
+def check_labels(labels: Sequence[Any], column: str, split: str) -> None:
+    """Raise unless every row has one label: a text or a number."""
+    for row, label in enumerate(labels):
+        if not isinstance(label, str | int | float):
+            what = "no label" if label is None else f"a {type(label).__name__} for a label"
+            raise TaskvecError(
+                f"row {row} of the {split} split has {what} in column '{column}'",
+                "give every row one text or number, or leave it out",
+            )
 
 
 def describe_hub(address: str) -> dict[str, Any]:

@@ -70,6 +70,10 @@ class Encoded:
         return self.name
 
 
+class CorruptImage(TaskvecError):
+    """An image that cannot be used, and may be left out; what else goes wrong in reading stops the work."""
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence Pillow's warnings: odd EXIF or ICC tags do not change pixels, and large images are errors here.
@@ -90,23 +94,37 @@ def open_image(source: Path | Encoded) -> Image.Image:
 
 def read_image(source: Path | Encoded) -> Image.Image:
     """Open an image as ``open_image`` does, in a thread for which somebody else has silenced the warnings."""
+    with corrupt(source), Image.open(source if isinstance(source, Path) else io.BytesIO(source.data)) as image:
+        check_size(image.size)
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextlib.contextmanager
+def corrupt(source: object) -> Iterator[None]:
+    """Turn what decoders raise into a ``CorruptImage`` that names the image.
+
+    Where the system refuses to read it, or has no memory, the error is another: the image may be sound.
+    """
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source.data)) as image:
-            check_size(image)
-            return to_rgb(ImageOps.exif_transpose(image))
+        yield
+    except TaskvecError:
+        raise
     except Image.DecompressionBombError as error:
-        raise TaskvecError(f"image '{source}' is suspiciously large: {error}", "shrink it or remove it") from None
+        raise CorruptImage(f"image '{source}' is suspiciously large: {error}", "shrink it or remove it") from None
     except FileNotFoundError:
-        raise TaskvecError(f"no image at '{source}'", "check the path") from None
+        raise CorruptImage(f"no image at '{source}'", "check the path; is it a link to nothing?") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, ...
-        raise TaskvecError(f"image '{source}' cannot be read: {error}", "replace it or remove it") from None
+        system = isinstance(error, MemoryError) or getattr(error, "errno", None)
+        kind, what = (TaskvecError, str(error) or "no memory is left") if system else (CorruptImage, str(error))
+        fix = "mend what is said there and run again" if system else "replace it or remove it"
+        raise kind(f"image '{source}' cannot be read: {what}", fix) from None
 
 
-def check_size(image: Image.Image) -> None:
+def check_size(size: tuple[int, int]) -> None:
     """Raise for a decompression bomb: Pillow itself refuses only twice as many pixels as it warns about."""
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {limit}")
+    if limit is not None and math.prod(size) > limit:
+        raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels, more than {limit}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -124,7 +142,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, "3 size size"]:
-    """Resize the short side to size / crop and cut the centre: pixel for pixel timm's evaluation transform."""
+    """Resize the short side to size / crop and cut the centre: pixel for pixel timm's evaluation transform.
+
+    An image so long that it would become a decompression bomb raises Pillow's error for those.
+    """
     short = max(to.size, math.floor(to.size / to.crop))
     width, height = image.size
     if to.squash:
@@ -134,6 +155,7 @@ def resize_and_crop(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, 
     else:
         resized = (int(short * width / height), short)
     if resized != image.size:
+        check_size(resized)  # one side of a very long image grows many times
         image = image.resize(resized, RESAMPLING[to.interpolation])
     left, top = (round((side - to.size) / 2) for side in resized)
     image = image.crop((left, top, left + to.size, top + to.size))

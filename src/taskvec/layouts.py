@@ -22,7 +22,7 @@ from taskvec.hub import read_splits, table_files
 from taskvec.listing import Items, Labels, Listing, check_trained, rename_classes, split_classes, split_validation
 from taskvec.papertasks import PaperTask, canonical, find_task, in_order
 
-FIXTURE = 0.5
+FIXTURE = 0.02
 """Share of the real number of images below which a data set is taken for a fixture and its sizes are not checked."""
 EUROSAT_HELD_OUT = 270
 """Images a class to validate and as many to test on, where EuroSAT has no splits (protocol, Data)."""
@@ -53,6 +53,7 @@ def list_paper(rest: str) -> Listing:
     listing = read_paper(name, task, where)
     check_files(listing)
     listing = rename_classes(listing, partial(canonical, name), partial(in_order, name))
+    check_classes(name, task, listing)
     check_trained(listing, f"paper:{rest}")
     if "validation" not in listing.labels:
         listing = split_validation(listing, f"paper:{rest}")
@@ -183,6 +184,17 @@ def check_files(listing: Listing) -> None:
         raise TaskvecError(f"image '{missing[0]}' is listed and not there{more}", "is the download whole?")
 
 
+def check_classes(name: str, task: PaperTask, listing: Listing) -> None:
+    """Raise for a class that is none of the task's, where all of them are listed."""
+    listed = [names[0] for names in task.names]
+    strange = [one for one in listing.classes if one not in listed] if len(listed) == task.classes else []
+    if strange:
+        raise TaskvecError(
+            f"paper:{name} has no class '{strange[0]}'",
+            f"{did_you_mean(strange[0], listed)}; a data set of your own is read as folder:PATH or hf:PATH",
+        )
+
+
 def check_sizes(name: str, task: PaperTask, listing: Listing) -> tuple[str, ...]:
     """Raise unless a real data set has exactly the protocol's sizes; one far smaller is noted as a fixture."""
     sizes = listing.sizes()
@@ -195,7 +207,8 @@ def check_sizes(name: str, task: PaperTask, listing: Listing) -> tuple[str, ...]
     if found not in (task.sizes, *task.other_sizes) or len(listing.classes) != task.classes:
         raise TaskvecError(
             f"paper:{name} has {have}; the paper has {want}",
-            "complete the download; a data set of your own is read as folder:PATH or hf:PATH",
+            f"complete the download (a fixture has less than {FIXTURE:.0%} of the images); "
+            "a data set of your own is read as folder:PATH or hf:PATH",
         )
     return () if found == task.sizes else (f"paper:{name} lacks images: {have}; the paper has {want}",)
 

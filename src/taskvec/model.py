@@ -16,7 +16,7 @@ from taskvec.backbones import AROUND, Backbone, linearised, read_weights, restor
 from taskvec.compute import choose_device
 from taskvec.errors import TaskvecError, unknown
 from taskvec.heads import Head, read_heads, save_heads
-from taskvec.images import open_image, resize_and_crop
+from taskvec.images import corrupt, open_image, resize_and_crop
 from taskvec.merging.buffers import DIRECTIONS, TaskDirections, read_directions, save_directions
 from taskvec.store import read_json, write_json
 from taskvec.weights import Weights, save
@@ -83,7 +83,10 @@ class MultiTaskModel:
         if task is not None and task not in self.heads:
             raise unknown("task", task, self.heads)
         size = self.backbone.preprocessing
-        pixels = [resize_and_crop(open_image(Path(image)), size) for image in images]
+        pixels = []
+        for image in images:
+            with corrupt(image):
+                pixels.append(resize_and_crop(open_image(Path(image)), size))
         if not pixels:
             return []
         names = [task] if task is not None else list(self.heads)

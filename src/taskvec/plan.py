@@ -284,7 +284,8 @@ class Planner:
         choice, pickle = self.brought[task], self.study.allow_pickle
         given = {"finetuned": choice.finetuned} | ({"head": choice.head} if choice.head else {})
         files = {key: brought.given_file(self.sources.path(file), key, task, pickle) for key, file in given.items()}
-        digests = {key: file_digest(path) for key, path in files.items()}
+        read = files if choice.classes else files | brought.naming(files)
+        digests = {key: file_digest(path) for key, path in read.items()}
         config: dict[str, Any] = {"source": digests, "name": task, "classes": list(choice.classes)}
         aside = {"allow_pickle": pickle} | {key: str(path) for key, path in files.items()}
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}

@@ -88,14 +88,26 @@ def preprocessing(config: Config, inputs: Inputs, out: Path, progress: Progress)
 def decode_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode the evaluation views of a task's images once."""
     tasks.write_task(
-        config["address"], open_view(inputs), config["limit"], out, progress, config.get("skip_corrupt", False)
+        config["address"],
+        open_view(inputs),
+        config["limit"],
+        out,
+        progress,
+        skip_corrupt=config.get("skip_corrupt", False),
+        known=config["source"],
     )
 
 
 def decode_training(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode a task's whole training images once."""
     tasks.write_training(
-        config["address"], open_view(inputs), config["limit"], out, progress, config.get("skip_corrupt", False)
+        config["address"],
+        open_view(inputs),
+        config["limit"],
+        out,
+        progress,
+        skip_corrupt=config.get("skip_corrupt", False),
+        known=config["source"],
     )
 
 

@@ -215,7 +215,7 @@ class Store:
         seen, memo = self._tree(root, files)
         if (known := self._remembered(seen, memo)) is not None:
             return known
-        digest = fingerprint({name: file_digest(root / name) for name in files})
+        digest = fingerprint({name: file_digest(root / name) for name in files if (root / name).exists()})
         with disk_errors(self.folder):
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_json(memo, {"seen": seen, "digest": digest})
@@ -228,7 +228,7 @@ class Store:
 
     def _tree(self, root: Path, files: Sequence[str]) -> tuple[str, Path]:
         """Return what tells whether files have changed, and where their digest is remembered."""
-        stats = {name: (root / name).stat() for name in files}
+        stats = {name: (root / name).stat() for name in files if (root / name).exists()}  # no links to nothing
         seen = fingerprint({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
         return seen, self.folder / "digests" / f"{fingerprint([str(root.resolve()), sorted(stats)])}.json"
 

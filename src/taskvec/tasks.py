@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,8 @@ from taskvec.training import Progress, no_progress
 
 LAB_COUNTS = {"train": 4000, "test": 1000}
 """Images that a lab task draws; the validation split comes out of the training images."""
+KEPT = "kept.json"
+"""A digest of which training images both caches of a task hold, with their labels."""
 DATA = "TASKVEC_DATA"
 """The environment variable with the folder of published data sets."""
 
@@ -166,13 +168,15 @@ def captions(address: str) -> list[str] | None:
 
 
 def sentences(address: str, name: str) -> list[list[str]] | None:
-    """Return captions for each class of a task in plain sentences, for other text towers; ``name`` chooses which.
+    """Return captions for each class of a task in plain sentences, for other text towers: those of its data set.
 
+    Where the address does not tell which that is, ``name`` does.
     A task of another kind than classification has none, nor one of the lab whose classes have no caption.
     """
     kind, _ = parse(address)
     names = captions(address) if kind == "lab" else list_task(address).classes
-    return templates.captions(names, name) if names else None
+    data_sets = [name] if kind == "folder" else [default_name(address), name]
+    return templates.captions(names, data_sets) if names else None
 
 
 SOURCES: dict[str, Callable[[str], Listing]] = {
@@ -225,12 +229,14 @@ def write_task(
     folder: Path,
     progress: Progress = no_progress,
     skip_corrupt: bool = False,
+    known: Mapping[str, Any] | None = None,
 ) -> None:
     """Decode a task into a folder: a uint8 memory map and the labels of each split, class names, an unusual kind.
 
-    What the user should know, such as images that are in two splits, goes to a file of notes.
+    What the user should know, such as images that are in two splits, goes to a file of notes. A task that has changed
+    since it was ``known``, which is what ``describe`` told, raises.
     """
-    listing = few(list_whole(address, to), limit)
+    listing = few(list_whole(address, to, known), limit)
     total, before = sum(listing.sizes().values()), 0
     check_room(view_bytes(total, to.size), folder, f"{total} images of {default_name(address)}")
     written: dict[str, Written] = {}
@@ -246,8 +252,9 @@ def write_task(
         write_json(folder / "kind.json", listing.kind)
     if has_whole(address):
         check_kept(listing, written, address)
+        write_json(folder / KEPT, kept_digest(listing, written["train"].kept))
         notes = [*listing.notes, *skips(written), *twins(written, listing.items)]
-        write_json(folder / NOTES, notes)
+        write_json(folder / NOTES, [note.encode("utf-8", "backslashreplace").decode() for note in notes])
 
 
 def check_kept(listing: Listing, written: dict[str, Written], address: str) -> None:
@@ -267,11 +274,32 @@ def write_training(
     folder: Path,
     progress: Progress = no_progress,
     skip_corrupt: bool = False,
+    known: Mapping[str, Any] | None = None,
 ) -> None:
     """Decode a task's training images whole into a folder: the same images in the same order as ``write_task``."""
-    items = few(list_whole(address, to), limit).items["train"]
+    listing = few(list_whole(address, to, known), limit)
+    items = listing.items["train"]
     check_room(whole_bytes(items, to), folder, f"{len(items)} training images of {default_name(address)}")
-    write_whole(items, to, folder, skip_corrupt, progress)
+    kept = write_whole(items, to, folder, skip_corrupt, progress)
+    write_json(folder / KEPT, kept_digest(listing, kept))
+
+
+def kept_digest(listing: Listing, kept: Int64[np.ndarray, " kept"]) -> str:
+    """Return a digest of the training images at the places that were kept: of their names, or numbers, and labels."""
+    items, labels = listing.items["train"], listing.labels["train"][kept].tolist()
+    names = relative([items[place] for place in kept], listing.root) if isinstance(items, list) else kept.tolist()
+    return fingerprint([names, labels])
+
+
+def check_unchanged(listing: Listing, known: Mapping[str, Any], address: str) -> None:
+    """Raise if files have been added, removed or put into other classes since a task was described."""
+    count = sum(listing.sizes().values())
+    listed = "listing" in known and listing_digest(listing) != known["listing"]
+    if "content" in known and (listed or count != known["images"]):
+        raise TaskvecError(
+            f"task '{address}' has changed since the run began: it had {known['images']} images, now it has {count}",
+            "run again when nothing writes to it any more",
+        )
 
 
 def share_of(progress: Progress, start: float, share: float) -> Progress:
@@ -287,9 +315,10 @@ def few(listing: Listing, limit: int | None) -> Listing:
     return replace(listing, items=items, labels=labels)
 
 
-def list_whole(address: str, to: Preprocessing) -> Listing:
-    """List a task's images and labels; a view that cuts images may not have labels of patches."""
+def list_whole(address: str, to: Preprocessing, known: Mapping[str, Any] | None) -> Listing:
+    """List a task's images and labels, unchanged; a view that cuts images may not have labels of patches."""
     listing = list_task(address)
+    check_unchanged(listing, known or {}, address)
     if KINDS[listing.kind].per_patch and to.crop < 1:
         raise TaskvecError(
             f"task '{address}' labels the patches of whole images, and the encoder sees {to.crop:.0%} of their side",
@@ -313,9 +342,22 @@ def read_task(folder: Path, name: str, whole: Path | None = None, mmap_mode: Lit
     }
     if whole is not None:
         splits["train"] = replace(splits["train"], whole=read_whole(whole, mmap_mode))
+        check_same(folder, whole, splits["train"], name)
     kind = folder / "kind.json"
     classes = tuple(read_json(folder / "classes.json"))
     return Task(name, classes, **splits, kind=read_json(kind) if kind.exists() else CLASSIFICATION)
+
+
+def check_same(views: Path, whole: Path, train: Split, name: str) -> None:
+    """Raise unless a task's two caches hold the same training images; older ones can be counted only."""
+    records = [read_json(folder / KEPT) for folder in (views, whole) if (folder / KEPT).exists()]
+    assert train.whole is not None
+    if len(set(records)) > 1 or len(train.whole.shapes) != len(train.labels):
+        raise TaskvecError(
+            f"the decoded images of task '{name}' in '{views}' and its whole training images in '{whole}' are not of "
+            "the same files: the task was changed, or could not be read for a while, between the two",
+            f"taskvec store --clear {views.name}, the same for {whole.name}, and run again",
+        )
 
 
 def load_task(

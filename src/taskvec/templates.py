@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from taskvec.papertasks import key
+
 GENERAL = ("a photo of a {}.", "a photo of the {}.")
 """The sentences of a data set that has none of its own."""
 _NUMBER = ('a photo of the number: "{}".',)
@@ -39,15 +41,16 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Sentences by data set; {} stands for the name of a class."""
-OTHER_NAMES = {"stanford_cars": "cars", "eurosat_splits": "eurosat", "nwpu-resisc45": "resisc45"}
+OTHER_NAMES = {"stanfordcars": "cars", "eurosatsplits": "eurosat", "eurosatrgb": "eurosat", "nwpuresisc45": "resisc45"}
+"""Other names of data sets, without case and signs."""
 
 
-def templates_of(data_set: str) -> tuple[str, ...]:
-    """Return the sentences of a data set by its name, whatever its case; the general ones for others."""
-    name = data_set.lower()
-    return TEMPLATES.get(OTHER_NAMES.get(name, name), GENERAL)
+def templates_of(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the sentences of the first name that is a known data set's, in any case and signs, or the general ones."""
+    known = [OTHER_NAMES.get(key(name), key(name)) for name in names]
+    return next((TEMPLATES[name] for name in known if name in TEMPLATES), GENERAL)
 
 
-def captions(classes: Sequence[str], data_set: str) -> list[list[str]]:
-    """Return every class in every sentence of its data set; underscores in names are spaces."""
+def captions(classes: Sequence[str], data_set: Sequence[str]) -> list[list[str]]:
+    """Return every class in every sentence of its data set, by its names; underscores in names are spaces."""
     return [[sentence.format(name.replace("_", " ")) for sentence in templates_of(data_set)] for name in classes]

@@ -131,7 +131,7 @@ def check_keys(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: 
         return
     parts = [_some("is missing", missing), _some("has unexpected", extra)]
     if reshaped and not missing and not extra:
-        fix += "; perhaps it was made for another input size: give a size"
+        fix += "; if it was made for another input size: give that size, or none where the architecture keeps its own"
     parts += [_some("has another shape for", [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in reshaped])]
     raise TaskvecError(f"{source} does not fit: it " + "; ".join(part for part in parts if part), fix)
 

@@ -81,13 +81,13 @@ class Counter:
     """Counts what single steps take, from their configurations and the sizes of what they read."""
 
     sizes: dict[str, TaskSize] = field(default_factory=dict)
-    anatomies: dict[tuple[str, int | None], Anatomy | None] = field(default_factory=dict)
+    anatomies: dict[tuple[str, int | None, bool | None], Anatomy | None] = field(default_factory=dict)
 
     def backbone(self, step: Step) -> Anatomy:
         """Return the anatomy of the backbone that a step reads, directly or through what it reads."""
         while not step.function.endswith(":load_backbone"):
             step = step.inputs["backbone"][0] if "backbone" in step.inputs else step.dependencies()[0]
-        key = step.config["address"], step.config["size"]
+        key = step.config["address"], step.config["size"], step.config.get("projection")
         if key not in self.anatomies:
             self.anatomies[key] = anatomy(*key)
         return self.anatomies[key] or UNKNOWN

@@ -56,7 +56,7 @@ def resolve(checkpoint: Checkpoint, given: str) -> tuple[str, str, str]:
     folder = folder if folder.is_dir() else folder.parent
     own = kind == "open_clip" and (not Path(given).is_dir() or any((folder / n).is_file() for n in open_clip.FILES))
     if not own and transformers.is_folder(folder):
-        return "hf", str(folder), ""
+        return "hf", given, ""
     return ("timm", checkpoint.timm, given) if checkpoint.timm else (kind, name, given)
 
 

@@ -18,8 +18,8 @@ CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "last_linear.")
 DECODERS = ("decoder.", "decoder_", "mask_token")
 """Key prefixes of what masked pre-training reads an encoder with."""
 TEXTS = (
-    "text.", "text_model.", "text_projection", "transformer.", "token_embedding.", "positional_embedding", "ln_final.",
-    "logit_scale", "logit_bias",
+    "text.", "text_decoder.", "text_model.", "text_projection", "transformer.", "token_embedding.",
+    "positional_embedding", "ln_final.", "logit_scale", "logit_bias",
 )  # fmt: skip
 """Key prefixes of a CLIP model's text tower, and of what joins it to the image tower."""
 PARTS = {"a classifier": CLASSIFIERS, "a decoder": DECODERS, "a text tower": TEXTS, "a pooler": ("pooler.",)}
@@ -107,7 +107,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors are many kinds
         raise TaskvecError(f"'{path}' cannot be read: {first_line(error)}", "convert it to safetensors") from None
-    for key in ("state_dict", "model", "teacher"):
+    for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

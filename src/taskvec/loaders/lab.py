@@ -33,7 +33,7 @@ def load(request: Request) -> Loaded:
 
         return State(dict(snapshot(base, step).state_dict()))
 
-    return Loaded({"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"]), state, {})
+    return Loaded({"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"]), state, dict)
 
 
 def file_of(request: Request, base: str) -> Path | None:

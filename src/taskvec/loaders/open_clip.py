@@ -46,7 +46,7 @@ def load(request: Request) -> Loaded:
         {"family": "open_clip", "options": options},
         lambda _: preprocessing(request, tag, pixels),
         lambda module: state_for(module, path),
-        origin_of(path, repo),
+        lambda: origin_of(path, repo),
     )
 
 
@@ -156,6 +156,7 @@ def build(options: dict[str, Any]) -> nn.Module:
         raise TaskvecError(
             f"'{address}' cannot be made for {options['size']} px: {first_line(error)}", "choose another size"
         ) from None
+    setattr(tower, "output_tokens", False)  # noqa: B010 - CoCa's would give the tokens beside the feature
     if not options["projection"]:
         if not isinstance(getattr(tower, "proj", None), nn.Parameter):
             raise TaskvecError(f"the projection of '{address}' cannot be taken off", "leave out projection: false")

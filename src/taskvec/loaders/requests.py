@@ -46,13 +46,14 @@ class State:
 class Loaded:
     """What a loader finds: the architecture, how to get preprocessing and weights for its module, and their origin.
 
-    ``origin`` tells the file, or the hub's repository, and the SHA-256 of its content; it is empty for the lab's.
+    ``origin`` tells the file, or the hub's repository, and the SHA-256 of its content, which it reads when it is asked;
+    it is empty for the lab's.
     """
 
     architecture: dict[str, Any]
     preprocessing: Callable[[nn.Module], Preprocessing]
     state: Callable[[nn.Module], State | None]
-    origin: dict[str, str]
+    origin: Callable[[], dict[str, str]]
 
 
 Texts = tuple[Float[Tensor, "captions width"], float]

@@ -28,14 +28,13 @@ def load(request: Request) -> Loaded:
     check_name(request.name)
     pixels = request.size or own_size(request.name)
     options: dict[str, Any] = {"name": request.name, "size": pixels}
-    if request.projection is not None:
-        options |= projection_options(request)
+    options |= projection_options(request)
     path, repo = find(request)
     return Loaded(
         {"family": "timm", "options": options},
         lambda module: preprocessing(module, pixels),
-        lambda module: state_for(module, read_checkpoint(path)),
-        origin_of(path, repo),
+        lambda module: state_for(module, read_checkpoint(path), request.name),
+        lambda: origin_of(path, repo),
     )
 
 
@@ -95,9 +94,11 @@ def own_size(name: str) -> int:
 
 
 def projection_options(request: Request) -> dict[str, int]:
-    """Return the width of a CLIP model's projection, which timm keeps in the place of the classifier."""
+    """Return the width of a CLIP model's projection where it is asked for; timm has it in place of the classifier."""
     import timm
 
+    if request.projection is None:
+        return {}
     config = timm.get_pretrained_cfg(request.name)
     has_one = "clip" in request.name and config and config.num_classes and "_ft_" not in (config.tag or "")
     if not has_one:
@@ -111,15 +112,30 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
 
     config = resolve_data_config({"input_size": (3, size, size)}, model=module)
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    squash = config.get("crop_mode") == "squash"
-    return Preprocessing(size, float(config["crop_pct"]), config["interpolation"], mean, std, squash)
+    mode, crop = config.get("crop_mode"), float(config["crop_pct"])
+    if mode == "border" or crop > 1:
+        print("timm lays a border around this model's images; here their centre is cut, without one", file=sys.stderr)
+    return Preprocessing(size, min(crop, 1.0), config["interpolation"], mean, std, mode == "squash")
 
 
-def state_for(module: nn.Module, raw: dict[str, Tensor]) -> State:
+def state_for(module: nn.Module, raw: dict[str, Tensor], name: str) -> State:
     """Translate a checkpoint for the module and leave out its classifier, or the decoder of masked pre-training."""
     tensors, unused = translate(raw, module)
-    kept, dropped = separate(tensors, module.state_dict().keys(), (*CLASSIFIERS, *DECODERS))
+    wanted = module.state_dict().keys()
+    kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS))
+    if set(kept) - set(wanted):
+        kept, more = separate(kept, wanted, heads_of(name, module))
+        dropped = (*dropped, *more)
     return State(kept, (*unused, *(key for key in dropped if key not in unused)))
+
+
+def heads_of(name: str, module: nn.Module) -> tuple[str, ...]:
+    """Return the keys of what timm's whole model has and the module, made without classifier, has not."""
+    import timm
+
+    with torch.device("meta"):
+        whole = timm.create_model(name, pretrained=False)
+    return tuple(key for key in whole.state_dict() if key not in module.state_dict())
 
 
 def translate(raw: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,16 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from taskvec.addresses import CLIP, HALF, IMAGENET, Channels
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.images import RESAMPLING, Preprocessing
-from taskvec.loaders import hub
+from taskvec.loaders import hub, processors
 from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, check_pickle, first_line
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, no_projection
 from taskvec.store import file_digest, fingerprint, read_json
 from taskvec.weights import check_keys, read_keys
 
-CONFIG, IMAGES = "config.json", "preprocessor_config.json"
+CONFIG = "config.json"
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -122,7 +119,8 @@ class Projected(Encoder):
 def locate(request: Request) -> Path | None:
     """Return the folder of a model on this machine: the one given, or where the hub's cache holds the repository."""
     folder = Path(request.name).expanduser()
-    folder = folder.parent if folder.is_file() else folder
+    if folder.is_file():
+        folder = folder_of(folder)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise TaskvecError(f"folder '{folder}' has no {CONFIG}", "give a folder that save_pretrained wrote")
@@ -130,7 +128,24 @@ def locate(request: Request) -> Path | None:
     if request.name.startswith(("/", ".", "~")) or request.name.count("/") != 1:
         raise TaskvecError(f"no folder at '{folder}'", "give a folder that save_pretrained wrote, or OWNER/NAME")
     held = hub.cached(request.name, CONFIG)
-    return held.parent if held and weights_in(held.parent) else None
+    return held.parent if held and is_whole(held.parent) else None
+
+
+def folder_of(file: Path) -> Path:
+    """Return the folder of a weights file, which must be the one that transformers loads from there."""
+    if is_folder(file.parent) and weights_in(file.parent) == file:
+        return file.parent
+    raise TaskvecError(
+        f"'{file}' is not what transformers loads from its folder: it wants {CONFIG} and weights called {WEIGHTS[0]}",
+        f"put it into a folder of its own as {WEIGHTS[0]}, beside its {CONFIG}, and give that folder",
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Say whether the hub's cache holds all that a model needs: weights, and how it wants to see images."""
+    weights = weights_in(folder)
+    seen = any((folder / name).is_file() for name in processors.FILES)
+    return seen and weights is not None and all(file.is_file() for file in shards(weights))
 
 
 def is_folder(folder: Path) -> bool:
@@ -144,14 +159,17 @@ def obtain(request: Request) -> Path:
     if folder is not None:
         return folder
     repo, address = request.name, request.address
-    instead = "with no network, give a local folder: hf:FOLDER, with config.json and model.safetensors"
-    folder = hub.fetch(repo, (CONFIG,), True, address, instead).parent
-    weights = hub.fetch(repo, WEIGHTS, request.allow_pickle, address, instead)
-    for file in shards(weights):
-        hub.fetch(repo, (file.name,), request.allow_pickle, address, instead)
-    for name in (IMAGES, *(TOKENIZER if read_json(folder / CONFIG).get("model_type") == "clip" else ())):
-        if hub.exists(repo, name, address, instead):
+    instead = f"with no network, give a local folder: hf:FOLDER, with {CONFIG}, {processors.FILES[0]} and {WEIGHTS[0]}"
+    config = hub.fetch(repo, (CONFIG,), True, address, instead)
+    hub.fetch(repo, processors.FILES, True, address, instead)
+    for name in TOKENIZER if read_json(config).get("model_type") == "clip" else ():
+        if hub.cached(repo, name) is None and hub.exists(repo, name, address, instead):
             hub.download(repo, name, address, instead)
+    for file in shards(hub.fetch(repo, WEIGHTS, request.allow_pickle, address, instead)):
+        hub.fetch(repo, (file.name,), request.allow_pickle, address, instead)
+    folder = locate(request)
+    if folder is None:
+        raise TaskvecError(f"'{repo}' was changed on the hub while it was downloaded", "run it again")
     return folder
 
 
@@ -184,7 +202,8 @@ def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
 
 def digest(folder: Path, allow_pickle: bool, more: Sequence[str] = ()) -> str:
     """Return a digest of everything in a folder that decides a model's features."""
-    files = [folder / CONFIG, folder / IMAGES, *(folder / name for name in more), *checked_files(folder, allow_pickle)]
+    names = (CONFIG, *processors.FILES, *more)
+    files = [*(folder / name for name in names), *checked_files(folder, allow_pickle)]
     return fingerprint({file.name: file_digest(file) for file in files if file.is_file()})
 
 
@@ -217,15 +236,16 @@ def load(request: Request) -> Loaded:
     config = read_json(folder / CONFIG)
     kind = type_of(request, config)
     own = edge(dict(config.get("vision_config") or config).get("image_size"))
-    seen = preprocessing(folder, kind, own)
+    seen = processors.preprocessing(folder, kind, own)
     seen = replace(seen, size=request.size or seen.size)
     options = options_of(request, config, kind, seen.size)
-    where = request.name if Path(request.name).expanduser() == folder else f"{request.name}/{folder.name}"
+    files = checked_files(folder, request.allow_pickle)
+    where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
     return Loaded(
         {"family": "hf", "options": options},
         lambda _: seen,
         lambda module: state_for(module, folder, options),
-        {"from": where, "sha256": content(checked_files(folder, request.allow_pickle))},
+        lambda: {"from": where, "sha256": content(files)},
     )
 
 
@@ -266,7 +286,7 @@ def make_config(options: dict[str, Any]) -> Any:
 
 
 def model_class(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the class of a model, and with what else it is made: without a pooler where the class token counts."""
+    """Return the class of a model, and with what else it is made: no pooler where the class token counts, else one."""
     import inspect
 
     import transformers
@@ -276,7 +296,7 @@ def model_class(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return transformers.CLIPVisionModelWithProjection, {}
     found = MODEL_MAPPING[type(make_config(options))]
     pools = "add_pooling_layer" in inspect.signature(found.__init__).parameters
-    return found, {"add_pooling_layer": False} if pools and TYPES[options["type"]].feature == "class" else {}
+    return found, {"add_pooling_layer": TYPES[options["type"]].feature != "class"} if pools else {}
 
 
 def build(options: dict[str, Any]) -> nn.Module:
@@ -321,6 +341,8 @@ def state_for(module: nn.Module, folder: Path, options: dict[str, Any]) -> State
     found |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
     found |= {key: () for key in unexpected if key not in dropped}
     fix = f"give a folder whose weights are those of its {CONFIG}"
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        fix += ", or set use_mean_pooling to false there: then the class token is the feature"
     check_keys(found, shapes, f"'{weights_in(folder)}'", fix)
     inner = wrap(model, options).state_dict()
     if options["has_projection"] and not options["projection"]:
@@ -369,41 +391,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# ---------------------------------------------------------------- preprocessing and texts
-
-
-def preprocessing(folder: Path, kind: str, size: int | None) -> Preprocessing:
-    """Return how a model wants to see images: by its folder, or else as most checkpoints of its type do."""
-    if not (folder / IMAGES).is_file():
-        mean, std = usual(kind)
-        print(
-            f"'{folder}' has no {IMAGES}: taking mean {list(mean)} and std {list(std)}, as usual for '{kind}'",
-            file=sys.stderr,
-        )
-        return Preprocessing(size or 224, mean=mean, std=std)
-    config = read_json(folder / IMAGES)
-    short, cut = edge(config.get("size")), edge(config.get("crop_size") if config.get("do_center_crop") else None)
-    own = cut or short or size or 224
-    crop = cut / short if cut and short else float(config.get("crop_pct") or 1.0)
-    squash = not cut and isinstance(config.get("size"), dict) and "height" in config["size"]
-    interpolation = next((name for name, value in RESAMPLING.items() if value == config.get("resample", 2)), "bicubic")
-    mean, std = (triple(config.get(name)) for name in ("image_mean", "image_std"))
-    if config.get("do_normalize") is False:
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return Preprocessing(own, min(crop, 1.0), interpolation, mean, std, squash)
-
-
-def usual(kind: str) -> tuple[Channels, Channels]:
-    """Return mean and standard deviation of most checkpoints of a type."""
-    if kind.startswith("clip"):
-        return CLIP
-    return (HALF, HALF) if kind.startswith(("vit", "siglip", "beit", "mobilenet")) and kind != "vit_mae" else IMAGENET
-
-
-def triple(values: Any) -> Channels:
-    """Return three numbers, one a channel, 0.5 where there are none."""
-    first, second, third = values if isinstance(values, list) and len(values) == 3 else HALF
-    return float(first), float(second), float(third)
+# ---------------------------------------------------------------- sizes and texts
 
 
 def edge(size: Any) -> int | None:
