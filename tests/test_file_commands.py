@@ -151,6 +151,40 @@ def test_files_and_buffers_agree(name: str, shape_list: list[tuple[int, ...]], t
         torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.measure])
+@pytest.mark.parametrize("stored", ["twice", "once", "mixed"])
+def test_tied_weights_stay_tied_and_are_merged_as_in_memory(tmp_path: Path, name: str, stored: str) -> None:
+    shapes = {"blocks.0.fc.weight": (6, 6), "lm_head.weight": (6, 4), "tok_embed.weight": (6, 4), "norm.weight": (4,)}
+    states = [{key: torch.randn(shape) for key, shape in shapes.items()} for _ in range(3)]
+    for state in states:
+        state["lm_head.weight"] = state["tok_embed.weight"].clone()
+    written = [dict(state) for state in states]
+    for state in {"twice": [], "once": written, "mixed": written[1:2]}[stored]:
+        del state["lm_head.weight"]
+    paths = [write(tmp_path / f"{i}.safetensors", state) for i, state in enumerate(written)]
+    recipe = find_recipe(name, {"steps": 3} if name == "wudi" else {})
+    out = tmp_path / ("out" if recipe.per_task else "out.safetensors")
+    lines = Merge(paths[0], paths[1:], out, 0.7, name, [f"steps={3}"] if name == "wudi" else []).run()
+    assert any("lm_head.weight = tok_embed.weight" in line for line in lines) == (stored != "once")
+    packed = [pack(state | {"lm_head.weight": state["tok_embed.weight"]}) for state in map(table_first, states)]
+    entries = buffers.Buffers(packed[0], [vectors.subtract(one, packed[0]) for one in packed[1:]])
+    if recipe.per_task:
+        wanted = {f"{task + 1}": buffers.task_directions(recipe, entries).of(task) for task in range(2)}
+    else:
+        wanted = {"": buffers.direction(recipe, entries)}
+    for task, direction in wanted.items():
+        found = load_file(out / f"{task}.safetensors" if task else out)
+        for key, tensor in vectors.add(packed[0], direction, 0.7).state().items():
+            if key in found:
+                torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+        assert stored == "once" or torch.equal(found["lm_head.weight"], found["tok_embed.weight"])
+
+
+def table_first(state: State) -> State:
+    """Return a state in the order of a module, with the table before the head that is tied to it."""
+    return {"tok_embed.weight": state["tok_embed.weight"]} | state
+
+
 @pytest.fixture
 def whole_method() -> Iterator[str]:
     """Register a method from outside that needs whole tensors, and notes their shapes."""

@@ -112,6 +112,9 @@ def told(streams: Streams) -> list[str]:
     matched, base = streams.matched, streams.base
     numbers = sum(base.tensors[name].size for name in matched.merged)
     lines = [f"merged {len(matched.merged)} of {len(base.tensors)} tensors ({numbers:,} numbers)"]
+    if matched.tied:
+        pairs = [f"{twin} = {first}" for twin, first in matched.tied.items()]
+        lines.append(f"tied in all files, and in the result: {len(pairs)} ({_some(pairs)})")
     ways = {"integers": matched.integers, "by --keep": matched.kept}
     carried = [f"{len(names)} {way} ({_some(names)})" for way, names in ways.items() if names]
     lines.append(f"carried over from the base: {', '.join(carried) or 'none'}; refused: none")

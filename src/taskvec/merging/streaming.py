@@ -69,7 +69,11 @@ class Streams:
     @cached_property
     def kinds(self) -> dict[str, tuple[Kind, float | None]]:
         """What every merged entry is, and how deep."""
-        return describe({name: self.base.tensors[name].shape for name in self.matched.merged})
+        return describe({name: self.base.tensors[name].shape for name in (*self.matched.merged, *self.matched.tied)})
+
+    def names_of(self, name: str) -> list[str]:
+        """Return a merged entry's name and those of the tensors tied to it."""
+        return [name, *(twin for twin, first in self.matched.tied.items() if first == name)]
 
     def __iter__(self) -> Iterator[tuple[Part, Any]]:
         """Yield parts and their vectors in float32, "tasks *shape" or "tasks slice"; NaN and infinity raise."""
@@ -223,7 +227,8 @@ def _move(
                 f"merged tensor '{part.name}' holds NaN, infinity or values that {dtype or stored.dtype} cannot hold",
                 "choose a smaller --scale, or a wider --dtype",
             )
-        _store(writer, part.name, place, moved, dtype or stored.dtype)
+        for name in streams.names_of(part.name):
+            _store(writer, name, place, moved, dtype or stored.dtype)
 
 
 def _store(writer: Writer, name: str, start: int, values: Float[ndarray, " count"], dtype: str) -> None:
