@@ -59,10 +59,10 @@ def test_numbers_are_rounded_as_torch_does_and_nan_stays_nan(patterns: list[int]
         np.testing.assert_array_equal(found, torch.from_numpy(values).to(TORCH[dtype]).float().numpy())
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 def test_largest_is_where_rounding_gives_infinity(dtype: str) -> None:
-    limit = torch.tensor(LARGEST[dtype], dtype=torch.float32)
-    below = torch.nextafter(limit, torch.tensor(0.0))
+    limit = torch.tensor(LARGEST[dtype], dtype=torch.float64 if dtype == "F32" else torch.float32)
+    below = torch.nextafter(limit, torch.zeros_like(limit))
     assert torch.isinf(limit.to(TORCH[dtype]))
     assert torch.isfinite(below.to(TORCH[dtype]))
 

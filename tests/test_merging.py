@@ -254,12 +254,29 @@ def test_the_kept_share_of_dare_is_one_minus_p_and_its_mean_is_the_vector() -> N
     assert abs(float(found.mean()) - 1) < 0.05
 
 
+TABLES = """
+transformer.word_embeddings.weight gpt_neox.embed_in.weight model.encoder.embed_positions.weight transformer.wte.weight
+encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight image_encoder.blocks.0.attn.rel_pos_h
+bert.embeddings.token_type_embeddings.weight backbone.embeddings.weight text_model.embeddings.token_embedding.weight
+layers.0.blocks.0.attn.relative_position_bias_table blocks.0.attn.attention_biases shared.weight
+""".split()  # noqa: SIM905
+MAPS = """
+gpt_neox.embed_out.weight vision_model.embeddings.patch_embedding.weight embeddings.patch_embeddings.projection.weight
+patch_embed.proj.weight layers.0.rel_pos.mlp.fc1.weight layers.0.blocks.0.attn.cpb_mlp.0.weight lm_head.weight
+transformer.h.0.self_attention.query_key_value.weight
+""".split()  # noqa: SIM905
+
+
 def test_kinds_and_depths_are_told_by_names_and_shapes() -> None:
     assert kind_of("blocks.0.attn.qkv.weight", (9, 3)) == "matrix"
     assert kind_of("patch_embed.proj.weight", (8, 3, 4, 4)) == "matrix"
     assert kind_of("pos_embed", (1, 5, 8)) == kind_of("embeddings.position_embeddings.weight", (5, 8)) == "embedding"
     assert kind_of("mask_token", (1, 8)) == kind_of("model.embed_tokens.weight", (99, 8)) == "embedding"
     assert kind_of("norm.weight", (8,)) == kind_of("scale", ()) == "vector"
+    for name in TABLES:
+        assert kind_of(name, (99, 8)) == "embedding", name
+    for name in MAPS:
+        assert kind_of(name, (99, 8)) == "matrix", name
     vit = depths(["patch_embed.w", "blocks.0.mlp.0.w", "blocks.1.w", "blocks.10.w", "norm.w"])
     assert list(vit.values()) == [0.0, 0.0, 0.5, 1.0, 0.0]
     nested = depths(["stem.w", "stages.0.blocks.0.w", "stages.0.blocks.1.w", "stages.1.blocks.0.w"])

@@ -32,7 +32,10 @@ FLOATS: dict[str, np.dtype[Any]] = {
 }
 """Types that can be computed with, and how numpy holds their bytes (it has no bfloat16)."""
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-LARGEST = {"F64": math.inf, "F32": math.inf, "F16": 65520.0, "BF16": float.fromhex("0x1.ffp127")}
+LARGEST = {"F64": math.inf} | {
+    dtype: float.fromhex(limit)
+    for dtype, limit in (("F32", "0x1.ffffffp127"), ("F16", "0x1.ffep15"), ("BF16", "0x1.ffp127"))
+}
 """The magnitude from which on a value rounds to infinity."""
 HEADER_LIMIT = 100_000_000
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})

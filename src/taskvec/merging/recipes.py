@@ -61,6 +61,8 @@ class Method:
     elementwise: bool = False
     arrays: bool = False
     """Whether function and survey use only what numpy's arrays and torch's tensors share: files need no torch then."""
+    matrices: bool = False
+    """Whether it treats linear maps as matrices and averages all other entries."""
     tasks: int | None = None
     """The number of tasks that it can merge; any number if None."""
 
@@ -134,6 +136,11 @@ class Recipe:
     def elementwise(self) -> bool:
         """Whether it may be applied to slices of entries."""
         return all(method.elementwise for method, _ in self.stages)
+
+    @property
+    def matrices(self) -> bool:
+        """Whether a method in it treats linear maps alone as matrices."""
+        return any(method.matrices for method, _ in self.stages)
 
     @property
     def arrays(self) -> bool:

@@ -205,7 +205,9 @@ def _carry(streams: Streams, writer: Writer, dtype: str | None) -> None:
                 writer.write(name, start, piece)
         else:
             for start in range(0, stored.size, SLICE):
-                _store(writer, name, start, base.read(name, start, min(stored.size, start + SLICE)), str(dtype))
+                values = base.read(name, start, min(stored.size, start + SLICE))
+                _check_fit(name, values[np.isfinite(values)], str(dtype), "choose a wider --dtype")
+                _store(writer, name, start, values, str(dtype))
 
 
 def _move(
@@ -219,16 +221,19 @@ def _move(
         wide = streams.base.read(part.name, place, part.start + stop) if stored.dtype == "F64" else flat[start:stop]
         with np.errstate(all="ignore"):
             moved = direction[start:stop].astype(wide.dtype) * scale
+            still = moved == 0
             moved += wide
+        np.copyto(moved, wide, where=still)  # -0.0 + 0.0 would be 0.0
         if part.name.endswith("running_var"):
             np.maximum(moved, 0, out=moved)
-        if not peak(moved) < LARGEST[dtype or stored.dtype]:
-            raise TaskvecError(
-                f"merged tensor '{part.name}' holds NaN, infinity or values that {dtype or stored.dtype} cannot hold",
-                "choose a smaller --scale, or a wider --dtype",
-            )
+        _check_fit(part.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
         for name in streams.names_of(part.name):
             _store(writer, name, place, moved, dtype or stored.dtype)
+
+
+def _check_fit(name: str, values: Float[ndarray, " count"], dtype: str, fix: str) -> None:
+    if not peak(values) < LARGEST[dtype]:
+        raise TaskvecError(f"'{name}' of the result holds NaN, infinity or values that {dtype} cannot hold", fix)
 
 
 def _store(writer: Writer, name: str, start: int, values: Float[ndarray, " count"], dtype: str) -> None:
