@@ -15,10 +15,10 @@ lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pre
 templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
 loaders.timm loaders.open_clip loaders.transformers loaders
 tangents backbones batch_norm heads surgery brought vectors agreement adapters finetuning
-merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
-merging.recipes merging merging.buffers matching merging.streaming differences evaluation search arithmetic
-disentangling model opening steps paper study cells absent sources plan anatomy workload forecast results costs
-views texts evidence verdict comparison claims leaderboard tables
+merging.parts merging.ranks merging.averaging merging.sparsity merging.directions merging.spectral merging.adaptive
+merging.measuring merging.recipes merging merging.buffers matching merging.streaming differences
+evaluation search arithmetic disentangling model opening steps paper study cells absent sources plan anatomy workload
+forecast results costs views texts evidence verdict comparison claims leaderboard tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
 figures.costs figures page
 runs progress file_commands studies cli __main__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -421,6 +423,44 @@ def test_a_method_from_outside_the_package_is_as_good_as_any() -> None:
             register(replace(method, name="a+b"))
     finally:
         METHODS.pop("agreement")
+
+
+PEAKS = """
+import threading, time, torch
+from taskvec.merging import METHODS
+from taskvec.merging.parts import Part
+torch.set_num_threads(1)
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+def merge(name, vectors):
+    config = METHODS[name].config(**({"steps": 2} if name == "wudi" else {}))
+    METHODS[name].function(vectors, Part("w", torch.zeros(vectors.shape[1:]), "matrix"), config)
+names = ["breadcrumbs", "della", "wudi", "iso_c", "tsv_m"]
+for name in names:
+    merge(name, torch.randn(4, 64, 256))
+start, peaks, done = anonymous(), dict.fromkeys(names, 0), threading.Event()
+vectors = torch.randn(4, 512, 2048)
+def watch():
+    while not done.wait(0.001):
+        peaks[name] = max(peaks[name], anonymous() - start)
+name = names[0]
+thread = threading.Thread(target=watch)
+thread.start()
+for name in names:
+    merge(name, vectors)
+done.set()
+thread.join()
+print({name: round(peak / vectors[0].nbytes, 1) for name, peak in peaks.items()})
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+def test_methods_of_whole_matrices_hold_the_bar_of_memory() -> None:
+    """Vectors, base and result included, in units of the matrix: at most 2 T + 4."""
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, env=returned)
+    peaks = ast.literal_eval(done.stdout)
+    assert all(0 < peak <= 2 * 4 + 4 for peak in peaks.values()), peaks
 
 
 def test_listing_methods_loads_no_torch() -> None:

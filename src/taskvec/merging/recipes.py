@@ -213,7 +213,10 @@ class Applied:
     def __iter__(self) -> Iterator[tuple[Part, Any]]:
         """Yield every entry after the method, anew each time."""
         for part, vectors in self.entries:
-            yield part, self.method.function(vectors, replace(part, whole=self.whole), self.config)
+            found = self.method.function(vectors, replace(part, whole=self.whole), self.config)
+            del vectors  # while the next entry is read, this one is not kept
+            yield part, found
+            del part, found
 
 
 def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Masked]]:

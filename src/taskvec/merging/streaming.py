@@ -172,9 +172,10 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
         for writer in writers:
             _carry(streams, writer, target.dtype)
         for part, found in apply(recipe, streams):
-            results = [found.of(task) for task in range(len(writers))] if isinstance(found, Masked) else [found]
-            for writer, result in zip(writers, results, strict=True):
+            for task, writer in enumerate(writers):
+                result = found.of(task) if isinstance(found, Masked) else found
                 _move(streams, writer, part, np.asarray(result).reshape(-1), scale, target.dtype)
+            del part, found, result  # while the next entry is read, this one is not kept
         for writer in writers:
             writer.finish()
         for layout in layouts:
