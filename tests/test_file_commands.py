@@ -45,6 +45,9 @@ def random_state(shape_list: list[tuple[int, ...]], seed: int, kinds: list[torch
         f"t{i}": (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(kinds[i % len(kinds)])
         for i, shape in enumerate(shape_list)
     }
+    for tensor in state.values():
+        if tensor.numel() > 1:
+            tensor.view(-1)[:2] = torch.tensor([-0.0, torch.finfo(tensor.dtype).tiny / 2])
     return state | {"steps": torch.tensor(seed), "mask": torch.tensor([True, False, True])}
 
 
@@ -85,6 +88,11 @@ def assert_equal(found: State, wanted: State) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+def bits(state: State) -> dict[str, bytes]:
+    """Return the bytes of tensors, in which -0 is not 0."""
+    return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
+
+
 # ---------------------------------------------------------------- laws
 
 
@@ -118,8 +126,8 @@ def test_scale_zero_and_no_change_give_the_base_bit_for_bit(
     base = random_state(shape_list, 0, [TORCH[kind] for kind in kinds])
     tuned = random_state(shape_list, 1, [torch.float32])
     with TemporaryDirectory() as folder:
-        assert_equal(merged(Path(folder), base, [tuned], 0.0, 7), base)
-        assert_equal(merged(Path(folder), base, [base, base], scale, 7), base)
+        assert bits(merged(Path(folder), base, [tuned], 0.0, 7)) == bits(base)
+        assert bits(merged(Path(folder), base, [base, base], scale, 7)) == bits(base)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,40 @@ def test_files_and_buffers_agree(name: str, shape_list: list[tuple[int, ...]], t
         found = merged(Path(folder), base, tuned, scale, 5, name)
     for key, tensor in want.state().items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.measure])
+@pytest.mark.parametrize("stored", ["twice", "once", "mixed"])
+def test_tied_weights_stay_tied_and_are_merged_as_in_memory(tmp_path: Path, name: str, stored: str) -> None:
+    shapes = {"blocks.0.fc.weight": (6, 6), "lm_head.weight": (6, 4), "tok_embed.weight": (6, 4), "norm.weight": (4,)}
+    states = [{key: torch.randn(shape) for key, shape in shapes.items()} for _ in range(3)]
+    for state in states:
+        state["lm_head.weight"] = state["tok_embed.weight"].clone()
+    written = [dict(state) for state in states]
+    for state in {"twice": [], "once": written, "mixed": written[1:2]}[stored]:
+        del state["lm_head.weight"]
+    paths = [write(tmp_path / f"{i}.safetensors", state) for i, state in enumerate(written)]
+    recipe = find_recipe(name, {"steps": 3} if name == "wudi" else {})
+    out = tmp_path / ("out" if recipe.per_task else "out.safetensors")
+    lines = Merge(paths[0], paths[1:], out, 0.7, name, [f"steps={3}"] if name == "wudi" else []).run()
+    assert any("lm_head.weight = tok_embed.weight" in line for line in lines) == (stored != "once")
+    packed = [pack(state | {"lm_head.weight": state["tok_embed.weight"]}) for state in map(table_first, states)]
+    entries = buffers.Buffers(packed[0], [vectors.subtract(one, packed[0]) for one in packed[1:]])
+    if recipe.per_task:
+        wanted = {f"{task + 1}": buffers.task_directions(recipe, entries).of(task) for task in range(2)}
+    else:
+        wanted = {"": buffers.direction(recipe, entries)}
+    for task, direction in wanted.items():
+        found = load_file(out / f"{task}.safetensors" if task else out)
+        for key, tensor in vectors.add(packed[0], direction, 0.7).state().items():
+            if key in found:
+                torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+        assert stored == "once" or torch.equal(found["lm_head.weight"], found["tok_embed.weight"])
+
+
+def table_first(state: State) -> State:
+    """Return a state in the order of a module, with the table before the head that is tied to it."""
+    return {"tok_embed.weight": state["tok_embed.weight"]} | state
 
 
 @pytest.fixture
@@ -273,6 +315,17 @@ def test_another_type_is_for_floating_point_tensors_only(tmp_path: Path) -> None
     assert torch.equal(found["t0"], want["t0"].bfloat16())
     assert torch.equal(found["t2"], load_file(base)["t2"].bfloat16())
     assert found["steps"].dtype == torch.int64
+
+
+def test_carried_numbers_must_fit_and_masks_may_be_infinite(tmp_path: Path) -> None:
+    state = {"w": torch.ones(3), "mask": torch.tensor([0.0, -torch.inf])}
+    base, large = (write(tmp_path / f"{i}.safetensors", state | {"mask": mask}) for i, mask in (
+        (0, state["mask"]), (1, torch.tensor([0.0, -1e9])),
+    ))  # fmt: skip
+    Merge(base, [large], tmp_path / "o.safetensors", 1.0, keep=["mask"], dtype="float16").run()
+    assert load_file(tmp_path / "o.safetensors")["mask"].tolist() == [0.0, -torch.inf]
+    with pytest.raises(TaskvecError, match="'mask' of the result holds .* F16 cannot hold"):
+        Merge(large, [base], tmp_path / "p.safetensors", 1.0, keep=["mask"], dtype="float16").run()
 
 
 def test_running_variances_do_not_become_negative(tmp_path: Path) -> None:

@@ -59,10 +59,10 @@ def test_numbers_are_rounded_as_torch_does_and_nan_stays_nan(patterns: list[int]
         np.testing.assert_array_equal(found, torch.from_numpy(values).to(TORCH[dtype]).float().numpy())
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 def test_largest_is_where_rounding_gives_infinity(dtype: str) -> None:
-    limit = torch.tensor(LARGEST[dtype], dtype=torch.float32)
-    below = torch.nextafter(limit, torch.tensor(0.0))
+    limit = torch.tensor(LARGEST[dtype], dtype=torch.float64 if dtype == "F32" else torch.float32)
+    below = torch.nextafter(limit, torch.zeros_like(limit))
     assert torch.isinf(limit.to(TORCH[dtype]))
     assert torch.isfinite(below.to(TORCH[dtype]))
 
@@ -283,6 +283,41 @@ def test_types_that_cannot_be_computed_with_are_refused(tmp_path: Path) -> None:
     assert match(base, [other], ["q"]).carried == ("q",)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"__metadata__": ["a"]},
+        {"__metadata__": {"a": 1}},
+        {"x": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "I64", "shape": [5], "data_offsets": [0, 4]}},
+    ],
+)
+def test_a_header_that_others_would_refuse_is_refused(tmp_path: Path, header: dict[str, object]) -> None:
+    text = json.dumps({"w": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}} | header).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4 if "x" in header else 0))
+    with pytest.raises(TaskvecError, match="cannot be read as safetensors"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("change", [{"weight_map": {"w": 1}}, {"metadata": ["a"]}])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    folder = write_shards(tmp_path / "a", {"w": torch.ones(2)})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises(TaskvecError, match="no index of shards"):
+        Checkpoint(folder)
+
+
+def test_labels_are_those_of_links_and_not_of_what_they_point_to(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blobs" / "0a1b", {"w": torch.ones(2)})
+    links = [tmp_path / name / "model.safetensors" for name in ("cars", "dtd")]
+    for link in links:
+        link.parent.mkdir()
+        link.symlink_to(blob)
+    assert labels(links) == ["cars", "dtd"]
+
+
 @pytest.mark.parametrize("once", ["base", "tuned"])
 def test_tied_weights_may_be_stored_once_or_twice(tmp_path: Path, once: str) -> None:
     table, changed = torch.randn(5, 3), torch.randn(5, 3)
@@ -291,7 +326,8 @@ def test_tied_weights_may_be_stored_once_or_twice(tmp_path: Path, once: str) -> 
     (twice if once == "base" else tuned).pop("lm_head")
     base, other = pair(tmp_path, twice, tuned)
     matched = match(base, [other])
-    assert set(matched.merged) == set(twice)
+    assert set(matched.merged) == {"embed", "norm"}
+    assert matched.tied == ({} if once == "base" else {"lm_head": "embed"})
     assert matched.aside == ((("lm_head",) if once == "base" else ()),)
     if once == "tuned":
         assert matched.sources[0]["lm_head"] == "embed"

@@ -8,17 +8,17 @@ from pathlib import Path
 import taskvec
 
 ORDER = """
-errors addresses compute settings weights store files matching pipeline executors images training kinds
+errors addresses compute settings weights store files pipeline executors images training kinds
 papertasks listing decoded folders hub layouts
 lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
 templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
 loaders.timm loaders.open_clip loaders.processors loaders.transformers loaders
 tangents backbones batch_norm heads surgery brought vectors agreement adapters finetuning
-merging.parts merging.ranks merging.averaging merging.sparsity merging.spectral merging.adaptive merging.measuring
-merging.recipes merging merging.buffers merging.streaming differences evaluation search arithmetic disentangling
-model opening steps paper study cells absent sources plan anatomy workload forecast results costs
-views texts evidence verdict comparison claims leaderboard tables
+merging.parts merging.ranks merging.averaging merging.sparsity merging.directions merging.spectral merging.adaptive
+merging.measuring merging.recipes merging merging.buffers matching merging.streaming differences
+evaluation search arithmetic disentangling model opening steps paper study cells absent sources plan anatomy workload
+forecast results costs views texts evidence verdict comparison claims leaderboard tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
 figures.costs figures page
 runs progress file_commands studies cli __main__

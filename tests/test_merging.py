@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -254,12 +256,29 @@ def test_the_kept_share_of_dare_is_one_minus_p_and_its_mean_is_the_vector() -> N
     assert abs(float(found.mean()) - 1) < 0.05
 
 
+TABLES = """
+transformer.word_embeddings.weight gpt_neox.embed_in.weight model.encoder.embed_positions.weight transformer.wte.weight
+encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight image_encoder.blocks.0.attn.rel_pos_h
+bert.embeddings.token_type_embeddings.weight backbone.embeddings.weight text_model.embeddings.token_embedding.weight
+layers.0.blocks.0.attn.relative_position_bias_table blocks.0.attn.attention_biases shared.weight
+""".split()  # noqa: SIM905
+MAPS = """
+gpt_neox.embed_out.weight vision_model.embeddings.patch_embedding.weight embeddings.patch_embeddings.projection.weight
+patch_embed.proj.weight layers.0.rel_pos.mlp.fc1.weight layers.0.blocks.0.attn.cpb_mlp.0.weight lm_head.weight
+transformer.h.0.self_attention.query_key_value.weight
+""".split()  # noqa: SIM905
+
+
 def test_kinds_and_depths_are_told_by_names_and_shapes() -> None:
     assert kind_of("blocks.0.attn.qkv.weight", (9, 3)) == "matrix"
     assert kind_of("patch_embed.proj.weight", (8, 3, 4, 4)) == "matrix"
     assert kind_of("pos_embed", (1, 5, 8)) == kind_of("embeddings.position_embeddings.weight", (5, 8)) == "embedding"
     assert kind_of("mask_token", (1, 8)) == kind_of("model.embed_tokens.weight", (99, 8)) == "embedding"
     assert kind_of("norm.weight", (8,)) == kind_of("scale", ()) == "vector"
+    for name in TABLES:
+        assert kind_of(name, (99, 8)) == "embedding", name
+    for name in MAPS:
+        assert kind_of(name, (99, 8)) == "matrix", name
     vit = depths(["patch_embed.w", "blocks.0.mlp.0.w", "blocks.1.w", "blocks.10.w", "norm.w"])
     assert list(vit.values()) == [0.0, 0.0, 0.5, 1.0, 0.0]
     nested = depths(["stem.w", "stages.0.blocks.0.w", "stages.0.blocks.1.w", "stages.1.blocks.0.w"])
@@ -404,6 +423,44 @@ def test_a_method_from_outside_the_package_is_as_good_as_any() -> None:
             register(replace(method, name="a+b"))
     finally:
         METHODS.pop("agreement")
+
+
+PEAKS = """
+import threading, time, torch
+from taskvec.merging import METHODS
+from taskvec.merging.parts import Part
+torch.set_num_threads(1)
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+def merge(name, vectors):
+    config = METHODS[name].config(**({"steps": 2} if name == "wudi" else {}))
+    METHODS[name].function(vectors, Part("w", torch.zeros(vectors.shape[1:]), "matrix"), config)
+names = ["breadcrumbs", "della", "wudi", "iso_c", "tsv_m"]
+for name in names:
+    merge(name, torch.randn(4, 64, 256))
+start, peaks, done = anonymous(), dict.fromkeys(names, 0), threading.Event()
+vectors = torch.randn(4, 512, 2048)
+def watch():
+    while not done.wait(0.001):
+        peaks[name] = max(peaks[name], anonymous() - start)
+name = names[0]
+thread = threading.Thread(target=watch)
+thread.start()
+for name in names:
+    merge(name, vectors)
+done.set()
+thread.join()
+print({name: round(peak / vectors[0].nbytes, 1) for name, peak in peaks.items()})
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+def test_methods_of_whole_matrices_hold_the_bar_of_memory() -> None:
+    """Vectors, base and result included, in units of the matrix: at most 2 T + 4."""
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, env=returned)
+    peaks = ast.literal_eval(done.stdout)
+    assert all(0 < peak <= 2 * 4 + 4 for peak in peaks.values()), peaks
 
 
 def test_listing_methods_loads_no_torch() -> None:

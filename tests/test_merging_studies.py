@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,15 @@ def test_adamerging_lowers_the_entropy(ground: Data, level: str) -> None:
         values.append(total())
     backbone.use(backbone.pretrained)
     assert values[1] < values[0]
+
+
+def test_what_is_measured_after_transforms_is_measured_along_what_they_give(ground: Data) -> None:
+    config = {"steps": 2, "learning_rate": 0.1}
+    plain, lines = find_recipe("adamerging", config), find_recipe("lines+adamerging", config | {"alpha": 3, "beta": 0})
+    tripled = replace(ground, vectors=[vector.with_flat(3 * vector.flat) for vector in ground.vectors])
+    found, wanted, raw = buffers.measure(lines, ground), buffers.measure(plain, tripled), buffers.measure(plain, ground)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert any(not torch.equal(found[name], raw[name]) for name in raw)
 
 
 def test_the_gradient_of_coefficients_is_that_of_the_loss(ground: Data) -> None:

@@ -19,7 +19,9 @@ from taskvec import model, search, vectors
 from taskvec.backbones import Backbone, encode, linearised, load_backbone
 from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
-from taskvec.study import parse_study
+from taskvec.plan import plan
+from taskvec.store import Store
+from taskvec.study import StudyFile, parse_study
 from taskvec.tangents import expand
 from taskvec.tasks import Task
 from taskvec.weights import Weights, bind
@@ -181,6 +183,27 @@ def test_a_kept_model_answers_as_the_linearised_encoder_does(tmp_path: Path) -> 
         read_finetuned(tmp_path / "encoder.safetensors", flat)
     plain = replace(flat, around=None)
     assert not torch.allclose(head.logits(plain.features(images)), want, atol=1e-3)
+
+
+def test_every_step_that_evaluates_a_linearised_encoder_is_told(tmp_path: Path) -> None:
+    text = """
+backbones: ["lab:random"]
+tasks: ["lab:greek", "lab:street"]
+regimes: [linearised]
+heads: [kept, reprobed, surgery]
+scales: per-task
+agreement: 8
+negation: {forget: greek, control: street}
+"""
+    [cell] = plan(StudyFile(parse_study(text, "s"), text, tmp_path), Store(tmp_path))
+    told = {step.function.partition(":")[2]: step.config.get("linearised") for step in cell.steps()}
+    assert {"surgery_curve", "agreement", "reprobed_curve", "test_task"} <= set(told)
+    assert {name for name, linear in told.items() if linear is None} == {
+        "choose_scale",
+        "gains",
+        "pick_head",
+        "probe_task",
+    }
 
 
 @pytest.mark.parametrize(

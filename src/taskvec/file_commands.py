@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from taskvec.errors import TaskvecError
 from taskvec.files import Checkpoint, labels
 from taskvec.matching import SHOWN, Matched, match
 from taskvec.merging import ADDITION, Recipe, find_recipe
+from taskvec.merging.parts import Kind
 from taskvec.merging.streaming import Streams, Watch, merge_files, plan_target, unwatched
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Merge:
             )
             written = merge_files(recipe, streams, self.scale, target)
             count = f"{len(tuned)} checkpoint{'s' if len(tuned) > 1 else ''}"
-            return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams), *map(str, written)]
+            return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams, recipe), *map(str, written)]
 
 
 def check_possible(recipe: Recipe, scale: float) -> None:
@@ -107,11 +108,18 @@ def parse_size(text: str) -> int:
     return size
 
 
-def told(streams: Streams) -> list[str]:
+def told(streams: Streams, recipe: Recipe) -> list[str]:
     """Return lines that account for every tensor of every file."""
     matched, base = streams.matched, streams.base
     numbers = sum(base.tensors[name].size for name in matched.merged)
     lines = [f"merged {len(matched.merged)} of {len(base.tensors)} tensors ({numbers:,} numbers)"]
+    if matched.tied:
+        pairs = [f"{twin} = {first}" for twin, first in matched.tied.items()]
+        lines.append(f"tied in all files, and in the result: {len(pairs)} ({_some(pairs)})")
+    if recipe.matrices:
+        kinds = {kind: [name for name in matched.merged if streams.kinds[name][0] == kind] for kind in get_args(Kind)}
+        tables = f", {len(kinds['embedding'])} tables ({_some(kinds['embedding'])})" if kinds["embedding"] else ""
+        lines.append(f"as matrices: {len(kinds['matrix'])}; averaged: {len(kinds['vector'])} vectors{tables}")
     ways = {"integers": matched.integers, "by --keep": matched.kept}
     carried = [f"{len(names)} {way} ({_some(names)})" for way, names in ways.items() if names]
     lines.append(f"carried over from the base: {', '.join(carried) or 'none'}; refused: none")

@@ -32,7 +32,10 @@ FLOATS: dict[str, np.dtype[Any]] = {
 }
 """Types that can be computed with, and how numpy holds their bytes (it has no bfloat16)."""
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-LARGEST = {"F64": math.inf, "F32": math.inf, "F16": 65520.0, "BF16": float.fromhex("0x1.ffp127")}
+LARGEST = {"F64": math.inf} | {
+    dtype: float.fromhex(limit)
+    for dtype, limit in (("F32", "0x1.ffffffp127"), ("F16", "0x1.ffep15"), ("BF16", "0x1.ffp127"))
+}
 """The magnitude from which on a value rounds to infinity."""
 HEADER_LIMIT = 100_000_000
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
@@ -178,7 +181,7 @@ def labels(paths: Iterable[Path]) -> list[str]:
 
 def _speaking(path: Path) -> tuple[str, ...]:
     """Return the parts of a path without its suffix; a file called model or pytorch_model says nothing."""
-    path = path.resolve()
+    path = path.absolute()
     name = path.name.removesuffix(INDEX).removesuffix(".safetensors")
     return path.parts[1:-1] if path.is_file() and name in ("model", "pytorch_model") else (*path.parts[1:-1], name)
 
@@ -205,6 +208,8 @@ def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
     try:
         index = json.loads(path.read_text("utf-8"))
         names = sorted(set(index["weight_map"].values()))
+        if not _texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
+            raise TypeError("weight_map is to map names to files, and metadata to be a mapping")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"no index of shards ({error})") from None
     for name in names:
@@ -227,19 +232,33 @@ def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, S
     try:
         header = json.loads(os.pread(handle, length, 8))
         metadata = header.pop("__metadata__", None)
+        if not _texts({} if metadata is None else metadata):
+            raise TypeError("__metadata__ is no mapping of texts")
         tensors = {name: _stored(info, number, 8 + length) for name, info in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"its header is wrong ({error})") from None
     end = 8 + length
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].length)))
     for name, stored in tensors.items():
-        kind = FLOATS.get(stored.dtype)
-        if stored.start != end or stored.length < 0 or (kind and stored.size * kind.itemsize != stored.length):
+        bits = _bits(stored.dtype)
+        unlike = bits and (stored.size * bits + 7) // 8 != stored.length
+        if stored.start != end or stored.length < 0 or min(stored.shape, default=0) < 0 or unlike:
             raise _damaged(path, f"the bytes of '{name}' are not where they should be")
         end += stored.length
     if end != size:
         raise _damaged(path, f"it has {size} bytes, and its header tells of {end}")
     return metadata, tensors
+
+
+def _texts(found: Any) -> bool:
+    """Say whether something is a mapping of texts to texts."""
+    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+
+
+def _bits(dtype: str) -> int:
+    """Return the bits of an element by its type's name (F8_E4M3: 8), 0 where it does not say."""
+    found = re.search(r"\d+", dtype)
+    return 8 if dtype == "BOOL" else int(found.group()) if found else 0
 
 
 def _stored(info: Mapping[str, Any], number: int, origin: int) -> Stored:
@@ -343,8 +362,7 @@ def _sized(stored: Stored, dtype: str | None) -> tuple[str, Shape, int]:
 def _alignment(sized: tuple[str, Shape, int]) -> int:
     """Return the bytes of an element, so that larger ones come first and all lie at multiples of their size."""
     dtype, *_ = sized
-    bits = re.search(r"\d+", dtype)
-    return int(bits.group()) // 8 if bits else 1
+    return max(1, _bits(dtype) // 8)
 
 
 def _groups(sized: Mapping[str, tuple[str, Shape, int]], limit: int) -> list[dict[str, tuple[str, Shape, int]]]:

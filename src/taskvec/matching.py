@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.files import FLOATS, INTEGERS, Checkpoint, same
+from taskvec.merging.parts import kind_of
 
 SHOWN = 4
 """Tensors that an error names of each kind."""
+SAMPLE = 4096
+"""Elements by which tensors are compared before they are read as a whole."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class Matched:
     """What happens to every tensor of a base: it is merged, or carried over, as asked for or as it holds integers.
 
     ``sources`` says for each fine-tuned checkpoint under which name it holds a merged tensor (a twin's where tied
-    weights are stored once), ``aside`` which of its tensors are not used: those of the patterns, and twins.
+    weights are stored once), ``aside`` which of its tensors are not used: those of the patterns, and twins. ``tied``
+    are tensors that are not merged, but stored as the result of another one, which is equal to them in every file.
     """
 
     merged: tuple[str, ...]
@@ -28,6 +35,7 @@ class Matched:
     integers: tuple[str, ...]
     sources: tuple[dict[str, str], ...]
     aside: tuple[tuple[str, ...], ...]
+    tied: Mapping[str, str]
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -46,14 +54,16 @@ def match(base: Checkpoint, tuned: Sequence[Checkpoint], keep: Sequence[str] = (
     kept = [name for name in base.tensors if _any(name, keep)]
     wanted = [name for name in base.tensors if not _any(name, keep)]
     sources, aside = zip(*(_matched(base, one, wanted, keep) for one in tuned), strict=True) if tuned else ((), ())
-    merged = [name for name in wanted if base.tensors[name].dtype in FLOATS]
+    floats = [name for name in wanted if base.tensors[name].dtype in FLOATS]
     integers = [name for name in wanted if base.tensors[name].dtype not in FLOATS]
     _refuse(base, tuned, integers, sources)
-    if not merged:
+    if not floats:
         raise TaskvecError(
             f"'{base.path}' has no floating-point tensor to merge", "is it quantised, or does --keep match everything?"
         )
-    return Matched(tuple(merged), tuple(kept), tuple(integers), sources, aside)
+    tied = _ties(base, tuned, floats, sources)
+    merged = tuple(name for name in floats if name not in tied)
+    return Matched(merged, tuple(kept), tuple(integers), sources, aside, tied)
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:
@@ -96,7 +106,40 @@ def _twin(one: Checkpoint, name: str, other: Checkpoint) -> str | None:
 
 
 def _tied(one: Checkpoint, name: str, twin: str) -> bool:
-    return same(one, name, one, twin) and len(np.unique(one.read(name, 0, min(one.tensors[name].size, 4096)))) > 1
+    return same(one, name, one, twin) and len(np.unique(_start(one, name))) > 1
+
+
+def _start(one: Checkpoint, name: str) -> Float[ndarray, " count"]:
+    return one.read(name, 0, min(one.tensors[name].size, SAMPLE))
+
+
+def _ties(
+    base: Checkpoint, tuned: Sequence[Checkpoint], names: Sequence[str], sources: Sequence[Mapping[str, str]]
+) -> dict[str, str]:
+    """Return which tensor stands for each that is tied to it in all files: the table of a pair, else the base's first.
+
+    A model in memory has its tables first; files have names in any order.
+    """
+    places = [(base, {name: name for name in names}), *zip(tuned, sources, strict=True)]
+    alike: dict[Any, list[str]] = {}
+    for name in sorted(names, key=lambda name: kind_of(name, base.tensors[name].shape) == "matrix"):
+        stored = base.tensors[name]
+        if len(stored.shape) > 1 and stored.size:
+            alike.setdefault((stored.dtype, stored.shape, _start(base, name).tobytes()), []).append(name)
+    tied: dict[str, str] = {}
+    for group in alike.values():
+        firsts: list[str] = []
+        for name in group:
+            first = next((one for one in firsts if _tied_everywhere(places, one, name)), None)
+            if first is None:
+                firsts.append(name)
+            else:
+                tied[name] = first
+    return tied
+
+
+def _tied_everywhere(places: Sequence[tuple[Checkpoint, Mapping[str, str]]], name: str, twin: str) -> bool:
+    return all(at[name] == at[twin] or _tied(one, at[name], at[twin]) for one, at in places)
 
 
 def _unlike(base: Checkpoint, name: str, tuned: Checkpoint, source: str) -> str:

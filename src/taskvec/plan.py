@@ -36,7 +36,7 @@ VERSIONS = {
     "finetune_joint": 1,
     "import_finetuned": 1,
     "choose_learning_rate": 2,
-    "merge": 1,
+    "merge": 2,
     "choose_option": 1,
     "reestimate": 1,
     "reestimated_curve": 1,
@@ -398,7 +398,7 @@ class Planner:
         inputs |= {"finetuned": [cell.finetuned[task]]} | ({"plan": [candidate.choice]} if number else {})
         scales = [] if number else coarse(candidate.grid)
         config: dict[str, Any] = {"scales": scales, "surgery": self.study.surgery.model_dump(mode="json")}
-        config |= {"seed": cell.seed, **self.device}
+        config |= {"seed": cell.seed, **self._on(cell)}
         config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
         cost = (2 if number else len(scales)) * self.images[task] * 1.4
         label = f"scales of {task}, round {number + 1}: {candidate.title} {cell.where}"
@@ -408,7 +408,7 @@ class Planner:
         """Compare features with the task's fine-tuned encoder at every scale of the grid."""
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
         inputs |= {"finetuned": [cell.finetuned[task]]}
-        config: dict[str, Any] = {"scales": candidate.grid, "images": self.study.agreement, **self.device}
+        config: dict[str, Any] = {"scales": candidate.grid, "images": self.study.agreement, **self._on(cell)}
         config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
         cost = float((1 + len(candidate.grid)) * self.study.agreement)
         return self.step("agreement", f"agreement on {task}: {candidate.title} {cell.where}", config, inputs, cost)

@@ -33,6 +33,8 @@ from taskvec.settings import (
 
 MOST_OPTIONS = 64
 """How many combinations of a method's hyperparameters one study searches at most."""
+FEW = {"steps": 2, "examples": 8}
+"""Hyperparameters of methods that cost time, and what a trial run gives them."""
 REGIMES = ("aligned", "full", "open", "open-full", "joint", "linearised", "lora")
 
 
@@ -117,6 +119,11 @@ class RegimeChoice(Choice):
     steps: Count | None = None
     disentanglement: bool = True
 
+    def shortened(self) -> RegimeChoice:
+        """Return the same regime with one seed and two steps where it has its own."""
+        seeds = None if self.seeds is None else self.seeds[:1]
+        return self.model_copy(update={"steps": None if self.steps is None else 2, "seeds": seeds})
+
 
 class TaskChoice(Choice):
     """A task: its address and a name for tables.
@@ -186,6 +193,13 @@ class MethodChoice(Choice):
     def grid(self) -> list[float]:
         """Return the scales to try in rising order, the method's own by default."""
         return list(self.scales) or parse_scales(self.recipes()[0].scales)
+
+    def shortened(self) -> MethodChoice:
+        """Return the same method with few scales, of every list of hyperparameters the first, and few steps."""
+        first = {key: value[0] if isinstance(value, list) else value for key, value in self.config.items()}
+        known = {key for method, _ in self.recipes()[0].stages for key in method.config.model_fields}
+        few = {key: least for key, least in FEW.items() if key in known}
+        return self.model_copy(update={"scales": tuple(coarse(self.grid())), "config": first | few})
 
     def recipes(self) -> list[Recipe]:
         """Return the recipe of every combination of the listed hyperparameters, the last one changing fastest."""
@@ -309,7 +323,7 @@ class Study(Settings):
         return check_distinct(chosen)
 
     def smoke(self) -> Study:
-        """Return the same study with 2 steps of 8 images, 32 images a split and few scales: numbers mean nothing."""
+        """Return the same study with one seed, 2 steps of 8 images, 32 images a split and few scales: a trial run."""
         batch = min(self.finetune.batch_size, 8)
         return self.model_copy(
             update={
@@ -317,10 +331,10 @@ class Study(Settings):
                 "probe": self.probe.model_copy(update={"steps": 2, "warmup": 0}),
                 "surgery": self.surgery.model_copy(update={"steps": 2}),
                 "finetune": self.finetune.model_copy(update={"steps": 2, "warmup": 0, "batch_size": batch}),
-                "methods": tuple(one.model_copy(update={"scales": tuple(coarse(one.grid()))}) for one in self.methods),
-                "regimes": tuple(
-                    regime.model_copy(update={"steps": None if regime.steps is None else 2}) for regime in self.regimes
-                ),
+                "methods": tuple(one.shortened() for one in self.methods),
+                "regimes": tuple(regime.shortened() for regime in self.regimes),
+                "seeds": self.seeds[:1],
+                "agreement": min(self.agreement, 8),
                 "subsets": self.subsets.model_copy(update={"limit": min(self.subsets.limit, 8)}),
                 "limit": 32,
                 "backbones": tuple(choice.shortened() for choice in self.backbones),

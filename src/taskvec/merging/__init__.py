@@ -180,6 +180,7 @@ register(
         reference="Gargiulo et al., Task singular vectors, arXiv 2412.00081",
         scales=WIDE,
         laws=frozenset({"order", "homogeneous"}),
+        matrices=True,
     )
 )
 register(
@@ -190,6 +191,7 @@ register(
         reference="Marczak et al., No task left behind, arXiv 2502.04959",
         scales=WIDE,
         laws=frozenset({"order", "homogeneous"}),
+        matrices=True,
     )
 )
 register(
@@ -201,6 +203,7 @@ register(
         scales=WIDE,
         config=spectral.IsoCts,
         laws=frozenset({"order", "homogeneous"}),
+        matrices=True,
     )
 )
 register(
@@ -212,6 +215,7 @@ register(
         scales=MIDDLE,
         config=spectral.Wudi,
         laws=frozenset({"one task", "order"}),
+        matrices=True,
     )
 )
 register(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -138,9 +138,26 @@ def checked(recipe: Recipe, entries: Buffers) -> Checked:
     return Checked(entries)
 
 
+def transformed(recipe: Recipe, entries: Buffers) -> Sequence[Weights]:
+    """Return the task vectors as the last method of a recipe is given them: after the transforms."""
+    before = replace(recipe, stages=recipe.stages[:-1])
+    if not before.stages:
+        return entries.vectors
+    flats = [torch.zeros_like(entries.pretrained.flat) for _ in entries.vectors]
+    starts = {entry.name: entry for entry in entries.layout}
+    for part, found in apply(before, Checked(entries)):
+        assert isinstance(found, Tensor)
+        for flat, row in zip(flats, found, strict=True):
+            view(flat, starts[part.name]).copy_(row)
+    return [entries.pretrained.with_flat(flat) for flat in flats]
+
+
 def measure(recipe: Recipe, data: Data) -> dict[str, Tensor]:
-    """Measure on data what the methods of a recipe need, by entry; nothing for most."""
+    """Measure on data what the last method of a recipe needs, by entry, along transformed vectors; nothing for most."""
     found: dict[str, Tensor] = {}
+    if recipe.measures:
+        entries = Buffers(data.backbone.pretrained, data.vectors, data.seed)
+        data = replace(data, vectors=transformed(recipe, entries))
     for method, config in recipe.measures:
         module, _, function = method.measure.partition(":")
         found |= getattr(importlib.import_module(module), function)(data, config)

@@ -26,7 +26,8 @@ Kind = Literal["matrix", "embedding", "vector"]
 """What an entry is: a linear map (linear layer, convolution), a table of vectors, or anything of fewer dimensions."""
 TABLES = re.compile(
     r"pos(ition(al)?)?_?embed|(cls|reg|class|mask|register|dist)_?tokens?|class_embedding|text_projection"
-    r"|embeddings\.(word|position|token)|embed_tokens|tok(en)?_?embed|(^|\.)w[tp]e\.|bias_table|(^|\.)shared\.weight"
+    r"|embeddings\.(word|position|token)|word_embedding|embed_(tokens|positions|in)\b|tok(en)?_?embed|(^|\.)w[tp]e\."
+    r"|(^|\.)(shared|embeddings?)\.weight|bias_table|attention_bias(es)?\b|rel_pos_([hw]|bias|emb)"
 )
 """Names of entries with two or more dimensions that are no linear maps (a row stands for a position or a token), and of
 CLIP's text projection, which the authors of the spectral methods leave out too."""

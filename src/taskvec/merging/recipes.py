@@ -61,6 +61,8 @@ class Method:
     elementwise: bool = False
     arrays: bool = False
     """Whether function and survey use only what numpy's arrays and torch's tensors share: files need no torch then."""
+    matrices: bool = False
+    """Whether it treats linear maps as matrices and averages all other entries."""
     tasks: int | None = None
     """The number of tasks that it can merge; any number if None."""
 
@@ -136,6 +138,11 @@ class Recipe:
         return all(method.elementwise for method, _ in self.stages)
 
     @property
+    def matrices(self) -> bool:
+        """Whether a method in it treats linear maps alone as matrices."""
+        return any(method.matrices for method, _ in self.stages)
+
+    @property
     def arrays(self) -> bool:
         """Whether numpy's arrays will do for it."""
         return all(method.arrays for method, _ in self.stages)
@@ -206,7 +213,10 @@ class Applied:
     def __iter__(self) -> Iterator[tuple[Part, Any]]:
         """Yield every entry after the method, anew each time."""
         for part, vectors in self.entries:
-            yield part, self.method.function(vectors, replace(part, whole=self.whole), self.config)
+            found = self.method.function(vectors, replace(part, whole=self.whole), self.config)
+            del vectors  # while the next entry is read, this one is not kept
+            yield part, found
+            del part, found
 
 
 def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Masked]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # the command lists methods without loading torch
 
 Share = Annotated[FiniteFloat, Field(gt=0, le=1)]
 Fuse = Literal["mean", "sum"]
+BLOCK = 1 << 18
+"""Elements of all tasks in a block of rows, which della draws and ranks at once."""
 OUTLIERS = 1e-4
 """The share of smallest and of largest magnitudes that pcb clips, as in its authors' code."""
 
@@ -138,19 +140,32 @@ def della(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Della) 
     Within a row (the first dimension's; a vector is one row) p falls linearly with the rank of the magnitude, from drop
     + epsilon to drop - epsilon. The paper takes the mean of the elected, mergekit's della the sum; see ``fuse``.
     """
+    base = part.base.flatten(1) if part.base.ndim > 1 else part.base.reshape(1, -1)
+    stacks, columns = vectors.reshape(len(vectors), *base.shape), base.shape[1]
+    merged, step = base.new_empty(base.shape), max(1, BLOCK // max(1, len(vectors) * columns))
+    for start in range(0, len(base), step):
+        block = slice(start, start + step)
+        own = replace(part, base=base[block], start=part.start + start * columns)
+        merged[block] = elect(thinned(stacks[:, block], own, config), config.fuse)
+    return merged.view(part.base.shape)
+
+
+def thinned(
+    vectors: Float32[Tensor, "tasks rows columns"], part: Part, config: Della
+) -> Float32[Tensor, "tasks rows columns"]:
+    """Return some rows of every task with entries dropped by chance, and the others scaled up."""
     kept = vectors.clone()
     for task, vector in enumerate(vectors):
         chance = 1 - drop_chances(vector, config)
         kept[task] *= (part.uniform(task) < chance) / chance
-    return elect(kept, config.fuse)
+    return kept
 
 
-def drop_chances(vector: Float32[Tensor, " *shape"], config: Della) -> Float32[Tensor, " *shape"]:
+def drop_chances(matrix: Float32[Tensor, "rows columns"], config: Della) -> Float32[Tensor, "rows columns"]:
     """Return the probability of a drop of every entry, by the rank of its magnitude in its row; ties by position."""
-    matrix = vector.flatten(1) if vector.ndim > 1 else vector.reshape(1, -1)
     ranks = matrix.abs().argsort(dim=1, stable=True).argsort(dim=1)
     spread = 1 - 2 * ranks / (matrix.shape[1] - 1) if matrix.shape[1] > 1 else ranks * 0.0
-    return (config.drop + config.epsilon * spread).view(vector.shape)
+    return config.drop + config.epsilon * spread
 
 
 def breadcrumbs(
@@ -161,11 +176,31 @@ def breadcrumbs(
     n is the size of the tensor, as in the paper; the authors' code does the same in every row of it. At least one entry
     stays.
     """
-    flat = rows(vectors)
-    count = flat.shape[1]
+    import torch
+
+    count = vectors[0].numel()
     dropped, kept = int(config.gamma * count), max(1, int(config.beta * count))
-    places = flat.abs().topk(min(count, dropped + kept), dim=1).indices[:, dropped:]
-    return flat.new_zeros(flat.shape).scatter(1, places, flat.gather(1, places)).view(vectors.shape)
+    middle = torch.zeros_like(vectors)
+    for vector, out in zip(vectors, middle, strict=True):
+        chosen = largest(vector, min(count, dropped + kept)) ^ largest(vector, dropped)
+        torch.where(chosen, vector, out, out=out)
+    return middle
+
+
+def largest(vector: Float32[Tensor, " *shape"], count: int) -> Bool[Tensor, " *shape"]:
+    """Return a mask of the ``count`` largest magnitudes; of equal ones the first."""
+    import torch
+
+    if not count:
+        return torch.zeros_like(vector, dtype=torch.bool)
+    numbers = vector.abs().cpu().numpy().reshape(-1)
+    numbers.partition(len(numbers) - count)
+    least = float(numbers[len(numbers) - count])
+    del numbers  # one copy at a time
+    sizes = vector.abs()
+    chosen, equal = sizes > least, (sizes == least).view(-1).nonzero()[:, 0]
+    chosen.view(-1)[equal[: count - int(chosen.sum())]] = True
+    return chosen
 
 
 def magmax(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Settings) -> Float32[Tensor, " *shape"]:
@@ -210,8 +245,10 @@ def unify(vectors: Float32[Tensor, " tasks *shape"]) -> tuple[Tensor, Tensor]:
 
 def emr_rescales(entries: Entries, config: Settings) -> Float32[Tensor, " tasks"]:
     """Return sum abs(tau_t) / sum abs(mask_t * unified) over the whole vectors; 1 where nothing is unified."""
-    before: Any = 0
-    after: Any = 0
+    import torch
+
+    before: Tensor = torch.zeros(())
+    after: Tensor = torch.zeros(())
     for _, vectors in entries:
         unified, masks = unify(vectors)
         before = before + rows(vectors).abs().double().sum(1)

@@ -1,33 +1,24 @@
-"""Methods that look at singular vectors, or at the row spaces, of weight matrices; other entries are averaged.
-
-Matrices are decomposed in float64, well conditioned ones through the Gram matrix of their shorter side, which on one
-core takes a third to two thirds of the time of a float32 SVD and is more exact. Directions whose singular value is
-below float32's rounding of the largest one say nothing and are left out, so that no result depends on how a null space
-happens to be completed.
-"""
+"""Methods that look at singular vectors, or at the row spaces, of weight matrices; other entries are averaged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, FiniteFloat
 
 from taskvec.merging.averaging import average, total
+from taskvec.merging.directions import Columns, Directions, decompose, joined, multiply
 from taskvec.merging.parts import Part
 from taskvec.settings import Count, Rate, Settings
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
-    from jaxtyping import Float, Float32, Float64
+    from jaxtyping import Float32
     from torch import Tensor
 
-    Triple = tuple[Float64[Tensor, "rows rank"], Float64[Tensor, " rank"], Float64[Tensor, "rank columns"]]
-
-ROUNDING = 2.0**-23
-"""The relative rounding of float32."""
-WORST = 1e-9
-"""The ratio of the squares of singular values below which a Gram matrix is not exact enough."""
+ROWS = 1 << 17
+"""Elements of a block of rows that wudi moves at once."""
 
 
 class IsoCts(Settings):
@@ -53,51 +44,43 @@ def on_matrices(function: Callable[[Float32[Tensor, "tasks rows columns"], Any],
     def merged(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Any) -> Float32[Tensor, " *shape"]:
         if part.kind != "matrix":
             return average(vectors, part, config)
-        return function(vectors.flatten(2), config).to(vectors.dtype).view(part.base.shape)
+        return function(vectors.flatten(2), config).reshape(part.base.shape)
 
     return merged
 
 
-def decompose(matrix: Float[Tensor, "rows columns"], most: int | None = None, size: float = 0) -> Triple:
-    """Return U, S, V^T of the thin SVD in float64 without null directions, the ``most`` largest ones at most.
+def wide(function: Callable[[Float32[Tensor, "tasks rows columns"], Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
+    """Give a method that treats both sides of a matrix alike the shorter side as its rows."""
 
-    A direction is null below the rounding of the largest one, or of ``size``, that of what the matrix was made from.
-    """
-    import torch
+    @wraps(function)
+    def turned(vectors: Float32[Tensor, "tasks rows columns"], config: Any) -> Float32[Tensor, "rows columns"]:
+        if vectors.shape[1] > vectors.shape[2]:
+            return function(vectors.mT, config).mT
+        return function(vectors, config)
 
-    if matrix.shape[0] > matrix.shape[1]:
-        right, sizes, left = decompose(matrix.mT, most, size)
-        return left.mT, sizes, right.mT
-    wide = matrix.double()
-    squares, vectors = torch.linalg.eigh(wide @ wide.mT)
-    most = len(squares) if most is None else min(most, len(squares))
-    if most and squares[-most] < WORST * squares[-1]:
-        left, sizes, right = torch.linalg.svd(wide, full_matrices=False)
-    else:
-        left = vectors.flip(1)[:, :most]
-        right = left.mT @ wide
-        sizes = right.norm(dim=1)
-        right /= sizes[:, None]
-    count = min(most, int((sizes > ROUNDING * sizes[:1].clamp(min=size)).sum()))
-    return left[:, :count], sizes[:count], right[:count]
+    return turned
 
 
-def summed(vectors: Float32[Tensor, "tasks rows columns"]) -> Float64[Tensor, "rows columns"]:
-    """Return the sum over tasks in float64, so that no rounding looks like a direction."""
-    found = vectors[0].double()
-    for vector in vectors[1:]:
-        found += vector
-    return found
+def columns_of(vector: Float32[Tensor, "rows columns"]) -> Columns:
+    """Return a matrix to be read in pieces."""
+    return Columns(lambda place: vector[:, place].double(), *vector.shape)
 
 
-def nearest_orthogonal(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tensor, "rows columns"]:
-    """Return U V^T of the SVD, the nearest matrix with orthonormal columns (or rows): the Procrustes solution."""
-    left, _, right = decompose(matrix)
-    return left @ right
+def summed(vectors: Float32[Tensor, "tasks rows columns"]) -> Columns:
+    """Return the sum over tasks, added up in float64 so that no rounding looks like a direction."""
+
+    def read(place: slice) -> Tensor:
+        piece = vectors[0][:, place].double()
+        for vector in vectors[1:]:
+            piece += vector[:, place]
+        return piece
+
+    return Columns(read, *vectors.shape[1:])
 
 
 @on_matrices
-def tsv_m(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> Float64[Tensor, "rows columns"]:
+@wide
+def tsv_m(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> Float32[Tensor, "rows columns"]:
     """Return U' S V'^T, U' and V' nearest orthogonal to the tasks' joined U_t and V_t of rank r/T (arXiv 2412.00081).
 
     S joins the tasks' largest r/T singular values. With more tasks than dimensions each keeps one direction, where the
@@ -105,59 +88,102 @@ def tsv_m(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> F
     """
     import torch
 
-    rank = max(1, min(vectors.shape[1:]) // len(vectors))
-    lefts, sizes, rights = zip(*(decompose(vector, rank) for vector in vectors), strict=True)
-    left, right = nearest_orthogonal(torch.cat(lefts, 1)), nearest_orthogonal(torch.cat(rights, 0))
-    return (left * torch.cat(sizes)) @ right
+    rank = max(1, vectors.shape[1] // len(vectors))
+    found = [decompose(columns_of(vector), rank) for vector in vectors]
+    return joined(found, torch.cat([one.sizes for one in found]))
 
 
 @on_matrices
-def iso_c(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> Float64[Tensor, "rows columns"]:
+@wide
+def iso_c(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> Float32[Tensor, "rows columns"]:
     """Return mean(S) U V^T of the sum's SVD, sum_t tau_t = U S V^T (arXiv 2502.04959)."""
-    left, sizes, right = decompose(summed(vectors))
-    return (sizes.sum() / min(vectors.shape[1:])) * (left @ right)
+    found = decompose(summed(vectors))
+    mean = found.sizes.sum() / len(found.left)
+    return multiply((found.left * (mean / found.sizes)) @ found.left.mT, found.matrix)
 
 
 @on_matrices
-def iso_cts(vectors: Float32[Tensor, "tasks rows columns"], config: IsoCts) -> Float64[Tensor, "rows columns"]:
+def iso_cts(vectors: Float32[Tensor, "tasks rows columns"], config: IsoCts) -> Float32[Tensor, "rows columns"]:
     """Return mean(S') U' V'^T: directions of the sum, and of what each task has outside them (arXiv 2502.04959).
 
     The sum gives about k r directions and each task (1 - k) r / T of its residual tau_t - U U^T tau_t, rounded as in
     the authors' code; U' and V' are nearest orthogonal to all of them, and mean(S') is over r values.
     """
+    if vectors.shape[1] > vectors.shape[2]:
+        return _iso_cts(vectors.mT, config.k, outside_right).mT
+    return _iso_cts(vectors, config.k, outside_left)
+
+
+def _iso_cts(
+    vectors: Float32[Tensor, "tasks rows columns"], k: float, outside: Callable[[Tensor, Directions], Columns]
+) -> Float32[Tensor, "rows columns"]:
     import torch
 
-    rank, tasks = min(vectors.shape[1:]), len(vectors)
-    own = min(round((rank - int(rank * config.k)) / tasks), rank // tasks)
-    common, *_ = found = decompose(summed(vectors), rank - own * tasks)
-    parts = [found]
-    for vector in (one.double() for one in vectors if own):
-        parts.append(decompose(vector - common @ (common.mT @ vector), own, size=float(vector.norm())))
-    lefts, sizes, rights = zip(*parts, strict=True)
-    left, right = nearest_orthogonal(torch.cat(lefts, 1)), nearest_orthogonal(torch.cat(rights, 0))
-    return (torch.cat(sizes).sum() / rank) * (left @ right)
+    tasks, rank, _ = vectors.shape
+    own = min(round((rank - int(rank * k)) / tasks), rank // tasks)
+    common = decompose(summed(vectors), rank - own * tasks)
+    found = [common, *(decompose(outside(vector, common), own) for vector in vectors if own)]
+    return joined(found, torch.cat([one.sizes for one in found]).sum() / rank)
+
+
+def outside_left(vector: Float32[Tensor, "rows columns"], common: Directions) -> Columns:
+    """Return what a matrix has outside the left directions of another: x - U U^T x."""
+
+    def read(place: slice) -> Tensor:
+        piece = vector[:, place].double()
+        return piece.sub_(common.left @ (common.left.mT @ piece))
+
+    return Columns(read, len(vector), vector.shape[1], float(vector.norm()))
+
+
+def outside_right(vector: Float32[Tensor, "rows columns"], common: Directions) -> Columns:
+    """Return what a matrix has outside the right directions of another: x - x V V^T."""
+    within: Any = sum(piece @ common.right(place).mT for place, piece in columns_of(vector))
+
+    def read(place: slice) -> Tensor:
+        return vector[:, place].double().sub_(within @ common.right(place))
+
+    return Columns(read, len(vector), vector.shape[1], float(vector.norm()))
 
 
 @on_matrices
 def wudi(vectors: Float32[Tensor, "tasks rows columns"], config: Wudi) -> Float32[Tensor, "rows columns"]:
     """Minimise sum_t norm((tau - tau_t) tau_t^T)^2 / norm(tau_t)^2 by Adam from sum_t tau_t (arXiv 2503.08099).
 
-    With C_t = tau_t^T tau_t / norm(tau_t)^2 the gradient is 2 (tau sum_t C_t - sum_t tau_t C_t): one product a step.
-    One task is its own minimum.
+    With C_t = tau_t^T tau_t / norm(tau_t)^2 the gradient is 2 (tau sum_t C_t - sum_t tau_t C_t), each row by itself, so
+    that rows are moved in blocks. One task that moves is its own minimum.
     """
+    merged = total(vectors).clone()
+    scaled = [(vector, 2 / float(norm) ** 2) for vector in vectors if (norm := vector.norm()) > 0]
+    if len(scaled) < 2:
+        return merged
+    pull = _pull(scaled)
+    step = max(1, ROWS // merged.shape[1])
+    for start in range(0, len(merged), step):
+        rows = slice(start, start + step)
+        goal: Any = sum(((vector[rows] * factor) @ vector.mT) @ vector for vector, factor in scaled)
+        _descend(merged[rows], pull, goal, config)
+    return merged
+
+
+def _pull(scaled: Sequence[tuple[Tensor, float]]) -> Callable[[Tensor], Tensor]:
+    """Return the function x -> 2 x sum_t C_t; of very wide matrices the sum would be larger than all vectors."""
     import torch
 
-    start = total(vectors).clone()
-    norms = vectors.square().sum((1, 2))
-    if len(vectors) == 1 or not norms.any():
-        return start
-    pulls, goal = torch.zeros(start.shape[1], start.shape[1]), torch.zeros_like(start)
-    for vector, norm in zip(vectors, norms, strict=True):
-        if norm > 0:
-            own = vector.mT @ vector / norm
-            pulls, goal = pulls.to(own.device) + own, goal + vector @ own
-    optimizer = torch.optim.Adam([start], lr=config.learning_rate)
+    rows, columns = scaled[0][0].shape
+    if columns > (len(scaled) + 1) * rows:
+        return lambda x: torch.stack([(x @ vector.mT).mul_(factor) @ vector for vector, factor in scaled]).sum(0)
+    pulls = scaled[0][0].new_zeros(columns, columns)
+    for vector, factor in scaled:
+        pulls.addmm_(vector.mT, vector, alpha=factor)
+    return lambda x: x @ pulls
+
+
+def _descend(x: Tensor, pull: Callable[[Tensor], Tensor], goal: Tensor, config: Wudi) -> None:
+    """Move rows x in place by Adam along the gradient pull(x) - goal."""
+    import torch
+
+    optimizer = torch.optim.Adam([x], lr=config.learning_rate, foreach=False)
     for _ in range(config.steps):
-        start.grad = 2 * (start @ pulls - goal)
+        x.grad = pull(x).sub_(goal)
         optimizer.step()
-    return start

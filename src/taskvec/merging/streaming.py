@@ -69,7 +69,11 @@ class Streams:
     @cached_property
     def kinds(self) -> dict[str, tuple[Kind, float | None]]:
         """What every merged entry is, and how deep."""
-        return describe({name: self.base.tensors[name].shape for name in self.matched.merged})
+        return describe({name: self.base.tensors[name].shape for name in (*self.matched.merged, *self.matched.tied)})
+
+    def names_of(self, name: str) -> list[str]:
+        """Return a merged entry's name and those of the tensors tied to it."""
+        return [name, *(twin for twin, first in self.matched.tied.items() if first == name)]
 
     def __iter__(self) -> Iterator[tuple[Part, Any]]:
         """Yield parts and their vectors in float32, "tasks *shape" or "tasks slice"; NaN and infinity raise."""
@@ -168,9 +172,10 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
         for writer in writers:
             _carry(streams, writer, target.dtype)
         for part, found in apply(recipe, streams):
-            results = [found.of(task) for task in range(len(writers))] if isinstance(found, Masked) else [found]
-            for writer, result in zip(writers, results, strict=True):
+            for task, writer in enumerate(writers):
+                result = found.of(task) if isinstance(found, Masked) else found
                 _move(streams, writer, part, np.asarray(result).reshape(-1), scale, target.dtype)
+            del part, found, result  # while the next entry is read, this one is not kept
         for writer in writers:
             writer.finish()
         for layout in layouts:
@@ -201,7 +206,9 @@ def _carry(streams: Streams, writer: Writer, dtype: str | None) -> None:
                 writer.write(name, start, piece)
         else:
             for start in range(0, stored.size, SLICE):
-                _store(writer, name, start, base.read(name, start, min(stored.size, start + SLICE)), str(dtype))
+                values = base.read(name, start, min(stored.size, start + SLICE))
+                _check_fit(name, values[np.isfinite(values)], str(dtype), "choose a wider --dtype")
+                _store(writer, name, start, values, str(dtype))
 
 
 def _move(
@@ -215,15 +222,19 @@ def _move(
         wide = streams.base.read(part.name, place, part.start + stop) if stored.dtype == "F64" else flat[start:stop]
         with np.errstate(all="ignore"):
             moved = direction[start:stop].astype(wide.dtype) * scale
+            still = moved == 0
             moved += wide
+        np.copyto(moved, wide, where=still)  # -0.0 + 0.0 would be 0.0
         if part.name.endswith("running_var"):
             np.maximum(moved, 0, out=moved)
-        if not peak(moved) < LARGEST[dtype or stored.dtype]:
-            raise TaskvecError(
-                f"merged tensor '{part.name}' holds NaN, infinity or values that {dtype or stored.dtype} cannot hold",
-                "choose a smaller --scale, or a wider --dtype",
-            )
-        _store(writer, part.name, place, moved, dtype or stored.dtype)
+        _check_fit(part.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
+        for name in streams.names_of(part.name):
+            _store(writer, name, place, moved, dtype or stored.dtype)
+
+
+def _check_fit(name: str, values: Float[ndarray, " count"], dtype: str, fix: str) -> None:
+    if not peak(values) < LARGEST[dtype]:
+        raise TaskvecError(f"'{name}' of the result holds NaN, infinity or values that {dtype} cannot hold", fix)
 
 
 def _store(writer: Writer, name: str, start: int, values: Float[ndarray, " count"], dtype: str) -> None:
