@@ -1,8 +1,8 @@
 """Self-distillation (DINO, arXiv 2104.14294): a student agrees with its own moving average across views of a glyph.
 
 The teacher's output is centred by Sinkhorn-Knopp, as in DINO v2 (arXiv 2304.07193). In trials of 300 to 500 steps with
-the moving centre of the first version it became nearly uniform when views were hard, and used few prototypes when easy; at
-one setting (temperature 0.06, eased crops) it did not, and was 3 points behind.
+the moving centre of the first version it became nearly uniform when views were hard, and used few prototypes when easy;
+at one setting (temperature 0.06, eased crops) it did not, and was 3 points behind.
 """
 
 from __future__ import annotations
