@@ -435,14 +435,15 @@ def anonymous():
 def merge(name, vectors):
     config = METHODS[name].config(**({"steps": 2} if name == "wudi" else {}))
     METHODS[name].function(vectors, Part("w", torch.zeros(vectors.shape[1:]), "matrix"), config)
-names = ["breadcrumbs", "della", "wudi", "iso_c", "tsv_m"]
+names = ["della", "wudi", "iso_c", "iso_cts", "tsv_m"]
 for name in names:
     merge(name, torch.randn(4, 64, 256))
 start, peaks, done = anonymous(), dict.fromkeys(names, 0), threading.Event()
 vectors = torch.randn(4, 512, 2048)
 def watch():
     while not done.wait(0.001):
-        peaks[name] = max(peaks[name], anonymous() - start)
+        now = name
+        peaks[now] = max(peaks[now], anonymous() - start)
 name = names[0]
 thread = threading.Thread(target=watch)
 thread.start()
