@@ -486,11 +486,12 @@ class Planner:
         sets = spread_sets(cell.tasks, subsets.of(len(cell.tasks)), subsets.limit)
         sets += [one for one in self._merged_by_open(cell) if one not in sets]
         drawn = {t for pair in pairs for t in pair}
-        singles = {t: self._single(t, cell, ground, self.study.heatmap.scales()) for t in cell.tasks if t in drawn}
+        axis = self.study.heatmap.scales()
+        singles = {t: self._single(t, "heatmap", axis, cell, ground) for t in cell.tasks if t in drawn}
         for pair in pairs:
             cell.heatmaps[pair] = self._heatmap(pair, cell, ground, singles)
         among = {t for one in sets for t in one if subsets.points}
-        singles = {t: self._single(t, cell, ground, list(BOX_AXIS)) for t in cell.tasks if t in among}
+        singles = {t: self._single(t, "box", list(BOX_AXIS), cell, ground) for t in cell.tasks if t in among}
         for one in sets:
             whole = len(one) == len(cell.tasks)
             if subsets.points or not whole:  # the merge of all tasks is measured elsewhere
@@ -504,11 +505,11 @@ class Planner:
         sets = dict.fromkeys(tuple(t for t in cell.tasks if captions.get(t)) for captions in every)
         return [one for one in sets if 1 < len(one) < len(cell.tasks)]
 
-    def _single(self, task: str, cell: Cell, ground: Ground, scales: list[float]) -> Step:
+    def _single(self, task: str, axis: str, scales: list[float], cell: Cell, ground: Ground) -> Step:
         inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "finetuned": [cell.finetuned[task]]}
         samples = self.study.heatmap.samples
         config = {"scales": scales, "samples": samples, **self._on(cell)}
-        label = f"{task} along its own axis {cell.where}"
+        label = f"{axis} axis of {task} {cell.where}"
         return self.step("single_task_predictions", label, config, inputs, len(scales) * float(samples))
 
     def _heatmap(self, pair: tuple[str, str], cell: Cell, ground: Ground, singles: dict[str, Step]) -> Step:
