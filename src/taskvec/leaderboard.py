@@ -9,6 +9,7 @@ from functools import cached_property
 
 import pandas as pd
 
+from taskvec.settings import coarse
 from taskvec.texts import (
     MISSING,
     escape_markdown,
@@ -41,8 +42,8 @@ GUESSING = "The scale of re-probed heads by the agreement of features"
 HOW_GUESSES_READ = (
     "Agreement is the linear CKA between the merged encoder's features and those of each fine-tuned encoder on "
     "unlabelled training images, mean over tasks. It is compared with the re-probed normalised validation accuracy "
-    "at the scales that re-probing tried. *Regret* is what the scale of highest agreement loses against the best one; "
-    "its time has one fitting of heads in it, at the scale picked. Means over seeds."
+    "at every fifth scale, which re-probing tries first. *Regret* is what the scale of highest agreement loses against "
+    "the best one; its time has one fitting of heads in it, at the scale picked. Means over seeds."
 )
 
 
@@ -147,15 +148,22 @@ def options(one: View, costs: pd.DataFrame) -> list[Option]:
 def guesses(one: View, costs: pd.DataFrame) -> list[Guess]:
     """Check for every method whose features were compared how well agreement foretells re-probed validation accuracy.
 
-    Only scales that re-probing tried are compared; agreement picks the highest of them, ties go to the smaller.
+    They are compared at the coarse scales, which are fixed beforehand: those that re-probing tries later lie around its
+    own best, where no guess can be far off. Agreement picks the highest, ties go to the smaller.
     """
     rows = one.rows[(one.rows["heads"] == "reprobed") & (one.rows["task"] == "")]
     own = costs[(costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)]
     foretold = rows[rows["metric"] == "agreement"]
     reached = rows[(rows["metric"] == one.normalised) & (rows["split"] == "validation")]
     both = foretold.merge(reached, on=["method", "seed", "config", "scale"], suffixes=("_foretold", "_reached"))
+    grids = {str(method): sorted(own_rows["scale"].unique()) for method, own_rows in foretold.groupby("method")}
     found = [
-        _guess(str(method), same.sort_values("scale"), own[(own["method"] == method) & (own["seed"] == seed)])
+        _guess(
+            str(method),
+            same.sort_values("scale"),
+            grids[str(method)],
+            own[(own["method"] == method) & (own["seed"] == seed)],
+        )
         for (method, seed), same in both.groupby(["method", "seed"], sort=False)
     ]
     frame = pd.DataFrame(found, columns=list(Guess.__dataclass_fields__))
@@ -163,17 +171,18 @@ def guesses(one: View, costs: pd.DataFrame) -> list[Guess]:
     return [Guess(str(method), *map(float, row)) for method, row in zip(means.index, means.to_numpy(), strict=True)]
 
 
-def _guess(method: str, same: pd.DataFrame, own: pd.DataFrame) -> Guess:
-    """Compare the two curves of one seed, in rising order of the scale.
+def _guess(method: str, tried: pd.DataFrame, grid: list[float], own: pd.DataFrame) -> Guess:
+    """Compare the two curves of one seed at the coarse scales of a grid, in rising order of the scale.
 
     A scale that agreement has picked still needs its heads: one fitting of as many as there are scales tried beside 0.
     """
+    same = tried[tried["scale"].isin(coarse(grid))]
     foretold, reached = (same[f"value_{name}"].reset_index(drop=True) for name in ("foretold", "reached"))
     scales = same["scale"].reset_index(drop=True)
     picked, best = int(foretold.to_numpy().argmax()), int(reached.to_numpy().argmax())
     spent = own.set_index("heads")["search_seconds"]
     fitting = float(spent.get("reprobed", math.nan))
-    seconds = float(spent.get("agreement", math.nan)) + fitting / max(1, int((scales != 0).sum()))
+    seconds = float(spent.get("agreement", math.nan)) + fitting / max(1, int((tried["scale"] != 0).sum()))
     regret = float(reached[best] - reached[picked])
     correlation = float(foretold.rank().corr(reached.rank())) if len(scales) > 1 else math.nan
     return Guess(method, correlation, regret, float(scales[picked]), float(scales[best]), seconds, fitting)
