@@ -374,6 +374,8 @@ def wrong(folder: Path, how: str) -> Merge:
         out = folder / "thesis"
     elif how == "out is a folder":
         out.mkdir()
+    elif how == "out is a file":
+        out.write_text("precious")
     elif how == "pickle":
         out = folder / "out.bin"
     elif how == "no folder":
@@ -387,7 +389,8 @@ WRONGS = {
     "method": "did you mean",
     "needs": "needs heads and inputs", "setting": "dencity", "set": "key=value", "type": "float17", "size": "5 apples",
     "out is a base": "one of the checkpoints", "shards in a file": "need a folder", "full folder": "exists already",
-    "out is a folder": "is a folder", "pickle": "pickle", "no folder": r"m0\.safetensors",
+    "out is a folder": "is a folder", "out is a file": "exists already", "pickle": "pickle",
+    "no folder": r"m0\.safetensors",
 }  # fmt: skip
 
 
@@ -510,7 +513,7 @@ def test_memory_does_not_grow_with_models_or_their_number(tmp_path: Path) -> Non
     paths = [write(tmp_path / f"{i}.safetensors", state) for i in range(2)]
     peaks = []
     for tasks in (1, 6):
-        process = start(PEAK, *paths, tmp_path / "out.safetensors", str(tasks))
+        process = start(PEAK, *paths, tmp_path / f"out{tasks}.safetensors", str(tasks))
         said, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
         peaks.append(int(said))

@@ -141,7 +141,7 @@ class Target:
 def plan_target(
     out: Path, dtype: str | None, limit: int | None, inputs: Sequence[Checkpoint], recipe: Recipe
 ) -> Target:
-    """Check where a result is to go, before tensors are read: no input and no folder is overwritten."""
+    """Check where a result is to go, before tensors are read: nothing is overwritten."""
     if dtype is not None and dtype not in DTYPES:
         raise TaskvecError(f"unknown type '{dtype}'", did_you_mean(dtype, DTYPES))
     target = Target(out, DTYPES[dtype] if dtype else None, limit)
@@ -152,8 +152,8 @@ def plan_target(
         raise TaskvecError(f"'{out}' is one file, and {why} need a folder", "give --out a name without .safetensors")
     if out.resolve() in {file.resolve() for one in inputs for file in one.files}:
         raise TaskvecError(f"'{out}' is one of the checkpoints that are merged", "choose another --out")
-    if out.is_dir() if target.single else (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        what = "is a folder" if target.single else "exists already"
+    if out.exists() and (target.single or not out.is_dir() or any(out.iterdir())):
+        what = "is a folder" if target.single and out.is_dir() else "exists already"
         raise TaskvecError(f"'{out}' {what}", "choose another --out, or remove it")
     return target
 
