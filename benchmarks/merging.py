@@ -161,9 +161,11 @@ def install(name: str, folder: Path) -> Path:
     return place / "bin"
 
 
-def ours(paths: list[Path], out: Path, method: str) -> list[str | Path]:
-    """Return our command."""
-    return [sys.executable, "-m", "taskvec", "merge", *paths, "--method", method, "--scale", str(SCALE), "--out", out]
+def ours(paths: list[Path], out: Path, method: str, log: Path) -> Cost:
+    """Measure our command, which overwrites nothing."""
+    out.unlink(missing_ok=True)
+    options = ["--method", method, "--scale", str(SCALE), "--out", out]
+    return measure([sys.executable, "-m", "taskvec", "merge", *paths, *options], log)
 
 
 def theirs(name: str, place: Path, paths: list[Path], folder: Path, method: str) -> list[str | Path]:
@@ -207,9 +209,7 @@ def compare(options: argparse.Namespace, folder: Path, places: dict[str, Path]) 
     print("peers' ratios are to ours; load average", *(f"{load:.1f}" for load in os.getloadavg()))
     log = folder / "log"
     out = folder / "ours.safetensors"
-    base = report(
-        "taskvec task_arithmetic", [measure(ours(paths, out, "task_arithmetic"), log) for _ in range(options.repeats)]
-    )
+    base = report("taskvec task_arithmetic", [ours(paths, out, "task_arithmetic", log) for _ in range(options.repeats)])
     for name, place in places.items():
         command = theirs(name, place, paths, folder, "task_arithmetic")
         report(f"{name} task_arithmetic", [measure(command, log) for _ in range(options.repeats)], base)
@@ -220,7 +220,7 @@ def compare(options: argparse.Namespace, folder: Path, places: dict[str, Path]) 
         )
         if len(list((folder / "mergekit").glob("*.safetensors"))) < 2 or name == "fusionbench":
             print(f"  largest difference to ours, relative: {agree(out, found):.1e}")
-    base = report("taskvec ties", [measure(ours(paths, out, "ties"), log) for _ in range(options.repeats)])
+    base = report("taskvec ties", [ours(paths, out, "ties", log) for _ in range(options.repeats)])
     if "mergekit" in places:
         command = theirs("mergekit", places["mergekit"], paths, folder, "ties")
         report("mergekit ties (per tensor)", [measure(command, log) for _ in range(options.repeats)], base)
@@ -246,7 +246,7 @@ def main() -> None:
         print("a language model of 1 GiB in four bfloat16 shards, and two fine-tuned from it")
         report(
             "taskvec task_arithmetic",
-            [measure(ours(models, Path(temporary) / "out", "task_arithmetic"), Path(temporary) / "log")],
+            [ours(models, Path(temporary) / "out", "task_arithmetic", Path(temporary) / "log")],
         )
 
 
