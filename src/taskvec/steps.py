@@ -87,28 +87,17 @@ def preprocessing(config: Config, inputs: Inputs, out: Path, progress: Progress)
 
 def decode_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode the evaluation views of a task's images once."""
-    tasks.write_task(
-        config["address"],
-        open_view(inputs),
-        config["limit"],
-        out,
-        progress,
-        skip_corrupt=config.get("skip_corrupt", False),
-        known=config["source"],
-    )
+    tasks.write_task(config["address"], open_view(inputs), config["limit"], out, progress, **reading(config))
 
 
 def decode_training(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode a task's whole training images once."""
-    tasks.write_training(
-        config["address"],
-        open_view(inputs),
-        config["limit"],
-        out,
-        progress,
-        skip_corrupt=config.get("skip_corrupt", False),
-        known=config["source"],
-    )
+    tasks.write_training(config["address"], open_view(inputs), config["limit"], out, progress, **reading(config))
+
+
+def reading(config: Config) -> Config:
+    """Return how images are read: whether corrupt ones are skipped, and what the plan knew of the task."""
+    return {"skip_corrupt": config.get("skip_corrupt", False), "known": config["source"]}
 
 
 def features(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
