@@ -24,7 +24,8 @@ from taskvec.forecast import DEVICES, Forecast, forecast, report, seconds, size_
 from taskvec.lab import encoders
 from taskvec.paper import MODELS
 from taskvec.papertasks import TASKS
-from taskvec.plan import VERSIONS, plan
+from taskvec.plan import plan
+from taskvec.steps import VERSIONS
 from taskvec.store import Store
 from taskvec.study import StudyFile, open_study, parse_study
 from taskvec.workload import COUNTS, Work, task_size, total

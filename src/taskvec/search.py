@@ -114,6 +114,14 @@ def accuracies(backbone: Backbone, tasks: Sequence[Task], heads: Sequence[Head])
     return tuple(accuracy(head, *features_of(backbone, task.validation, task.kind)) for task, head in pairs)
 
 
+def own_accuracies(
+    backbone: Backbone, task_vectors: Sequence[Weights], tasks: Sequence[Task], heads: Sequence[Head]
+) -> list[float]:
+    """Return the validation accuracy of each task with its own fine-tuned encoder, by which others are normalised."""
+    each = zip(task_vectors, tasks, heads, strict=True)
+    return [kept_curve(backbone, vector, task, head, [1.0])[0] for vector, task, head in each]
+
+
 @dataclass(frozen=True)
 class Coordinates:
     """The outcome of a search for one scale a task: the scales, and everything that was tried, the best one last."""

@@ -57,6 +57,11 @@ class Split:
         """Return the number of images."""
         return len(self.labels)
 
+    def sample(self, count: int) -> Split:
+        """Return a seeded choice of at most ``count`` images."""
+        order = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
+        return Split(self.images[order], self.labels[order])
+
 
 @dataclass(frozen=True)
 class Task:

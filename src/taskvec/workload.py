@@ -1,6 +1,6 @@
 """What each kind of step takes: images passed, FLOPs, linear heads, images decoded, bytes written, memory.
 
-Every count follows what the step of that name does in ``steps.py``; nothing is loaded.
+Every count follows what the step of that name does in ``steps``; nothing is loaded.
 """
 
 from __future__ import annotations

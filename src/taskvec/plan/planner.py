@@ -1,0 +1,54 @@
+"""What every part of a plan is given: the study, its sources, and how to make a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskvec import steps
+from taskvec.cells import LINEARISED, Cell, Inputs
+from taskvec.compute import choose_device, has_fast_bfloat16
+from taskvec.pipeline import Step
+from taskvec.sources import Sources
+from taskvec.store import Store
+from taskvec.study import StudyFile
+
+
+class Planner:
+    """A study on its way to steps; making one reads what its backbones and tasks are, and unknown addresses raise.
+
+    ``backbones`` are the study's by name; ``about`` is the source of each task, and ``images`` about how many it has.
+    """
+
+    def __init__(self, file: StudyFile, store: Store, estimate: bool = False) -> None:
+        self.study, self.sources = file.study, Sources(file, store, estimate)
+        device = file.study.device if estimate and file.study.device != "auto" else choose_device(file.study.device)
+        self.device = {"device": device}
+        self.training = {"device": device, "precision": file.study.precision, "fast_bfloat16": has_fast_bfloat16()}
+        self.addresses, self.brought = self.sources.addresses, self.sources.brought
+        self.regimes = self.sources.regimes
+        self.joint = self.regimes.get("joint")
+        self.backbones = self.sources.backbones()
+        self.sources.check_negation()
+        self.about = {name: {"source": self.sources.describe(address)} for name, address in self.addresses.items()}
+        self.images = {name: self._count(found["source"]) for name, found in self.about.items()}
+
+    def step(
+        self,
+        function: str,
+        label: str,
+        config: dict[str, Any],
+        inputs: Inputs | None = None,
+        cost: float = 10,
+        aside: dict[str, Any] | None = None,
+    ) -> Step:
+        """Return a step with the study's threads; costs are in forward passes of one image."""
+        version, threads = steps.VERSIONS[function], self.study.threads
+        return Step(label, f"taskvec.steps:{function}", version, config, inputs or {}, threads, cost, aside or {})
+
+    def on(self, cell: Cell) -> dict[str, Any]:
+        """Return what steps that evaluate a cell's encoders are told: the device, and that they are linearised."""
+        return self.device | ({"linearised": True} if cell.regime == LINEARISED else {})
+
+    def _count(self, source: dict[str, Any]) -> float:
+        """Return about how many images a task has, for estimates of time."""
+        return float(min(source["images"], 3 * (self.study.limit or source["images"])))

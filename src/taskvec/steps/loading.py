@@ -1,0 +1,68 @@
+"""Steps that load backbones, decode tasks, and cache the frozen encoder's features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from taskvec import (
+    backbones,
+    batch_norm,
+    tasks,
+)
+from taskvec.heads import (
+    features_of,
+)
+from taskvec.images import Preprocessing
+from taskvec.opening import (
+    Config,
+    Inputs,
+    open_backbone,
+    open_task,
+    open_view,
+)
+from taskvec.store import read_json, write_json
+from taskvec.training import Progress
+
+
+def load_backbone(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Load a pre-trained encoder by address and keep its weights as safetensors."""
+    backbone = backbones.load_backbone(
+        config["address"], config["size"], config["name"], "cpu", config["allow_pickle"], config.get("projection")
+    )
+    if config.get("batch_norm"):
+        batch_norm.check(backbone)
+    backbones.write_backbone(backbone, out)
+
+
+def preprocessing(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Keep the part of the preprocessing that decides decoded pixels, so that backbones share decoded tasks."""
+    record = read_json(inputs["backbone"][0] / "backbone.json")
+    write_json(out / "preprocessing.json", Preprocessing.from_json(record["preprocessing"]).decoding())
+
+
+def decode_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Decode the evaluation views of a task's images once."""
+    tasks.write_task(config["address"], open_view(inputs), config["limit"], out, progress, **reading(config))
+
+
+def decode_training(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Decode a task's whole training images once."""
+    tasks.write_training(config["address"], open_view(inputs), config["limit"], out, progress, **reading(config))
+
+
+def reading(config: Config) -> Config:
+    """Return how images are read: whether corrupt ones are skipped, and what the plan knew of the task."""
+    return {"skip_corrupt": config.get("skip_corrupt", False), "known": config["source"]}
+
+
+def features(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Cache the frozen encoder's features of training and validation images."""
+    backbone, task = open_backbone(inputs, config), open_task(inputs)
+    total = len(task.train) + len(task.validation)
+    share = len(task.train) / total
+    train, _ = features_of(backbone, task.train, task.kind, lambda x: progress(x * share))
+    validation, _ = features_of(backbone, task.validation, task.kind, lambda x: progress(share + x * (1 - share)))
+    np.save(out / "train.npy", train.numpy())
+    np.save(out / "validation.npy", validation.numpy())
