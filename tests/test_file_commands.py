@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -279,6 +280,23 @@ def test_one_file_keeps_metadata_and_tells_of_every_tensor(tmp_path: Path) -> No
     assert torch.equal(load_file(tmp_path / "out.safetensors")["t2"], load_file(base)["t2"])
 
 
+@pytest.mark.parametrize("stem", ["model", "open_clip_model", "diffusion_pytorch_model"])
+def test_a_folders_weights_keep_the_name_their_library_looks_for(tmp_path: Path, stem: str) -> None:
+    state = random_state([(4, 3), (5,)], 0, [torch.float32])
+    base = write(tmp_path / "base" / f"{stem}.safetensors", state).parent
+    Merge(base, [base], tmp_path / "one", 1.0).run()
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [f"{stem}.safetensors"]
+    Merge(base, [base], tmp_path / "several", 1.0, shard_size="60B").run()
+    assert (tmp_path / "several" / f"{stem}.safetensors.index.json").is_file()
+    names = {path.name.partition("-")[0] for path in (tmp_path / "several").glob("*.safetensors")}
+    assert names == {stem}
+    Merge(tmp_path / "several", [base], tmp_path / "again", 1.0, shard_size="90B").run()
+    assert_equal(
+        {key: value for file in (tmp_path / "again").glob("*.safetensors") for key, value in load_file(file).items()},
+        state,
+    )
+
+
 def test_shards_stay_as_they_are_with_index_and_configuration(tmp_path: Path) -> None:
     first, second = random_state([(4, 3)], 0, [torch.bfloat16]), {"last.weight": torch.randn(3, 2).bfloat16()}
     base = write_shards(tmp_path / "base", first, second, total=47)
@@ -441,6 +459,7 @@ from taskvec.file_commands import Merge
 folder = Path(sys.argv[1])
 sys.argv[1:] = ["merge"]
 signal.signal(signal.SIGINT, interrupt)
+signal.signal(signal.SIGTERM, interrupt)
 Merge(folder / "m0.safetensors", [folder / "m1.safetensors"], folder / sys.stdin.read(), 0.3).run(
     lambda number, share: (print("under way", flush=True), time.sleep(60))
 )
@@ -448,7 +467,7 @@ Merge(folder / "m0.safetensors", [folder / "m1.safetensors"], folder / sys.stdin
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "folder"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_merge_leaves_nothing_under_the_final_name(tmp_path: Path, how: signal.Signals, out: str) -> None:
     simple(tmp_path)
     command = [sys.executable, "-c", SLOW, str(tmp_path)]
@@ -463,10 +482,25 @@ def test_a_killed_merge_leaves_nothing_under_the_final_name(tmp_path: Path, how:
         process.wait(30)
         said = process.stderr.read()
     assert not (tmp_path / out).exists()
-    if how == signal.SIGINT:
-        assert process.returncode == 130
+    if how == signal.SIGKILL:
+        assert hidden(tmp_path)
+        Merge(tmp_path / "m0.safetensors", [tmp_path / "m1.safetensors"], tmp_path / out, 0.3).run()
+    else:
+        assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[how]
         assert "nothing was written" in said
-        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert hidden(tmp_path) == []
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_merge_under_way_has_written_is_not_removed_by_another(tmp_path: Path) -> None:
+    simple(tmp_path)
+    alive = tmp_path / f".out.safetensors.{os.getpid()}-abcdef.tmp"
+    alive.mkdir()
+    Merge(tmp_path / "m0.safetensors", [tmp_path / "m1.safetensors"], tmp_path / "out.safetensors", 0.3).run()
+    assert hidden(tmp_path) == [alive.name]
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:

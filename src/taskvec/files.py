@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import math
 import os
@@ -83,6 +84,13 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def stem(self) -> str:
+        """The name that a folder's weights go by, ``model`` or what its library calls them; ``model`` for a file."""
+        if self.index is not None:
+            return self.index_name.removesuffix(INDEX)
+        return self.files[0].stem if self.path.is_dir() else "model"
 
     def __enter__(self) -> Self:
         """Stay open for a block."""
@@ -343,7 +351,7 @@ def shards(base: Checkpoint, dtype: str | None = None, limit: int | None = None,
     metadata = everything if any(held is not None for held in base.metadata) else None
     if limit is not None:
         groups = _groups(sized, limit)
-        names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+        names = [f"{base.stem}-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
         return [Shard(name, metadata, group) for name, group in zip(names, groups, strict=True)]
     if one:
         return [Shard(one, metadata, sized)]
@@ -439,11 +447,28 @@ def _write(handle: int, data: memoryview, place: int) -> None:
         done += os.pwrite(handle, data[done:], place + done)
 
 
+def _runs(process: str) -> bool:
+    """Say whether a process of this number may be running; what is no number may belong to anything."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, OSError):
+        return True
+    return True
+
+
 @contextmanager
 def workspace(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``path`` to write into, removed after the block; a full or closed disk raises."""
+    """Yield an empty folder beside ``path`` to write into, removed after the block; a full or closed disk raises.
+
+    Folders that killed processes have left beside ``path`` are removed as well.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
     with disk_errors(path.parent):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
+            if not _runs(left.name.removeprefix(f".{path.name}.").partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()

@@ -193,7 +193,7 @@ def lay_out(recipe: Recipe, streams: Streams, target: Target) -> list[list[Shard
     if several:
         layout = shards(base, target.dtype, target.limit)
         return [[replace(shard, name=str(Path(name, shard.name))) for shard in layout] for name in names]
-    return [shards(base, target.dtype, one=f"{name or 'model'}.safetensors") for name in names]
+    return [shards(base, target.dtype, one=f"{name or base.stem}.safetensors") for name in names]
 
 
 def _carry(streams: Streams, writer: Writer, dtype: str | None) -> None:
@@ -249,7 +249,7 @@ def _index(folder: Path, base: Checkpoint, layout: Sequence[Shard], target: Targ
         return
     said = dict((base.index or {}).get("metadata") or {}) | {"total_size": sum(shard.length for shard in layout)}
     places = {name: Path(shard.name).name for shard in layout for name in shard.tensors}
-    stem = base.index_name if target.limit is None else f"model{INDEX}"
+    stem = base.index_name if target.limit is None else f"{base.stem}{INDEX}"
     write_json(folder / Path(layout[0].name).parent / stem, {"metadata": said, "weight_map": places})
 
 
