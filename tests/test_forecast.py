@@ -221,6 +221,20 @@ def test_the_papers_studies_are_planned_with_no_data_and_no_network(tmp_path: Pa
     assert not (tmp_path / "none").exists()
 
 
+def test_a_data_set_of_the_hub_that_is_not_here_is_a_download_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    text = "name: t\nbackbones: ['lab:supervised']\ntasks: ['hf:ylecun/mnist', 'lab:greek']\nregimes: [aligned]\n"
+    (tmp_path / "study.yaml").write_text(text)
+    found = look(open_study(str(tmp_path / "study.yaml")), tmp_path / "store")
+    assert found.downloads == ("hf:ylecun/mnist: its images (how many is not known here: counted as 10,000)",)
+    (decoded,) = [one.work for one in found.ahead if one.step.label == "decode mnist (supervised)"]
+    assert decoded.decoding > 0
+
+
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_time_in_a_papers_study_is_what_plan_says(name: str, tmp_path: Path) -> None:
     file = open_study(name)

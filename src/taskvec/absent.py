@@ -1,4 +1,4 @@
-"""What is known of the paper's tasks and checkpoints that are not on this machine, for plans of studies with them.
+"""What is known of tasks and checkpoints that are not on this machine, for plans of studies with them.
 
 Nothing is read or asked of the network, and no optional library is needed.
 """
@@ -14,6 +14,10 @@ from taskvec.papertasks import TASKS, PaperTask
 
 TAGS = {"open_clip:ViT-L-14@laion2b_s32b_b82k": "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"}
 """Where open_clip's tags are on the Hub, which only open_clip itself could tell."""
+UNKNOWN_IMAGES = 10_000
+"""Images that a data set of the Hub is taken to have until it is here."""
+UNKNOWN_CLASSES = 20
+"""Classes of a task that does not tell, which only the time of linear heads depends on."""
 
 
 def absent_task(address: str) -> PaperTask | None:

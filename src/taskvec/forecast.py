@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from taskvec.absent import UNKNOWN_IMAGES, absent_task
 from taskvec.backbones import to_download
 from taskvec.cells import Cell
 from taskvec.pipeline import Step, ordered, step_id
@@ -146,7 +147,9 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
         if file := config["source"].get("absent") or to_download(config["address"], True):
             yield f"{config['address']}: {file} (its encoder is {size_text(one.work.disk)})"
     absent = {one.step.config["source"].get("absent") for one in planned if one.kind == "decode_task"}
-    yield from sorted(f"{address}: its images" for address in absent if address)
+    for address in sorted(absent - {None}):
+        unknown = "" if absent_task(address) else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
+        yield f"{address}: its images{unknown}"
 
 
 def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:

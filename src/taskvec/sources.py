@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from taskvec import backbones, tasks
-from taskvec.absent import absent_task, absent_weights, has_images
+from taskvec.absent import UNKNOWN_CLASSES, UNKNOWN_IMAGES, absent_task, absent_weights, has_images
 from taskvec.addresses import default_name, is_file
 from taskvec.cells import OPEN
 from taskvec.errors import TaskvecError, unknown
@@ -35,15 +35,17 @@ class Sources:
         return dict(zip(unique([b.name or default_name(b.address) for b in chosen], "backbones"), chosen, strict=True))
 
     def describe(self, address: str) -> dict[str, Any]:
-        """Return what identifies a task's images; an estimate reads none and makes do with the paper's sizes."""
-        known = absent_task(address) if self.estimate else None
-        absent = {"absent": address, "images": sum(known.sizes)} if known else {}
-        if absent and not has_images(address):
+        """Return what identifies a task's images; an estimate reads none, and those published may be absent."""
+        if not self.estimate:
+            return tasks.describe(address, self.store.tree_digest)
+        known = absent_task(address)
+        absent = {"absent": address, "images": sum(known.sizes) if known else UNKNOWN_IMAGES}
+        if not has_images(address):
             return absent
         try:
-            return tasks.describe(address, self.store.known_digest if self.estimate else self.store.tree_digest)
+            return tasks.describe(address, self.store.known_digest)
         except TaskvecError:
-            if not absent:
+            if known is None:
                 raise
             return absent
 
@@ -90,8 +92,11 @@ class Sources:
 
     def _sentences(self, name: str, address: str) -> list[list[str]] | None:
         """Return the captions of a task's classes; an estimate makes do with their number where the data is absent."""
-        known = absent_task(address) if self.estimate else None
-        return [[""]] * known.classes if known else tasks.sentences(address, name)
+        if self.estimate and (known := absent_task(address)):
+            return [[""]] * known.classes
+        if self.estimate and not has_images(address):
+            return [[""]] * UNKNOWN_CLASSES
+        return tasks.sentences(address, name)
 
     def has_open(self, choice: BackboneChoice) -> bool:
         """Say whether a backbone takes part in a regime that starts from zero-shot heads."""

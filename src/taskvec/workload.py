@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from taskvec import batch_norm, tasks
-from taskvec.absent import absent_task
+from taskvec.absent import UNKNOWN_CLASSES, absent_task
 from taskvec.anatomy import Anatomy, anatomy
 from taskvec.listing import SPLITS
 from taskvec.pipeline import Step
@@ -30,8 +30,6 @@ SMALL: Mapping[str, int] = MappingProxyType({"mnist": 28, "svhn": 32, "gtsrb": 5
 """Short side in pixels, about, of those tasks of the paper whose images are smaller than encoders see."""
 WIDER = 4 / 3
 """How much longer the long side of a photograph is."""
-UNKNOWN_CLASSES = 20
-"""Classes of a task that does not tell, which only the time of linear heads depends on."""
 DRAWING, DECODING = 0.4e-3, 10e-3
 """Seconds of a core to draw one of the lab's images, and to decode a photograph and resize it."""
 
