@@ -13,7 +13,7 @@ from taskvec import tables
 from taskvec.claims import COLUMNS, claims
 from taskvec.errors import TaskvecError
 from taskvec.evidence import FAILS, HOLDS, UNDECIDED, Estimate, Measure, above, level, of_gain, t_interval
-from taskvec.views import Gain, box_error, view
+from taskvec.views import Gained, box_error, view
 
 Run = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -87,7 +87,7 @@ def test_a_gain_turned_round_keeps_its_interval_in_order() -> None:
     estimate = of_gain("", gain, sign=-1, offset=3.0)
     assert estimate.low == pytest.approx(3 - 100 * gain.high)
     assert estimate.high == pytest.approx(3 - 100 * gain.low)
-    nothing = Gain("kept", 0.0, math.nan, -0.01, 0.01, gain.scale._replace(low=0.0, high=0.0))
+    nothing = Gained("kept", 0.0, math.nan, -0.01, 0.01, gain.scale._replace(low=0.0, high=0.0))
     assert of_gain("", nothing)[1:4] == (0.0, 0.0, 0.0)
     unknown = of_gain("", gain._replace(low=math.nan, high=math.nan))
     assert unknown.verdict(strict=True) == UNDECIDED

@@ -70,7 +70,7 @@ class _Kind(NamedTuple):
     start: str
 
 
-KINDS = (
+TABLES = (
     _Kind("table1", "Task addition, aligned fine-tuning (the paper's Table 1)", {"aligned": ""}, "probing"),
     _Kind("table3", "Task addition, full fine-tuning (the paper's Table 3)", {"full": ""}, ""),
     _Kind("table4", "Task addition, open vocabulary (the paper's Table 4)",
@@ -83,7 +83,7 @@ def comparisons(results: pd.DataFrame, heat: pd.DataFrame | None, roles: Mapping
     """Build the tables whose regimes have rows with merges."""
     roles = paper.checked(roles)
     found = [one for one in views(results) if ADDITION in one.methods]
-    built = (_comparison(kind, found, heat, roles) for kind in KINDS)
+    built = (_comparison(kind, found, heat, roles) for kind in TABLES)
     return [table for table in built if table is not None]
 
 

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from taskvec import paper
 from taskvec.merging import ADDITION
 from taskvec.texts import short_backbone
-from taskvec.views import Gain, View, box_mean, task_sets, views, with_errors
+from taskvec.views import Gained, View, box_mean, task_sets, views, with_errors
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 FEWEST = 3  # units that an interval needs
@@ -176,7 +176,7 @@ def exact(words: str, margin: float, digits: int = 2) -> Estimate:
     return Estimate(words, margin, margin, margin, "", digits)
 
 
-def of_gain(words: str, gain: Gain, sign: int = 1, offset: float = 0.0) -> Estimate:
+def of_gain(words: str, gain: Gained, sign: int = 1, offset: float = 0.0) -> Estimate:
     """Turn a gain over probing and its interval into a margin in points; adding nothing gains exactly nothing."""
     ends = (0.0, 0.0) if gain.stays else (gain.low, gain.high)
     low, high = sorted(offset + sign * 100 * end for end in ends)

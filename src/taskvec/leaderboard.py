@@ -21,7 +21,7 @@ from taskvec.texts import (
     points,
     short_backbone,
 )
-from taskvec.views import HEADS, Cell, View, views
+from taskvec.views import HEADS, Spread, View, views
 
 ALONE = {"probing": "linear probing", "joint": "joint fine-tuning", "fine_tuned": "individual models"}
 """The options that merge nothing, as the leaderboard calls them."""
@@ -99,7 +99,7 @@ class Board:
         """Name the backbone and the regime."""
         return f"{short_backbone(self.view.backbone)}, {self.view.regime}"
 
-    def reached(self, option: Option) -> Cell:
+    def reached(self, option: Option) -> Spread:
         """Return the normalised value of an option on the test split."""
         return self.view.cell(option.method, option.heads, self.view.normalised)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY
-from taskvec.views import METRICS, Cell, Gain, View
+from taskvec.views import METRICS, Gained, Spread, View
 
 MISSING = "–"
 LABELS = {ADDITION: "addition", PER_TASK: "addition, λ per task"}
@@ -71,7 +71,7 @@ def shown(found: Sequence[View]) -> str:
 # ---------------------------------------------------------------- numbers
 
 
-def percent(cell: Cell) -> str:
+def percent(cell: Spread) -> str:
     """Write a fraction in percent with one decimal, and its spread over seeds where there are several."""
     if math.isnan(cell.mean):
         return MISSING
@@ -83,7 +83,7 @@ def points(fraction: float, sign: str = "") -> str:
     return f"{round(100 * fraction, 1) + 0.0:{sign}.1f}"
 
 
-def scale_text(cell: Cell) -> str:
+def scale_text(cell: Spread) -> str:
     """Write the chosen scale, or the range of choices over seeds."""
     low, high = (plain_scale(scale) for scale in (cell.low, cell.high))
     return low if low == high else f"{low} to {high}"
@@ -96,7 +96,7 @@ def plain_scale(scale: float) -> str:
     return f"{scale:.2f}" if math.isclose(scale, round(scale, 2), abs_tol=1e-9) else f"{scale:.4g}"
 
 
-def gain_text(gain: Gain) -> str:
+def gain_text(gain: Gained) -> str:
     """Write a gain with its sign, its spread over seeds and its interval."""
     if math.isnan(gain.mean):
         return MISSING

@@ -9,7 +9,7 @@ import pandas as pd
 
 from taskvec.merging import ADDITION
 from taskvec.texts import MISSING, method_label, one_line, percent, points, scale_text, short_backbone
-from taskvec.views import HEADS, Gain, View, views
+from taskvec.views import HEADS, Gained, View, views
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 FEW = 4  # backbones and regimes that get a sentence of their own; more are summed up
@@ -76,7 +76,7 @@ def _outcome(one: View, method: str) -> str:
     return text + "".join(_and_then(gains[0], gain) for gain in gains[1:])
 
 
-def _and_then(before: Gain, gain: Gain) -> str:
+def _and_then(before: Gained, gain: Gained) -> str:
     """Join the second kind of heads so that the sentence stays grammatical in all four cases."""
     words = {
         (True, True): f" and {points(gain.mean)} points with",
@@ -87,7 +87,7 @@ def _and_then(before: Gain, gain: Gain) -> str:
     return f"{words} {HEADS[gain.heads]} ({_evidence(gain, '')})"
 
 
-def _evidence(gain: Gain, interval: str) -> str:
+def _evidence(gain: Gained, interval: str) -> str:
     if gain.stays:
         return "validation chose lambda 0, which is probing itself"
     mean = "" if gain.beats else f"{points(gain.mean, '+')} points, "

@@ -24,7 +24,7 @@ NEEDED = ("backbone", "regime", "seed", "tasks", "method", "heads", "scale", "ta
 OF_SETS = ("accuracy", "normalised_accuracy", "disentanglement_error")  # the columns of ``task_sets``
 
 
-class Cell(NamedTuple):
+class Spread(NamedTuple):
     """One number over seeds: mean, standard deviation (NaN for one seed), smallest and largest scale."""
 
     mean: float
@@ -33,20 +33,20 @@ class Cell(NamedTuple):
     high: float = math.nan
 
 
-NOTHING = Cell(math.nan)
+NOTHING = Spread(math.nan)
 
 
-def _over_seeds(entries: list[tuple[float, float]]) -> Cell:
+def _over_seeds(entries: list[tuple[float, float]]) -> Spread:
     """Sum up the (scale, value) of every seed; NaN counts as not measured."""
     scales = [scale for scale, _ in entries if not math.isnan(scale)] or [math.nan]
     values = [value for _, value in entries if not math.isnan(value)]
     if not values:
         return NOTHING
     sd = statistics.stdev(values) if len(values) > 1 else math.nan
-    return Cell(statistics.fmean(values), sd, min(scales), max(scales))
+    return Spread(statistics.fmean(values), sd, min(scales), max(scales))
 
 
-class Gain(NamedTuple):
+class Gained(NamedTuple):
     """Accuracy over probing as fractions: mean and spread over seeds, the ends of its interval, the scales chosen."""
 
     heads: str
@@ -54,7 +54,7 @@ class Gain(NamedTuple):
     sd: float
     low: float
     high: float
-    scale: Cell
+    scale: Spread
 
     @property
     def beats(self) -> bool:
@@ -76,7 +76,7 @@ class View:
     rows: pd.DataFrame
 
     @cached_property
-    def _cells(self) -> dict[tuple[str, str, str, str], Cell]:
+    def _cells(self) -> dict[tuple[str, str, str, str], Spread]:
         """Take mean and spread over seeds of every (method, heads, metric, task) on the test split."""
         test = self.rows[self.rows["split"] == "test"]
         entries: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
@@ -85,7 +85,7 @@ class View:
             entries[cast("tuple[str, str, str, str]", key)].append((scale, value))
         return {key: _over_seeds(found) for key, found in entries.items()}
 
-    def cell(self, method: str, heads: str = "kept", metric: str = "accuracy", task: str = "") -> Cell:
+    def cell(self, method: str, heads: str = "kept", metric: str = "accuracy", task: str = "") -> Spread:
         """Look up a number of the test split as a fraction; an empty task is the mean over tasks."""
         return self._cells.get((method, heads, metric, task), NOTHING)
 
@@ -111,21 +111,21 @@ class View:
         """Name the metric by which validation chose: each task's own over that of its fine-tuned encoder."""
         return "normalised_metric" if self.mixed else "normalised_accuracy"
 
-    def own(self, method: str, heads: str = "kept", task: str = "") -> Cell:
+    def own(self, method: str, heads: str = "kept", task: str = "") -> Spread:
         """Look up a task in its own metric; tasks that differ in theirs have no mean (NaN), but its scales are told."""
         metric = self.metrics.get(task, "accuracy") if task else self.metric
         if metric:
             return self.cell(method, heads, metric, task)
         return self.own(method, heads, self.tasks[0])._replace(mean=math.nan, sd=math.nan)
 
-    def overall(self, method: str, heads: str = "kept") -> Cell:
+    def overall(self, method: str, heads: str = "kept") -> Spread:
         """Look up the mean over tasks by which backbones compare: of accuracies, or of normalised metrics if mixed."""
         return self.cell(method, heads, self.normalised if self.mixed else "accuracy")
 
-    def gain(self, method: str, heads: str = "kept", task: str = "") -> Gain:
+    def gain(self, method: str, heads: str = "kept", task: str = "") -> Gained:
         """Look up what a merge adds to probing."""
         middle, low, high = (self.cell(method, heads, f"gain_over_probing{end}", task) for end in ("", "_low", "_high"))
-        return Gain(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
+        return Gained(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
 
     @cached_property
     def validation(self) -> dict[str, float]:
@@ -274,7 +274,7 @@ def box_mean(rows: pd.DataFrame, by: list[str]) -> pd.Series[float]:
     return found
 
 
-def box_error(heatmap: pd.DataFrame | None, backbone: str, regime: str) -> Cell:
+def box_error(heatmap: pd.DataFrame | None, backbone: str, regime: str) -> Spread:
     """Average the disentanglement error (0..2) over the area of the box and the pairs; its spread is over seeds."""
     if heatmap is None:
         return NOTHING
@@ -282,4 +282,4 @@ def box_error(heatmap: pd.DataFrame | None, backbone: str, regime: str) -> Cell:
     means = box_mean(rows, ["seed"])
     if means.empty:
         return NOTHING
-    return Cell(float(means.mean()), float(means.std()) if len(means) > 1 else math.nan)
+    return Spread(float(means.mean()), float(means.std()) if len(means) > 1 else math.nan)

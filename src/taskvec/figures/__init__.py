@@ -45,7 +45,7 @@ class Planned(NamedTuple):
     draw: Callable[[], Figure]
 
 
-class Group(NamedTuple):
+class Compared(NamedTuple):
     """Backbones that are compared in one figure, and in what they differ."""
 
     name: str
@@ -53,7 +53,7 @@ class Group(NamedTuple):
     backbones: list[str]
 
 
-def groups(results: pd.DataFrame, roles: Mapping[str, str]) -> list[Group]:
+def groups(results: pd.DataFrame, roles: Mapping[str, str]) -> list[Compared]:
     """List the comparisons of the paper's figures; the backbone without pre-training stands beside the algorithms."""
     named = paper.backbone_of(paper.checked(roles))
     algorithms = [found[0] for keys in paper.ALGORITHMS if (found := [named[key] for key in keys if key in named])]
@@ -64,10 +64,10 @@ def groups(results: pd.DataFrame, roles: Mapping[str, str]) -> list[Group]:
     )
     everything = [str(name) for name in results["backbone"].unique()]
     return [
-        Group("algorithm", "by pre-training algorithm", algorithms + control if algorithms else []),
-        Group("data", "by size of the pre-training data", data),
-        Group("scale", "by model scale", scale),
-        Group("all", "all backbones", everything),
+        Compared("algorithm", "by pre-training algorithm", algorithms + control if algorithms else []),
+        Compared("data", "by size of the pre-training data", data),
+        Compared("scale", "by model scale", scale),
+        Compared("all", "all backbones", everything),
     ]
 
 
@@ -104,7 +104,7 @@ def _curves(found: list[View], results: pd.DataFrame, regime: str) -> list[Plann
     return [_of_regime("backbones", regime, partial(lambda_curves, results, regime))] if len(found) > 1 else []
 
 
-def _heatmaps(compared: list[Group], heatmap: pd.DataFrame | None, regime: str) -> list[Planned]:
+def _heatmaps(compared: list[Compared], heatmap: pd.DataFrame | None, regime: str) -> list[Planned]:
     """Plan the paper's Figures 1, 3, 4 and 5, or one of all backbones where no comparison of the paper can be drawn."""
     if heatmap is None:
         return []
@@ -116,7 +116,7 @@ def _heatmaps(compared: list[Group], heatmap: pd.DataFrame | None, regime: str) 
     ]
 
 
-def _counts(compared: list[Group], results: pd.DataFrame, regime: str, roles: Mapping[str, str]) -> list[Planned]:
+def _counts(compared: list[Compared], results: pd.DataFrame, regime: str, roles: Mapping[str, str]) -> list[Planned]:
     """Plan the paper's Figures 6 to 9, and the disentanglement error by the number of tasks."""
     measured = with_sets(results, regime)
     out: list[Planned] = []
@@ -133,7 +133,7 @@ def _counts(compared: list[Group], results: pd.DataFrame, regime: str, roles: Ma
     return out
 
 
-def _among(compared: list[Group], measured: Collection[str]) -> list[Group]:
+def _among(compared: list[Compared], measured: Collection[str]) -> list[Compared]:
     """Keep of each group what was measured, and the groups that still compare something."""
     present = [one._replace(backbones=[name for name in one.backbones if name in measured]) for one in compared]
     return [one for one in present if len(one.backbones) > 1]

@@ -31,7 +31,7 @@ from taskvec.figures.style import (
 )
 from taskvec.merging import ADDITION, PER_TASK
 from taskvec.texts import method_label, scale_text, short_backbone
-from taskvec.views import HEADS, METRICS, Cell, View, view, views
+from taskvec.views import HEADS, METRICS, Spread, View, view, views
 
 
 def accuracies(results: pd.DataFrame, backbone: str, regime: str, method: str = "") -> Figure:
@@ -140,7 +140,7 @@ def _dot_panels(one: View, names: list[str]) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _dots(ax: Axes, found: list[Cell], offset: float, label: str, style: dict[str, Any]) -> None:
+def _dots(ax: Axes, found: list[Spread], offset: float, label: str, style: dict[str, Any]) -> None:
     """Draw one dot a row (%), with a bar of one standard deviation over seeds."""
     means = [100 * cell.mean for cell in found]
     spread = [0.0 if math.isnan(cell.sd) else 100 * cell.sd for cell in found]

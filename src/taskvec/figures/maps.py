@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from taskvec.errors import unknown
 from taskvec.figures.style import BLACK, STYLE, WIDTH, safe_name
 from taskvec.texts import percent, short_backbone
-from taskvec.views import BOX, Cell, box_error, error_rows
+from taskvec.views import BOX, Spread, box_error, error_rows
 
 MAP = ListedColormap(matplotlib.colormaps["magma_r"](np.linspace(0, 0.9, 256)), "light to dark")
 FULL_SCALE = 100.0  # % of xi at which the colour bar ends: half of the predictions of both tasks have changed
@@ -33,7 +33,7 @@ class _Panel(NamedTuple):
     first: str
     second: str
     grid: pd.DataFrame
-    error: Cell
+    error: Spread
 
 
 def heatmaps(heatmap: pd.DataFrame, backbone: str, regime: str) -> Figure:
