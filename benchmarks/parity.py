@@ -1,6 +1,6 @@
 """The merging methods against their peers, on the same vectors of a small ViT: the largest relative difference of each.
 
-python benchmarks/parity.py [--environments FOLDER]    # installs fusion-bench and mergekit there, 2 GB, some minutes
+python benchmarks/parity.py [--environments FOLDER]    # installs the peers there, 2 GB, some minutes
 
 A peer's functions run in its own environment, in float32 and once more in float64. A method is in order when we are
 within 1e-5 of the peer in float32, or within 1e-5 of its float64 result where its own float32 result is further away.
@@ -33,6 +33,7 @@ PEERS = {
         "ties dare magmax consensus emr tsv_m iso_c iso_cts wudi fisher regmean",
     ),
     "mergekit": ("mergekit", "breadcrumbs della slerp"),
+    "peft": ("peft", "task_arithmetic ties dare"),
 }
 FLATTENED = ("tsv_m", "iso_c", "iso_cts", "wudi")
 """Methods that see a patch embedding as a matrix here, and not in their peer."""

@@ -154,6 +154,30 @@ def mergekit_slerp(taus: list[State], more: State) -> State:
     return {name: slerp(half, taus[0][name][None], taus[1][name][None])[0] for name in taus[0]}
 
 
+def peft_task_arithmetic(taus: list[State], more: State) -> State:
+    from peft.utils.merge_utils import task_arithmetic
+
+    return unflat(task_arithmetic(list(flat(taus)), torch.ones(len(taus))), taus[0])
+
+
+def peft_ties(taus: list[State], more: State) -> State:
+    from peft.utils.merge_utils import ties
+
+    return unflat(ties(list(flat(taus)), torch.ones(len(taus)), 0.2), taus[0])
+
+
+def peft_dare(taus: list[State], more: State) -> State:
+    """Task addition after its random drop, whose uniform numbers are ours."""
+    from peft.utils.merge_utils import dare_linear
+
+    found = {}
+    for name in taus[0]:
+        uniform = iter([more[f"{index}.uniform.{name}"] for index in range(len(taus))])
+        torch.bernoulli = lambda chance, drawn=uniform: (next(drawn) >= 1 - chance).to(chance.dtype)  # type: ignore[assignment]
+        found[name] = dare_linear([tau[name] for tau in taus], torch.ones(len(taus)), 0.1)
+    return found
+
+
 def main(folder: Path, peer: str) -> None:
     stored = load_file(folder / "vectors.safetensors")
     tasks = {int(key.split(".")[0]) for key in stored}
