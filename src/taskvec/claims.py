@@ -277,6 +277,10 @@ def disentangled_near_the_origin(e: Evidence, regime: str) -> dict[str, str]:
         for one in e.of(paper.MODELS)
     ]
     claim = f"Weights are disentangled around the pre-trained encoder ({regime}): ξ is lower in the box than outside"
+    near, far = (e.error(e.control, regime, inside=inside).values for inside in (True, False))
+    claim += (
+        f" (so it is with random weights, {near.mean():.1f} and {far.mean():.1f})" if len(near) and len(far) else ""
+    )
     needs = f"heatmaps in the {regime} regime that reach beyond the box"
     return row(claim, "Figure 1" if regime == "aligned" else "Figure 5", _flat(found), needs)
 

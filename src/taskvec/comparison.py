@@ -210,5 +210,7 @@ def _latex_entry(entry: Entry) -> str:
 
 def _latex_number(text: str) -> str:
     """Give negative numbers a minus; a name stays a name."""
+    if text == MISSING:
+        return "--"
     escaped = escape_latex(one_line(text))
     return escaped if any(letter.isalpha() for letter in text.replace("to", "")) else escaped.replace("-", "$-$")

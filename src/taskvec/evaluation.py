@@ -59,8 +59,11 @@ def paired_gain(
     baseline: Mapping[str, Scores],
     draws: int = 10_000,
     seed: int = 0,
+    of: Mapping[str, float] | None = None,
 ) -> Gain:
     """Bootstrap the mean over tasks of the accuracy gained on the same test images (percentile interval).
+
+    ``of`` has the value of each task that its change is divided by, where tasks differ in their metric.
 
     Images are drawn anew within each task. An image gains, loses or ties (or changes by one of a few shares), so a draw
     of n images is one draw of as many counts from a multinomial: exact, and as fast for a million images as for ten.
@@ -69,10 +72,11 @@ def paired_gain(
     means, samples = [], []
     for task in baseline:
         change, values = changes(ours[task], baseline[task])
+        unit = of[task] if of else 1.0
         share = np.array([(change == value).mean() for value in values])
         counts = generator.multinomial(len(change), share / share.sum(), size=draws)
-        means.append(change.mean())
-        samples.append(counts @ values / len(change))
+        means.append(change.mean() / unit)
+        samples.append(counts @ values / len(change) / unit)
     low, high = np.quantile(np.mean(samples, axis=0), [0.025, 0.975])
     return Gain(float(np.mean(means)), float(low), float(high))
 

@@ -53,9 +53,9 @@ MAPS = (
 SETS = "Every line is the mean over the sets of tasks of one size, each with the λ that validation chose for it."
 COUNTS = f"{SETS} Normalised divides by the accuracy of the fine-tuned encoders."
 SNAPSHOTS = (
-    "Backbones named NAME@STEP are one encoder on its way, the last point is the finished one. Left: lower means "
-    "that task vectors get along better. Middle: what adding them gains over probing, with the λ that validation "
-    "chose."
+    "Backbones named NAME@STEP are one encoder on its way, the last point is the finished one. Top left: lower means "
+    "that task vectors get along better. Top right: what adding them reaches, bottom left what it gains over probing, "
+    "with the λ that validation chose."
 )
 ROOM = (
     "Left: the grey bar from probing (cross) to fine-tuned (diamond) is the room that a merge has; further right "
@@ -69,7 +69,7 @@ SEARCH = (
 READING = {
     "emergence": (
         "Along pre-training.",
-        f"{SNAPSHOTS} Right: how good the encoder is for single tasks.",
+        f"{SNAPSHOTS} Bottom right: how good the encoder is for single tasks.",
     ),
     "backbones": (
         "The line search of every backbone.",
@@ -135,7 +135,7 @@ COUNTS_OF_KINDS = f"{SETS} Every task's own metric is divided by that of its fin
 READING_OF_KINDS = READING | {  # where tasks differ in kind
     "emergence": (
         "Along pre-training.",
-        f"{SNAPSHOTS} Right: how close probing comes to fine-tuning, in each task's own metric.",
+        f"{SNAPSHOTS} Bottom right: how close probing comes to fine-tuning, in each task's own metric.",
     ),
     "combinations": (
         "The normalised metric against the number of merged tasks.",

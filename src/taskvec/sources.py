@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from taskvec.absent import UNKNOWN_CLASSES, UNKNOWN_IMAGES, absent_task, absent_
 from taskvec.addresses import default_name, is_file
 from taskvec.cells import OPEN
 from taskvec.errors import TaskvecError, unknown
+from taskvec.kinds import CLASSIFICATION
 from taskvec.store import Store
 from taskvec.study import BackboneChoice, StudyFile
 
@@ -101,6 +102,10 @@ class Sources:
     def has_open(self, choice: BackboneChoice) -> bool:
         """Say whether a backbone takes part in a regime that starts from zero-shot heads."""
         return any(name in OPEN and self.takes_part(choice, name) for name in self.regimes)
+
+    def mixed(self, names: Sequence[str]) -> bool:
+        """Say whether some tasks are of another kind than classification, so that metrics differ."""
+        return any(tasks.kind_of(self.addresses[name]) != CLASSIFICATION for name in names)
 
     def check_open(self) -> None:
         """Raise if a regime that starts from zero-shot heads can have none."""

@@ -9,7 +9,7 @@ import pandas as pd
 from taskvec.claims import HOW_CLAIMS_ARE_DECIDED, claims
 from taskvec.comparison import comparisons, markdown_comparison
 from taskvec.errors import unknown
-from taskvec.merging import ADDITION
+from taskvec.merging import ADDITION, PER_TASK
 from taskvec.texts import (
     MISSING,
     escape_markdown,
@@ -46,8 +46,8 @@ OF_KINDS = (
     "*Normalised* is a task's metric / that of its fine-tuned encoder on the same split; its mean over tasks gives "
     "every task the same weight (the paper's equation 1, with every task's own metric).",
     DEFINITIONS[3],
-    "*Gain* is in points of the task's own metric over probing, and its mean is over all tasks; its 95 % interval is a "
-    "paired bootstrap over the test images.",
+    "*Gain* is in points of the task's own metric over probing; its mean is of normalised points, each task's gain / "
+    "its fine-tuned metric. Its 95 % interval is a paired bootstrap over the test images.",
     "λ scales the merged task vectors. It was chosen by the mean normalised metric on validation; only the chosen λ "
     "saw the test split.",
 )
@@ -63,7 +63,7 @@ METHODS = {
     "zero_shot": "*Zero-shot* is the frozen encoder with the head from the class names.",
     "joint": "*Joint* is one encoder fine-tuned on all tasks at once.",
     "task_arithmetic_per_task": "*Addition, λ per task* searches one λ after the other, from the common one "
-    "on, for the first seed only; its λ here is their mean.",
+    "on, for the first seed only; the λ of a mean over tasks is their mean.",
 }
 OVER_SEEDS = (
     "a ± b is mean ± standard deviation over seeds, a number without ± is of one seed; the ends of an interval are "
@@ -72,7 +72,8 @@ OVER_SEEDS = (
 IN_THE_BOX = (
     "ξ is the weight disentanglement error in % (0 to 200: the shares of changed predictions of two tasks, added), "
     "its mean over the area of the box -1 ≤ λ₁, λ₂ ≤ 1 and over pairs of tasks; lower is better (as in the paper's "
-    "Figure 1)."
+    "Figure 1). Between points of the grid it is interpolated, around the origin (error 0) too, so only errors of one "
+    "grid compare."
 )
 OF_PAPER = "Numbers in parentheses are the paper's own, averages over its eight tasks."
 
@@ -112,6 +113,8 @@ def _numbers(one: View, method: str, task: str) -> dict[str, str]:
         out[f"Normalised: {name.lower()}"] = percent(over_tuned)
     for heads, label in HEADS.items():
         absolute = one.own(method, heads, task)
+        if method == PER_TASK and heads == "kept" and task in one.own_scales:
+            absolute = absolute._replace(low=one.own_scales[task].min(), high=one.own_scales[task].max())
         normalised = one.cell(method, heads, one.normalised, task)
         cells = {"absolute": percent(absolute), "normalised": percent(normalised), "λ": scale_text(absolute)}
         cells["gain (95 % interval)"] = gain_text(one.gain(method, heads, task))

@@ -164,6 +164,14 @@ def describe_lab(name: str) -> dict[str, Any]:
     return {"lab": name, "counts": LAB_COUNTS, "images": sum(LAB_COUNTS.values()), "version": worlds.VERSION}
 
 
+def kind_of(address: str) -> str:
+    """Return the kind of a task: the lab has several, image folders and data sets are classifications."""
+    from taskvec.lab import worlds
+
+    kind, rest = parse(address)
+    return worlds.kind(rest) if kind == "lab" else CLASSIFICATION
+
+
 def captions(address: str) -> list[str] | None:
     """Return a caption for each class of a task in the words of the lab's text encoders; None where it has none."""
     from taskvec.lab import worlds

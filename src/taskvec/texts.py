@@ -65,7 +65,7 @@ def shown(found: Sequence[View]) -> str:
         same = "1 task" if max(counts.values()) == 1 else f"{max(counts.values())} tasks"
         over = f"tasks ({differ})" if len(set(counts.values())) > 1 else same
         return f"Test {METRICS[metrics.pop()]} in %, mean over {over}"
-    return "Test split in %; tasks differ in their metric, so only normalised values and gains have a mean"
+    return "Test split in %; tasks differ in their metric, so only normalised values have a mean, of gains too"
 
 
 # ---------------------------------------------------------------- numbers

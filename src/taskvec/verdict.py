@@ -70,8 +70,8 @@ def _outcome(one: View, method: str) -> str:
     gains = [gain for gain in gains if not math.isnan(gain.mean)]
     if not gains:
         return "was not compared with linear probing"
-    mean = "mean " if one.seeds > 1 else ""
-    first = f"gained {points(gains[0].mean)} points over" if gains[0].beats else "did not beat"
+    mean, unit = "mean " if one.seeds > 1 else "", "normalised points" if one.mixed else "points"
+    first = f"gained {points(gains[0].mean)} {unit} over" if gains[0].beats else "did not beat"
     text = f"{first} linear probing with {HEADS[gains[0].heads]} ({_evidence(gains[0], f'{mean}95 % interval ')})"
     return text + "".join(_and_then(gains[0], gain) for gain in gains[1:])
 

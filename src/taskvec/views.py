@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from taskvec.errors import TaskvecError, unknown
-from taskvec.merging import ADDITION
+from taskvec.merging import ADDITION, PER_TASK
 
 BASELINES = ("probing", "zero_shot", "fine_tuned", "joint")
 HEADS = {"kept": "kept heads", "reprobed": "re-probed heads"}
@@ -126,6 +127,13 @@ class View:
         """Look up what a merge adds to probing."""
         middle, low, high = (self.cell(method, heads, f"gain_over_probing{end}", task) for end in ("", "_low", "_high"))
         return Gained(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
+
+    @cached_property
+    def own_scales(self) -> pd.DataFrame:
+        """Read the lambdas, one a task, that went to the test split: a row for each seed, a column for each task."""
+        rows = self.rows[(self.rows["method"] == PER_TASK) & (self.rows["split"] == "test")]
+        configs = rows[rows["heads"] == "kept"].drop_duplicates("seed")["config"]
+        return pd.DataFrame([json.loads(config).get("scales", {}) for config in configs], dtype=float).dropna(how="all")
 
     @cached_property
     def validation(self) -> dict[str, float]:

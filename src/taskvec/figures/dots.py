@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, NamedTuple
 
@@ -210,20 +209,14 @@ def scales(results: pd.DataFrame, regime: str) -> Figure:
 
 def with_own_scales(found: list[View], regime: str) -> list[View]:
     """Keep the backbones of a regime that have a lambda for each task."""
-    return [one for one in found if one.regime == regime and len(_own_scales(one))]
-
-
-def _own_scales(one: View) -> pd.DataFrame:
-    """Read the lambdas that went to the test split, a row for each seed and a column for each task."""
-    rows = one.rows[(one.rows["method"] == PER_TASK) & (one.rows["split"] == "test") & (one.rows["heads"] == "kept")]
-    configs = rows.drop_duplicates("seed")["config"]
-    return pd.DataFrame([json.loads(config).get("scales", {}) for config in configs], dtype=float).dropna(how="all")
+    return [one for one in found if one.regime == regime and len(one.own_scales)]
 
 
 def _draw_scales(ax: Axes, one: View, tasks: list[str]) -> None:
     """Draw a dot for each task with a bar of one standard deviation over seeds, and a line for the common lambda."""
-    own = _own_scales(one).reindex(columns=tasks)
-    common = one.own(ADDITION)
+    own = one.own_scales.reindex(columns=tasks)
+    seeds = one.rows.loc[one.rows["method"] == PER_TASK, "seed"]
+    common = view(one.rows[one.rows["seed"].isin(seeds)], one.backbone, one.regime).own(ADDITION)
     if not math.isnan(common.low):
         middle = (common.low + common.high) / 2
         ax.axvline(middle, color=BLACK, linestyle=(0, (4, 2)), linewidth=1, label="common λ")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taskvec.errors import unknown
-from taskvec.figures.style import STYLE, WIDTH, legend, line_style, safe_name
+from taskvec.figures.style import SNAPSHOT, STYLE, WIDTH, legend, line_style, safe_name
 from taskvec.merging import ADDITION
 from taskvec.views import View, box_error, views
 
-SNAPSHOT = re.compile(r"(.+)@(\d+)")
 FINISHED = math.inf  # where the encoder without a step stands: after all of its snapshots
 
 Measure = Callable[[View], float]

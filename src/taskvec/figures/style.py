@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 from typing import Any
 
@@ -26,8 +27,10 @@ CYCLE = (BLUE, VERMILLION, PURPLE, ORANGE, SKY)  # without those of probing and 
 WIDE_CYCLE = (*CYCLE, BLACK, "#7F7F7F")  # for figures in which probing has no line
 HEAD_COLOUR = {"kept": BLUE, "reprobed": VERMILLION}
 HEAD_MARKER = {"kept": "o", "reprobed": "s"}
-DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.2, 1.2, 1.2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SNAPSHOT = re.compile(r"(.+)@(\d+)")
+"""The name of an encoder on its way: NAME@STEP."""
 WIDTH = 7.2  # inches, the width of a page
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -44,6 +47,7 @@ STYLE: Any = {
     "lines.markersize": 3.5,
     "legend.frameon": False,
     "legend.handletextpad": 0.5,
+    "legend.handlelength": 3.5,
     "legend.columnspacing": 1.6,
     "figure.titlesize": 9.5,
     "figure.titleweight": "bold",
@@ -104,14 +108,35 @@ def safe_name(text: str, longest: int) -> str:
 
 
 def line_styles(results: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Give every backbone of a run its colour, marker and dashes, the same in all figures."""
-    return {str(backbone): line_style(i, WIDE_CYCLE) for i, backbone in enumerate(results["backbone"].unique())}
+    """Give every backbone of a run its colour, marker and dashes, the same in all figures.
+
+    Snapshots NAME@STEP of one encoder look as it does but for their dashes.
+    """
+    found: dict[str, list[str]] = {}
+    for name in map(str, results["backbone"].unique()):
+        match = SNAPSHOT.fullmatch(name)
+        found.setdefault(match[1] if match else name, []).append(name)
+    return {
+        name: line_style(i, WIDE_CYCLE) | ({"linestyle": DASHES[place % len(DASHES)]} if place else {})
+        for i, names in enumerate(found.values())
+        for place, name in enumerate(sorted(names, key=_steps_left))
+    }
+
+
+def _steps_left(name: str) -> float:
+    """Order snapshots from the end of pre-training back."""
+    match = SNAPSHOT.fullmatch(name)
+    return -int(match[2]) if match else -math.inf
 
 
 def line_style(i: int, colours: tuple[str, ...] = CYCLE) -> dict[str, Any]:
     """Tell lines apart by colour, marker and dashes."""
     dashes = DASHES[i // len(colours) % len(DASHES)]
-    return {"color": colours[i % len(colours)], "marker": MARKERS[i % len(MARKERS)], "linestyle": dashes}
+    return {
+        "color": colours[i % len(colours)],
+        "marker": MARKERS[(i + i // len(colours)) % len(MARKERS)],
+        "linestyle": dashes,
+    }
 
 
 def heading(one: View, method: str = "") -> str:

@@ -42,7 +42,8 @@ def test_all(planner: Planner, cell: Cell, ground: Ground) -> None:
         if any(c.per_task for c in cell.candidates):
             config |= {"task": cell.tasks.index(t)}
         cell.test[t] = planner.step("test_task", f"test {t} {cell.where}", config, inputs, planner.images[t])
-    names = {"tasks": list(cell.tasks), "candidates": kinds}
+    names: dict[str, Any] = {"tasks": list(cell.tasks), "candidates": kinds}
+    names |= {"normalised": True} if planner.sources.mixed(cell.tasks) else {}
     cell.gains = planner.step("gains", f"gains {cell.where}", names, {"tests": list(cell.test.values())})
 
 

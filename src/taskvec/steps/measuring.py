@@ -102,19 +102,25 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
 
 
 def gains(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Bootstrap what every merge gained over probing, for all tasks together and for each (paired over test images)."""
+    """Bootstrap what every merge gained over probing, for all tasks together and for each (paired over test images).
+
+    Tasks of several kinds have a common gain only as shares of what is fine-tuned, and none where that is zero.
+    """
     right = {
         name: np.load(folder / "correct.npz") for name, folder in zip(config["tasks"], inputs["tests"], strict=True)
     }
-    found = {}
+    tuned = {name: float(arrays["fine_tuned"].mean()) for name, arrays in right.items()}
+    found: dict[str, dict[str, Any]] = {}
     for index in range(len(config["candidates"])):
         ours = {name: arrays[str(index)] for name, arrays in right.items()}
         base = {name: arrays["probing"] for name, arrays in right.items()}
-        groups = {"": list(right)} | {name: [name] for name in right}
         found[str(index)] = {
-            group: vars(evaluation.paired_gain({n: ours[n] for n in names}, {n: base[n] for n in names}))
-            for group, names in groups.items()
+            name: vars(evaluation.paired_gain({name: ours[name]}, {name: base[name]})) for name in right
         }
+        if not config.get("normalised"):
+            found[str(index)][""] = vars(evaluation.paired_gain(ours, base))
+        elif all(tuned.values()):
+            found[str(index)][""] = vars(evaluation.paired_gain(ours, base, of=tuned))
     write_json(out / "gains.json", found)
 
 
