@@ -48,9 +48,11 @@ def _rows(key: Key, values: dict[str, float], tuned: dict[str, float]) -> list[K
     return out
 
 
-def _gains(key: Key, values: dict[str, float], probing: dict[str, float], width: float) -> list[Key]:
+def _gains(
+    key: Key, values: dict[str, float], probing: dict[str, float], width: float, of: dict[str, float] | None = None
+) -> list[Key]:
     gains = {task: value - probing[task] for task, value in values.items()}
-    gains[""] = sum(gains.values()) / len(gains)
+    gains[""] = sum(gain / (of[task] if of else 1) for task, gain in gains.items()) / len(gains)
     ends = {"": 0.0, "_low": -width, "_high": width}
     return [
         {**key, "metric": f"gain_over_probing{end}", "task": task, "value": gain + by * (1 if task == "" else 2)}
@@ -269,7 +271,7 @@ def mixed(backbones: Sequence[str] = ("lab:random",), tasks: Sequence[str] = tup
                 lower = {task: values[task] - abs(scale - chosen) / 4 for task in tasks}
                 out += _of_kinds({**at, "split": "validation", "scale": scale}, lower, tuned)
         own, base = ({t: levels[name][t] for t in tasks} for name in ("task_arithmetic", "probing"))
-        out += _gains({**key, "method": "task_arithmetic", "scale": 0.2, "split": "test"}, own, base, 0.01)
+        out += _gains({**key, "method": "task_arithmetic", "scale": 0.2, "split": "test"}, own, base, 0.01, tuned)
         at = {**key, "method": "task_arithmetic", "scale": 0.2, "split": "test", "task": ""}
         for names, metrics in OF_SETS.items() if len(tasks) == len(KINDS) else ():
             out += [{**at, "tasks": names, "metric": metric, "value": value} for metric, value in metrics.items()]

@@ -9,7 +9,15 @@ import pytest
 import report_fixture as fixture
 
 from taskvec import paper, tables
-from taskvec.comparison import Comparison, Entry, comparisons, latex_table, latex_tables, markdown_comparison
+from taskvec.comparison import (
+    Comparison,
+    Entry,
+    _latex_number,
+    comparisons,
+    latex_table,
+    latex_tables,
+    markdown_comparison,
+)
 from taskvec.errors import TaskvecError
 from taskvec.texts import escape_latex
 
@@ -115,6 +123,7 @@ def test_latex_writes_the_paper_in_grey_and_minus_as_minus(run: tuple[pd.DataFra
     assert "random-init" in text
     assert r"\multicolumn{8}{l}{\textit{ViT-L-14/16}} \\" in text
     assert "gray" not in latex_tables(*run)["table3"]
+    assert _latex_number("–") == "--"  # not measured
 
 
 def test_escaping_for_latex() -> None:

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from taskvec import figures
 from taskvec.errors import TaskvecError
 from taskvec.figures import maps
+from taskvec.figures.style import line_styles
 
 PLACE = ("lab:supervised", "aligned")
 
@@ -244,6 +245,24 @@ def test_counts_have_a_line_for_each_backbone_in_its_own_style(whole: tuple[pd.D
     assert "ξ (%)" in alone.get_ylabel()
 
 
+def test_no_two_backbones_look_alike_and_snapshots_look_like_their_encoder() -> None:
+    names = [f"b{i}" for i in range(9)] + [f"{name}{at}" for name in ("x", "y") for at in ("@0", "@30", "@100", "")]
+    styles = line_styles(pd.DataFrame({"backbone": names}))
+    looks = {name: (style["color"], style["marker"], str(style["linestyle"])) for name, style in styles.items()}
+    assert len(set(looks.values())) == len(names)
+    for name in ("x", "y"):
+        assert len({looks[f"{name}{at}"][:2] for at in ("@0", "@30", "@100", "")}) == 1
+    assert len({(look[0], look[1]) for name, look in looks.items() if "@" not in name}) == 11
+
+
+def test_the_common_scale_is_that_of_the_seeds_with_one_a_task() -> None:
+    rows, _ = fixture.full_run(backbones=("sup-1k",), tasks=fixture.EIGHT[:3], seeds=(0, 1))
+    one = rows["method"] == "task_arithmetic"
+    rows.loc[one & (rows["seed"] == 1) & (rows["split"] == "test"), "scale"] = 0.4
+    rows = rows[(rows["method"] != "task_arithmetic_per_task") | (rows["seed"] == 0)]
+    assert list(_line(figures.scales(rows, "aligned").axes[0], "common")[0]) == pytest.approx([0.1, 0.1])
+
+
 def test_scales_draw_a_dot_a_task_and_the_common_one(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     rows = whole[0][whole[0]["backbone"].isin(["sup-1k", "masked", "clip-small"])]
     panels = figures.scales(rows, "aligned").axes
@@ -269,7 +288,13 @@ def test_a_run_with_holes_is_still_drawn() -> None:
 
 def test_dots_of_mixed_tasks_are_in_their_own_metrics_and_have_no_mean() -> None:
     left, right = figures.accuracies(fixture.mixed(), "lab:random", "aligned").axes
-    names = ["greek (accuracy)", "ink (patch accuracy)", "angle (within 15°)", "street (accuracy)", "mean"]
+    names = [
+        "greek (accuracy)",
+        "ink (patch accuracy)",
+        "angle (within 15°)",
+        "street (accuracy)",
+        "mean (gain: normalised)",
+    ]
     assert [label.get_text() for label in left.get_yticklabels()] == names
     assert left.get_xlabel() == "test split, own metric of each task (%)"
     assert left.get_legend_handles_labels()[1] == ["probing", "addition, kept heads (λ = 0.20)", "fine-tuned"]
@@ -277,7 +302,7 @@ def test_dots_of_mixed_tasks_are_in_their_own_metrics_and_have_no_mean() -> None
     assert drawn[:4] == pytest.approx([60, 60, 45, 83])
     assert np.isnan(drawn[4])
     assert [text.get_text() for text in left.texts] == ["no mean of different metrics"]
-    assert list(right.get_lines()[5].get_xdata()) == pytest.approx([10, 0, 5, 13, 7])
+    assert list(right.get_lines()[5].get_xdata()) == pytest.approx([10, 0, 5, 13, 8.875])
 
 
 def test_curves_of_mixed_tasks_are_of_the_normalised_metric() -> None:

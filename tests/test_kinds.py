@@ -218,15 +218,16 @@ def test_the_interval_of_shares_covers_as_a_plain_bootstrap_does() -> None:
     generator = np.random.default_rng(0)
     ours = {"ink": generator.integers(5, 17, 200) / 16, "greek": generator.random(150) < 0.7}
     base = {"ink": generator.integers(3, 17, 200) / 16, "greek": generator.random(150) < 0.6}
-    gain = paired_gain(ours, base)
+    tuned = {"ink": 0.8, "greek": 0.5}
+    gain = paired_gain(ours, base, of=tuned)
     draws = []
     for _ in range(4000):
         means = []
         for name in ours:
             picked = generator.integers(0, len(ours[name]), len(ours[name]))
-            means.append(ours[name][picked].mean() - base[name][picked].mean())
+            means.append((ours[name][picked].mean() - base[name][picked].mean()) / tuned[name])
         draws.append(np.mean(means))
-    assert gain.mean == pytest.approx(np.mean([ours[n].mean() - base[n].mean() for n in ours]))
+    assert gain.mean == pytest.approx(np.mean([(ours[n].mean() - base[n].mean()) / tuned[n] for n in ours]))
     assert (gain.low, gain.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
 
 
@@ -370,12 +371,17 @@ def test_lambda_is_chosen_by_the_mean_over_all_kinds(mixed: tuple[pd.DataFrame, 
         assert set(rows[(rows.heads == kind) & (rows.split == "test")].scale) == {best}
 
 
-def test_gains_are_in_each_tasks_own_metric(mixed: tuple[pd.DataFrame, list[Cell], Done]) -> None:
+def test_gains_are_in_each_tasks_own_metric_and_normalised_in_the_mean(
+    mixed: tuple[pd.DataFrame, list[Cell], Done],
+) -> None:
     rows = mixed[0][(mixed[0].tasks == "one+ink+angle+two") & (mixed[0].split == "test") & (mixed[0].heads == "kept")]
-    base, ours = (rows[rows.method == m].set_index(["metric", "task"]).value for m in ("probing", "task_arithmetic"))
+    methods = ("probing", "task_arithmetic", "fine_tuned")
+    base, ours, tuned = (rows[rows.method == m].set_index(["metric", "task"]).value for m in methods)
     gained = [ours[metric, task] - base[metric, task] for task, metric in METRICS.items()]
     assert [ours["gain_over_probing", t] for t in METRICS] == pytest.approx(gained)
-    assert ours["gain_over_probing", ""] == pytest.approx(np.mean(gained))
+    shares = [gain / tuned[metric, task] for gain, (task, metric) in zip(gained, METRICS.items(), strict=True)]
+    assert ours["gain_over_probing", ""] == pytest.approx(np.mean(shares))
+    assert ours["normalised_metric", ""] - base["normalised_metric", ""] == pytest.approx(np.mean(shares))
 
 
 def test_pairs_of_one_kind_in_a_mixed_study_are_as_ever(mixed: tuple[pd.DataFrame, list[Cell], Done]) -> None:

@@ -259,20 +259,28 @@ def test_each_task_of_another_kind_is_told_in_its_own_metric() -> None:
         ["ink", "patch accuracy", "60.0", "75.0", "80.0", "60.0", "80.0", "0.20", "+0.0 (-2.0 to 2.0)"],
         ["angle", "within 15°", "40.0", "50.0", "80.0", "45.0", "90.0", "0.20", "+5.0 (3.0 to 7.0)"],
         ["street", "accuracy", "70.0", "100.0", "70.0", "83.0", "83.0", "0.20", "+13.0 (11.0 to 15.0)"],
-        ["Mean", "–", "–", "–", "73.1", "–", "82.0", "0.20", "+7.0 (6.0 to 8.0)"],
+        ["Mean", "–", "–", "–", "73.1", "–", "82.0", "0.20", "+8.9 (7.9 to 9.9)"],
     ]
+
+
+def test_one_lambda_a_task_is_told_task_by_task() -> None:
+    rows, _ = fixture.full_run(backbones=("sup-1k",), seeds=(0,))
+    frame = tables.per_task(rows, "sup-1k", "aligned", "task_arithmetic_per_task")
+    told = frame.set_index("Task")["Kept heads: λ"]
+    assert list(told[:-1]) == ["0.00", "0.05", "0.10", "0.15", "0.20", "0.00", "0.05", "0.10"]
+    assert told["Mean"] == tables.per_task(rows, "sup-1k", "aligned").set_index("Task")["Kept heads: λ"]["Mean"]
 
 
 def test_the_summary_of_a_mixed_cell_holds_only_what_has_a_mean() -> None:
     frame = tables.summary(fixture.mixed())
     kept = ["Kept heads: normalised", "Kept heads: λ", "Kept heads: gain (95 % interval)"]
     assert list(frame.columns) == ["Backbone", "Regime", "Method", "Normalised: probing", *kept]
-    assert list(frame.iloc[0])[3:] == ["73.1", "82.0", "0.20", "+7.0 (6.0 to 8.0)"]
+    assert list(frame.iloc[0])[3:] == ["73.1", "82.0", "0.20", "+8.9 (7.9 to 9.9)"]
 
 
 def test_the_words_fit_tasks_of_several_kinds() -> None:
     text = tables.markdown(fixture.mixed())
-    said = "Test split in %; tasks differ in their metric, so only normalised values and gains have a mean."
+    said = "Test split in %; tasks differ in their metric, so only normalised values have a mean, of gains too."
     assert text.count(said) == 2
     assert "*within 15°* the share of test images whose predicted angle is off by 15 degrees or less" in text
     assert "chosen by the mean normalised metric" in text
@@ -280,8 +288,8 @@ def test_the_words_fit_tasks_of_several_kinds() -> None:
     assert "test accuracy" not in text.lower()
     assert "| **Mean** | **–** " in text
     assert tables.headline(fixture.mixed()) == (
-        "Adding the four task vectors gained 7.0 points over linear probing with kept heads "
-        "(95 % interval 6.0 to 8.0, lambda 0.20)."
+        "Adding the four task vectors gained 8.9 normalised points over linear probing with kept heads "
+        "(95 % interval 7.9 to 9.9, lambda 0.20)."
     )
 
 

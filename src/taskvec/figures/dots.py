@@ -55,8 +55,10 @@ def accuracies(results: pd.DataFrame, backbone: str, regime: str, method: str = 
 
 def _row_name(one: View, task: str) -> str:
     """Name a row by its task, with its metric where tasks differ in theirs."""
-    if one.metric or not task:
-        return safe_name(task, 26) or "mean"
+    if not task:
+        return "mean (gain: normalised)" if one.mixed else "mean"
+    if one.metric:
+        return safe_name(task, 26)
     return f"{safe_name(task, 20)} ({METRICS[one.metrics[task]]})" if task in one.metrics else safe_name(task, 26)
 
 

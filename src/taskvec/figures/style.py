@@ -117,7 +117,7 @@ def line_styles(results: pd.DataFrame) -> dict[str, dict[str, Any]]:
         match = SNAPSHOT.fullmatch(name)
         found.setdefault(match[1] if match else name, []).append(name)
     return {
-        name: line_style(i, WIDE_CYCLE) | ({"linestyle": DASHES[place % len(DASHES)]} if place else {})
+        name: line_style(i, WIDE_CYCLE, place)
         for i, names in enumerate(found.values())
         for place, name in enumerate(sorted(names, key=_steps_left))
     }
@@ -129,9 +129,9 @@ def _steps_left(name: str) -> float:
     return -int(match[2]) if match else -math.inf
 
 
-def line_style(i: int, colours: tuple[str, ...] = CYCLE) -> dict[str, Any]:
-    """Tell lines apart by colour, marker and dashes."""
-    dashes = DASHES[i // len(colours) % len(DASHES)]
+def line_style(i: int, colours: tuple[str, ...] = CYCLE, place: int = 0) -> dict[str, Any]:
+    """Tell lines apart by colour, marker and dashes; those of one backbone at other places by dashes alone."""
+    dashes = DASHES[(i // len(colours) + place) % len(DASHES)]
     return {
         "color": colours[i % len(colours)],
         "marker": MARKERS[(i + i // len(colours)) % len(MARKERS)],
