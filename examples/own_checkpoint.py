@@ -2,7 +2,8 @@
 
     python examples/own_checkpoint.py examples/real/ucidigits examples/real/ucidigits-own.safetensors
 
-Encoder and head are trained together, 100 steps of 32 images by AdamW at 1e-3 from the weights of efficientnet_lite.py.
+Encoder and head are trained together, 100 steps of 32 images by AdamW at 1e-3 from the weights of
+efficientnet_lite.py. Images are seen as the model's own configuration says, which is how taskvec will see them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 STEPS, WARMUP, BATCH = 100, 10, 32
@@ -25,11 +25,9 @@ STEPS, WARMUP, BATCH = 100, 10, 32
 def main(folder: str, out: str) -> None:
     """Train, print the accuracy on the test folder, and write encoder and classifier with the names of the classes."""
     torch.manual_seed(0)
-    see = transforms.Compose(
-        [transforms.Resize((64, 64)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-    )
-    train, test = (ImageFolder(Path(folder) / split, see) for split in ("train", "test"))
     model = timm.create_model("tf_efficientnet_lite0")
+    see = timm.data.create_transform(**timm.data.resolve_model_data_config(model) | {"input_size": (3, 64, 64)})
+    train, test = (ImageFolder(Path(folder) / split, see) for split in ("train", "test"))
     model.load_state_dict(load_file("examples/real/efficientnet_lite0.safetensors"))
     model.reset_classifier(len(train.classes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)

@@ -93,7 +93,7 @@ def test_scales_have_both_ends_and_no_drift() -> None:
 def test_smoke_shortens_any_study() -> None:
     study = parse_study(SMALL, "s.yaml").smoke()
     assert (study.probe.steps, study.finetune.steps, study.limit, study.name) == (2, 2, 32, "s-smoke")
-    assert (study.finetune.batch_size, study.methods[0].grid()) == (8, [0.0, 0.25, 0.5, 0.75, 1.0])
+    assert (study.finetune.batch_size, study.methods[0].grid()) == (4, [0.0, 0.25, 0.5, 0.75, 1.0])
     methods = "methods: [adamerging, fisher, {name: wudi, config: {learning_rate: [1.0e-4, 1.0e-3]}}]"
     regimes = "seeds: [3, 4]\nregimes: [aligned, {name: full, seeds: [3, 4]}]\nagreement: 512"
     costly = f"{methods}\n{regimes}\nbackbones: ['lab:mae']\ntasks: ['lab:greek', 'lab:street']"
@@ -101,6 +101,10 @@ def test_smoke_shortens_any_study() -> None:
     assert (short.seeds, short.regimes[1].seeds, short.agreement) == ((3,), (3,), 8)
     configs = [one.config for one in short.methods]
     assert configs == [{"steps": 2}, {"examples": 8}, {"learning_rate": 1e-4, "steps": 2}]
+    searched = "finetune: {batch_size: 128, accumulate: 16, learning_rates: [1.0e-6, 1.0e-5, 1.0e-4]}"
+    text = f"{searched}\nbackbones: ['lab:mae']\ntasks: ['lab:greek']"
+    tuned = parse_study(text, "s.yaml").smoke().finetune
+    assert (tuned.learning_rates, tuned.batch_size, tuned.accumulate) == ((1e-6, 1e-5), 4, 1)
     text = "backbones: ['lab:mae@400', {address: 'lab:mae@1', name: early}, 'lab:mae']\ntasks: ['lab:greek']"
     shortened = [(one.address, one.name) for one in parse_study(text, "s.yaml").smoke().backbones]
     assert shortened == [("lab:mae@2", "mae@400"), ("lab:mae@1", "early"), ("lab:mae", "")]

@@ -323,14 +323,15 @@ class Study(Settings):
         return check_distinct(chosen)
 
     def smoke(self) -> Study:
-        """Return the same study with one seed, 2 steps of 8 images, 32 images a split and few scales: a trial run."""
-        batch = min(self.finetune.batch_size, 8)
+        """Return the same study with one seed, 2 steps of 4 images, 32 images a split and few scales: a trial run."""
+        few = {"steps": 2, "warmup": 0, "batch_size": min(self.finetune.batch_size, 4), "accumulate": 1}
+        few |= {"learning_rates": self.finetune.learning_rates[:2]}
         return self.model_copy(
             update={
                 "name": f"{self.name}-smoke",
                 "probe": self.probe.model_copy(update={"steps": 2, "warmup": 0}),
                 "surgery": self.surgery.model_copy(update={"steps": 2}),
-                "finetune": self.finetune.model_copy(update={"steps": 2, "warmup": 0, "batch_size": batch}),
+                "finetune": self.finetune.model_copy(update=few),
                 "methods": tuple(one.shortened() for one in self.methods),
                 "regimes": tuple(regime.shortened() for regime in self.regimes),
                 "seeds": self.seeds[:1],
