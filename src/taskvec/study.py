@@ -324,8 +324,8 @@ class Study(Settings):
 
     def smoke(self) -> Study:
         """Return the same study with one seed, 2 steps of 4 images, 32 images a split and few scales: a trial run."""
-        few = {"steps": 2, "warmup": 0, "batch_size": min(self.finetune.batch_size, 4), "accumulate": 1}
-        few |= {"learning_rates": self.finetune.learning_rates[:2]}
+        few: dict[str, Any] = {"steps": 2, "warmup": 0, "accumulate": 1}
+        few |= {"batch_size": min(self.finetune.batch_size, 4), "learning_rates": self.finetune.learning_rates[:2]}
         return self.model_copy(
             update={
                 "name": f"{self.name}-smoke",
