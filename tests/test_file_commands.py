@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -284,13 +285,14 @@ def test_one_file_keeps_metadata_and_tells_of_every_tensor(tmp_path: Path) -> No
 def test_a_folders_weights_keep_the_name_their_library_looks_for(tmp_path: Path, stem: str) -> None:
     state = random_state([(4, 3), (5,)], 0, [torch.float32])
     base = write(tmp_path / "base" / f"{stem}.safetensors", state).parent
-    Merge(base, [base], tmp_path / "one", 1.0).run()
+    tuned = write(tmp_path / "tuned.safetensors", state)
+    Merge(base, [tuned], tmp_path / "one", 1.0).run()
     assert [path.name for path in (tmp_path / "one").iterdir()] == [f"{stem}.safetensors"]
-    Merge(base, [base], tmp_path / "several", 1.0, shard_size="60B").run()
+    Merge(base, [tuned], tmp_path / "several", 1.0, shard_size="60B").run()
     assert (tmp_path / "several" / f"{stem}.safetensors.index.json").is_file()
     names = {path.name.partition("-")[0] for path in (tmp_path / "several").glob("*.safetensors")}
     assert names == {stem}
-    Merge(tmp_path / "several", [base], tmp_path / "again", 1.0, shard_size="90B").run()
+    Merge(tmp_path / "several", [tuned], tmp_path / "again", 1.0, shard_size="90B").run()
     assert_equal(
         {key: value for file in (tmp_path / "again").glob("*.safetensors") for key, value in load_file(file).items()},
         state,
@@ -443,6 +445,59 @@ def test_settings_and_sizes_are_parsed() -> None:
         parse_settings(["a=1", "a=2"])
 
 
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    base, one, two = simple(tmp_path)
+    with pytest.raises(TaskvecError, match=r"m0.safetensors' is the base and a fine-tuned checkpoint"):
+        Merge(base, [one, tmp_path / "." / "m0.safetensors"], tmp_path / "out.safetensors", 1.0).run()
+    with pytest.raises(TaskvecError, match=r"m1.safetensors' is given twice"):
+        Merge(base, [one, two, one], tmp_path / "out.safetensors", 1.0, "average").run()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_keep_does_not_split_tied_weights(tmp_path: Path) -> None:
+    paths = []
+    for index in range(2):
+        table = torch.randn(6, 4, generator=torch.Generator().manual_seed(index))
+        state = {"embed_tokens.weight": table, "lm_head.weight": table.clone(), "norm.weight": torch.ones(4)}
+        paths.append(write(tmp_path / f"{index}.safetensors", state))
+    with pytest.raises(TaskvecError, match=r"keeps 'lm_head.weight', which is tied to 'embed_tokens.weight'"):
+        Merge(paths[0], paths[1:], tmp_path / "out.safetensors", 1.0, keep=["lm_head*"]).run()
+    Merge(paths[0], paths[1:], tmp_path / "out.safetensors", 1.0, keep=["lm_head*", "embed*"]).run()
+    found, before = load_file(tmp_path / "out.safetensors"), load_file(paths[0])
+    assert torch.equal(found["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_the_folder_one_stands_in_and_long_names_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *tuned = simple(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Merge(base, tuned, Path(), 0.3, shard_size="40B").run()
+    assert (tmp_path / "here" / "model.safetensors.index.json").is_file()
+    name = "n" * 240 + ".safetensors"
+    Merge(base, tuned, tmp_path / name, 0.3).run()
+    assert (tmp_path / name).is_file()
+    with pytest.raises(TaskvecError, match="File name too long"):
+        Merge(base, tuned, tmp_path / ("n" * 300), 0.3).run()
+
+
+def test_more_shards_than_open_files_at_first(tmp_path: Path) -> None:
+    state = {f"x{i}": torch.randn(4) for i in range(80)}
+    for name in ("base", "tuned"):
+        write(tmp_path / f"{name}.safetensors", state)
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom taskvec.file_commands import Merge\n"
+        "_, most = resource.getrlimit(resource.RLIMIT_NOFILE)\nfolder = Path(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, most))\n"
+        "base, tuned = (folder / f'{name}.safetensors' for name in ('base', 'tuned'))\n"
+        "Merge(base, [tuned], folder / 'out', 1.0, shard_size='16B').run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 80
+
+
 # ---------------------------------------------------------------- whole or not at all
 
 
@@ -497,7 +552,7 @@ def hidden(folder: Path) -> list[str]:
 
 def test_what_a_merge_under_way_has_written_is_not_removed_by_another(tmp_path: Path) -> None:
     simple(tmp_path)
-    alive = tmp_path / f".out.safetensors.{os.getpid()}-abcdef.tmp"
+    alive = tmp_path / f".out.safetensors.{socket.gethostname()}-{os.getpid()}-abcdef.tmp"
     alive.mkdir()
     Merge(tmp_path / "m0.safetensors", [tmp_path / "m1.safetensors"], tmp_path / "out.safetensors", 0.3).run()
     assert hidden(tmp_path) == [alive.name]

@@ -154,6 +154,24 @@ def test_damaged_files_are_clear_errors_that_name_the_file(tmp_path: Path, how: 
     assert caught.value.fix
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, Infinity]}}',
+        '{"a": {"dtype": "F32", "shape": [1.7], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+        '{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a": ' + "[" * 20_000 + "]" * 20_000 + "}",
+    ],
+    ids=["infinite", "fraction", "bool", "surrogate", "deep"],
+)
+def test_odd_headers_are_clear_errors(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4)
+    with pytest.raises(TaskvecError, match="odd.safetensors' cannot be read as safetensors: its header is wrong"):
+        Checkpoint(path)
+
+
 def test_labels_are_as_short_as_tells_checkpoints_apart(tmp_path: Path) -> None:
     for name in ("a/cars/model.safetensors", "a/dtd/model.safetensors", "b/cars/x.safetensors"):
         write(tmp_path / name, {"w": torch.ones(1)})

@@ -286,6 +286,10 @@ def test_kinds_and_depths_are_told_by_names_and_shapes() -> None:
     towers = depths(["vision.encoder.layers.1.w", "vision.encoder.layers.0.w", "text.encoder.layers.0.w"])
     assert list(towers.values()) == [1.0, 0.0, 0.0]
     assert list(depths(["layer1.0.conv1.weight", "layer2.0.conv1.weight"]).values()) == [0.0, 1.0]
+    torchvision = depths(["features.0.0.w", "features.1.0.block.0.w", "features.1.1.block.5.w", "features.2.1.w"])
+    assert list(torchvision.values()) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    encoder = depths(["class_token", "encoder.layers.encoder_layer_0.ln.w", "encoder.layers.encoder_layer_11.mlp.0.w"])
+    assert list(encoder.values()) == [0, 0, 1]
     assert list(depths(["a", "b.weight"]).values()) == [None, None]
 
 

@@ -168,6 +168,12 @@ def test_null_directions_are_not_made_up(name: str) -> None:
     assert np.abs(found @ right[2:].T).max() < 1e-5
 
 
+def test_pcb_of_more_tasks_than_float32_has_powers_of_e() -> None:
+    given = taus((12, 10), 120)
+    wanted = slow_pcb(given)
+    assert np.abs(merged("pcb", given) - wanted).max() <= 1e-4 * np.abs(wanted).max()  # 120 u² has few digits left
+
+
 def test_more_tasks_than_dimensions_keep_one_direction_each() -> None:
     found = merged("tsv_m", taus((3, 5), 4))
     assert np.isfinite(found).all()

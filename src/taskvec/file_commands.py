@@ -17,6 +17,7 @@ from taskvec.matching import SHOWN, Matched, match
 from taskvec.merging import ADDITION, Recipe, find_recipe
 from taskvec.merging.parts import Kind
 from taskvec.merging.streaming import Streams, Watch, merge_files, plan_target, unwatched
+from taskvec.store import disk_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,9 +56,11 @@ class Merge:
         check_possible(recipe, self.scale)
         recipe.check_tasks(len(self.tuned))
         limit = parse_size(self.shard_size) if self.shard_size else None
+        check_different([self.base, *self.tuned])
         with ExitStack() as stack:
             base, *tuned = open_all([self.base, *self.tuned], stack)
-            target = plan_target(self.out, self.dtype, limit, [base, *tuned], recipe)
+            with disk_errors(self.out):
+                target = plan_target(self.out, self.dtype, limit, [base, *tuned], recipe)
             streams = Streams(
                 base,
                 tuned,
@@ -70,6 +73,16 @@ class Merge:
             written = merge_files(recipe, streams, self.scale, target)
             count = f"{len(tuned)} checkpoint{'s' if len(tuned) > 1 else ''}"
             return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams, recipe), *map(str, written)]
+
+
+def check_different(paths: Sequence[Path]) -> None:
+    """Raise for a file that is given twice: its vector would count twice, or be zero and water an average down."""
+    seen: dict[Path, int] = {}
+    for number, path in enumerate(paths):
+        first = seen.setdefault(path.resolve(), number)
+        if first < number:
+            told = "the base and a fine-tuned checkpoint" if first == 0 else "given twice"
+            raise TaskvecError(f"'{path}' is {told}", "name every file once; a pattern such as * may have the base too")
 
 
 def check_possible(recipe: Recipe, scale: float) -> None:
@@ -91,7 +104,7 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or key.strip() in found:
             why = "given twice" if key.strip() in found else "not of the form key=value"
-            raise TaskvecError(f"--set '{text}' is {why}", "write for example --set density=0.2")
+            raise TaskvecError(f"--set '{text}' is {why}", "write for example --set drop=0.5")
         try:
             found[key.strip()] = json.loads(value)
         except ValueError:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -146,7 +147,7 @@ class Checkpoint:
 
     def _open(self, number: int, file: Path) -> None:
         with disk_errors(file):
-            handle = os.open(file, os.O_RDONLY)
+            handle = _open(file, os.O_RDONLY)
         self._handles.append(handle)
         metadata, tensors = _header(handle, number, file)
         for name in tensors:
@@ -167,6 +168,20 @@ class Checkpoint:
                     f"the index of '{self.path}' lists tensor '{name}' {where}, and {held} holds it",
                     "is the folder complete? copy or convert it again",
                 )
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open a file; many shards may need more open files than a process is given at first."""
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return os.open(path, flags, 0o666)
 
 
 def same(first: Checkpoint, name: str, second: Checkpoint, other: str) -> bool:
@@ -243,7 +258,8 @@ def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, S
         if not _texts({} if metadata is None else metadata):
             raise TypeError("__metadata__ is no mapping of texts")
         tensors = {name: _stored(info, number, 8 + length) for name, info in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        "".join(tensors).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(path, f"its header is wrong ({error})") from None
     end = 8 + length
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].length)))
@@ -270,8 +286,11 @@ def _bits(dtype: str) -> int:
 
 
 def _stored(info: Mapping[str, Any], number: int, origin: int) -> Stored:
-    start, stop = map(int, info["data_offsets"])
-    return Stored(str(info["dtype"]), tuple(map(int, info["shape"])), number, origin + start, stop - start)
+    start, stop = info["data_offsets"]
+    for count in (start, stop, *info["shape"]):
+        if type(count) is not int:
+            raise TypeError(f"{count} is no whole number")
+    return Stored(str(info["dtype"]), tuple(info["shape"]), number, origin + start, stop - start)
 
 
 def _damaged(path: Path, why: str) -> TaskvecError:
@@ -402,7 +421,7 @@ class Writer:
 
     def _begin(self, path: Path, shard: Shard) -> None:
         path.parent.mkdir(exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        handle = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         self._handles.append(handle)
         header = shard.header()
         _write(handle, memoryview(header), 0)
@@ -462,12 +481,13 @@ def _runs(process: str) -> bool:
 def workspace(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` to write into, removed after the block; a full or closed disk raises.
 
-    Folders that killed processes have left beside ``path`` are removed as well.
+    Folders that killed processes of this host have left beside ``path`` are removed as well.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
+    start = f".{path.name.encode()[:100].decode(errors='ignore')}.{socket.gethostname()}-"
+    temporary = path.with_name(f"{start}{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
     with disk_errors(path.parent):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
-            if not _runs(left.name.removeprefix(f".{path.name}.").partition("-")[0]):
+        for left in path.parent.glob(f"{glob.escape(start)}*-*.tmp"):
+            if not _runs(left.name.removeprefix(start).partition("-")[0]):
                 shutil.rmtree(left, ignore_errors=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

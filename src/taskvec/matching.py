@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.files import FLOATS, INTEGERS, Checkpoint, same
+from taskvec.files import FLOATS, INTEGERS, Checkpoint, Shape, same
 from taskvec.merging.parts import kind_of
 
 SHOWN = 4
@@ -61,6 +62,7 @@ def match(base: Checkpoint, tuned: Sequence[Checkpoint], keep: Sequence[str] = (
         raise TaskvecError(
             f"'{base.path}' has no floating-point tensor to merge", "is it quantised, or does --keep match everything?"
         )
+    _refuse_split(base, tuned, kept, floats)
     tied = _ties(base, tuned, floats, sources)
     merged = tuple(name for name in floats if name not in tied)
     return Matched(merged, tuple(kept), tuple(integers), sources, aside, tied)
@@ -106,7 +108,30 @@ def _twin(one: Checkpoint, name: str, other: Checkpoint) -> str | None:
 
 
 def _tied(one: Checkpoint, name: str, twin: str) -> bool:
-    return same(one, name, one, twin) and len(np.unique(_start(one, name))) > 1
+    return len(np.unique(_start(one, name))) > 1 and same(one, name, one, twin)
+
+
+def _looks(one: Checkpoint, name: str) -> tuple[str, Shape, bytes]:
+    """Return type, shape and a digest of the first elements: what differs in them cannot be tied."""
+    stored, start = one.tensors[name], np.ascontiguousarray(_start(one, name))
+    return stored.dtype, stored.shape, hashlib.blake2b(start.data, digest_size=16).digest()
+
+
+def _refuse_split(base: Checkpoint, tuned: Sequence[Checkpoint], kept: Sequence[str], merged: Sequence[str]) -> None:
+    """Raise where a pattern keeps one of two weights that are tied in all files, and the other would be merged."""
+    wide = [name for name in kept if base.tensors[name].dtype in FLOATS and len(base.tensors[name].shape) > 1]
+    others: dict[Any, list[str]] = {}
+    for name in merged if wide else ():
+        if len(base.tensors[name].shape) > 1:
+            others.setdefault(_looks(base, name), []).append(name)
+    for name in wide:
+        for other in others.get(_looks(base, name), ()):
+            both = [one for one in (base, *tuned) if {name, other} <= set(one.tensors)]
+            if all(_tied(one, name, other) for one in both):
+                raise TaskvecError(
+                    f"--keep keeps '{name}', which is tied to '{other}': that would be merged, and they would differ",
+                    "keep both, or neither",
+                )
 
 
 def _start(one: Checkpoint, name: str) -> Float[ndarray, " count"]:
@@ -125,7 +150,7 @@ def _ties(
     for name in sorted(names, key=lambda name: kind_of(name, base.tensors[name].shape) == "matrix"):
         stored = base.tensors[name]
         if len(stored.shape) > 1 and stored.size:
-            alike.setdefault((stored.dtype, stored.shape, _start(base, name).tobytes()), []).append(name)
+            alike.setdefault(_looks(base, name), []).append(name)
     tied: dict[str, str] = {}
     for group in alike.values():
         firsts: list[str] = []

@@ -42,6 +42,19 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
 
 
+REFUSED = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+)
+"""What a user can mend about a path: permissions, its kind or length, too many open files."""
+
+
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk or a refused write into one clear message that says where and how to go on."""
@@ -52,7 +65,7 @@ def disk_errors(where: Path) -> Iterator[None]:
             raise TaskvecError(
                 f"no space left on the disk of '{where}'", "free some space and run again: it resumes"
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in REFUSED:
             place = error.filename or where
             raise TaskvecError(
                 f"cannot use '{place}': {error.strerror}", "mend its permissions or choose another"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +31,9 @@ TABLES = re.compile(
 )
 """Names of entries with two or more dimensions that are no linear maps (a row stands for a position or a token), and of
 CLIP's text projection, which the authors of the spectral methods leave out too."""
-LAYERS = re.compile(r"(?:^|\.)(?:res)?(?:blocks?|layers?|stages?|levels?|h)\.?(\d+)(?=\.)")
+NUMBERED = re.compile(r"(?:^|\.)((?:\d+\.)+)")
+"""Numbered modules, one inside another (torchvision's features.3.0)."""
+LAYERS = re.compile(r"(?:^|[._])(?:res)?(?:blocks?|layers?|stages?|levels?|h)[._]?(\d+)(?=\.)")
 """Where a name says which layer it belongs to; what has several numbers (stages.1.blocks.2) has all of them."""
 
 
@@ -116,18 +118,35 @@ def depths(names: Iterable[str]) -> dict[str, float | None]:
     embedding or a final norm, is at 0, as in the code of LiNeS (arXiv 2410.17146).
     """
     names = list(names)
-    layers = {name: tuple(int(m.group(1)) for m in LAYERS.finditer(name)) for name in names}
+    numbered = {_before(name) for name in names if LAYERS.search(name) and NUMBERED.search(_tower(name) + ".")}
+    places_of = {name: _place(name, numbered) for name in names}
     towers: dict[str, set[tuple[int, ...]]] = {}
-    for name, layer in layers.items():
+    for tower, layer in places_of.values():
         if layer:
-            towers.setdefault(_tower(name), set()).add(layer)
+            towers.setdefault(tower, set()).add(layer)
     if not towers:
         return dict.fromkeys(names)
     places = {
         tower: {layer: index / max(1, len(found) - 1) for index, layer in enumerate(sorted(found))}
         for tower, found in towers.items()
     }
-    return {name: places[_tower(name)][layer] if layer else 0.0 for name, layer in layers.items()}
+    return {name: places[tower][layer] if layer else 0.0 for name, (tower, layer) in places_of.items()}
+
+
+def _place(name: str, numbered: Container[str]) -> tuple[str, tuple[int, ...]]:
+    """Return the tower of an entry and the numbers of its layer, none outside of the layers.
+
+    Where blocks stand inside numbered modules (features.3.0.block.2), those modules are the layers.
+    """
+    outer = NUMBERED.search(name)
+    if outer and _before(name) in numbered:
+        return _before(name), tuple(int(number) for number in outer.group(1).split(".") if number)
+    return _tower(name), tuple(int(found.group(1)) for found in LAYERS.finditer(name))
+
+
+def _before(name: str) -> str:
+    found = NUMBERED.search(name)
+    return name[: found.start(1)] if found else ""
 
 
 def _tower(name: str) -> str:

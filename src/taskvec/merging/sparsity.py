@@ -299,8 +299,11 @@ def unit(
 def scores(
     vectors: Float32[Tensor, " tasks *shape"], clip: Float32[ndarray, "tasks 2"]
 ) -> Float32[Tensor, " tasks *shape"]:
-    """Return exp(T unit(abs(tau_t))^2) * tanh(tau_t sum_s tau_s), how important an entry is to a task and to all."""
-    return (len(vectors) * unit(vectors.abs(), clip) ** 2).exp() * (vectors * total(vectors)).tanh()
+    """Return exp(T unit(abs(tau_t))^2) * tanh(tau_t sum_s tau_s), how important an entry is to a task and to all.
+
+    It is divided by e^T, which quantiles and ``unit`` do not see: e^T is infinite in float32 from 89 tasks on.
+    """
+    return (len(vectors) * (unit(vectors.abs(), clip) ** 2 - 1)).exp() * (vectors * total(vectors)).tanh()
 
 
 def pcb(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Pcb) -> Float32[Tensor, " *shape"]:

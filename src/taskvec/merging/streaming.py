@@ -144,7 +144,7 @@ def plan_target(
     """Check where a result is to go, before tensors are read: nothing is overwritten."""
     if dtype is not None and dtype not in DTYPES:
         raise TaskvecError(f"unknown type '{dtype}'", did_you_mean(dtype, DTYPES))
-    target = Target(out, DTYPES[dtype] if dtype else None, limit)
+    target = Target(out if out.name not in ("", "..") else out.resolve(), DTYPES[dtype] if dtype else None, limit)
     if out.suffix in PICKLES:
         raise TaskvecError(f"'{out}' would be a pickle", "call it .safetensors, or give a folder")
     if target.single and (limit is not None or recipe.per_task):

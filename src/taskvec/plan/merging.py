@@ -62,10 +62,12 @@ def merge(planner: Planner, cell: Cell, recipe: Recipe, ground: Ground) -> Step:
 def best_option(
     planner: Planner, cell: Cell, options: list[Candidate], ground: Ground, rates: dict[str, Step]
 ) -> Candidate:
-    """Try every option at coarse scales, and go on with the one whose best scale is best."""
+    """Try every option, kept heads at all scales and others at coarse ones; the one whose best scale is best goes on.
+
+    With kept heads the best scale is often a small one between coarse scales, where all options seem equal.
+    """
     for option in options:
-        rough = replace(option, grid=coarse(option.grid)) if option.heads == "kept" else option
-        option.rounds.append({t: curve(planner, t, cell, rough, 0, ground, rates) for t in cell.tasks})
+        option.rounds.append({t: curve(planner, t, cell, option, 0, ground, rates) for t in cell.tasks})
         option.choice = choose_scale(planner, cell, option, 0)
     first = options[0]
     inputs = {"merged": [one.merged for one in options], "choices": [one.choice for one in options]}

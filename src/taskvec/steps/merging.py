@@ -66,7 +66,7 @@ def merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None
 
 
 def choose_option(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Choose the hyperparameters whose best coarse scale is best on validation, and copy their merge."""
+    """Choose the hyperparameters whose best scale so far is best on validation, and copy their merge."""
     choices = [read_json(folder / "choice.json") for folder in inputs["choices"]]
     best = max(range(len(choices)), key=lambda index: (choices[index]["value"], -index))
     for file in inputs["merged"][best].glob("direction*.safetensors"):
