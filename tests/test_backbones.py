@@ -86,6 +86,10 @@ def edit(path: Path, how: str) -> Path:
         state["blocks.3.extra"] = torch.zeros(1)
     elif how == "shape":
         state["blocks.3.mlp.fc1.weight"] = torch.zeros(3, 3)
+    elif how == "patches":
+        state["patch_embed.proj.weight"] = torch.nn.functional.interpolate(
+            state["patch_embed.proj.weight"], scale_factor=2
+        )
     out = path.with_name("edited.safetensors")
     save_file(state, out)
     return out
@@ -93,7 +97,12 @@ def edit(path: Path, how: str) -> Path:
 
 @pytest.mark.parametrize(
     ("how", "key"),
-    [("missing", "blocks.3.mlp.fc1.weight"), ("unexpected", "blocks.3.extra"), ("shape", "blocks.3.mlp.fc1.weight")],
+    [
+        ("missing", "blocks.3.mlp.fc1.weight"),
+        ("unexpected", "blocks.3.extra"),
+        ("shape", "blocks.3.mlp.fc1.weight"),
+        ("patches", "patch_embed.proj.weight"),
+    ],
 )
 def test_a_file_that_does_not_fit_is_refused_with_its_keys(tmp_path: Path, how: str, key: str) -> None:
     path = edit(timm_file(tmp_path, VIT)[0], how)

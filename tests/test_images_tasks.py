@@ -190,6 +190,18 @@ def test_broken_folders_are_clear_errors(tmp_path: Path, how: str, message: str)
         tasks.list_task(f"folder:{root}")
 
 
+@pytest.mark.parametrize(("split", "spelt"), [("train", "Train"), ("test", "testing"), ("val", "Dev")])
+def test_splits_of_another_spelling_are_no_classes(tmp_path: Path, split: str, spelt: str) -> None:
+    root = write_folder_task(tmp_path / "t")
+    if split == "val":
+        shutil.copytree(root / "test", root / "val")
+    (root / split).rename(root / spelt)
+    with pytest.raises(TaskvecError, match=f"holds {spelt}/, which would not be seen as {split}/\nrename it"):
+        tasks.list_task(f"folder:{root}")
+    (root / spelt).rename(root / split)
+    assert "train" not in [name.lower() for name in tasks.list_task(f"folder:{root}").classes]
+
+
 def test_hidden_files_are_left_out_links_followed_and_others_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

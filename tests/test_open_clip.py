@@ -66,6 +66,17 @@ def test_features_are_the_librarys_own(tiny: tuple[Path, Any], capsys: pytest.Ca
     assert backbone.origin["from"] == str(path) and len(backbone.origin["sha256"]) == 64
 
 
+def test_half_precision_at_another_size(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+    path, model = tiny
+    state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "half.pt")
+    halved = load_backbone(f"open_clip:ViT-Tiny@{tmp_path / 'half.pt'}", size=48, allow_pickle=True)
+    whole = load_backbone(f"open_clip:ViT-Tiny@{path}", size=48)
+    images, _ = inputs_for(whole)
+    with torch.inference_mode():
+        assert torch.allclose(halved.features(images), whole.features(images), atol=2e-2)
+
+
 def test_another_size_and_no_projection(tiny: tuple[Path, Any]) -> None:
     path, model = tiny
     wide = open_clip.create_model("ViT-Tiny", pretrained=str(path), force_image_size=48).eval()

@@ -154,7 +154,10 @@ def class_names(path: Path, label: str, outputs: int) -> Sequence[str]:
     """Return the names of a head's outputs that its file knows, or a model.json or config.json beside it; else none."""
     known = head_metadata(path).get("classes", {})
     if isinstance(known, dict) and label not in known and (beside := path.with_name("model.json")).is_file():
-        known = {task["name"]: task["classes"] for task in read_json(beside).get("tasks", [])}
+        about = read_json(beside)  # of a kept model; another program's file of that name has other things in it
+        told = about.get("tasks") if isinstance(about, dict) else None
+        every = [task for task in told if isinstance(task, dict)] if isinstance(told, list) else []
+        known = {task.get("name"): task.get("classes") or [] for task in every}
     names = known.get(label, []) if isinstance(known, dict) else known
     return [str(name) for name in names] or configured_names(path.with_name("config.json"), outputs)
 
@@ -168,8 +171,9 @@ def naming(files: Mapping[str, Path]) -> dict[str, Path]:
 def configured_names(config: Path, outputs: int) -> list[str]:
     """Return the names of so many outputs in a config.json of transformers (``id2label``) or timm (``label_names``)."""
     about = read_json(config) if config.is_file() else {}
-    found = about.get("id2label") or about.get("label_names") or []
-    names = [found[key] for key in sorted(found, key=int)] if isinstance(found, dict) else list(found)
+    found = (about.get("id2label") or about.get("label_names") or []) if isinstance(about, dict) else []
+    numbered = isinstance(found, dict) and all(str(key).isdecimal() for key in found)
+    names = [found[key] for key in sorted(found, key=int)] if numbered else found if isinstance(found, list) else []
     nameless = all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names)
     return [] if nameless or len(names) != outputs else [str(name) for name in names]
 

@@ -257,10 +257,13 @@ def store_(
     from taskvec.store import Store, default_store, gigabytes
 
     place = Store((store or default_store()).expanduser())
+    if store is not None and not place.folder.is_dir():
+        raise TaskvecError(f"no store at '{store}'", "give the folder that taskvec run was given as --store")
+    place.sweep()
     every = place.held()
     if clear:
         chosen = [one for one in every if clear in ("all", one.kind, one.id, DECODED.get(one.kind))]
-        if not chosen:
+        if not chosen and clear != "all":
             raise unknown("part of the store", clear, {"all", "decoded", *(one.kind for one in every)})
         place.clear(one.id for one in chosen)
         typer.echo(f"removed {len(chosen)} steps, {gigabytes(sum(one.size for one in chosen))}, from {place.folder}")

@@ -30,6 +30,11 @@ def list_folder(path: str) -> Listing:
     return list_splits(root, {"train": "train", "test": "test"} | ({"validation": "val"} if has(root, "val") else {}))
 
 
+SPELT = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+SPELT |= dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")
+"""What other names of a split's folder mean, in lower case."""
+
+
 def has(root: Path, name: str) -> bool:
     """Say whether a folder holds something of that name."""
     return (root / name).exists()
@@ -77,6 +82,13 @@ def check_root(root: Path) -> None:
         near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
         hint = did_you_mean(root.name, near) if near else LAYOUT
         raise TaskvecError(f"no task folder at '{root}'", hint)
+    for entry in sorted(p for p in root.iterdir() if p.is_dir()):
+        meant = SPELT.get(entry.name.casefold())
+        if meant not in (None, entry.name) and any(inner.is_dir() for inner in entry.iterdir()):
+            raise TaskvecError(
+                f"task folder '{root}' holds {entry.name}/, which would not be seen as {meant}/",
+                f"rename it to {meant}/",
+            )
     if is_flat(root):
         return
     held = sorted(p.name for p in root.iterdir())
@@ -84,9 +96,6 @@ def check_root(root: Path) -> None:
         if not (root / name).is_dir():
             shown = ", ".join(held[:8]) or "nothing"
             raise TaskvecError(f"task folder '{root}' has no {name}/ folder; it holds {shown}", LAYOUT)
-    for name in ("valid", "validation"):
-        if name in held:
-            raise TaskvecError(f"task folder '{root}' holds {name}/, which would be passed over", "rename it to val/")
 
 
 def class_files(folder: Path) -> dict[str, list[Path]]:

@@ -104,13 +104,13 @@ def open_dataset(address: str, info_only: bool = False) -> Any:
     datasets = library()
     name, _, config = address.partition("@")
     local = folder_of(name)
-    if local and (local / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(local))
     act = datasets.load_dataset_builder if info_only else datasets.load_dataset
     try:
+        if local and (local / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(local))
         with reachable_or_offline(local is not None):
             return act(str(local or name), config or None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         first = " ".join(str(error).split())[:300]
         if local:
             held = ", ".join(sorted(p.name for p in local.iterdir())[:8]) or "nothing"

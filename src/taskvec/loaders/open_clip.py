@@ -135,6 +135,7 @@ def state_for(module: nn.Module, path: Path) -> State:
 
     raw = read_checkpoint(path)
     if VISUAL + "positional_embedding" in raw and hasattr(module, "grid_size"):
+        raw[VISUAL + "positional_embedding"] = raw[VISUAL + "positional_embedding"].float()  # half cannot be resampled
         resize_pos_embed(raw, SimpleNamespace(visual=module))
     wanted = {VISUAL + key: tuple(value.shape) for key, value in module.state_dict().items()}
     unwanted = (*TEXTS, VISUAL + "proj") if getattr(module, "proj", None) is None else TEXTS

@@ -121,12 +121,20 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
 def state_for(module: nn.Module, raw: dict[str, Tensor], name: str) -> State:
     """Translate a checkpoint for the module and leave out its classifier, or the decoder of masked pre-training."""
     tensors, unused = translate(raw, module)
+    tensors |= {key: raw[key] for key in other_patches(raw, module)}  # for the strict check
     wanted = module.state_dict().keys()
     kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS))
     if set(kept) - set(wanted):
         kept, more = separate(kept, wanted, heads_of(name, module))
         dropped = (*dropped, *more)
     return State(kept, (*unused, *(key for key in dropped if key not in unused)))
+
+
+def other_patches(raw: dict[str, Tensor], module: nn.Module) -> list[str]:
+    """Name the patch embeddings of another patch size, which timm would resample: they are of another architecture."""
+    state = module.state_dict()
+    kernels = [key for key in raw if "patch_embed" in key and key in state and state[key].ndim == raw[key].ndim == 4]
+    return [key for key in kernels if raw[key].shape != state[key].shape]
 
 
 def heads_of(name: str, module: nn.Module) -> tuple[str, ...]:

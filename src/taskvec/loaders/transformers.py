@@ -182,7 +182,10 @@ def shards(weights: Path) -> list[Path]:
     """Return the files that hold the tensors."""
     if weights.suffix != ".json":
         return [weights]
-    return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
+    try:
+        return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise TaskvecError(f"'{weights}' is no index of weights", "copy the whole folder again") from None
 
 
 def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
