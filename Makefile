@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	@begin=$$(date +%s); $(BIN)/taskvec run quickstart && echo "seconds: $$(( $$(date +%s) - begin ))"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

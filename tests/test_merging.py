@@ -231,6 +231,12 @@ def test_order_statistics_are_those_of_sorted_numbers(values: list[float], data:
     assert torch.equal(torch.from_numpy(found) + 0.0, wanted + 0.0)
 
 
+def test_zeros_are_not_counted_among_the_smallest_negative_numbers() -> None:
+    row = torch.tensor([[-0.0, 0.0, -2.1e-42, -1e-45, 0.0]])
+    found = order_statistics([row], lambda count: list(range(count)))
+    assert torch.equal(torch.from_numpy(found) + 0.0, row.sort().values + 0.0)
+
+
 def test_order_statistics_of_nothing_are_zero() -> None:
     assert order_statistics([torch.zeros(2, 0)], lambda count: [0]).tolist() == [[0.0], [0.0]]
 

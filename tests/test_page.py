@@ -157,7 +157,7 @@ def test_a_page_on_tasks_of_several_kinds_names_their_metrics(tmp_path: Path) ->
     words = _words(html)
     for row in tables.per_task(rows, "lab:random", "aligned").to_numpy().tolist():
         assert " ".join(row) in words
-    assert words.count("tasks differ in their metric, so only normalised values and gains have a mean") == 2
+    assert words.count("tasks differ in their metric, so only normalised values have a mean, of gains too") == 2
     assert "the points of the task's own metric that merging adds to probing" in words
     assert "100 is what the fine-tuned encoders reach" in words
     assert "The normalised metric against the number of merged tasks." in words

@@ -16,6 +16,7 @@ BITS = 16
 """Numbers are sorted by so many of their upper bits first, then by as many lower ones."""
 BINS = 1 << BITS
 SIGN = np.uint32(1 << 31)
+SMALLEST = np.float32(1e-45)
 
 
 def order_statistics(
@@ -56,6 +57,7 @@ def _tally_lower(slices: Iterable[Any], bucket: Int64[ndarray, "rows ranks"]) ->
     """Count the numbers of every row that are in the bucket of a rank by their lower bits."""
     found = np.zeros((*bucket.shape, BINS), np.int64)
     first, last = _numbers(bucket << BITS), _numbers((bucket << BITS) + BINS - 1)
+    last[(last == 0) & np.signbit(last)] = -SMALLEST  # all zeros are in the bucket of 0
     for part in map(_array, slices):
         for row, values in enumerate(part):
             for rank, counts in enumerate(found[row]):
