@@ -23,7 +23,7 @@ from jaxtyping import Float, Float32, Shaped
 from numpy import ndarray
 
 from taskvec.errors import TaskvecError
-from taskvec.store import disk_errors
+from taskvec.store import alive, disk_errors
 
 INDEX = ".safetensors.index.json"
 FLOATS: dict[str, np.dtype[Any]] = {
@@ -466,17 +466,6 @@ def _write(handle: int, data: memoryview, place: int) -> None:
         done += os.pwrite(handle, data[done:], place + done)
 
 
-def _runs(process: str) -> bool:
-    """Say whether a process of this number may be running; what is no number may belong to anything."""
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OverflowError, OSError):
-        return True
-    return True
-
-
 @contextmanager
 def workspace(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` to write into, removed after the block; a full or closed disk raises.
@@ -487,7 +476,8 @@ def workspace(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{start}{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
     with disk_errors(path.parent):
         for left in path.parent.glob(f"{glob.escape(start)}*-*.tmp"):
-            if not _runs(left.name.removeprefix(start).partition("-")[0]):
+            process = left.name.removeprefix(start).partition("-")[0]
+            if process.isdecimal() and not alive(int(process)):
                 shutil.rmtree(left, ignore_errors=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -220,7 +220,7 @@ class Store:
         """Remove temporary folders that processes of this host left behind when they were killed."""
         for folder in (self.folder / "tmp").glob("*-*-*"):
             host, pid, _ = folder.name.rsplit("-", 2)
-            if host == socket.gethostname() and not _alive(int(pid)):
+            if host == socket.gethostname() and not alive(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def tree_digest(self, root: Path, files: Sequence[str]) -> str:
@@ -269,7 +269,8 @@ def _checked(id: str, folder: Path) -> Artifact | None:
     return Artifact(id, folder, fingerprint(files)) if files == digests(folder) else None
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Say whether a process of this number may be running on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
