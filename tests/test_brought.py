@@ -23,6 +23,7 @@ from taskvec.evaluation import correct
 from taskvec.executors import open_executor
 from taskvec.heads import Head, save_heads
 from taskvec.images import normalise
+from taskvec.loaders.checkpoints import stripped
 from taskvec.plan import plan
 from taskvec.results import results
 from taskvec.store import Store, read_json
@@ -271,6 +272,34 @@ def test_a_vector_that_cannot_be_right_is_told(data: Path, capsys: pytest.Captur
     assert "fine-tuned from another checkpoint?" in capsys.readouterr().err
     read_finetuned(data / "tuned.safetensors", backbone)
     assert "task vector" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("encoder", "head"),
+    [
+        ("module.", "module."),
+        ("_orig_mod.module.",) * 2,
+        ("model.", "model."),
+        ("backbone.", ""),
+        ("model.net.", "model."),
+    ],
+)
+def test_what_a_training_class_puts_before_the_keys_is_taken_off(data: Path, encoder: str, head: str) -> None:
+    tuned = prepare(data)
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    plain = read_finetuned(data / "tuned.safetensors", backbone)
+    state = {(head if key.startswith("head.") else encoder) + key: value for key, value in tuned.state_dict().items()}
+    save_file(state, data / "wrapped.safetensors")
+    found = read_finetuned(data / "wrapped.safetensors", backbone)
+    assert torch.equal(found.encoder.flat, plain.encoder.flat)
+    assert found.classifier.keys() == plain.classifier.keys() == {"head.weight", "head.bias"}
+
+
+def test_keys_never_come_to_coincide() -> None:
+    both = {"backbone.head.weight": torch.zeros(1), "head.weight": torch.ones(1), "backbone.a": torch.zeros(1)}
+    assert stripped(both, ["a"]) == both
+    assert stripped({"a": torch.zeros(1), "b": torch.zeros(1)}, ["model.a"]).keys() == {"a", "b"}
+    assert stripped({"model.a": torch.zeros(1)}, ["model.a"]).keys() == {"model.a"}
 
 
 def test_positions_of_another_input_size_are_resampled_as_the_backbones_are(data: Path) -> None:

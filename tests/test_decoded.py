@@ -402,6 +402,13 @@ def test_the_store_is_listed_and_cleared(tmp_path: Path) -> None:
     assert store.find("cc" + "1" * 18) is not None
     assert "removed 1 steps" in say("--clear", "cc" + "1" * 18)
     assert "in all" in say()
+    (tmp_path / "store" / "dd" / ("dd" + "1" * 18)).mkdir(parents=True)
+    (tmp_path / "store" / "dd" / ("dd" + "1" * 18) / "x.npy").write_bytes(bytes(3_000_000))
+    elsewhere = tmp_path / "store" / "tmp" / "othermachine-1-abc"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "x.npy").write_bytes(bytes(1_000_000))
+    assert "3 MB  damaged: 1 steps" in say() and "1 MB  unfinished: " in say()
+    assert "removed 1 steps, 3 MB" in say("--clear", "damaged")
 
 
 def test_much_room_is_told_before_the_work(tmp_path: Path) -> None:

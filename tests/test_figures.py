@@ -141,6 +141,20 @@ def test_written_twice_the_files_are_the_same_and_hold_no_date(tmp_path: Path) -
     assert figures._encode(again, "pdf") == first[f"{stems[2]}.pdf"]
 
 
+def test_several_processes_draw_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, errors = fixture.results(tasks=("one", "two"), scales=(0.0, 0.1)), fixture.heatmap(points=3)
+    alone = figures.write(rows, errors, tmp_path / "alone")
+    monkeypatch.setattr(figures, "SHARE", 1)
+    monkeypatch.setattr(figures, "cores", lambda: 2)
+    assert figures.write(rows, errors, tmp_path / "shared") == alone
+    for name in alone:
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    (tmp_path / "shared" / alone[2]).unlink()
+    (tmp_path / "shared" / alone[2]).mkdir()  # the other process cannot write there
+    with pytest.raises(RuntimeError, match="drew figures has failed"):
+        figures.write(rows, errors, tmp_path / "shared")
+
+
 def test_odd_and_many_names_are_drawn_without_a_warning() -> None:
     odd = ["a|b <i>&$x$_^{", "日本\n語", "x" * 80, "100 %", "\\frac"] + [f"task {i}" for i in range(7)]
     rows = fixture.results(tasks=odd, backbones=("b$@/x/" + "y" * 90, "日本"), scales=(0.0, 0.1), heads=("kept",))

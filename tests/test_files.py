@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from taskvec.errors import TaskvecError
-from taskvec.files import LARGEST, Checkpoint, Shard, Writer, labels, narrow, peak, same, shards, widen
+from taskvec.files import Checkpoint, labels, same, widen
 from taskvec.matching import match, patterns
+from taskvec.shards import LARGEST, Shard, Writer, narrow, peak, shards
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 bits = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40)

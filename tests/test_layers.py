@@ -8,12 +8,12 @@ from pathlib import Path
 import taskvec
 
 ORDER = """
-errors addresses compute settings weights store files pipeline executors images training kinds
+errors addresses compute settings weights store network files shards pipeline executors images training kinds
 papertasks listing decoded folders hub layouts
 lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
 templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
-loaders.timm loaders.open_clip loaders.processors loaders.transformers loaders
+loaders.timm loaders.open_clip loaders.processors loaders.saved loaders.transformers loaders
 tangents backbones batch_norm heads surgery brought vectors agreement adapters finetuning
 merging.parts merging.ranks merging.averaging merging.sparsity merging.directions merging.spectral merging.adaptive
 merging.measuring merging.recipes merging merging.buffers matching merging.streaming differences
@@ -22,7 +22,7 @@ steps.loading steps.learning steps.merging steps.measuring steps paper study cel
 plan.planner plan.loading plan.learning plan.merging plan.measuring plan anatomy workload forecast
 results costs views texts evidence verdict comparison claims leaderboard tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
-figures.costs figures page
+figures.costs figures figures.__main__ page
 runs progress file_commands studies cli __main__
 """.split()  # noqa: SIM905
 ROOT = Path(taskvec.__file__).parent

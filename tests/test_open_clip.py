@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from taskvec.images import normalise
 from taskvec.listing import Listing
 from taskvec.loaders.checkpoints import TEXTS, separate
 from taskvec.loaders.open_clip import build
+from taskvec.network import asked_once
 from taskvec.store import Store, read_json
 from taskvec.study import StudyFile, parse_study
 
@@ -100,6 +102,35 @@ def test_a_training_checkpoint_needs_allow_pickle(tiny: tuple[Path, Any], tmp_pa
         load_backbone(f"open_clip:ViT-Tiny@{pickled}")
     found = load_backbone(f"open_clip:ViT-Tiny@{pickled}", allow_pickle=True)
     assert torch.equal(found.pretrained.flat, load_backbone(f"open_clip:ViT-Tiny@{path}").pretrained.flat)
+
+
+def test_the_configuration_beside_a_file_counts(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+    path = tmp_path / "open_clip_model.safetensors"
+    path.write_bytes(tiny[0].read_bytes())
+    plain = load_backbone(f"open_clip:ViT-Tiny@{path}")
+    before = backbones.describe(f"open_clip:ViT-Tiny@{path}", None)
+    seen = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "resize_mode": "squash"}
+    config = {"model_cfg": TINY | {"quick_gelu": True}, "preprocess_cfg": seen}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    for address in (f"open_clip:ViT-Tiny@{path}", f"open_clip:ViT-Tiny@{tmp_path}"):
+        found = load_backbone(address)
+        assert found.architecture["options"]["quick_gelu"] and not plain.architecture["options"]["quick_gelu"]
+        assert found.preprocessing.mean == (0.1, 0.2, 0.3)
+        assert (found.preprocessing.interpolation, found.preprocessing.squash) == ("bilinear", True)
+        assert backbones.describe(address, None) != before
+    (tmp_path / "open_clip_config.json").write_text("[]")
+    with pytest.raises(TaskvecError, match="has no model_cfg and preprocess_cfg"):
+        load_backbone(f"open_clip:ViT-Tiny@{path}")
+
+
+def test_a_tokenizer_of_the_hub_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    begin = time.monotonic()
+    with asked_once() as alone, pytest.raises(OSError, match="connect|offline"):
+        assert alone
+        open_clip.get_tokenizer("ViT-B-16-SigLIP")
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize(

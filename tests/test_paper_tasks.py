@@ -33,10 +33,10 @@ from scipy.io import loadmat, savemat
 from taskvec import papertasks, tasks
 from taskvec.decoded import open_item
 from taskvec.errors import TaskvecError
-from taskvec.hub import answers, read_splits
 from taskvec.images import Preprocessing, resize_and_crop
 from taskvec.layouts import FIXTURE, check_classes, check_sizes, list_paper, list_torchvision
 from taskvec.listing import Listing, split_classes, validation_indices
+from taskvec.network import answers, read_splits
 
 CASES = [(task, layout) for task, layouts in VARIANTS.items() for layout in layouts]
 
@@ -336,7 +336,7 @@ def test_without_a_network_the_error_names_the_data_set_and_the_way_out(
 def test_a_silent_server_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
-    monkeypatch.setattr("taskvec.hub.WAIT", 0.3)
+    monkeypatch.setattr("taskvec.network.SECONDS", 0.3)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()

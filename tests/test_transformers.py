@@ -18,7 +18,9 @@ from taskvec.backbones import load_backbone, read_backbone, write_backbone
 from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.images import normalise
-from taskvec.loaders.transformers import TYPES, is_whole
+from taskvec.loaders.saved import is_whole
+from taskvec.loaders.transformers import TYPES
+from taskvec.store import read_json
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
@@ -297,6 +299,40 @@ def test_folders_without_a_model_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(TaskvecError, match=r"has no weights\nit should hold model\.safetensors"):
         load_backbone(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], r"config\.json' holds a list"),
+        ({"hidden_act": "gelux"}, "can be made from its config.json: .*gelux"),
+        ({"hidden_size": "wide"}, "can be made from its config.json"),
+        ({"vision_config": [1]}, r"config\.json': vision_config is"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_a_clear_error(tmp_path: Path, change: Any, message: str) -> None:
+    folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | change if isinstance(change, dict) else change))
+    with pytest.raises(TaskvecError, match=message):
+        load_backbone(f"hf:{folder}")
+
+
+def test_a_patch_size_may_be_a_list(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
+    whole = load_backbone(f"hf:{folder}")
+    config = read_json(folder / "config.json") | {"patch_size": [8, 8]}
+    (folder / "config.json").write_text(json.dumps(config))
+    again = load_backbone(f"hf:{folder}")
+    images, _ = inputs_for(whole)
+    assert torch.equal(again.features(images, per_patch=True), whole.features(images, per_patch=True))
+
+
+def test_a_row_of_the_paper_is_an_encoder_of_its_size(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
+    wanted = r"width, depth and patch 32, 2, 8, and the paper's encoder 1024, 24, 16\n.*hf:"
+    with pytest.raises(TaskvecError, match=wanted):
+        load_backbone(f"paper:vit-l16-in21k@{folder}")
 
 
 def test_a_repository_in_the_hubs_cache_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

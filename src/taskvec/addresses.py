@@ -38,6 +38,7 @@ KINDS = ("lab", "timm", "hf", "open_clip", "paper")
 class Checkpoint:
     """A checkpoint of the paper (Table 2): its address, and how it is to see images.
 
+    ``shape`` is its transformer's width, depth and patch in pixels, and ``projection`` the width of CLIP's embedding.
     ``hub`` is repository and file where the address names an architecture only; ``timm`` is the model that a single
     file in timm's keys fits, where the address is of another kind.
     """
@@ -47,6 +48,8 @@ class Checkpoint:
     mean: Channels
     std: Channels
     crop: float
+    shape: tuple[int, int, int] = (768, 12, 16)
+    projection: int = 0
     hub: tuple[str, str] | None = None
     timm: str = ""
 
@@ -71,6 +74,7 @@ PAPER: Mapping[str, Checkpoint] = MappingProxyType(
             "ViT-B/16, CLIP on LAION-400M, 34B samples (open_clip; a pickle)",
             *CLIP,
             1.0,
+            projection=512,
             hub=(SCALING, "Model-B-16_Data-400M_Samples-34B_lr-1e-3_bs-88k.pt"),
         ),
         "vit-b16-clip-2b": Checkpoint(
@@ -78,6 +82,7 @@ PAPER: Mapping[str, Checkpoint] = MappingProxyType(
             "ViT-B/16, CLIP on LAION-2B, 34B samples (open_clip; a pickle)",
             *CLIP,
             1.0,
+            projection=512,
             hub=(SCALING, "Model-B-16_Data-2B_Samples-34B_lr-1e-3_bs-88k.pt"),
         ),
         "vit-l16-in21k": Checkpoint(
@@ -86,10 +91,17 @@ PAPER: Mapping[str, Checkpoint] = MappingProxyType(
             HALF,
             HALF,
             1.0,
+            shape=(1024, 24, 16),
             timm="vit_large_patch16_224.orig_in21k",
         ),
         "vit-l14-clip-2b": Checkpoint(
-            "open_clip:ViT-L-14@laion2b_s32b_b82k", "ViT-L/14, CLIP on LAION-2B (open_clip)", HALF, HALF, 1.0
+            "open_clip:ViT-L-14@laion2b_s32b_b82k",
+            "ViT-L/14, CLIP on LAION-2B (open_clip)",
+            HALF,
+            HALF,
+            1.0,
+            shape=(1024, 24, 14),
+            projection=768,
         ),
     }
 )

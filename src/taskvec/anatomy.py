@@ -72,18 +72,8 @@ class Transformer:
         )
 
 
-BASE, BASE_14, LARGE = (768, 12, 16), (1024, 24, 14), (1024, 24, 16)
 PAPER: Mapping[str, Transformer] = MappingProxyType(
-    {
-        "vit-b16-in1k": Transformer(*BASE),
-        "vit-b16-in21k": Transformer(*BASE),
-        "vit-b16-mae": Transformer(*BASE),
-        "vit-b16-dino": Transformer(*BASE),
-        "vit-b16-clip-400m": Transformer(*BASE, projection=512),
-        "vit-b16-clip-2b": Transformer(*BASE, projection=512),
-        "vit-l16-in21k": Transformer(*LARGE),
-        "vit-l14-clip-2b": Transformer(*BASE_14, projection=768),
-    }
+    {name: Transformer(*row.shape, projection=row.projection) for name, row in SEEN.items()}
 )
 """The encoders of the paper's tables, by the names of ``paper.MODELS``."""
 

@@ -20,7 +20,7 @@ from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing, normalise
 from taskvec.lab import encoders
 from taskvec.loaders import build
-from taskvec.loaders.checkpoints import first_line, parts
+from taskvec.loaders.checkpoints import COUNTER, first_line, parts
 from taskvec.store import read_json, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
@@ -233,7 +233,7 @@ def tried(module: nn.Module, images: Float[Tensor, "batch 3 size size"], name: s
 def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     """Make ``state`` the pre-trained weights: keys and shapes must fit."""
     wanted = backbone.pretrained.state()
-    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked") and key not in state}
+    counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in state}
     backbone.pretrained = align({**state, **counters}, backbone.pretrained, source)
     backbone.use(backbone.pretrained)
     for name, tensor in backbone.pretrained.carried.items():

@@ -23,7 +23,7 @@ from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.heads import Head
 from taskvec.kinds import CLASSIFICATION
 from taskvec.loaders import FAMILIES
-from taskvec.loaders.checkpoints import CLASSIFIERS, check_file, read_checkpoint
+from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, read_checkpoint, stripped
 from taskvec.loaders.requests import Request
 from taskvec.store import read_json
 from taskvec.tasks import Task
@@ -61,13 +61,15 @@ def read_finetuned(path: Path, backbone: Backbone, allow_pickle: bool = False) -
     """
     if path.name == "encoder.safetensors" and (path.parent / AROUND).exists():
         raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
-    source, raw, wanted = f"'{path}'", read_checkpoint(path), backbone.pretrained.state()
+    source, wanted = f"'{path}'", backbone.pretrained.state()
+    raw = stripped(read_checkpoint(path), wanted)
     classifier = {key: value for key, value in raw.items() if key not in wanted and key.startswith(CLASSIFIERS)}
-    own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items())
+    counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in raw}
+    own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items() if key not in counters)
+    own = own and not set(raw) - set(wanted) - set(classifier)
     state = raw if own else translate(path, backbone, allow_pickle)
     kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}
-    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked") and key not in kept}
-    encoder = align(kept | counters, backbone.pretrained, source)
+    encoder = align(counters | kept, backbone.pretrained, source)
     warn_of(encoder, backbone, source)
     return Checkpoint(path, encoder, classifier)
 

@@ -273,6 +273,8 @@ def store_(
     for kind in sorted({one.kind for one in every} - set(DECODED)):
         sizes = [one.size for one in every if one.kind == kind]
         typer.echo(f"{gigabytes(sum(sizes)):>9}  {kind}: {len(sizes)} steps")
+    if (left := place.unfinished()) > 0:
+        typer.echo(f"{gigabytes(left):>9}  unfinished: being written now, or left in {place.folder / 'tmp'} by others")
     typer.echo(f"{gigabytes(sum(one.size for one in every)):>9}  in all, in {place.folder}")
 
 

@@ -7,7 +7,6 @@ bit-equal to what PIL gives without a cache. A whole image is kept with its shor
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
 from taskvec.errors import TaskvecError
+from taskvec.executors import cores
 from taskvec.images import (
     CorruptImage,
     Encoded,
@@ -46,11 +46,6 @@ SPARE = 0.02
 """Share of an estimate that must be free beside it."""
 Pixels = UInt8[np.ndarray, "3 height width"]
 Views = Callable[[Image.Image, Preprocessing], Pixels]
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_item(item: Path | Encoded | Pixels) -> Image.Image:

@@ -139,7 +139,8 @@ def told(streams: Streams, recipe: Recipe) -> list[str]:
     for one, names in zip(streams.tuned, matched.aside, strict=True):
         if names:
             lines.append(f"not used of {one.label}: {len(names)} ({_some(names)})")
-    return lines
+    unmoved = [one.label for one, moved in zip(streams.tuned, streams.moved, strict=True) if not moved]
+    return [*lines, *(f"{label} does not differ from the base: its task vector is zero" for label in unmoved)]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -168,12 +169,12 @@ def tables(found: Differences) -> dict[str, pd.DataFrame]:
         {
             "Checkpoint": whole["fine_tuned"],
             "norm": whole["norm"].map("{:.4g}".format),
-            "of the base's": whole["relative"].map("{:.3%}".format),
+            "of the base's": whole["relative"].map(_share),
             "entries changed": whole["share"].map("{:.1%}".format),
         }
     )
     layers = found.by_layer().pivot(index="layer", columns="fine_tuned", values="relative")
-    layers = layers.loc[list(found.products), list(found.labels)].map("{:.3%}".format)
+    layers = layers.loc[list(found.products), list(found.labels)].map(_share)
     shown = {
         "task vectors": summary,
         "norm of the task vector by layer, of the base's": layers.reset_index(names="Layer"),
@@ -181,6 +182,11 @@ def tables(found: Differences) -> dict[str, pd.DataFrame]:
     if len(found.labels) > 1:
         shown["cosines between task vectors"] = _square(found.cosines())
     return shown
+
+
+def _share(value: float) -> str:
+    """Write a share of the base's norm; of a base of zeros there is none."""
+    return "–" if math.isnan(value) else f"{value:.3%}"
 
 
 def _square(cosines: pd.DataFrame) -> pd.DataFrame:

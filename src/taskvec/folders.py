@@ -138,9 +138,10 @@ def image_files(folder: Path) -> list[Path]:
     Other files are left out with a message that counts them.
     """
     every = [Path(top) / name for top, _, names in visible(folder) for name in names if not name.startswith(".")]
-    images = [path for path in every if path.suffix.lower() in SUFFIXES]
+    images = [path for path in every if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
     if len(images) < len(every):
-        odd = next(path for path in every if path.suffix.lower() not in SUFFIXES)
+        held = set(images)
+        odd = next(path for path in every if path not in held)
         print(
             f"'{folder}': left out {len(every) - len(images)} files that are no images, such as {odd.name}",
             file=sys.stderr,

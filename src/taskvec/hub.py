@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +14,8 @@ from jaxtyping import Int64
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import CorruptImage, Encoded, corrupt
 from taskvec.listing import Items, Labels, Listing, check_trained, rename_classes, split_classes
+from taskvec.network import asked_once, endpoint
 
-WAIT = 4.0
-"""Seconds to wait for the Hub's first answer."""
 NAMES = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
@@ -118,51 +113,21 @@ def open_dataset(address: str, info_only: bool = False) -> Any:
             raise TaskvecError(f"'{local}' cannot be read as a data set: {first} (it holds {held})", fix) from None
         fix = f"download it elsewhere and pass the folder of its parquet files: hf:/path/to/{name.split('/')[-1]}"
         what = f"data set '{name}'" + (f" (config {config})" if config else "")
-        raise TaskvecError(f"{what} cannot be had from {hub_address()}: {first}", fix) from None
-
-
-def hub_address() -> str:
-    """Return where the Hub is."""
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-
-
-def answers(address: str) -> bool:
-    """Say whether a server answers at all within ``WAIT`` seconds, name look-up included."""
-    found = threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=WAIT).close()
-        except urllib.error.HTTPError:
-            found.set()  # it refuses this question, but it is there
-        except OSError:
-            return
-        found.set()
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(WAIT)
-    return found.is_set()
+        raise TaskvecError(f"{what} cannot be had from {endpoint()}: {first}", fix) from None
 
 
 @contextlib.contextmanager
 def reachable_or_offline(local: bool) -> Iterator[None]:
-    """Let the libraries read their caches only, where nothing is asked of the Hub or it does not answer.
-
-    They would try again for half a minute.
-    """
+    """Let the libraries read their caches only, where nothing is asked of the Hub or it does not answer."""
     from datasets import config
-    from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or not (local or answers(hub_address())):
-        local = True
-    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    try:
-        if local:
-            constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+    before = config.HF_HUB_OFFLINE
+    with asked_once(local) as offline:
+        try:
+            config.HF_HUB_OFFLINE = offline
+            yield
+        finally:
+            config.HF_HUB_OFFLINE = before
 
 
 def list_hub(address: str) -> Listing:

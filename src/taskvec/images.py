@@ -131,6 +131,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert grey, palette, 16-bit and transparent images to 8-bit RGB; transparency is laid on white."""
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.float64)
+        if values.max(initial=0) > 65535:
+            raise ValueError("its values are 32-bit numbers without a range; save it with 8 or 16 bits")
         deep = image.mode != "I" or values.max(initial=0) > 255
         image = Image.fromarray(np.clip((values / 257 if deep else values).round(), 0, 255).astype(np.uint8))
     if image.mode == "F":

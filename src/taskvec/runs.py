@@ -17,7 +17,7 @@ from taskvec.backbones import AROUND
 from taskvec.cells import Cell
 from taskvec.costs import costs
 from taskvec.errors import TaskvecError
-from taskvec.executors import open_executor
+from taskvec.executors import cores, open_executor
 from taskvec.merging.buffers import DIRECTIONS
 from taskvec.pipeline import Watcher
 from taskvec.plan import plan, view_sizes
@@ -60,8 +60,7 @@ class Counter:
 
 def default_workers(device: str, threads: int) -> int:
     """Return how many steps run at once: one on a GPU, one for every ``threads`` cores of a CPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device != "cpu" else max(1, cores // threads)
+    return 1 if device != "cpu" else max(1, cores() // threads)
 
 
 def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, watcher: Watcher, command: str) -> Outcome:

@@ -197,15 +197,19 @@ class Store:
         return artifact
 
     def held(self) -> list[Held]:
-        """Say what is kept, in the order of kind and label; folders without a readable record are left out."""
+        """Say what is kept, in the order of kind and label; a folder without a readable record is of kind damaged."""
         found = []
-        for path in self.folder.glob(f"??/*/{RECORD}"):
+        for folder in (path for path in self.folder.glob("??/*") if path.is_dir()):
+            kind, label = "damaged", folder.name
             with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
-                about = read_json(path)["about"]
-                size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
-                kind = str(about["function"]).rpartition(":")[2]
-                found.append(Held(path.parent.name, kind, str(about["label"]), size))
+                about = read_json(folder / RECORD)["about"]
+                kind, label = str(about["function"]).rpartition(":")[2], str(about["label"])
+            found.append(Held(folder.name, kind, label, _size(folder)))
         return sorted(found, key=lambda one: (one.kind, one.label, one.id))
+
+    def unfinished(self) -> int:
+        """Return the bytes of steps that are under way, or that another machine left when it was stopped."""
+        return _size(self.folder / "tmp")
 
     def clear(self, ids: Iterable[str]) -> None:
         """Remove artifacts, each at once; what reads one now keeps its open files, and a run makes it again."""
@@ -253,6 +257,15 @@ class Store:
 
     def _place(self, id: str) -> Path:
         return self.folder / id[:2] / id
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in a folder; what another process takes away meanwhile counts nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+import pickle
 import re
-from collections.abc import Callable, Collection, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from taskvec import paper
+from taskvec.executors import cores
 from taskvec.figures.costs import cost_panels
 from taskvec.figures.counts import by_count, combinations, error_by_count, with_sets
 from taskvec.figures.curves import lambda_curve, lambda_curves, lambda_methods
@@ -28,6 +33,10 @@ from taskvec.merging import PER_TASK
 from taskvec.texts import short_backbone
 from taskvec.views import View, error_rows, views
 
+Rows = tuple[pd.DataFrame, pd.DataFrame | None, Mapping[str, str] | None, pd.DataFrame | None]
+"""What figures are drawn from: results, heatmaps, roles of backbones in the paper, costs."""
+SHARE = 16
+"""Figures that make it worth while to start another process."""
 FIGURE_6 = "vit-b16-in21k"
 UNDATED: dict[str, dict[str, None]] = {  # endings, and what would differ between two days or two installations
     "png": {"Software": None},
@@ -173,12 +182,43 @@ def write(
     roles: Mapping[str, str] | None = None,
     costs: pd.DataFrame | None = None,
 ) -> list[str]:
-    """Write every figure of a run as PNG (200 dpi) and PDF, the same bytes for the same rows; return the file names."""
+    """Write every figure of a run as PNG (200 dpi) and PDF, the same bytes for the same rows; return the file names.
+
+    Many are drawn by several processes at once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    names: list[str] = []
-    for planned in plan(results, heatmap, roles, costs):
-        names += save(planned.draw(), folder, planned.stem)
-    return names
+    rows = (results, heatmap, roles, costs)
+    planned = plan(*rows)
+    others = min(cores(), len(planned) // SHARE) - 1
+    jobs = [(rows, folder, place, others + 1) for place in range(1, others + 1)]
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(_begin(job)) for job in jobs]
+        draw_share(rows, folder, 0, max(1, others + 1))
+        for process in running:
+            if process.wait():
+                raise RuntimeError("a process that drew figures has failed; what it says is above")
+    return [f"{one.stem}.{ending}" for one in planned for ending in UNDATED]
+
+
+def draw_share(rows: Rows, folder: Path, place: int, of: int) -> None:
+    """Draw every ``of``-th figure of a run, from the one at ``place`` on."""
+    for planned in plan(*rows)[place::of]:
+        save(planned.draw(), folder, planned.stem)
+
+
+@contextlib.contextmanager
+def _begin(job: tuple[Rows, Path, int, int]) -> Iterator[subprocess.Popen[bytes]]:
+    """Let another process draw its share (``taskvec.figures.__main__``); it does not outlive this one's block."""
+    command = [sys.executable, "-P", "-m", "taskvec.figures"]  # -P: no import from the folder one happens to be in
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    try:
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # one that died at once: its code tells
+            pickle.dump(job, pipe)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def save(figure: Figure, folder: Path, stem: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from taskvec.addresses import PAPER, Checkpoint, parse
 from taskvec.images import Preprocessing
-from taskvec.loaders import lab, open_clip, timm, transformers
+from taskvec.loaders import lab, open_clip, saved, timm, transformers
 from taskvec.loaders.requests import Family, Loaded, Request
 
 FAMILIES: dict[str, Family] = {
@@ -55,7 +55,7 @@ def resolve(checkpoint: Checkpoint, given: str) -> tuple[str, str, str]:
     folder = Path(given).expanduser()
     folder = folder if folder.is_dir() else folder.parent
     own = kind == "open_clip" and (not Path(given).is_dir() or any((folder / n).is_file() for n in open_clip.FILES))
-    if not own and transformers.is_folder(folder):
+    if not own and saved.is_folder(folder):
         return "hf", given, ""
     return ("timm", checkpoint.timm, given) if checkpoint.timm else (kind, name, given)
 
@@ -67,6 +67,8 @@ def load(asked: Request, family: Family) -> Loaded:
     if kind != "paper":
         return loaded
     row, seen = PAPER[name], loaded.preprocessing
+    if loaded.architecture["family"] == "hf":
+        transformers.check_shape(loaded.architecture["options"], row.shape, asked)
     return replace(
         loaded,
         preprocessing=lambda module: Preprocessing(seen(module).size, row.crop, "bicubic", row.mean, row.std),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ TEXTS = (
     "positional_embedding", "ln_final.", "logit_scale", "logit_bias",
 )  # fmt: skip
 """Key prefixes of a CLIP model's text tower, and of what joins it to the image tower."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before the keys of a model."""
+MEMBERS = ("model.", "net.", "network.", "backbone.", "encoder.")
+"""What classes of training scripts call the encoder that they hold."""
+COUNTER = "num_batches_tracked"
+"""How the keys of batch norm's counters end, which older files lack."""
 PARTS = {"a classifier": CLASSIFIERS, "a decoder": DECODERS, "a text tower": TEXTS, "a pooler": ("pooler.",)}
 
 
@@ -93,11 +100,22 @@ def check_pickle(file: Path | str, allow_pickle: bool) -> None:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file, or a pickle with ``weights_only=True``, whose tensors may be one level down.
 
-    A prefix ``module.`` that wrappers for several GPUs put before all keys is taken off.
+    Prefixes that compiling and several GPUs put before all keys (``WRAPPERS``) are taken off.
     """
-    state = read(path) if path.suffix == ".safetensors" else read_pickle(path)
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return stripped(read(path) if path.suffix == ".safetensors" else read_pickle(path), (), WRAPPERS)
+
+
+def stripped(state: dict[str, Tensor], wanted: Collection[str], prefixes: Sequence[str] = MEMBERS) -> dict[str, Tensor]:
+    """Take off a prefix that no wanted key has and all keys have, or under which every wanted key is; else nothing.
+
+    A training class that holds its encoder as ``backbone`` beside a ``head`` is read so. Keys never come to coincide.
+    """
+    for prefix in prefixes:
+        shared = all(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in wanted)
+        inside = bool(wanted) and all(prefix + key in state for key in wanted if not key.endswith(COUNTER))
+        bare = {key.removeprefix(prefix): value for key, value in state.items()}
+        if state and (shared or inside) and len(bare) == len(state):
+            return stripped(bare, wanted, prefixes)
     return state
 
 
@@ -109,6 +127,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise TaskvecError(f"'{path}' cannot be read: {first_line(error)}", "convert it to safetensors") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
+            if averaged := [name for name in state if "ema" in str(name).lower() and isinstance(state[name], dict)]:
+                print(f"'{path}': took '{key}', not '{averaged[0]}' (moving average) beside it", file=sys.stderr)
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise TaskvecError(f"'{path}' is not a dictionary of tensors", "save the model's state_dict() as safetensors")

@@ -10,9 +10,7 @@ from pathlib import Path
 
 from taskvec.errors import TaskvecError
 from taskvec.loaders.checkpoints import check_pickle, first_line
-
-SECONDS = 5.0
-"""How long the hub may take to answer, after which there is no network."""
+from taskvec.network import SECONDS
 
 
 def cached(repo: str, file: str) -> Path | None:

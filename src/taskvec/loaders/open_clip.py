@@ -14,8 +14,9 @@ from taskvec.addresses import CLIP, is_file
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.images import Preprocessing
 from taskvec.loaders import hub
-from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate
+from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate, stripped
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, origin_of
+from taskvec.network import asked_once
 from taskvec.store import file_digest, read_json
 from taskvec.weights import check_keys, read_keys
 
@@ -44,7 +45,7 @@ def load(request: Request) -> Loaded:
     }
     return Loaded(
         {"family": "open_clip", "options": options},
-        lambda _: preprocessing(request, tag, pixels),
+        lambda _: preprocessing(tag, pixels),
         lambda module: state_for(module, path),
         lambda: origin_of(path, repo),
     )
@@ -70,11 +71,37 @@ def model_config(request: Request) -> dict[str, Any]:
 
 
 def tag_config(request: Request) -> dict[str, Any]:
-    """Return what open_clip knows of a tag: where its weights are and how they see images; nothing for a file."""
-    if not request.file or is_file(request.file):
+    """Return what open_clip knows of a tag: where its weights are and how they see images; of a file, what lies by it.
+
+    open_clip keeps weights beside a configuration that says how they see images, and whether they have quick GELUs.
+    """
+    if not request.file:
         return {}
+    if is_file(request.file):
+        return configured(beside(request.file))
     found: dict[str, Any] = package(request.address).get_pretrained_cfg(request.name, request.file)
     return found
+
+
+def beside(file: str) -> Path | None:
+    """Return the configuration that open_clip writes beside weights of its own names, where there is one."""
+    path = Path(file).expanduser()
+    config = (path if path.is_dir() else path.parent) / CONFIG
+    return config if config.is_file() and (path.is_dir() or path.name in FILES) else None
+
+
+def configured(config: Path | None) -> dict[str, Any]:
+    """Return what a configuration says as ``tag_config`` says it; nothing where there is none."""
+    if config is None:
+        return {}
+    try:
+        about = read_json(config)
+        model, seen = dict(about["model_cfg"]), dict(about["preprocess_cfg"])
+    except (KeyError, TypeError, ValueError):
+        raise TaskvecError(
+            f"'{config}' has no model_cfg and preprocess_cfg", "copy it again, or take it away"
+        ) from None
+    return seen | {key: model[key] for key in ("quick_gelu",) if key in model}
 
 
 def places(request: Request) -> tuple[str, tuple[str, ...]]:
@@ -108,6 +135,8 @@ def identify(request: Request) -> dict[str, Any]:
     package(request.address)
     path = held(request)
     about = {"library": library("open_clip_torch")}
+    if request.file and is_file(request.file) and (config := beside(request.file)):
+        about["config"] = file_digest(config)
     return about | ({"content": file_digest(path)} if path else {})
 
 
@@ -119,11 +148,8 @@ def missing(request: Request) -> str:
     return f"{repo}/{files[0]}"
 
 
-def preprocessing(request: Request, tag: dict[str, Any], size: int) -> Preprocessing:
-    """Return how the weights want to see images: by their tag, by the folder's configuration, or as CLIP does."""
-    path = Path(request.file).expanduser()
-    if path.is_dir() and (path / CONFIG).is_file():
-        tag = read_json(path / CONFIG).get("preprocess_cfg", {})
+def preprocessing(tag: dict[str, Any], size: int) -> Preprocessing:
+    """Return how the weights want to see images: by their tag or configuration, or as CLIP does."""
     mean, std = (tuple(tag.get(name, default)) for name, default in zip(("mean", "std"), CLIP, strict=True))
     squash = tag.get("resize_mode") == "squash"
     return Preprocessing(size, 1.0, tag.get("interpolation", "bicubic"), mean, std, squash)
@@ -133,7 +159,7 @@ def state_for(module: nn.Module, path: Path) -> State:
     """Take the image tower out of a checkpoint, its position embeddings resampled by open_clip."""
     from open_clip.model import resize_pos_embed
 
-    raw = read_checkpoint(path)
+    raw = stripped(read_checkpoint(path), {VISUAL + key for key in module.state_dict()})
     if VISUAL + "positional_embedding" in raw and hasattr(module, "grid_size"):
         raw[VISUAL + "positional_embedding"] = raw[VISUAL + "positional_embedding"].float()  # half cannot be resampled
         resize_pos_embed(raw, SimpleNamespace(visual=module))
@@ -188,7 +214,8 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     try:
         model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu).eval()
         open_clip.load_checkpoint(model, str(path))
-        tokens = open_clip.get_tokenizer(request.name)(list(captions))
+        with asked_once(not config["text_cfg"].get("hf_tokenizer_name")):
+            tokens = open_clip.get_tokenizer(request.name)(list(captions))
     except Exception as error:  # text towers of other libraries need files of their own, which may be missing
         raise TaskvecError(
             f"'{request.address}': its text tower cannot be made: {first_line(error)}", "leave out the open regimes"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from taskvec.errors import TaskvecError, unknown
 from taskvec.images import Preprocessing
 from taskvec.loaders import hub
-from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, find_file, read_checkpoint, separate
+from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, find_file, read_checkpoint, separate, stripped
 from taskvec.loaders.requests import Family, Loaded, Request, State, no_projection, origin_of
 from taskvec.store import file_digest
 
@@ -33,7 +33,7 @@ def load(request: Request) -> Loaded:
     return Loaded(
         {"family": "timm", "options": options},
         lambda module: preprocessing(module, pixels),
-        lambda module: state_for(module, read_checkpoint(path), request.name),
+        lambda module: state_for(module, stripped(read_checkpoint(path), module.state_dict()), request.name),
         lambda: origin_of(path, repo),
     )
 

@@ -8,7 +8,6 @@ is read into ViTModel.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,20 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.loaders import hub, processors
-from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, check_pickle, first_line
+from taskvec.loaders import processors, saved
+from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, first_line
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, no_projection
-from taskvec.store import file_digest, fingerprint, read_json
-from taskvec.weights import check_keys, read_keys
+from taskvec.weights import check_keys
 
-CONFIG = "config.json"
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 HEADS = (*CLASSIFIERS, *DECODERS, "cls_classifier.", "distillation_classifier.", "pooler.", "embeddings.mask_token")
 """Key prefixes of what an encoder does without: classifiers, decoders, the pooler and the token of hidden patches."""
 TEXTS = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.")
@@ -113,142 +103,39 @@ class Projected(Encoder):
         return feature
 
 
-# ---------------------------------------------------------------- folders
-
-
-def locate(request: Request) -> Path | None:
-    """Return the folder of a model on this machine: the one given, or where the hub's cache holds the repository."""
-    folder = Path(request.name).expanduser()
-    if folder.is_file():
-        folder = folder_of(folder)
-    if folder.is_dir():
-        if not (folder / CONFIG).is_file():
-            raise TaskvecError(f"folder '{folder}' has no {CONFIG}", "give a folder that save_pretrained wrote")
-        return folder
-    if request.name.startswith(("/", ".", "~")) or request.name.count("/") != 1:
-        raise TaskvecError(f"no folder at '{folder}'", "give a folder that save_pretrained wrote, or OWNER/NAME")
-    held = hub.cached(request.name, CONFIG)
-    return held.parent if held and is_whole(held.parent) else None
-
-
-def folder_of(file: Path) -> Path:
-    """Return the folder of a weights file, which must be the one that transformers loads from there."""
-    if is_folder(file.parent) and weights_in(file.parent) == file:
-        return file.parent
-    raise TaskvecError(
-        f"'{file}' is not what transformers loads from its folder: it wants {CONFIG} and weights called {WEIGHTS[0]}",
-        f"put it into a folder of its own as {WEIGHTS[0]}, beside its {CONFIG}, and give that folder",
-    )
-
-
-def is_whole(folder: Path) -> bool:
-    """Say whether the hub's cache holds all that a model needs: weights, and how it wants to see images."""
-    weights = weights_in(folder)
-    seen = any((folder / name).is_file() for name in processors.FILES)
-    return seen and weights is not None and all(file.is_file() for file in shards(weights))
-
-
-def is_folder(folder: Path) -> bool:
-    """Say whether a folder holds a model of transformers: its configuration names a type of model."""
-    return (folder / CONFIG).is_file() and "model_type" in read_json(folder / CONFIG)
-
-
-def obtain(request: Request) -> Path:
-    """Return the folder of a model, downloading what the hub's cache lacks."""
-    folder = locate(request)
-    if folder is not None:
-        return folder
-    repo, address = request.name, request.address
-    instead = f"with no network, give a local folder: hf:FOLDER, with {CONFIG}, {processors.FILES[0]} and {WEIGHTS[0]}"
-    config = hub.fetch(repo, (CONFIG,), True, address, instead)
-    hub.fetch(repo, processors.FILES, True, address, instead)
-    for name in TOKENIZER if read_json(config).get("model_type") == "clip" else ():
-        if hub.cached(repo, name) is None and hub.exists(repo, name, address, instead):
-            hub.download(repo, name, address, instead)
-    for file in shards(hub.fetch(repo, WEIGHTS, request.allow_pickle, address, instead)):
-        hub.fetch(repo, (file.name,), request.allow_pickle, address, instead)
-    folder = locate(request)
-    if folder is None:
-        raise TaskvecError(f"'{repo}' was changed on the hub while it was downloaded", "run it again")
-    return folder
-
-
-def weights_in(folder: Path) -> Path | None:
-    """Return the weights file of a folder, or the index of its parts; None where it has none."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-
-
-def shards(weights: Path) -> list[Path]:
-    """Return the files that hold the tensors."""
-    if weights.suffix != ".json":
-        return [weights]
-    try:
-        return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError):
-        raise TaskvecError(f"'{weights}' is no index of weights", "copy the whole folder again") from None
-
-
-def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """Return the weights files of a folder; a missing or damaged one, or a pickle not asked for, is an error."""
-    weights = weights_in(folder)
-    if weights is None:
-        raise TaskvecError(f"folder '{folder}' has no weights", f"it should hold {WEIGHTS[0]}")
-    files = shards(weights)
-    for file in files:
-        check_pickle(file, allow_pickle)
-        if not file.is_file():
-            raise TaskvecError(f"'{weights}' names '{file.name}', which is missing", "copy the whole folder again")
-        if file.suffix == ".safetensors":
-            read_keys(file)
-    return files
-
-
-def digest(folder: Path, allow_pickle: bool, more: Sequence[str] = ()) -> str:
-    """Return a digest of everything in a folder that decides a model's features."""
-    names = (CONFIG, *processors.FILES, *more)
-    files = [*(folder / name for name in names), *checked_files(folder, allow_pickle)]
-    return fingerprint({file.name: file_digest(file) for file in files if file.is_file()})
-
-
-def content(files: Sequence[Path]) -> str:
-    """Return the SHA-256 of a weights file; of several, that of their SHA-256s in hexadecimal, one after the other."""
-    digests = [file_digest(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+# ---------------------------------------------------------------- models
 
 
 def identify(request: Request) -> dict[str, Any]:
     """Return a digest of the folder, where it is on this machine, and the library's version."""
-    folder = locate(request)
+    folder = saved.locate(request)
     extra("transformers", "transformers", "hf", request.address)
     about = {"library": library("transformers")}
-    return about | ({"content": digest(folder, request.allow_pickle)} if folder else {})
+    return about | ({"content": saved.digest(folder, request.allow_pickle)} if folder else {})
 
 
 def missing(request: Request) -> str:
     """Say what would have to be downloaded."""
-    return f"{request.name}/{WEIGHTS[0]}" if locate(request) is None else ""
-
-
-# ---------------------------------------------------------------- models
+    return f"{request.name}/{saved.WEIGHTS[0]}" if saved.locate(request) is None else ""
 
 
 def load(request: Request) -> Loaded:
     """Find a model's folder and read its configuration."""
     extra("transformers", "transformers", "hf", request.address)
-    folder = obtain(request)
-    config = read_json(folder / CONFIG)
+    folder = saved.obtain(request)
+    config = saved.read_config(folder)
     kind = type_of(request, config)
-    own = edge(dict(config.get("vision_config") or config).get("image_size"))
+    own = edge(vision_of(config, folder).get("image_size"))
     seen = processors.preprocessing(folder, kind, own)
     seen = replace(seen, size=request.size or seen.size)
-    options = options_of(request, config, kind, seen.size)
-    files = checked_files(folder, request.allow_pickle)
+    options = options_of(request, config, vision_of(config, folder), kind, seen.size)
+    files = saved.checked_files(folder, request.allow_pickle)
     where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
     return Loaded(
         {"family": "hf", "options": options},
         lambda _: seen,
         lambda module: state_for(module, folder, options),
-        lambda: {"from": where, "sha256": content(files)},
+        lambda: {"from": where, "sha256": saved.content(files)},
     )
 
 
@@ -260,11 +147,20 @@ def type_of(request: Request, config: dict[str, Any]) -> str:
     return kind
 
 
-def options_of(request: Request, config: dict[str, Any], kind: str, size: int) -> dict[str, Any]:
+def vision_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a copy of the part of a configuration that is the image tower's."""
+    vision = config.get("vision_config") or config
+    if not isinstance(vision, dict):
+        raise TaskvecError(f"'{folder / saved.CONFIG}': vision_config is '{vision}'", "copy it again")
+    return dict(vision)
+
+
+def options_of(
+    request: Request, config: dict[str, Any], vision: dict[str, Any], kind: str, size: int
+) -> dict[str, Any]:
     """Return what ``build`` makes the encoder from."""
-    names = " ".join(config.get("architectures") or ())
+    names = " ".join(map(str, config.get("architectures") or ()))
     has_projection = TYPES[kind].feature == "clip" and ("WithProjection" in names or "CLIPModel" in names)
-    vision = dict(config.get("vision_config") or config)
     if has_projection and "projection_dim" in config:
         vision["projection_dim"] = config["projection_dim"]
     elif not has_projection:
@@ -281,11 +177,37 @@ def options_of(request: Request, config: dict[str, Any], kind: str, size: int) -
     }
 
 
+def check_shape(options: dict[str, Any], shape: tuple[int, int, int], request: Request) -> None:
+    """Raise unless a folder's model has the width, depth and patch size that its address promises."""
+    made = make_config(options)
+    found = tuple(getattr(made, key, None) for key in ("hidden_size", "num_hidden_layers", "patch_size"))
+    if found != shape:
+        raise TaskvecError(
+            f"'{request.address}': '{request.name}' has width, depth and patch {', '.join(map(str, found))}, "
+            f"and the paper's encoder {', '.join(map(str, shape))}",
+            f"give that encoder's folder, or load this one as hf:{request.name}",
+        )
+
+
 def make_config(options: dict[str, Any]) -> Any:
     """Make the configuration of an encoder."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[TYPES[options["type"]].encoder](**options["config"])
+    with refused(options):
+        return CONFIG_MAPPING[TYPES[options["type"]].encoder](**options["config"])
+
+
+@contextlib.contextmanager
+def refused(options: dict[str, Any]) -> Iterator[None]:
+    """Turn what transformers says of a configuration that it cannot use into an error."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, its checks' own among them
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TaskvecError(
+            f"no '{options['type']}' can be made from its {saved.CONFIG}: {type(error).__name__}: {said}",
+            "mend that file, or copy it again",
+        ) from None
 
 
 def model_class(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -306,8 +228,9 @@ def build(options: dict[str, Any]) -> nn.Module:
     """Make an encoder with random weights."""
     extra("transformers", "transformers", "hf", f"hf:{options['type']}")
     made, more = model_class(options)
-    with quiet():
-        model = made(make_config(options), **more)
+    config = make_config(options)
+    with quiet(), refused(options):
+        model = made(config, **more)
     return wrap(model, options)
 
 
@@ -323,7 +246,7 @@ def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
         return Projected(model, resampled)
     if TYPES[options["type"]].feature != "class":
         return Pooled(model, resampled)
-    encoder, patch = ClassToken(model, resampled), options["config"].get("patch_size", 16)
+    encoder, patch = ClassToken(model, resampled), edge(options["config"].get("patch_size")) or 16
     if options["size"] % patch:
         raise TaskvecError(
             f"a model with patches of {patch} px cannot look at {options['size']} px images",
@@ -343,10 +266,10 @@ def state_for(module: nn.Module, folder: Path, options: dict[str, Any]) -> State
     found = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"]}
     found |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
     found |= {key: () for key in unexpected if key not in dropped}
-    fix = f"give a folder whose weights are those of its {CONFIG}"
+    fix = f"give a folder whose weights are those of its {saved.CONFIG}"
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
         fix += ", or set use_mean_pooling to false there: then the class token is the feature"
-    check_keys(found, shapes, f"'{weights_in(folder)}'", fix)
+    check_keys(found, shapes, f"'{saved.weights_in(folder)}'", fix)
     inner = wrap(model, options).state_dict()
     if options["has_projection"] and not options["projection"]:
         dropped.append("visual_projection.weight")
@@ -356,7 +279,7 @@ def state_for(module: nn.Module, folder: Path, options: dict[str, Any]) -> State
 def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Read a folder into its model by transformers, which also says which keys did not fit."""
     made, more = model_class(options)
-    weights = weights_in(folder)
+    weights = saved.weights_in(folder)
     safe = weights is not None and weights.name.startswith("model.")
     try:
         with quiet():
@@ -399,8 +322,8 @@ def quiet() -> Iterator[None]:
 
 def edge(size: Any) -> int | None:
     """Return a side in pixels out of transformers' ways to say a size."""
-    if isinstance(size, list):
-        return int(size[0])
+    if isinstance(size, list | tuple):
+        return int(size[0]) if size else None
     if isinstance(size, dict):
         return next((int(size[name]) for name in ("shortest_edge", "height") if size.get(name)), None)
     return int(size) if size else None
@@ -410,16 +333,16 @@ def has_text(request: Request) -> bool:
     """Say whether zero-shot heads can be built: of CLIP models with both towers; of one not here, by its name."""
     if request.projection is False:
         return False
-    folder = locate(request)
+    folder = saved.locate(request)
     if folder is None:
         return "clip" in request.name.lower()
-    config = read_json(folder / CONFIG)
-    return config.get("model_type") == "clip" and "CLIPModel" in " ".join(config.get("architectures") or ())
+    config = saved.read_config(folder)
+    return config.get("model_type") == "clip" and "CLIPModel" in " ".join(map(str, config.get("architectures") or ()))
 
 
 def check_tokenizer(folder: Path) -> None:
     """Raise unless a folder holds its tokenizer, in whose place transformers would make an empty one."""
-    names = {name for name in TOKENIZER if (folder / name).is_file()}
+    names = {name for name in saved.TOKENIZER if (folder / name).is_file()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise TaskvecError(
             f"'{folder}' holds no tokenizer, which its text tower needs",
@@ -429,16 +352,16 @@ def check_tokenizer(folder: Path) -> None:
 
 def identify_text(request: Request) -> str:
     """Return a digest of weights and tokenizer, where they are on this machine."""
-    folder = locate(request)
-    return digest(folder, request.allow_pickle, TOKENIZER) if folder else ""
+    folder = saved.locate(request)
+    return saved.digest(folder, request.allow_pickle, saved.TOKENIZER) if folder else ""
 
 
 @torch.inference_mode()
 def texts(request: Request, captions: Sequence[str]) -> Texts:
     """Return the features of captions by a CLIP model's text tower, and its logit scale."""
     transformers = extra("transformers", "transformers", "hf", request.address)
-    folder = obtain(request)
-    checked_files(folder, request.allow_pickle)
+    folder = saved.obtain(request)
+    saved.checked_files(folder, request.allow_pickle)
     check_tokenizer(folder)
     try:
         with quiet():

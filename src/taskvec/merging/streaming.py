@@ -5,33 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from numpy import ndarray
 
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.files import (
-    FLOATS,
-    INDEX,
-    LARGEST,
-    PICKLES,
-    Checkpoint,
-    Shard,
-    Writer,
-    check_space,
-    narrow,
-    peak,
-    shards,
-    workspace,
-)
+from taskvec.files import FLOATS, INDEX, PICKLES, Checkpoint
 from taskvec.matching import Matched
 from taskvec.merging import Recipe, apply
 from taskvec.merging.parts import Kind, Masked, Part, describe
+from taskvec.shards import LARGEST, Shard, Writer, check_space, narrow, peak, shards, workspace
 from taskvec.store import write_json
 
 SLICE = 1 << 19
@@ -53,7 +41,7 @@ class Streams:
     """The entries of task vectors that lie in files: ``whole``, or slices of ``slice`` elements of all tasks.
 
     They are numpy's arrays, or with ``tensors`` torch's, which share their memory. ``passes`` counts how often they
-    were iterated over.
+    were iterated over, and ``moved`` says which checkpoints were seen to differ from the base.
     """
 
     base: Checkpoint
@@ -65,6 +53,11 @@ class Streams:
     slice: int = SLICE
     watch: Watch = unwatched
     passes: int = 0
+    moved: Bool[ndarray, " tasks"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing seen."""
+        self.moved = np.zeros(len(self.tuned), bool)
 
     @cached_property
     def kinds(self) -> dict[str, tuple[Kind, float | None]]:
@@ -97,6 +90,8 @@ class Streams:
             base = wide.astype(np.float32, copy=False)
         if not peak(found) < np.inf:
             raise self._infinite(name, start, stop)
+        if not self.moved.all():
+            self.moved |= found.any(axis=1)
         kind, depth = self.kinds[name]
         if self.whole:
             shape = self.base.tensors[name].shape

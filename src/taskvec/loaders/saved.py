@@ -1,0 +1,132 @@
+"""Folders that ``save_pretrained`` wrote, given or in the hub's cache: which files they hold, checked and digested."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from taskvec.errors import TaskvecError
+from taskvec.loaders import hub, processors
+from taskvec.loaders.checkpoints import check_pickle
+from taskvec.loaders.requests import Request
+from taskvec.store import file_digest, fingerprint, read_json
+from taskvec.weights import read_keys
+
+CONFIG = "config.json"
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+def locate(request: Request) -> Path | None:
+    """Return the folder of a model on this machine: the one given, or where the hub's cache holds the repository."""
+    folder = Path(request.name).expanduser()
+    if folder.is_file():
+        folder = folder_of(folder)
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise TaskvecError(f"folder '{folder}' has no {CONFIG}", "give a folder that save_pretrained wrote")
+        return folder
+    if request.name.startswith(("/", ".", "~")) or request.name.count("/") != 1:
+        raise TaskvecError(f"no folder at '{folder}'", "give a folder that save_pretrained wrote, or OWNER/NAME")
+    held = hub.cached(request.name, CONFIG)
+    return held.parent if held and is_whole(held.parent) else None
+
+
+def folder_of(file: Path) -> Path:
+    """Return the folder of a weights file, which must be the one that transformers loads from there."""
+    if is_folder(file.parent) and weights_in(file.parent) == file:
+        return file.parent
+    raise TaskvecError(
+        f"'{file}' is not what transformers loads from its folder: it wants {CONFIG} and weights called {WEIGHTS[0]}",
+        f"put it into a folder of its own as {WEIGHTS[0]}, beside its {CONFIG}, and give that folder",
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Say whether the hub's cache holds all that a model needs: weights, and how it wants to see images."""
+    weights = weights_in(folder)
+    seen = any((folder / name).is_file() for name in processors.FILES)
+    return seen and weights is not None and all(file.is_file() for file in shards(weights))
+
+
+def is_folder(folder: Path) -> bool:
+    """Say whether a folder holds a model of transformers: its configuration names a type of model."""
+    return (folder / CONFIG).is_file() and "model_type" in read_config(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's configuration; one that is not a JSON object is an error with its path."""
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise TaskvecError(f"'{folder / CONFIG}' holds a {type(config).__name__}, not an object", "copy it again")
+    return config
+
+
+def obtain(request: Request) -> Path:
+    """Return the folder of a model, downloading what the hub's cache lacks."""
+    folder = locate(request)
+    if folder is not None:
+        return folder
+    repo, address = request.name, request.address
+    instead = f"with no network, give a local folder: hf:FOLDER, with {CONFIG}, {processors.FILES[0]} and {WEIGHTS[0]}"
+    config = hub.fetch(repo, (CONFIG,), True, address, instead)
+    hub.fetch(repo, processors.FILES, True, address, instead)
+    for name in TOKENIZER if read_config(config.parent).get("model_type") == "clip" else ():
+        if hub.cached(repo, name) is None and hub.exists(repo, name, address, instead):
+            hub.download(repo, name, address, instead)
+    for file in shards(hub.fetch(repo, WEIGHTS, request.allow_pickle, address, instead)):
+        hub.fetch(repo, (file.name,), request.allow_pickle, address, instead)
+    folder = locate(request)
+    if folder is None:
+        raise TaskvecError(f"'{repo}' was changed on the hub while it was downloaded", "run it again")
+    return folder
+
+
+def weights_in(folder: Path) -> Path | None:
+    """Return the weights file of a folder, or the index of its parts; None where it has none."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def shards(weights: Path) -> list[Path]:
+    """Return the files that hold the tensors."""
+    if weights.suffix != ".json":
+        return [weights]
+    try:
+        return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise TaskvecError(f"'{weights}' is no index of weights", "copy the whole folder again") from None
+
+
+def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """Return the weights files of a folder; a missing or damaged one, or a pickle not asked for, is an error."""
+    weights = weights_in(folder)
+    if weights is None:
+        raise TaskvecError(f"folder '{folder}' has no weights", f"it should hold {WEIGHTS[0]}")
+    files = shards(weights)
+    for file in files:
+        check_pickle(file, allow_pickle)
+        if not file.is_file():
+            raise TaskvecError(f"'{weights}' names '{file.name}', which is missing", "copy the whole folder again")
+        if file.suffix == ".safetensors":
+            read_keys(file)
+    return files
+
+
+def digest(folder: Path, allow_pickle: bool, more: Sequence[str] = ()) -> str:
+    """Return a digest of everything in a folder that decides a model's features."""
+    names = (CONFIG, *processors.FILES, *more)
+    files = [*(folder / name for name in names), *checked_files(folder, allow_pickle)]
+    return fingerprint({file.name: file_digest(file) for file in files if file.is_file()})
+
+
+def content(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of a weights file; of several, that of their SHA-256s in hexadecimal, one after the other."""
+    digests = [file_digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
