@@ -45,6 +45,7 @@ def plain_loop(backbone: Backbone, tasks: list[Task], heads: list[Head], learns:
     """Train encoder and heads with bare PyTorch: the same batches, the schedule written out."""
     module = TinyEncoder()
     module.load_state_dict(backbone.module.state_dict())
+    module.norm.train(learns)  # statistics are those that a frozen head was fitted under
     own = [[p.clone().requires_grad_(learns) for p in (head.weight, head.bias)] for head in heads]
     learning = [*module.parameters(), *(p for pair in own for p in pair if learns)]
     optimizer = torch.optim.AdamW(learning, lr=PLAIN.learning_rate, weight_decay=PLAIN.weight_decay)
@@ -80,6 +81,8 @@ def test_joint_fine_tuning_equals_a_bare_loop_over_all_tasks(backbone: Backbone,
     tuned = finetune_joint(backbone, tasks, probed, PLAIN, seed=3, precision="float32").state()
     module, _ = plain_loop(backbone, tasks, probed, learns=False)
     assert all(torch.allclose(tuned[k], v.float(), atol=1e-6) for k, v in module.state_dict().items() if v.ndim)
+    assert torch.equal(tuned["norm.running_mean"], backbone.pretrained["norm.running_mean"])
+    assert not torch.equal(tuned["norm.weight"], backbone.pretrained["norm.weight"])
 
 
 def test_a_frozen_head_stays_and_a_learning_one_starts_from_what_is_given(

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from taskvec import adapters
+from taskvec import adapters, batch_norm
 from taskvec.backbones import Backbone, encode
 from taskvec.compute import Precision, autocast, choose_precision
-from taskvec.decoded import Whole, cores
+from taskvec.decoded import Whole
 from taskvec.errors import TaskvecError
+from taskvec.executors import cores
 from taskvec.heads import Head, random_head
 from taskvec.images import normalise, random_resized_crop
 from taskvec.kinds import CLASSIFICATION, KINDS
@@ -157,12 +157,14 @@ def optimise(
     """Minimise the mean loss over tasks of a copy of the encoder, and of the heads where they learn too.
 
     With ``lora`` only adapters learn, whose product is added in the end. A linearised encoder is one fixed function of
-    its weights: dropout is off and batch norm keeps its statistics.
+    its weights: dropout is off. Batch norm keeps its statistics where heads are frozen, which were fitted under them.
     """
     module = copy.deepcopy(backbone.module)
     bound = bind(module)
     bound.flat.copy_(backbone.pretrained.flat)
     module.train(backbone.around is None)
+    for layer in [] if heads_learn else batch_norm.layers(module):
+        layer.eval()
     images = max(1, settings.batch_size // settings.accumulate // len(tasks))
     check_batch(module, images * len(tasks))
     chosen = training_precision(backbone, precision)
@@ -225,7 +227,7 @@ def schedule_of(settings: Finetune) -> Schedule:
 
 def check_batch(module: torch.nn.Module, images: int) -> None:
     """Raise when batch norm would see a single image at a time."""
-    if images < 2 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+    if images < 2 and any(layer.training for layer in batch_norm.layers(module)):
         raise TaskvecError(f"batch norm cannot train on batches of {images}", "raise finetune.batch_size to 2 or more")
 
 
