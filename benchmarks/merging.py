@@ -201,9 +201,8 @@ def agree(first: Path, second: Path) -> float:
     return max(float((a[name] - b[name]).abs().max() / a[name].abs().max()) for name in a)
 
 
-def compare(options: argparse.Namespace, folder: Path, places: dict[str, Path]) -> None:
+def compare(options: argparse.Namespace, folder: Path, places: dict[str, Path], paths: list[Path]) -> None:
     """Merge the ViTs by taskvec and by each peer."""
-    paths = write_vits(folder, options.size, options.tasks)
     size = paths[0].stat().st_size / 2**30
     print(f"ViT-{options.size.upper()}, a base and {options.tasks} checkpoints of {size:.2f} GiB; {BARS}")
     print("peers' ratios are to ours; load average", *(f"{load:.1f}" for load in os.getloadavg()))
@@ -226,6 +225,23 @@ def compare(options: argparse.Namespace, folder: Path, places: dict[str, Path]) 
         report("mergekit ties (per tensor)", [measure(command, log) for _ in range(options.repeats)], base)
 
 
+def spectral(options: argparse.Namespace, folder: Path, paths: list[Path]) -> None:
+    """Measure spectral methods against their bar; what torch takes by itself is measured on a model of nothing."""
+    shapes = vit(*SIZES[options.size])
+    largest = max(4 * shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2) / 2**30
+    tiny = [folder / "tiny" / f"{number}.safetensors" for number in range(2)]
+    tiny[0].parent.mkdir()
+    for number, path in enumerate(tiny):
+        save_file({"blocks.0.weight": np.full((2, 2), 1.0 + number, np.float32)}, path)
+    out, log = folder / "spectral.safetensors", folder / "log"
+    for method in ("iso_c", "tsv_m"):
+        alone = ours(tiny, out, method, log)
+        found = report(f"taskvec {method}", [ours(paths, out, method, log)])
+        share = (found.gibibytes - alone.gibibytes) / largest
+        bar = 2 * options.tasks + 4
+        print(f"  without torch's {alone.gibibytes:.3f} GiB: {share:.1f} x the largest matrix (bar: 2 T + 4 = {bar})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="l")
@@ -240,7 +256,9 @@ def main() -> None:
         environments = options.environments or folder / "environments"
         places = {name: install(name, environments) for name in options.peers if name in PEERS}
         (folder / "vits").mkdir()
-        compare(options, folder / "vits", places)
+        paths = write_vits(folder / "vits", options.size, options.tasks)
+        compare(options, folder / "vits", places, paths)
+        spectral(options, folder / "vits", paths)
     with TemporaryDirectory(dir=options.folder) as temporary:
         models = [write_language_model(Path(temporary) / f"m{seed}", seed) for seed in range(3)]
         print("a language model of 1 GiB in four bfloat16 shards, and two fine-tuned from it")

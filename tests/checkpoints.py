@@ -118,7 +118,7 @@ def write_checkpoint(row: str, home: Path) -> tuple[Path, Features]:
 if __name__ == "__main__":
     import layouts
 
-    layouts.TRAIN, layouts.TEST = 2, 1  # of each class: eight encoders of this size see them
+    layouts.TRAIN, layouts.TEST = 4, 2  # of each class: eight encoders of this size see them
     root = Path(sys.argv[1])
     for row in PAPER:
         print(write_checkpoint(row, root / "hub")[0])

@@ -17,7 +17,8 @@ from taskvec.backbones import Backbone, load_backbone
 from taskvec.errors import TaskvecError
 from taskvec.model import load
 from taskvec.store import Store
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 from taskvec.tasks import Task
 
 

@@ -27,7 +27,8 @@ from taskvec.loaders.checkpoints import stripped
 from taskvec.plan import plan
 from taskvec.results import results
 from taskvec.store import Store, read_json
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 from taskvec.weights import save
 
 CLASSES = ("ant", "bee", "cow")

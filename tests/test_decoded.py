@@ -33,7 +33,8 @@ from taskvec.images import Preprocessing, crop_box, cut, open_image, resize_and_
 from taskvec.plan import plan
 from taskvec.settings import Finetune
 from taskvec.store import NOTES, Store, digests, read_json, write_json
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 from taskvec.training import no_progress
 
 TO = Preprocessing(16, 0.9)

@@ -27,7 +27,8 @@ from taskvec.papertasks import TASKS
 from taskvec.plan import plan
 from taskvec.steps import VERSIONS
 from taskvec.store import Store
-from taskvec.study import StudyFile, open_study, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import open_study, parse_study
 from taskvec.workload import COUNTS, Work, task_size, total
 
 STUDY = """

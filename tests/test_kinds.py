@@ -36,7 +36,8 @@ from taskvec.plan import plan
 from taskvec.results import Done, results
 from taskvec.settings import Finetune, Probe
 from taskvec.store import Store
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 from taskvec.tasks import Split, Task
 from taskvec.weights import save_tensors
 

@@ -18,7 +18,7 @@ tangents backbones batch_norm heads surgery brought vectors agreement adapters f
 merging.parts merging.ranks merging.averaging merging.sparsity merging.directions merging.spectral merging.adaptive
 merging.measuring merging.recipes merging merging.buffers matching merging.streaming differences
 evaluation search arithmetic disentangling model opening
-steps.loading steps.learning steps.merging steps.measuring steps paper study cells absent sources
+steps.loading steps.learning steps.merging steps.measuring steps paper study study_files cells absent sources
 plan.planner plan.loading plan.learning plan.merging plan.measuring plan anatomy workload forecast
 results costs views texts evidence verdict comparison claims leaderboard tables
 figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences

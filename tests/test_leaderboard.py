@@ -34,7 +34,8 @@ from taskvec.leaderboard import (
 )
 from taskvec.results import COLUMNS
 from taskvec.store import Store, read_json
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 
 METHODS = {"task_arithmetic": 0.05, "iso_c": 0.3, "ties": 0.2, "emr": 0.5}
 STUDY = """

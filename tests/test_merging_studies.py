@@ -26,7 +26,8 @@ from taskvec.plan import plan
 from taskvec.results import results
 from taskvec.settings import Finetune
 from taskvec.store import Store, read_json
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 from taskvec.tables import markdown
 from taskvec.tasks import Task
 from taskvec.weights import Weights

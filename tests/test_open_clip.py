@@ -28,7 +28,8 @@ from taskvec.loaders.checkpoints import TEXTS, separate
 from taskvec.loaders.open_clip import build
 from taskvec.network import asked_once
 from taskvec.store import Store, read_json
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 
 TINY = {
     "embed_dim": 24,

@@ -35,7 +35,8 @@ from taskvec.heads import Head
 from taskvec.plan import plan
 from taskvec.settings import Finetune, Subsets
 from taskvec.store import Store
-from taskvec.study import StudyFile, open_study, packaged, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import open_study, packaged, parse_study
 from taskvec.tasks import Task
 
 PLAIN = Finetune(steps=4, batch_size=12, warmup=2, learning_rate=0.01)

@@ -20,7 +20,8 @@ import taskvec as tv
 from taskvec import runs
 from taskvec.results import COLUMNS
 from taskvec.store import Store, read_json
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 
 STUDY = """
 name: small

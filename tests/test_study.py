@@ -6,7 +6,7 @@ import pytest
 
 from taskvec.errors import TaskvecError
 from taskvec.settings import Heatmap, parse_scales
-from taskvec.study import open_study, packaged, parse_study
+from taskvec.study_files import open_study, packaged, parse_study
 
 SMALL = "backbones: ['lab:supervised']\ntasks: ['lab:greek', {address: 'lab:signs', name: s}]\n"
 BACKBONE = "backbones: [{{address: 'lab:supervised', {}}}]\ntasks: ['lab:greek']\n"

@@ -21,7 +21,8 @@ from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.plan import plan
 from taskvec.store import Store
-from taskvec.study import StudyFile, parse_study
+from taskvec.study import StudyFile
+from taskvec.study_files import parse_study
 from taskvec.tangents import expand
 from taskvec.tasks import Task
 from taskvec.weights import Weights, bind

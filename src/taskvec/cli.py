@@ -70,7 +70,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a study, or what is not done of it yet, and write tables, figures, a page and models."""
-    from taskvec.study import open_study
+    from taskvec.study_files import open_study
 
     file = open_study(study)
     from taskvec.progress import Terminal, clock
@@ -158,7 +158,7 @@ def plan_(
     workers: Annotated[int | None, typer.Option(min=1, help="steps at once on a CPU; one a core by default")] = None,
 ) -> None:
     """Say what a study takes before it runs: steps, images, FLOPs, hours, disk, memory, downloads."""
-    from taskvec.study import open_study
+    from taskvec.study_files import open_study
 
     file = open_study(study)
     from taskvec.forecast import DEVICES, forecast, report
@@ -290,7 +290,7 @@ def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones 
 
 
 def _studies() -> dict[str, str]:
-    from taskvec.study import packaged
+    from taskvec.study_files import packaged
 
     return {name: text.splitlines()[0].lstrip("# ") for name, text in packaged().items()}
 
