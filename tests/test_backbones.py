@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from taskvec import backbones, loaders
 from taskvec.anatomy import anatomy
 from taskvec.backbones import load_backbone, read_backbone, write_backbone
 from taskvec.errors import TaskvecError
-from taskvec.images import normalise
-from taskvec.loaders.timm import preprocessing, state_for
+from taskvec.images import Preprocessing, normalise
+from taskvec.loaders.timm import preprocessing, state_for, translate
 from taskvec.weights import check_keys
 
 VIT = "vit_tiny_patch16_224"
@@ -145,9 +146,32 @@ def test_pickles_load_only_when_asked_for(tmp_path: Path) -> None:
         load_backbone(f"timm:{VIT}@{pickled}", size=32)
     backbone = load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
     assert torch.equal(backbone.pretrained.flat, load_backbone(f"timm:{VIT}@{path}", size=32).pretrained.flat)
+    options = argparse.Namespace(model=VIT, lr=0.1)
+    torch.save({"epoch": 3, "args": options, "state_dict": load_file(path)}, pickled)  # as timm's training writes it
+    backbone = load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
+    assert torch.equal(backbone.pretrained.flat, load_backbone(f"timm:{VIT}@{path}", size=32).pretrained.flat)
+    torch.save({"state_dict": load_file(path), "odd": Preprocessing(3)}, pickled)
+    with pytest.raises(TaskvecError, match=r"weights_only=True: .*taskvec\.images\.Preprocessing") as caught:
+        load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
+    assert "\x1b" not in str(caught.value)
     pickled.write_bytes(b"rubbish")
     with pytest.raises(TaskvecError, match=r"weights\.pth"):
         load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
+
+
+def test_kernels_of_another_patch_size_are_refused_in_any_keys(tmp_path: Path) -> None:
+    import open_clip
+
+    tower = {"image_size": 64, "layers": 1, "width": 512, "patch_size": 32}
+    text = {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(512, open_clip.CLIPVisionCfg(**tower), open_clip.CLIPTextCfg(**text))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "m32.safetensors")
+    with pytest.raises(TaskvecError, match=r"patch_embed\.proj\.weight \[512, 3, 32, 32\]|does not fit"):
+        load_backbone(f"timm:vit_medium_patch16_clip_224@{tmp_path / 'm32.safetensors'}", size=64)
+    with torch.device("meta"):
+        module = timm.create_model("vit_medium_patch16_clip_224", num_classes=0, img_size=64, depth=1)
+    found, _ = translate(dict(model.state_dict()), module)
+    assert found["patch_embed.proj.weight"].shape == (512, 3, 32, 32)
 
 
 def test_random_lab_weights_are_seeded() -> None:

@@ -296,6 +296,15 @@ def test_what_a_training_class_puts_before_the_keys_is_taken_off(data: Path, enc
     assert found.classifier.keys() == plain.classifier.keys() == {"head.weight", "head.bias"}
 
 
+def test_a_moving_averages_counter_is_taken_off(data: Path) -> None:
+    tuned = prepare(data)
+    averaged = torch.optim.swa_utils.AveragedModel(tuned)
+    save_file(averaged.state_dict(), data / "averaged.safetensors")
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    plain = read_finetuned(data / "tuned.safetensors", backbone)
+    assert torch.equal(read_finetuned(data / "averaged.safetensors", backbone).encoder.flat, plain.encoder.flat)
+
+
 def test_keys_never_come_to_coincide() -> None:
     both = {"backbone.head.weight": torch.zeros(1), "head.weight": torch.ones(1), "backbone.a": torch.zeros(1)}
     assert stripped(both, ["a"]) == both

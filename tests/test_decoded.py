@@ -298,6 +298,46 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
     check_room(1.0, tmp_path, "4 images")
 
 
+def write_images(folder: Path, count: int) -> None:
+    """Write so many small images of random colours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("seg_train/seg_train", "seg_test/seg_test"), ("train_images", "test_images"), ("images", "masks"),
+        ("fold1", "fold2", "fold3"),
+    ],
+)  # fmt: skip
+def test_splits_of_other_names_are_not_taken_for_classes(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    for folder in folders:
+        for name in ("cat", "dog"):
+            write_images(tmp_path / folder / name, 3)
+    with pytest.raises(TaskvecError, match="are they splits, not classes"):
+        tasks.list_task(f"folder:{tmp_path}")
+
+
+def test_what_a_mac_leaves_in_archives_is_left_out(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, 12)
+    (tmp_path / "__MACOSX" / "cat").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "cat" / "._0.png").write_bytes(b"x")
+    assert tasks.list_task(f"folder:{tmp_path}").classes == ("cat", "dog")
+
+
+def test_a_class_that_the_hold_out_empties_is_told(tmp_path: Path) -> None:
+    for name, count in [("cat", 12), ("dog", 12), *((f"rare{i}", 1) for i in range(8))]:
+        write_images(tmp_path / "train" / name, count)
+        write_images(tmp_path / "test" / name, 1)
+    listing = tasks.list_task(f"folder:{tmp_path}")
+    lacking = set(range(10)) - set(listing.labels["train"].tolist())
+    assert lacking and any(f"no images of {len(lacking)} classes" in note for note in listing.notes)
+
+
 def test_a_flat_tree_is_divided_by_a_seed(tmp_path: Path) -> None:
     root = write_folder_task(tmp_path / "t", train=30)
     for path in (root / "train").iterdir():

@@ -25,7 +25,8 @@ from taskvec.errors import TaskvecError
 from taskvec.images import normalise
 from taskvec.listing import Listing
 from taskvec.loaders.checkpoints import TEXTS, separate
-from taskvec.loaders.open_clip import build
+from taskvec.loaders.open_clip import build, preprocessing, tag_config
+from taskvec.loaders.requests import Request
 from taskvec.network import asked_once
 from taskvec.store import Store, read_json
 from taskvec.study import StudyFile
@@ -111,7 +112,7 @@ def test_the_configuration_beside_a_file_counts(tiny: tuple[Path, Any], tmp_path
     plain = load_backbone(f"open_clip:ViT-Tiny@{path}")
     before = backbones.describe(f"open_clip:ViT-Tiny@{path}", None)
     seen = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "resize_mode": "squash"}
-    config = {"model_cfg": TINY | {"quick_gelu": True}, "preprocess_cfg": seen}
+    config: dict[str, Any] = {"model_cfg": TINY | {"quick_gelu": True}, "preprocess_cfg": seen}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     for address in (f"open_clip:ViT-Tiny@{path}", f"open_clip:ViT-Tiny@{tmp_path}"):
         found = load_backbone(address)
@@ -119,9 +120,39 @@ def test_the_configuration_beside_a_file_counts(tiny: tuple[Path, Any], tmp_path
         assert found.preprocessing.mean == (0.1, 0.2, 0.3)
         assert (found.preprocessing.interpolation, found.preprocessing.squash) == ("bilinear", True)
         assert backbones.describe(address, None) != before
-    (tmp_path / "open_clip_config.json").write_text("[]")
-    with pytest.raises(TaskvecError, match="has no model_cfg and preprocess_cfg"):
-        load_backbone(f"open_clip:ViT-Tiny@{path}")
+    for odd, message in [
+        ([], "has no model_cfg and preprocess_cfg"),
+        (config | {"preprocess_cfg": seen | {"mean": None}}, "mean is 'None', not three numbers"),
+        (config | {"preprocess_cfg": seen | {"std": [0.5]}}, "std is"),
+        (config | {"preprocess_cfg": seen | {"interpolation": "random"}}, "interpolation is 'random', known are"),
+        (config | {"preprocess_cfg": seen | {"resize_mode": "longest"}}, "resize_mode is 'longest'"),
+    ]:
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(odd))
+        with pytest.raises(TaskvecError, match=message):
+            load_backbone(f"open_clip:ViT-Tiny@{path}")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": seen | {"size": 64}}))
+    assert load_backbone(f"open_clip:ViT-Tiny@{path}").preprocessing.size == 64
+
+
+def test_a_file_of_a_published_model_sees_images_as_its_weights_do() -> None:
+    request = Request("open_clip:ViT-B-16-SigLIP@x.safetensors", "open_clip", "ViT-B-16-SigLIP", "x.safetensors")
+    assert preprocessing(tag_config(request), 224).mean == (0.5, 0.5, 0.5)
+    assert preprocessing(tag_config(request), 224).squash
+    request = Request("open_clip:ViT-L-14@x.safetensors", "open_clip", "ViT-L-14", "x.safetensors")
+    assert tag_config(request) == {}  # its weights differ
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "model._orig_mod."])
+def test_wrapped_models_have_their_texts(tiny: tuple[Path, Any], tmp_path: Path, prefix: str) -> None:
+    wrapped = tmp_path / "wrapped.safetensors"
+    save_file({prefix + key: value for key, value in load_file(tiny[0]).items()}, wrapped)
+    address, plain = f"open_clip:ViT-Tiny@{wrapped}", f"open_clip:ViT-Tiny@{tiny[0]}"
+    assert torch.equal(load_backbone(address).pretrained.flat, load_backbone(plain).pretrained.flat)
+    if prefix.count(".") == 1:
+        assert backbones.has_text(address)
+    found, scale = backbones.text_features(address, ["a photo of a cat."])
+    expected, other = backbones.text_features(plain, ["a photo of a cat."])
+    assert torch.equal(found, expected) and scale == other
 
 
 def test_a_tokenizer_of_the_hub_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

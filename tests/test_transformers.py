@@ -14,12 +14,14 @@ import transformers as T
 from safetensors.torch import load_file, save_file
 
 from taskvec import backbones, heads
+from taskvec.addresses import PAPER
 from taskvec.backbones import load_backbone, read_backbone, write_backbone
 from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.images import normalise
+from taskvec.loaders.requests import Request
 from taskvec.loaders.saved import is_whole
-from taskvec.loaders.transformers import TYPES
+from taskvec.loaders.transformers import TYPES, check_row
 from taskvec.store import read_json
 
 SMALL = {
@@ -328,11 +330,72 @@ def test_a_patch_size_may_be_a_list(tmp_path: Path) -> None:
     assert torch.equal(again.features(images, per_patch=True), whole.features(images, per_patch=True))
 
 
-def test_a_row_of_the_paper_is_an_encoder_of_its_size(tmp_path: Path) -> None:
-    folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
-    wanted = r"width, depth and patch 32, 2, 8, and the paper's encoder 1024, 24, 16\n.*hf:"
-    with pytest.raises(TaskvecError, match=wanted):
-        load_backbone(f"paper:vit-l16-in21k@{folder}")
+def test_a_row_of_the_paper_is_its_encoder() -> None:
+    wide = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 16, "image_size": 224}
+    vit = {"type": "vit", "config": wide, "has_projection": False}
+    clip = {"type": "clip", "config": wide | {"projection_dim": 512}, "has_projection": True}
+    for row, options, message in [
+        ("vit-b16-mae", vit | {"type": "beit"}, "is a beit of"),
+        ("vit-b16-dino", clip, "is a clip of"),
+        ("vit-b16-dino", vit | {"config": wide | {"image_size": 384}}, r"\[768, 12, 16, 384\]"),
+        ("vit-l16-in21k", vit, r"a vit of \[1024, 24, 16, 224\]\n.*hf:x"),
+        ("vit-b16-clip-2b", vit, "the paper's is a clip"),
+        ("vit-b16-clip-2b", clip | {"has_projection": False}, "projected to nothing"),
+        ("vit-b16-clip-2b", clip | {"config": wide | {"projection_dim": 256}}, "projected to 256"),
+    ]:
+        with pytest.raises(TaskvecError, match=message):
+            check_row(options, PAPER[row], Request(f"paper:{row}@x", "hf", "x"))
+    check_row(vit | {"type": "vit_mae"}, PAPER["vit-b16-mae"], Request("paper:vit-b16-mae@x", "hf", "x"))
+    check_row(clip, PAPER["vit-b16-clip-2b"], Request("paper:vit-b16-clip-2b@x", "hf", "x"))
+    bare = clip | {"has_projection": False}
+    check_row(bare, PAPER["vit-b16-clip-2b"], Request("paper:vit-b16-clip-2b@x", "hf", "x", projection=False))
+
+
+@pytest.mark.parametrize(
+    ("start", "brought", "message"),
+    [
+        (("ViTModel", SMALL), ("ViTModel", SMALL | {"num_hidden_layers": 3}), "unexpected model.layers.2"),
+        (("ViTModel", SMALL | {"num_hidden_layers": 3}), ("ViTModel", SMALL), "missing model.layers.2"),
+        (("Dinov2Model", DINO), ("Dinov2WithRegistersModel", DINO), "unexpected .*register_tokens"),
+        (("ViTModel", SMALL), ("Dinov2Model", DINO), "does not fit"),
+    ],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(
+    tmp_path: Path, start: tuple[str, Any], brought: tuple[str, Any], message: str
+) -> None:
+    for name, (model, options) in {"start": start, "brought": brought}.items():
+        folder_of(tmp_path / name, model, model.replace("Model", "Config"), options)
+    backbone = load_backbone(f"hf:{tmp_path / 'start'}")
+    with pytest.raises(TaskvecError, match=message):
+        read_finetuned(tmp_path / "brought" / "model.safetensors", backbone)
+
+
+def test_the_projection_is_known_by_the_checkpoints_keys(tmp_path: Path) -> None:
+    options = SMALL | {"projection_dim": 24}
+    folder, _ = folder_of(tmp_path / "clip", "CLIPVisionModelWithProjection", "CLIPVisionConfig", options)
+    told = load_backbone(f"hf:{folder}")
+    config = read_json(folder / "config.json")
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = load_backbone(f"hf:{folder}")
+    assert found.width == told.width == 24
+    assert torch.equal(found.pretrained.flat, told.pretrained.flat)
+
+
+def test_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "resnet", "ResNetModel", "ResNetConfig", RESNET)
+    whole = load_backbone(f"hf:{folder}")
+    state = {k: v for k, v in load_file(folder / "model.safetensors").items() if "num_batches_tracked" not in k}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_backbone(f"hf:{folder}").pretrained.flat, whole.pretrained.flat)
+
+
+def test_a_cached_pickle_is_not_enough_where_pickles_are_refused(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert is_whole(folder, allow_pickle=True) and not is_whole(folder, allow_pickle=False)
 
 
 def test_a_repository_in_the_hubs_cache_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -35,6 +36,11 @@ SPELT |= dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")
 """What other names of a split's folder mean, in lower case."""
 
 
+def hidden(name: str) -> bool:
+    """Say whether a file or folder is hidden, or what an archive of a Mac leaves beside the rest."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def has(root: Path, name: str) -> bool:
     """Say whether a folder holds something of that name."""
     return (root / name).exists()
@@ -47,8 +53,24 @@ def is_flat(root: Path) -> bool:
 
 def class_folders(root: Path) -> list[Path]:
     """Return the folders in a folder that hold images and no splits of their own."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [p for p in folders if not any(has(p, name) for name in ("train", "test")) and holds_image(p)]
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not hidden(p.name))
+    found = [p for p in folders if not any(has(p, name) for name in ("train", "test")) and holds_image(p)]
+    check_splits(root, found)
+    return found
+
+
+def check_splits(root: Path, folders: list[Path]) -> None:
+    """Raise where class folders look like splits of other names: all have the same folders in them, and no image."""
+    below = [{p.name for p in folder.iterdir() if p.is_dir() and not hidden(p.name)} for folder in folders]
+    bare = not any(p.suffix.lower() in SUFFIXES for folder in folders for p in folder.iterdir())
+    shared = set.intersection(*below) if len(folders) > 1 else set()
+    named = [folder.name for folder in folders if re.search(r"train|test|val", folder.name.lower())]
+    if bare and (shared or (len(folders) > 1 and len(named) == len(folders))):
+        what = f", which all hold '{min(shared)}'" if shared else ""
+        raise TaskvecError(
+            f"'{root}' holds the folders {', '.join(f.name for f in folders[:4])}{what}: are they splits, not classes?",
+            LAYOUT,
+        )
 
 
 def holds_image(folder: Path) -> bool:
@@ -100,7 +122,7 @@ def check_root(root: Path) -> None:
 
 def class_files(folder: Path) -> dict[str, list[Path]]:
     """Return the image files of every class folder, by class name (in Unicode normal form C)."""
-    entries = sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    entries = sorted(p for p in folder.iterdir() if not hidden(p.name)) if folder.is_dir() else []
     classes = [p for p in entries if p.is_dir()]
     if not classes:
         raise TaskvecError(
@@ -153,7 +175,7 @@ def visible(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Walk a folder and those below it that are not hidden, through links, each real folder once."""
     seen = set()
     for top, below, names in os.walk(folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+        below[:] = sorted(name for name in below if not hidden(name))
         if (real := os.path.realpath(top)) not in seen:
             seen.add(real)
             yield top, below, names

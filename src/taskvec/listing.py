@@ -92,6 +92,16 @@ def split_validation(listing: Listing, source: str) -> Listing:
     return _divide(listing, "train", {"train": train, "validation": validation})
 
 
+def warned(listing: Listing) -> Listing:
+    """Return a listing with a note where classes have no training image."""
+    lacking = np.setdiff1d(np.arange(len(listing.classes)), listing.labels["train"])
+    if not len(lacking) or listing.kind != CLASSIFICATION:
+        return listing
+    names = f"{len(lacking)} classes, such as '{listing.classes[lacking[0]]}'"
+    note = f"the train split has no images of {names}, after a tenth was held out for validation: add images, or a val/"
+    return replace(listing, notes=(*listing.notes, note))
+
+
 def split_classes(listing: Listing, held_out: int | None = None) -> Listing:
     """Divide a flat data set (all of it in ``train``) class by class and always alike: validation, test, train.
 

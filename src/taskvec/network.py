@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+
+from taskvec.errors import TaskvecError
 
 SECONDS = 5.0
 """How long the hub may take to answer, after which there is no network."""
@@ -15,7 +18,10 @@ SECONDS = 5.0
 
 def endpoint() -> str:
     """Return where the hub is."""
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    found = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not found.startswith(("https://", "http://")):
+        raise TaskvecError(f"HF_ENDPOINT is '{found}', which is no address", f"write https://{found}")
+    return found
 
 
 def answers(address: str) -> bool:
@@ -27,7 +33,7 @@ def answers(address: str) -> bool:
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS).close()
         except urllib.error.HTTPError:
             found.set()  # it refuses this question, but it is there
-        except OSError:
+        except (OSError, ValueError, http.client.HTTPException):
             return
         found.set()
 

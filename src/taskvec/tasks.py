@@ -33,7 +33,7 @@ from taskvec.hub import describe_hub, folder_of, list_hub
 from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.layouts import list_own, list_paper
-from taskvec.listing import SPLITS, Items, Labels, Listing, pick, split_validation
+from taskvec.listing import SPLITS, Items, Labels, Listing, pick, split_validation, warned
 from taskvec.store import NOTES, fingerprint, read_json, write_json
 from taskvec.training import Progress, no_progress
 
@@ -143,7 +143,7 @@ def list_task(address: str) -> Listing:
     """List a task's images and labels by split; a task without a validation split gets the protocol's."""
     kind, rest = parse(address)
     listing = SOURCES[kind](rest)
-    return listing if "validation" in listing.labels else split_validation(listing, address)
+    return listing if "validation" in listing.labels else warned(split_validation(listing, address))
 
 
 def list_lab(name: str) -> Listing:

@@ -52,9 +52,9 @@ def resolve(checkpoint: Checkpoint, given: str) -> tuple[str, str, str]:
     kind, name, file = parse(checkpoint.address)
     if not given:
         return kind, name, file
-    folder = Path(given).expanduser()
-    folder = folder if folder.is_dir() else folder.parent
-    own = kind == "open_clip" and (not Path(given).is_dir() or any((folder / n).is_file() for n in open_clip.FILES))
+    path = Path(given).expanduser()
+    folder = path if path.is_dir() else path.parent
+    own = kind == "open_clip" and (not path.is_dir() or any((folder / n).is_file() for n in open_clip.FILES))
     if not own and saved.is_folder(folder):
         return "hf", given, ""
     return ("timm", checkpoint.timm, given) if checkpoint.timm else (kind, name, given)
@@ -68,7 +68,7 @@ def load(asked: Request, family: Family) -> Loaded:
         return loaded
     row, seen = PAPER[name], loaded.preprocessing
     if loaded.architecture["family"] == "hf":
-        transformers.check_shape(loaded.architecture["options"], row.shape, asked)
+        transformers.check_row(loaded.architecture["options"], row, asked)
     return replace(
         loaded,
         preprocessing=lambda module: Preprocessing(seen(module).size, row.crop, "bicubic", row.mean, row.std),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ TEXTS = (
 """Key prefixes of a CLIP model's text tower, and of what joins it to the image tower."""
 WRAPPERS = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before the keys of a model."""
+AVERAGED = "n_averaged"
+"""What torch's AveragedModel counts in."""
 MEMBERS = ("model.", "net.", "network.", "backbone.", "encoder.")
 """What classes of training scripts call the encoder that they hold."""
 COUNTER = "num_batches_tracked"
@@ -100,12 +104,18 @@ def check_pickle(file: Path | str, allow_pickle: bool) -> None:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file, or a pickle with ``weights_only=True``, whose tensors may be one level down.
 
-    Prefixes that compiling and several GPUs put before all keys (``WRAPPERS``) are taken off.
+    Prefixes that compiling and several GPUs put before all keys (``WRAPPERS``) are taken off, and the counter that a
+    moving average has beside them.
     """
-    return stripped(read(path) if path.suffix == ".safetensors" else read_pickle(path), (), WRAPPERS)
+    state = read(path) if path.suffix == ".safetensors" else read_pickle(path)
+    wrapped = {key: value for key, value in state.items() if key != AVERAGED}
+    bare = stripped(wrapped, (), WRAPPERS)
+    return bare if bare.keys() != wrapped.keys() else state
 
 
-def stripped(state: dict[str, Tensor], wanted: Collection[str], prefixes: Sequence[str] = MEMBERS) -> dict[str, Tensor]:
+def stripped(
+    state: dict[str, Tensor], wanted: Collection[str], prefixes: Sequence[str] = (*WRAPPERS, *MEMBERS)
+) -> dict[str, Tensor]:
     """Take off a prefix that no wanted key has and all keys have, or under which every wanted key is; else nothing.
 
     A training class that holds its encoder as ``backbone`` beside a ``head`` is read so. Keys never come to coincide.
@@ -122,9 +132,14 @@ def stripped(state: dict[str, Tensor], wanted: Collection[str], prefixes: Sequen
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Read a dictionary of tensors, or the one inside a training checkpoint, with ``weights_only=True``."""
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm, DeiT and MAE keep their options so
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors are many kinds
-        raise TaskvecError(f"'{path}' cannot be read: {first_line(error)}", "convert it to safetensors") from None
+        why = re.search(r"Unsupported (?:global|class|operand)[^\n]*|GLOBAL \S+ was not an allowed", str(error))
+        said = why.group() if why else first_line(error)
+        raise TaskvecError(
+            f"'{path}' cannot be read with weights_only=True: {said}", "save the model's state_dict() as safetensors"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             if averaged := [name for name in state if "ema" in str(name).lower() and isinstance(state[name], dict)]:

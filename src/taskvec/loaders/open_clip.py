@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,13 +15,13 @@ from torch import Tensor, nn
 
 from taskvec.addresses import CLIP, is_file
 from taskvec.errors import TaskvecError, did_you_mean, unknown
-from taskvec.images import Preprocessing
+from taskvec.images import RESAMPLING, Preprocessing
 from taskvec.loaders import hub
 from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate, stripped
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, origin_of
 from taskvec.network import asked_once
 from taskvec.store import file_digest, read_json
-from taskvec.weights import check_keys, read_keys
+from taskvec.weights import check_keys, read_keys, save_tensors
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 """What open_clip's weights are called in a folder, or a repository of the hub."""
@@ -34,8 +37,10 @@ def package(address: str) -> ModuleType:
 def load(request: Request) -> Loaded:
     """Find an image tower by open_clip's name of the model, with weights by tag or from a file."""
     config, tag = model_config(request), tag_config(request)
-    pixels = request.size or int(config["vision_cfg"].get("image_size", 224))
+    pixels = request.size or int(tag.get("image_size") or config["vision_cfg"].get("image_size", 224))
     path, repo = find(request)
+    if not tag and not request.hub and not request.address.startswith("paper:"):
+        print(f"'{request.address}': nothing says how it sees images: taking CLIP's mean and std", file=sys.stderr)
     options = {
         "model": request.name,
         "size": pixels,
@@ -78,7 +83,7 @@ def tag_config(request: Request) -> dict[str, Any]:
     if not request.file:
         return {}
     if is_file(request.file):
-        return configured(beside(request.file))
+        return configured(beside(request.file)) or published(request)
     found: dict[str, Any] = package(request.address).get_pretrained_cfg(request.name, request.file)
     return found
 
@@ -94,14 +99,39 @@ def configured(config: Path | None) -> dict[str, Any]:
     """Return what a configuration says as ``tag_config`` says it; nothing where there is none."""
     if config is None:
         return {}
+    fix = "copy it again, or take it away and say size: in the study"
     try:
         about = read_json(config)
         model, seen = dict(about["model_cfg"]), dict(about["preprocess_cfg"])
+        size = int(seen.get("size") or model["vision_cfg"]["image_size"])
     except (KeyError, TypeError, ValueError):
-        raise TaskvecError(
-            f"'{config}' has no model_cfg and preprocess_cfg", "copy it again, or take it away"
-        ) from None
-    return seen | {key: model[key] for key in ("quick_gelu",) if key in model}
+        raise TaskvecError(f"'{config}' has no model_cfg and preprocess_cfg with an image size", fix) from None
+    check_seen(seen, str(config), fix)
+    return seen | {"image_size": size} | {key: model[key] for key in ("quick_gelu",) if key in model}
+
+
+def check_seen(seen: dict[str, Any], source: str, fix: str) -> None:
+    """Raise for a way to see images that is not known here."""
+    for name, known in (("interpolation", RESAMPLING), ("resize_mode", ("shortest", "squash"))):
+        if name in seen and seen[name] not in known:
+            raise TaskvecError(f"'{source}': {name} is '{seen[name]}', known are {', '.join(known)}", fix)
+    for name in ("mean", "std"):
+        if name in seen and not is_triple(seen[name]):
+            raise TaskvecError(f"'{source}': {name} is '{seen[name]}', not three numbers", fix)
+
+
+def is_triple(value: Any) -> bool:
+    """Say whether a value is a number for red, green and blue."""
+    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(one, int | float) for one in value)
+
+
+def published(request: Request) -> dict[str, Any]:
+    """Return how all published weights of a model see images, where they agree; else nothing."""
+    open_clip = package(request.address)
+    tags = open_clip.list_pretrained_tags_by_model(request.name)
+    every = [open_clip.get_pretrained_cfg(request.name, tag) for tag in tags]
+    ways = [{key: one[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in one} for one in every]
+    return ways[0] if ways and all(way == ways[0] for way in ways) else {}
 
 
 def places(request: Request) -> tuple[str, tuple[str, ...]]:
@@ -196,12 +226,26 @@ def has_text(request: Request) -> bool:
     path = held(request) if request.projection is not False else None
     if path is None or path.suffix != ".safetensors":
         return request.projection is not False
-    return any(key.startswith(("text", "token_embedding.")) for key in read_keys(path))
+    tails = (tail for key in read_keys(path) for tail in (key, key.partition(".")[2]))
+    return any(tail.startswith(("text.", "token_embedding.")) for tail in tails)
 
 
 def identify_text(request: Request) -> str:
     """Return the digest of the weights, which are those of the text tower too."""
     return str(identify(request).get("content", ""))
+
+
+@contextlib.contextmanager
+def plain(path: Path) -> Iterator[Path]:
+    """Give a file that open_clip itself can read: the same, or a copy for the moment whose keys have no wrappers."""
+    state = read_checkpoint(path)
+    bare = stripped(state, ())
+    if bare.keys() == set(read_keys(path) if path.suffix == ".safetensors" else state):
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        save_tensors({key: value.contiguous() for key, value in bare.items()}, Path(folder) / FILES[0])
+        yield Path(folder) / FILES[0]
 
 
 @torch.inference_mode()
@@ -211,10 +255,11 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     config, tag = model_config(request), tag_config(request)
     path, _ = find(request)
     gelu = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
+    alone = not {"hf_model_name", "hf_tokenizer_name"} & set(config["text_cfg"])
     try:
-        model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu).eval()
-        open_clip.load_checkpoint(model, str(path))
-        with asked_once(not config["text_cfg"].get("hf_tokenizer_name")):
+        with asked_once(alone), plain(path) as file:
+            model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu).eval()
+            open_clip.load_checkpoint(model, str(file))
             tokens = open_clip.get_tokenizer(request.name)(list(captions))
     except Exception as error:  # text towers of other libraries need files of their own, which may be missing
         raise TaskvecError(

@@ -36,7 +36,7 @@ def locate(request: Request) -> Path | None:
     if request.name.startswith(("/", ".", "~")) or request.name.count("/") != 1:
         raise TaskvecError(f"no folder at '{folder}'", "give a folder that save_pretrained wrote, or OWNER/NAME")
     held = hub.cached(request.name, CONFIG)
-    return held.parent if held and is_whole(held.parent) else None
+    return held.parent if held and is_whole(held.parent, request.allow_pickle) else None
 
 
 def folder_of(file: Path) -> Path:
@@ -49,9 +49,9 @@ def folder_of(file: Path) -> Path:
     )
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: Path, allow_pickle: bool = True) -> bool:
     """Say whether the hub's cache holds all that a model needs: weights, and how it wants to see images."""
-    weights = weights_in(folder)
+    weights = weights_in(folder, allow_pickle)
     seen = any((folder / name).is_file() for name in processors.FILES)
     return seen and weights is not None and all(file.is_file() for file in shards(weights))
 
@@ -89,9 +89,18 @@ def obtain(request: Request) -> Path:
     return folder
 
 
-def weights_in(folder: Path) -> Path | None:
-    """Return the weights file of a folder, or the index of its parts; None where it has none."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+def weights_in(folder: Path, allow_pickle: bool = True) -> Path | None:
+    """Return the weights file of a folder, or the index of its parts; None where it has none that may be read."""
+    names = [name for name in WEIGHTS if allow_pickle or ".safetensors" in name]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def holds(files: Sequence[Path], prefix: str, config: dict[str, Any]) -> bool:
+    """Say whether weights hold tensors of a part, by their keys, or of pickles by the class that wrote them."""
+    if all(file.suffix == ".safetensors" for file in files):
+        return any(key.startswith(prefix) for file in files for key in read_keys(file))
+    names = " ".join(map(str, config.get("architectures") or ()))
+    return "CLIPModel" in names or (prefix == "visual_projection." and "WithProjection" in names)
 
 
 def shards(weights: Path) -> list[Path]:

@@ -64,14 +64,19 @@ def identify(request: Request) -> dict[str, Any]:
     """Return the digest of the weights, where they are on this machine."""
     if request.file:
         return {"content": file_digest(find_file(request.file, FILES, request.allow_pickle))}
-    held = hub.first_cached(repository(request), FILES)
+    held = hub.first_cached(repository(request), readable(request))
     return {"content": file_digest(held)} if held else {}
+
+
+def readable(request: Request) -> list[str]:
+    """Return the files of a repository that may be read, best first."""
+    return [name for name in FILES if request.allow_pickle or name.endswith(".safetensors")]
 
 
 def missing(request: Request) -> str:
     """Say what would have to be downloaded."""
     repo = "" if request.file else repository(request)
-    return f"{repo}/{FILES[0]}" if repo and hub.first_cached(repo, FILES) is None else ""
+    return f"{repo}/{FILES[0]}" if repo and hub.first_cached(repo, readable(request)) is None else ""
 
 
 def check_name(name: str) -> None:
@@ -121,20 +126,12 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
 def state_for(module: nn.Module, raw: dict[str, Tensor], name: str) -> State:
     """Translate a checkpoint for the module and leave out its classifier, or the decoder of masked pre-training."""
     tensors, unused = translate(raw, module)
-    tensors |= {key: raw[key] for key in other_patches(raw, module)}  # for the strict check
     wanted = module.state_dict().keys()
     kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS))
     if set(kept) - set(wanted):
         kept, more = separate(kept, wanted, heads_of(name, module))
         dropped = (*dropped, *more)
     return State(kept, (*unused, *(key for key in dropped if key not in unused)))
-
-
-def other_patches(raw: dict[str, Tensor], module: nn.Module) -> list[str]:
-    """Name the patch embeddings of another patch size, which timm would resample: they are of another architecture."""
-    state = module.state_dict()
-    kernels = [key for key in raw if "patch_embed" in key and key in state and state[key].ndim == raw[key].ndim == 4]
-    return [key for key in kernels if raw[key].shape != state[key].shape]
 
 
 def heads_of(name: str, module: nn.Module) -> tuple[str, ...]:
@@ -150,7 +147,7 @@ def translate(raw: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tens
     """Let timm translate a checkpoint for the module: other key styles, position embeddings of another size.
 
     Also returns the keys that went into nothing. A file of another architecture may break timm's translation: it is
-    returned as it is, for the strict check.
+    returned as it is, for the strict check, and so are kernels of another patch size, which timm would resample.
     """
     home = sys.modules[type(module).__module__]
     translator = next((getattr(home, name) for name in TRANSLATORS if hasattr(home, name)), None)
@@ -162,9 +159,18 @@ def translate(raw: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tens
             found = call(translator, leaves, module)
     except (KeyError, AttributeError, RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         return raw, ()
-    used = {id(leaf) for value in found.values() for leaf in sources(value)}
+    made_of = {key: sources(value) for key, value in found.items()}
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d) and (key := f"{name}.weight") in found:
+            found[key] = next((leaf for leaf in made_of[key] if is_other(leaf, part.kernel_size)), found[key])
+    used = {id(leaf) for leaves_of in made_of.values() for leaf in leaves_of}
     unused = tuple(key for key, leaf in leaves.items() if id(leaf) not in used and key not in found)
     return {key: value.detach() for key, value in found.items()}, unused
+
+
+def is_other(leaf: Tensor, kernel: tuple[int, ...]) -> bool:
+    """Say whether a tensor is a kernel of another size."""
+    return leaf.ndim == 4 and tuple(leaf.shape[2:]) != tuple(kernel)
 
 
 def call(translator: Callable[..., Any], state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

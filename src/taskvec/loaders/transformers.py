@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from taskvec.addresses import Checkpoint
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.loaders import processors, saved
-from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, first_line
+from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, DECODERS, first_line
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, no_projection
 from taskvec.weights import check_keys
 
@@ -128,13 +129,14 @@ def load(request: Request) -> Loaded:
     own = edge(vision_of(config, folder).get("image_size"))
     seen = processors.preprocessing(folder, kind, own)
     seen = replace(seen, size=request.size or seen.size)
-    options = options_of(request, config, vision_of(config, folder), kind, seen.size)
     files = saved.checked_files(folder, request.allow_pickle)
+    projects = TYPES[kind].feature == "clip" and saved.holds(files, "visual_projection.", config)
+    options = options_of(request, config, vision_of(config, folder), kind, seen.size, projects)
     where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
     return Loaded(
         {"family": "hf", "options": options},
         lambda _: seen,
-        lambda module: state_for(module, folder, options),
+        lambda _: state_for(folder, options),
         lambda: {"from": where, "sha256": saved.content(files)},
     )
 
@@ -156,11 +158,9 @@ def vision_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def options_of(
-    request: Request, config: dict[str, Any], vision: dict[str, Any], kind: str, size: int
+    request: Request, config: dict[str, Any], vision: dict[str, Any], kind: str, size: int, has_projection: bool
 ) -> dict[str, Any]:
     """Return what ``build`` makes the encoder from."""
-    names = " ".join(map(str, config.get("architectures") or ()))
-    has_projection = TYPES[kind].feature == "clip" and ("WithProjection" in names or "CLIPModel" in names)
     if has_projection and "projection_dim" in config:
         vision["projection_dim"] = config["projection_dim"]
     elif not has_projection:
@@ -177,14 +177,17 @@ def options_of(
     }
 
 
-def check_shape(options: dict[str, Any], shape: tuple[int, int, int], request: Request) -> None:
-    """Raise unless a folder's model has the width, depth and patch size that its address promises."""
-    made = make_config(options)
-    found = tuple(getattr(made, key, None) for key in ("hidden_size", "num_hidden_layers", "patch_size"))
-    if found != shape:
+def check_row(options: dict[str, Any], row: Checkpoint, request: Request) -> None:
+    """Raise unless a folder's model is of the kind, width, depth, patch and input size of a row of the paper."""
+    made, kinds = make_config(options), ("clip", "clip_vision_model") if row.projection else ("vit", "vit_mae")
+    sizes = [edge(getattr(made, key, None)) for key in ("hidden_size", "num_hidden_layers", "patch_size", "image_size")]
+    projected = made.projection_dim if options["has_projection"] else 0
+    wanted = row.projection if request.projection is not False else projected
+    if options["type"] not in kinds or sizes != [*row.shape, 224] or projected != wanted:
         raise TaskvecError(
-            f"'{request.address}': '{request.name}' has width, depth and patch {', '.join(map(str, found))}, "
-            f"and the paper's encoder {', '.join(map(str, shape))}",
+            f"'{request.address}': '{request.name}' is a {options['type']} of width, depth, patch and input size "
+            f"{sizes}, projected to {projected or 'nothing'}; the paper's is a {kinds[0]} of {[*row.shape, 224]}"
+            + (f", projected to {row.projection}" if row.projection else ""),
             f"give that encoder's folder, or load this one as hf:{request.name}",
         )
 
@@ -256,14 +259,14 @@ def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     return encoder
 
 
-def state_for(module: nn.Module, folder: Path, options: dict[str, Any]) -> State:
+def state_for(folder: Path, options: dict[str, Any]) -> State:
     """Let transformers read and translate the weights of a folder; what is missing or not known raises."""
     model, info = read_model(folder, options)
     allowed = (*HEADS, *TEXTS) if TYPES[options["type"]].feature == "clip" or "siglip" in options["type"] else HEADS
     unexpected = sorted(info["unexpected_keys"])
     dropped = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"]}
+    found = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"] or key.endswith(COUNTER)}
     found |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
     found |= {key: () for key in unexpected if key not in dropped}
     fix = f"give a folder whose weights are those of its {saved.CONFIG}"
@@ -273,7 +276,7 @@ def state_for(module: nn.Module, folder: Path, options: dict[str, Any]) -> State
     inner = wrap(model, options).state_dict()
     if options["has_projection"] and not options["projection"]:
         dropped.append("visual_projection.weight")
-    return State({key: inner[key] for key in module.state_dict()}, tuple(dropped))
+    return State(inner, tuple(dropped))
 
 
 def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -337,7 +340,8 @@ def has_text(request: Request) -> bool:
     if folder is None:
         return "clip" in request.name.lower()
     config = saved.read_config(folder)
-    return config.get("model_type") == "clip" and "CLIPModel" in " ".join(map(str, config.get("architectures") or ()))
+    files = saved.checked_files(folder, request.allow_pickle)
+    return config.get("model_type") == "clip" and saved.holds(files, "text_model.", config)
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -194,9 +194,9 @@ def _configured(name: str, methods: Sequence[Method], settings: dict[str, Any]) 
         except ValidationError as error:
             first = error.errors()[0]
             message = first["msg"].removeprefix("Value error, ")
-            key = ".".join(map(str, first["loc"]))
+            about = "".join(f"'{key}': " for key in (".".join(map(str, first["loc"])),) if key)
             raise TaskvecError(
-                f"{method.name}: '{key}': {message} (given: {first['input']!r})", "see docs/methods.md"
+                f"{method.name}: {about}{message} (given: {first['input']!r})", "see docs/methods.md"
             ) from None
     return tuple(stages)
 
