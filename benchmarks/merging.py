@@ -195,10 +195,11 @@ def report(name: str, costs: list[Cost], against: Cost | None = None) -> Cost:
 
 
 def agree(first: Path, second: Path) -> float:
-    """Return the largest difference of two files over the largest number."""
+    """Return the largest difference of two files over the largest number; NaN anywhere is NaN."""
     a, b = load_file(first), load_file(second)
     assert set(a) == set(b)
-    return max(float((a[name] - b[name]).abs().max() / a[name].abs().max()) for name in a)
+    found = [(a[name] - b[name]).abs().max() / a[name].abs().max().clamp(min=1e-30) for name in a]
+    return float(torch.stack(found).max())
 
 
 def compare(options: argparse.Namespace, folder: Path, places: dict[str, Path], paths: list[Path]) -> None:
@@ -219,6 +220,8 @@ def compare(options: argparse.Namespace, folder: Path, places: dict[str, Path], 
         )
         if len(list((folder / "mergekit").glob("*.safetensors"))) < 2 or name == "fusionbench":
             print(f"  largest difference to ours, relative: {agree(out, found):.1e}")
+        else:
+            print("  it wrote several shards, which are not compared with ours")
     base = report("taskvec ties", [ours(paths, out, "ties", log) for _ in range(options.repeats)])
     if "mergekit" in places:
         command = theirs("mergekit", places["mergekit"], paths, folder, "ties")

@@ -87,13 +87,14 @@ def ours(
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor], skipped: set[str]) -> float:
-    """Return the largest difference of entries over the largest entry, of the worst tensor."""
+    """Return the largest difference of entries over the largest entry, of the worst tensor; NaN anywhere is NaN."""
     assert set(one) == set(other)
-    return max(
-        float((one[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30))
+    found = [
+        (one[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-30)
         for name, value in other.items()
         if name not in skipped
-    )
+    ]
+    return float(torch.stack(found).max())
 
 
 def store(folder: Path, base: dict[str, Tensor], taus: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -24,12 +24,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_cli import loads_torch, taskvec
 from test_files import TORCH, write, write_shards
+from typer.testing import CliRunner
 
 from taskvec import merging, vectors
+from taskvec.cli import app
 from taskvec.differences import in_order, layer_of
 from taskvec.errors import TaskvecError
 from taskvec.file_commands import Merge, compare, parse_settings, parse_size
-from taskvec.files import Checkpoint
+from taskvec.files import Checkpoint, labels
 from taskvec.matching import match
 from taskvec.merging import METHODS, Method, buffers, find_recipe, register
 from taskvec.merging.parts import Masked
@@ -454,6 +456,57 @@ def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_checkpoint_given_twice_under_two_names_is_refused(tmp_path: Path) -> None:
+    base, first, second = simple(tmp_path)
+    (tmp_path / "sub").mkdir()
+    copy = tmp_path / "sub" / "model.safetensors"
+    copy.write_bytes(first.read_bytes())
+    (tmp_path / "hard.safetensors").hardlink_to(first)
+    around = tmp_path / "sub" / ".." / base.name
+    for one, other in [(tmp_path / "sub", copy), (first, tmp_path / "hard.safetensors"), (base, around)]:
+        with pytest.raises(TaskvecError, match="is given twice|is the base and a fine-tuned"):
+            Merge(base, [one, second, other], tmp_path / "o.safetensors", 1.0).run()
+
+
+def test_results_of_tasks_stay_in_their_folder(tmp_path: Path) -> None:
+    base, first, second = simple(tmp_path)
+    for name, path in {"a-b/c": first, "a/b-c": second, "z/c": first}.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(path.read_bytes())
+    (tmp_path / "z" / "c" / "deep").mkdir()
+    tuned = [tmp_path / "a-b" / "c", tmp_path / "a" / "b-c", tmp_path / "z" / "c" / "deep" / ".."]
+    Merge(base, tuned, tmp_path / "out", 1.0, "emr", keep=["t2"]).run()
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["a-b-c-2.safetensors", "a-b-c.safetensors", "z-c.safetensors"]
+    assert labels([tmp_path / "x" / ".."]) == [tmp_path.name]
+
+
+def test_odd_signs_in_names_may_be_kept(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.safetensors", {"head[0].weight": torch.zeros(2), "w": torch.zeros(2)})
+    tuned = write(tmp_path / "tuned.safetensors", {"head[0].weight": torch.zeros(3), "w": torch.ones(2)})
+    with pytest.raises(TaskvecError) as caught:
+        Merge(base, [tuned], tmp_path / "o.safetensors", 1.0).run()
+    pattern = str(caught.value).partition("--keep '")[2].partition("'")[0]
+    for number, keep in enumerate([pattern, "head[0].weight"]):
+        Merge(base, [tuned], tmp_path / f"o{number}.safetensors", 1.0, keep=[keep]).run()
+
+
+def test_patterns_of_a_comparison_may_split_tied_weights(tmp_path: Path) -> None:
+    state = {"embed.weight": torch.randn(4, 3), "norm": torch.ones(3)}
+    state["head.weight"] = state["embed.weight"].clone()
+    base = write(tmp_path / "base.safetensors", state)
+    tuned = write(tmp_path / "tuned.safetensors", {name: value + 1 for name, value in state.items()})
+    assert set(compare(base, [tuned], ["head*"]).tensors["tensor"]) == {"embed.weight", "norm"}
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
+    base, *tuned = simple(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    Merge(base, tuned, tmp_path / "link", 0.5, keep=["t2"]).run()
+    assert (tmp_path / "link").is_symlink() and any((tmp_path / "real").iterdir())
+
+
 def test_keep_does_not_split_tied_weights(tmp_path: Path) -> None:
     paths = []
     for index in range(2):
@@ -582,7 +635,7 @@ def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path: Path, mo
 
 
 PEAK = """
-import sys
+import shutil, sys
 from pathlib import Path
 from taskvec.file_commands import Merge
 def anonymous():
@@ -591,7 +644,7 @@ seen = [anonymous()]
 base, tuned, out, tasks = sys.argv[1:]
 copies = [Path(f"{tuned}.{i}.safetensors") for i in range(int(tasks))]
 for copy in copies:
-    copy.hardlink_to(tuned)
+    shutil.copyfile(tuned, copy)
 Merge(Path(base), copies, Path(out), 0.3).run(lambda number, share: seen.append(anonymous()))
 assert "torch" not in sys.modules and "pandas" not in sys.modules
 print(max(seen))
@@ -643,6 +696,30 @@ def test_differences_are_those_of_the_tensors(tmp_path: Path) -> None:
     cosines = found.cosines().set_index("layer")["cosine"]
     assert cosines[""] == pytest.approx(float(taus[0] @ taus[1] / taus[0].norm() / taus[1].norm()), abs=1e-6)
     assert cosines["blocks.10"] == 0
+
+
+def test_checkpoints_may_be_called_as_columns_are(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.safetensors", {"blocks.0.w": torch.ones(3)})
+    names = ["again", "Layer", "Checkpoint", "plain"]
+    paths = [
+        write(tmp_path / f"{name}.safetensors", {"blocks.0.w": torch.arange(3.0) * number + 1})
+        for number, name in enumerate(names, 1)
+    ]
+    done = CliRunner().invoke(app, ["diff", str(base), *map(str, paths)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    _, by_layer, cosines = done.output.split("\n\n")[:3]
+    assert all(name in by_layer for name in names)
+    assert cosines.count("1.000") == 6  # of all pairs: all lie along one direction
+
+
+def test_a_base_of_zeros_and_an_unmoved_checkpoint_are_told(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.safetensors", {"w": torch.zeros(3)})
+    tuned = write(tmp_path / "tuned.safetensors", {"w": torch.ones(3)})
+    same = write(tmp_path / "same.safetensors", {"w": torch.zeros(3)})
+    shown = CliRunner().invoke(app, ["diff", str(base), str(tuned)]).output
+    assert "nan" not in shown and "–" in shown
+    lines = Merge(base, [tuned, same], tmp_path / "out.safetensors", 1.0).run()
+    assert "same does not differ from the base: its task vector is zero" in lines
 
 
 def test_layers_are_named_and_ordered_from_input_to_output() -> None:

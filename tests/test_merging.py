@@ -215,6 +215,27 @@ def joined(found: Sequence[Tensor], tasks: int) -> Tensor:
     return torch.cat([one.reshape(tasks, -1) for one in found if one.numel()], 1)
 
 
+def test_methods_that_draw_one_after_the_other_have_numbers_of_their_own() -> None:
+    torch.manual_seed(0)
+    entries = [(Part("w", torch.zeros(200, 50), "matrix", 0.5), torch.rand(2, 200, 50) + 1)]
+    for name in (
+        "dare+della",
+        "lines+dare+della",
+    ):  # of two tasks: a tenth of each, and of that somewhat less than half
+        ((_, found),) = apply(find_recipe(name, {}), entries)
+        assert 0.06 < float((found != 0).float().mean()) < 0.11, name
+    ((_, alone),) = apply(find_recipe("dare", {}), entries)
+    ((_, again),) = apply(find_recipe("dare+ties", {"keep": 1.0}), entries)
+    assert torch.equal(alone != 0, again != 0)  # the first to draw has the numbers it had alone
+
+
+def test_a_vector_too_short_for_float32_does_not_break_wudi() -> None:
+    torch.manual_seed(0)
+    tiny = 1e-22 * torch.randn(3, 6, 5)
+    ((_, found),) = apply(find_recipe("wudi", {"steps": 3}), [(Part("w", torch.zeros(6, 5), "matrix"), tiny)])
+    assert torch.equal(found, tiny.sum(0))
+
+
 def test_needs_name_methods_that_draw_or_measure() -> None:
     for method in METHODS.values():
         assert bool(method.measure) == bool(method.needs - {"seed"}), method.name
@@ -280,6 +301,12 @@ def test_kinds_and_depths_are_told_by_names_and_shapes() -> None:
     assert kind_of("patch_embed.proj.weight", (8, 3, 4, 4)) == "matrix"
     assert kind_of("pos_embed", (1, 5, 8)) == kind_of("embeddings.position_embeddings.weight", (5, 8)) == "embedding"
     assert kind_of("mask_token", (1, 8)) == kind_of("model.embed_tokens.weight", (99, 8)) == "embedding"
+    for name in ("model.embed.weight", "emb.weight", "token_type_embeddings.weight", "query_embed.weight"):
+        assert kind_of(name, (99, 8)) == "embedding", name
+    for name in ("token_embedding.proj.weight", "blocks.0.mlp.shared.weight"):
+        assert kind_of(name, (99, 8)) == "matrix", name
+    assert kind_of("layers.0.mlp.experts.down_proj", (8, 64, 32)) == "embedding"
+    assert kind_of("layers.0.experts.3.w1.weight", (64, 32)) == "matrix"
     assert kind_of("norm.weight", (8,)) == kind_of("scale", ()) == "vector"
     for name in TABLES:
         assert kind_of(name, (99, 8)) == "embedding", name

@@ -108,3 +108,13 @@ def test_smoke_shortens_any_study() -> None:
     text = "backbones: ['lab:mae@400', {address: 'lab:mae@1', name: early}, 'lab:mae']\ntasks: ['lab:greek']"
     shortened = [(one.address, one.name) for one in parse_study(text, "s.yaml").smoke().backbones]
     assert shortened == [("lab:mae@2", "mae@400"), ("lab:mae@1", "early"), ("lab:mae", "")]
+
+
+def test_yes_and_no_are_no_numbers() -> None:
+    for key in (
+        "probe: {steps: true}",
+        "limit: true",
+        "methods: [{name: ties, config: {keep: true}}]",
+    ):
+        with pytest.raises(TaskvecError, match="true|True|bool"):
+            parse_study(f"{key}\nbackbones: ['lab:mae']\ntasks: ['lab:greek']", "s.yaml")

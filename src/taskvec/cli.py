@@ -120,26 +120,30 @@ def _show(folder: Path) -> None:
     console.print("", tables.headline(results), "", sep="\n", markup=False, highlight=False)
     found = tables.views(results)
     if len(found) > MANY:
-        _print(console, "test split, %, mean over tasks", tables.summary(results))
+        _print(console, "test split, %, mean over tasks", _without_gains(tables.summary(results)))
         return
     for view in found:
         for method in view.methods:
             what = "test split, each task's own metric, %" if view.mixed else "test accuracy, %"
-            _print(console, f"{tables.title(view, method)}: {what}", tables.task_table(view, method))
+            _print(console, f"{tables.title(view, method)}: {what}", _without_gains(tables.task_table(view, method)))
+
+
+def _without_gains(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave out gains and their intervals, which are wide and stand on the page."""
+    return frame[[name for name in frame.columns if "gain" not in name]]
 
 
 def _print(console: Console, title: str, frame: pd.DataFrame) -> None:
-    """Print a table without its intervals, which are wide and stand on the page."""
+    """Print a table."""
     from rich.table import Table
 
     from taskvec.texts import NAMES
 
     shown = Table(title=title, title_justify="left", box=None)
-    columns = [name for name in frame.columns if "gain" not in name]
-    for name in columns:
+    for name in frame.columns:
         head = name.replace("Kept heads: ", "kept\n").replace("Re-probed heads: ", "re-probed\n")
         shown.add_column(head, justify="left" if name in NAMES else "right", no_wrap=name in NAMES)
-    for row in frame[columns].itertuples(index=False):
+    for row in frame.itertuples(index=False, name=None):
         shown.add_row(*map(str, row))
     console.print(shown, "", sep="\n", markup=False)
 

@@ -55,10 +55,10 @@ class Merge:
         recipe = find_recipe(self.method, parse_settings(self.settings))
         check_possible(recipe, self.scale)
         recipe.check_tasks(len(self.tuned))
-        limit = parse_size(self.shard_size) if self.shard_size else None
-        check_different([self.base, *self.tuned])
+        limit = None if self.shard_size is None else parse_size(self.shard_size)
         with ExitStack() as stack:
             base, *tuned = open_all([self.base, *self.tuned], stack)
+            check_different([base, *tuned])
             with disk_errors(self.out):
                 target = plan_target(self.out, self.dtype, limit, [base, *tuned], recipe)
             streams = Streams(
@@ -75,14 +75,16 @@ class Merge:
             return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams, recipe), *map(str, written)]
 
 
-def check_different(paths: Sequence[Path]) -> None:
-    """Raise for a file that is given twice: its vector would count twice, or be zero and water an average down."""
-    seen: dict[Path, int] = {}
-    for number, path in enumerate(paths):
-        first = seen.setdefault(path.resolve(), number)
+def check_different(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise for files that are given twice: their vector would count twice, or be zero and water an average down."""
+    seen: dict[frozenset[tuple[int, int]], int] = {}
+    for number, one in enumerate(checkpoints):
+        first = seen.setdefault(frozenset((found.st_dev, found.st_ino) for found in map(Path.stat, one.files)), number)
         if first < number:
             told = "the base and a fine-tuned checkpoint" if first == 0 else "given twice"
-            raise TaskvecError(f"'{path}' is {told}", "name every file once; a pattern such as * may have the base too")
+            raise TaskvecError(
+                f"'{one.path}' is {told}", "name every file once; a pattern such as * may have the base too"
+            )
 
 
 def check_possible(recipe: Recipe, scale: float) -> None:
@@ -107,14 +109,14 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
             raise TaskvecError(f"--set '{text}' is {why}", "write for example --set drop=0.5")
         try:
             found[key.strip()] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[key.strip()] = value.strip()
     return found
 
 
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as 5GB, 500 MB or 2GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?)B?", text.strip().upper())
     size = int(float(found.group(1)) * UNITS.get(found.group(2), 0)) if found else 0
     if size < 1:
         raise TaskvecError(f"--shard-size '{text}' is no size", "write for example 5GB or 500MiB")
@@ -154,7 +156,7 @@ def compare(base: Path, tuned: Sequence[Path], keep: Sequence[str] = (), watch: 
     """Measure how checkpoints differ from their base; tensors of the patterns in ``keep`` are left out."""
     with ExitStack() as stack:
         first, *others = open_all([base, *tuned], stack)
-        matched: Matched = match(first, others, keep)
+        matched: Matched = match(first, others, keep, split=True)
         from taskvec.differences import measure  # pandas
 
         return measure(Streams(first, others, matched, watch=watch))
@@ -177,7 +179,7 @@ def tables(found: Differences) -> dict[str, pd.DataFrame]:
     layers = layers.loc[list(found.products), list(found.labels)].map(_share)
     shown = {
         "task vectors": summary,
-        "norm of the task vector by layer, of the base's": layers.reset_index(names="Layer"),
+        "norm of the task vector by layer, of the base's": _named("Layer", layers),
     }
     if len(found.labels) > 1:
         shown["cosines between task vectors"] = _square(found.cosines())
@@ -197,8 +199,15 @@ def _square(cosines: pd.DataFrame) -> pd.DataFrame:
     names = list(dict.fromkeys([*whole["first"], *whole["second"]]))
     texts = (whole["cosine"].round(3) + 0.0).map("{:.3f}".format)
     values = dict(zip(zip(whole["first"], whole["second"], strict=True), texts, strict=True))
-    rows = [[name, *(values.get((other, name), "") for other in names[:-1])] for name in names[1:]]
-    return pd.DataFrame(rows, columns=["Checkpoint", *names[:-1]])
+    rows = [[values.get((other, name), "") for other in names[:-1]] for name in names[1:]]
+    return _named("Checkpoint", pd.DataFrame(rows, columns=names[:-1], index=names[1:]))
+
+
+def _named(heading: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """Put the names of the rows into a first column; a checkpoint may be called as that column is."""
+    frame = frame.copy()
+    frame.insert(0, heading, frame.index, allow_duplicates=True)
+    return frame
 
 
 def write(found: Differences, out: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -60,7 +61,8 @@ class Checkpoint:
     def __init__(self, path: Path, label: str = "") -> None:
         """Open ``path``: a file, an index file, or a folder with either. Damaged or missing files raise."""
         self.path, self.label = path, label or path.name
-        self.files, self.index, self.index_name = _find(path)
+        with disk_errors(path):
+            self.files, self.index, self.index_name = _find(path)
         self.tensors: dict[str, Stored] = {}
         self.metadata: list[Metadata] = []
         self._handles: list[int] = []
@@ -188,9 +190,18 @@ def labels(paths: Iterable[Path]) -> list[str]:
     return [f"{part[-1]} ({number})" for number, part in enumerate(parts, 1)]
 
 
+def distinct(names: Iterable[str]) -> list[str]:
+    """Return names with a number behind those that came before."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        found.append(next(one for one in itertools.chain([name], numbered) if one not in found))
+    return found
+
+
 def _speaking(path: Path) -> tuple[str, ...]:
     """Return the parts of a path without its suffix; a file called model or pytorch_model says nothing."""
-    path = path.absolute()
+    path = Path(os.path.normpath(path.absolute()))
     name = path.name.removesuffix(INDEX).removesuffix(".safetensors")
     return path.parts[1:-1] if path.is_file() and name in ("model", "pytorch_model") else (*path.parts[1:-1], name)
 
@@ -219,7 +230,7 @@ def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
         names = sorted(set(index["weight_map"].values()))
         if not _texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
             raise TypeError("weight_map is to map names to files, and metadata to be a mapping")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"no index of shards ({error})") from None
     for name in names:
         if Path(name).name != name or not (path.parent / name).is_file():
@@ -244,7 +255,7 @@ def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, S
         if not _texts({} if metadata is None else metadata):
             raise TypeError("__metadata__ is no mapping of texts")
         tensors = {name: _stored(info, number, 8 + length) for name, info in header.items()}
-        "".join(tensors).encode()
+        "".join([*tensors, *(text for pair in (metadata or {}).items() for text in pair)]).encode()
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(path, f"its header is wrong ({error})") from None
     end = 8 + length

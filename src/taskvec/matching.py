@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,13 @@ class Matched:
         return self.kept + self.integers
 
 
-def match(base: Checkpoint, tuned: Sequence[Checkpoint], keep: Sequence[str] = ()) -> Matched:
+def match(base: Checkpoint, tuned: Sequence[Checkpoint], keep: Sequence[str] = (), split: bool = False) -> Matched:
     """Decide for every tensor, or raise and name file and tensors that do not fit, with what would mend it.
 
     Names that match a pattern of ``keep`` (``head.*``) are the base's own in the result, whatever others hold there.
     Tied weights may be stored once or twice. Integers that differ are refused unless they are mere counters (fewer
-    than two dimensions), and so are types that cannot be computed with.
+    than two dimensions), and so are types that cannot be computed with. Where nothing is written patterns may ``split``
+    tied weights.
     """
     _check_patterns(keep, [base, *tuned])
     kept = [name for name in base.tensors if _any(name, keep)]
@@ -62,20 +64,21 @@ def match(base: Checkpoint, tuned: Sequence[Checkpoint], keep: Sequence[str] = (
         raise TaskvecError(
             f"'{base.path}' has no floating-point tensor to merge", "is it quantised, or does --keep match everything?"
         )
-    _refuse_split(base, tuned, kept, floats)
+    if not split:
+        _refuse_split(base, tuned, kept, floats)
     tied = _ties(base, tuned, floats, sources)
     merged = tuple(name for name in floats if name not in tied)
     return Matched(merged, tuple(kept), tuple(integers), sources, aside, tied)
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_patterns(keep: Sequence[str], checkpoints: Sequence[Checkpoint]) -> None:
     names = dict.fromkeys(name for one in checkpoints for name in one.tensors)
     for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_any(name, [pattern]) for name in names):
             raise TaskvecError(f"no tensor is called '{pattern}'", did_you_mean(pattern, names))
 
 
@@ -208,7 +211,11 @@ def patterns(names: Sequence[str]) -> list[str]:
     modules: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         modules.setdefault(name.rpartition(".")[0], []).append(name)
-    found = [f"{module}.*" if module and len(held) > 1 else name for module, held in modules.items() for name in held]
+    found = [
+        f"{escape(module)}.*" if module and len(held) > 1 else escape(name)
+        for module, held in modules.items()
+        for name in held
+    ]
     return list(dict.fromkeys(found))[:SHOWN]
 
 

@@ -192,7 +192,7 @@ def workspace(path: Path) -> Iterator[Path]:
 
     Folders that killed processes of this host have left beside ``path`` are removed as well.
     """
-    start = f".{path.name.encode()[:100].decode(errors='ignore')}.{socket.gethostname()}-"
+    start = f".{os.fsencode(path.name)[:100].decode(errors='ignore')}.{socket.gethostname()}-"
     temporary = path.with_name(f"{start}{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
     with disk_errors(path.parent):
         for left in path.parent.glob(f"{glob.escape(start)}*-*.tmp"):

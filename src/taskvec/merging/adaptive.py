@@ -40,7 +40,7 @@ class Adamerging(Settings):
     """One coefficient a tensor and task, or one a task; where it starts; steps, batches and learning rate of Adam."""
 
     level: Literal["layer", "task"] = "layer"
-    start: FiniteFloat = 0.3
+    start: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.3
     steps: Count = 500
     batch_size: Count = 16
     learning_rate: Rate = 1e-3

@@ -26,11 +26,15 @@ Kind = Literal["matrix", "embedding", "vector"]
 """What an entry is: a linear map (linear layer, convolution), a table of vectors, or anything of fewer dimensions."""
 TABLES = re.compile(
     r"pos(ition(al)?)?_?embed|(cls|reg|class|mask|register|dist)_?tokens?|class_embedding|text_projection"
-    r"|embeddings\.(word|position|token)|word_embedding|embed_(tokens|positions|in)\b|tok(en)?_?embed|(^|\.)w[tp]e\."
-    r"|(^|\.)(shared|embeddings?)\.weight|bias_table|attention_bias(es)?\b|rel_pos_([hw]|bias|emb)"
+    r"|embeddings\.(word|position|token)|word_embedding|embed_(tokens|positions|in)\b|(^|\.)w[tp]e\."
+    r"|(tok(en)?|token_type|query|rel|relative)_?embed(?!.*\bproj)|(^|\.)emb(ed|edding|eddings)?\.weight"
+    r"|(^|(^|\.)(model|encoder|decoder|transformer)\.)shared\.weight|bias_table|attention_bias(es)?\b"
+    r"|rel_pos_([hw]|bias|emb)"
 )
 """Names of entries with two or more dimensions that are no linear maps (a row stands for a position or a token), and of
 CLIP's text projection, which the authors of the spectral methods leave out too."""
+EXPERTS = re.compile(r"(^|[._])experts?[._]")
+"""Names of what a mixture has for each expert, in a stack if it has three dimensions."""
 NUMBERED = re.compile(r"(?:^|\.)((?:\d+\.)+)")
 """Numbered modules, one inside another (torchvision's features.3.0)."""
 LAYERS = re.compile(r"(?:^|[._])(?:res)?(?:blocks?|layers?|stages?|levels?|h)[._]?(\d+)(?=\.)")
@@ -43,7 +47,8 @@ class Part:
 
     ``base`` is the pre-trained tensor in float32; ``depth`` is l / (L - 1) for layer l of L, 0 outside of the layers,
     None where no name tells a layer; ``start`` is the position of a slice in its entry. ``whole`` is what the method's
-    survey found over all entries, ``statistics`` what was measured on data for this entry, tasks first.
+    survey found over all entries, ``statistics`` what was measured on data for this entry, tasks first, ``drawn`` how
+    many methods before this one of the recipe have drawn numbers.
     """
 
     name: str
@@ -54,16 +59,19 @@ class Part:
     start: int = 0
     whole: Any = None
     statistics: Tensor | None = None
+    drawn: int = 0
 
     def uniform(self, task: int) -> Float32[Tensor, " *shape"]:
-        """Return numbers in [0, 1) of 24 bits each, drawn from the seed, the entry's name and the task's place alone.
+        """Return numbers in [0, 1) of 24 bits each, drawn from the seed, the entry's name and the task's place.
 
-        A counter (Philox) gives them, so that neither the order of entries, nor slices, nor the device matter.
+        Methods that draw one after the other have numbers of their own. A counter (Philox) gives them, so that neither
+        the order of entries, nor slices, nor the device matter.
         """
         import numpy as np
         import torch
 
-        key = hashlib.sha256(f"{self.seed}\n{self.name}\n{task}".encode()).digest()[:16]
+        after = f"\n{self.drawn}" if self.drawn else ""
+        key = hashlib.sha256(f"{self.seed}\n{self.name}\n{task}{after}".encode()).digest()[:16]
         source = np.random.Philox(key=int.from_bytes(key, "little"))
         source.advance(self.start // 4)
         skip = self.start % 4
@@ -103,12 +111,14 @@ class Data:
 def kind_of(name: str, shape: Sequence[int]) -> Kind:
     """Say what an entry is, by its name and shape alone, so that a study and a file agree.
 
-    A matrix has two dimensions or more, its first and the product of its others both above 1, and no table's name.
+    A matrix has two dimensions or more, its first and the product of its others both above 1, and no table's name. The
+    stacked maps of several experts are no single one.
     """
     if len(shape) < 2:
         return "vector"
     rows, columns = shape[0], math.prod(shape[1:])
-    return "matrix" if min(rows, columns) > 1 and not TABLES.search(name) else "embedding"
+    table = TABLES.search(name) or (len(shape) == 3 and EXPERTS.search(name))
+    return "matrix" if min(rows, columns) > 1 and not table else "embedding"
 
 
 def depths(names: Iterable[str]) -> dict[str, float | None]:

@@ -209,11 +209,12 @@ class Applied:
     config: Settings
     entries: Entries
     whole: Any
+    drawn: int = 0
 
     def __iter__(self) -> Iterator[tuple[Part, Any]]:
         """Yield every entry after the method, anew each time."""
         for part, vectors in self.entries:
-            found = self.method.function(vectors, replace(part, whole=self.whole), self.config)
+            found = self.method.function(vectors, replace(part, whole=self.whole, drawn=self.drawn), self.config)
             del vectors  # while the next entry is read, this one is not kept
             yield part, found
             del part, found
@@ -226,6 +227,8 @@ def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Mas
     memory but one entry of all tasks.
     """
     stage: Any = entries
+    drawn = 0
     for method, config in recipe.stages:
-        stage = Applied(method, config, stage, method.survey(stage, config) if method.survey else None)
+        stage = Applied(method, config, stage, method.survey(stage, config) if method.survey else None, drawn)
+        drawn += "seed" in method.needs
     yield from stage

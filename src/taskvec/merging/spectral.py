@@ -146,6 +146,10 @@ def outside_right(vector: Float32[Tensor, "rows columns"], common: Directions) -
     return Columns(read, len(vector), vector.shape[1], float(vector.norm()))
 
 
+LEAST = 1e-18
+"""Length from which on float32 holds 1 / norm^2; a shorter vector does not count as moving."""
+
+
 @on_matrices
 def wudi(vectors: Float32[Tensor, "tasks rows columns"], config: Wudi) -> Float32[Tensor, "rows columns"]:
     """Minimise sum_t norm((tau - tau_t) tau_t^T)^2 / norm(tau_t)^2 by Adam from sum_t tau_t (arXiv 2503.08099).
@@ -154,7 +158,7 @@ def wudi(vectors: Float32[Tensor, "tasks rows columns"], config: Wudi) -> Float3
     that rows are moved in blocks. One task that moves is its own minimum.
     """
     merged = total(vectors).clone()
-    scaled = [(vector, 2 / float(norm) ** 2) for vector in vectors if (norm := vector.norm()) > 0]
+    scaled = [(vector, 2 / float(norm) ** 2) for vector in vectors if (norm := vector.norm()) > LEAST]
     if len(scaled) < 2:
         return merged
     pull = _pull(scaled)

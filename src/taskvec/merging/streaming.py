@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from jaxtyping import Bool, Float, Float32
 from numpy import ndarray
 
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.files import FLOATS, INDEX, PICKLES, Checkpoint
+from taskvec.files import FLOATS, INDEX, PICKLES, Checkpoint, distinct
 from taskvec.matching import Matched
 from taskvec.merging import Recipe, apply
 from taskvec.merging.parts import Kind, Masked, Part, describe
@@ -108,7 +110,8 @@ class Streams:
 
     def _infinite(self, name: str, start: int, stop: int) -> TaskvecError:
         """Say which file holds what is not finite."""
-        fix = f"give a checkpoint whose training did not diverge; if it is a mask, --keep '{name}' carries the base's"
+        fix = "give a checkpoint whose training did not diverge; if it is a mask, "
+        fix += f"--keep '{escape(name)}' carries the base's"
         names = [name, *(source[name] for source in self.matched.sources)]
         for one, source in zip([self.base, *self.tuned], names, strict=True):
             if not peak(one.read(source, start, stop)) < np.inf:
@@ -139,7 +142,10 @@ def plan_target(
     """Check where a result is to go, before tensors are read: nothing is overwritten."""
     if dtype is not None and dtype not in DTYPES:
         raise TaskvecError(f"unknown type '{dtype}'", did_you_mean(dtype, DTYPES))
-    target = Target(out if out.name not in ("", "..") else out.resolve(), DTYPES[dtype] if dtype else None, limit)
+    out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
+    target = Target(out, DTYPES[dtype] if dtype else None, limit)
+    if os.path.ismount(out):
+        raise TaskvecError(f"'{out}' is a mounted disk, which cannot be replaced", "give a folder in it")
     if out.suffix in PICKLES:
         raise TaskvecError(f"'{out}' would be a pickle", "call it .safetensors, or give a folder")
     if target.single and (limit is not None or recipe.per_task):
@@ -184,7 +190,7 @@ def lay_out(recipe: Recipe, streams: Streams, target: Target) -> list[list[Shard
     if target.single:
         return [shards(base, target.dtype, one=target.out.name)]
     several = base.sharded or target.limit is not None
-    names = [one.label.replace("/", "-") for one in streams.tuned] if recipe.per_task else [""]
+    names = distinct(one.label.replace("/", "-") for one in streams.tuned) if recipe.per_task else [""]
     if several:
         layout = shards(base, target.dtype, target.limit)
         return [[replace(shard, name=str(Path(name, shard.name))) for shard in layout] for name in names]
@@ -219,9 +225,9 @@ def _move(
             moved = direction[start:stop].astype(wide.dtype) * scale
             still = moved == 0
             moved += wide
-        np.copyto(moved, wide, where=still)  # -0.0 + 0.0 would be 0.0
         if part.name.endswith("running_var"):
             np.maximum(moved, 0, out=moved)
+        np.copyto(moved, wide, where=still)  # -0.0 + 0.0 would be 0.0
         _check_fit(part.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
         for name in streams.names_of(part.name):
             _store(writer, name, place, moved, dtype or stored.dtype)
