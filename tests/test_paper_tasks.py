@@ -35,9 +35,10 @@ from taskvec.decoded import open_item
 from taskvec.errors import TaskvecError
 from taskvec.hub import read_splits
 from taskvec.images import Preprocessing, resize_and_crop
-from taskvec.layouts import FIXTURE, check_classes, check_sizes, list_paper, list_torchvision
+from taskvec.layouts import FIXTURE, check_classes, check_sizes, list_paper
 from taskvec.listing import Listing, split_classes, validation_indices
 from taskvec.network import answers
+from taskvec.torch_sets import list_torchvision
 
 CASES = [(task, layout) for task, layouts in VARIANTS.items() for layout in layouts]
 

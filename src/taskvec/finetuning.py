@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from taskvec import adapters, batch_norm
 from taskvec.backbones import Backbone, encode
@@ -227,7 +228,7 @@ def schedule_of(settings: Finetune) -> Schedule:
 
 def check_batch(module: torch.nn.Module, images: int) -> None:
     """Raise when batch norm would see a single image at a time."""
-    if images < 2 and any(layer.training for layer in batch_norm.layers(module)):
+    if images < 2 and any(isinstance(part, _BatchNorm) and part.training for part in module.modules()):
         raise TaskvecError(f"batch norm cannot train on batches of {images}", "raise finetune.batch_size to 2 or more")
 
 

@@ -47,30 +47,25 @@ def has(root: Path, name: str) -> bool:
 
 
 def is_flat(root: Path) -> bool:
-    """Say whether a folder holds class folders and no splits."""
-    return not any(has(root, name) for name in SPLIT_NAMES) and len(class_folders(root)) > 1
+    """Say whether a folder holds class folders and no splits, of whatever names."""
+    if any(has(root, name) for name in SPLIT_NAMES):
+        return False
+    folders = class_folders(root)
+    return len(folders) > 1 and not are_splits(folders)
 
 
 def class_folders(root: Path) -> list[Path]:
     """Return the folders in a folder that hold images and no splits of their own."""
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not hidden(p.name))
-    found = [p for p in folders if not any(has(p, name) for name in ("train", "test")) and holds_image(p)]
-    check_splits(root, found)
-    return found
+    return [p for p in folders if not any(has(p, name) for name in ("train", "test")) and holds_image(p)]
 
 
-def check_splits(root: Path, folders: list[Path]) -> None:
-    """Raise where class folders look like splits of other names: all have the same folders in them, and no image."""
+def are_splits(folders: list[Path]) -> bool:
+    """Say whether folders look like splits: no image lies in them, but folders of one name, or they are called so."""
+    if len(folders) < 2 or any(p.suffix.lower() in SUFFIXES for folder in folders for p in folder.iterdir()):
+        return False
     below = [{p.name for p in folder.iterdir() if p.is_dir() and not hidden(p.name)} for folder in folders]
-    bare = not any(p.suffix.lower() in SUFFIXES for folder in folders for p in folder.iterdir())
-    shared = set.intersection(*below) if len(folders) > 1 else set()
-    named = [folder.name for folder in folders if re.search(r"train|test|val", folder.name.lower())]
-    if bare and (shared or (len(folders) > 1 and len(named) == len(folders))):
-        what = f", which all hold '{min(shared)}'" if shared else ""
-        raise TaskvecError(
-            f"'{root}' holds the folders {', '.join(f.name for f in folders[:4])}{what}: are they splits, not classes?",
-            LAYOUT,
-        )
+    return bool(set.intersection(*below)) or all(re.search("train|test|val", f.name.lower()) for f in folders)
 
 
 def holds_image(folder: Path) -> bool:
@@ -113,6 +108,12 @@ def check_root(root: Path) -> None:
             )
     if is_flat(root):
         return
+    folders = [] if any(has(root, name) for name in SPLIT_NAMES) else class_folders(root)
+    if are_splits(folders):
+        raise TaskvecError(
+            f"'{root}' holds the folders {', '.join(f.name for f in folders[:4])}: are they splits, not classes?",
+            LAYOUT,
+        )
     held = sorted(p.name for p in root.iterdir())
     for name in ("train", "test"):
         if not (root / name).is_dir():

@@ -171,3 +171,12 @@ def check_trained(listing: Listing, source: str) -> None:
             + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
             "add some, or remove the class",
         )
+
+
+def check_files(listing: Listing) -> None:
+    """Raise if files that a list names are not there."""
+    paths = [item for items in listing.items.values() if isinstance(items, list) for item in items]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        more = f" (and {len(missing) - 1} more of {len(paths)})" if missing[1:] else ""
+        raise TaskvecError(f"image '{missing[0]}' is listed and not there{more}", "is the download whole?")

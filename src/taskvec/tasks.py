@@ -32,9 +32,10 @@ from taskvec.folders import list_folder
 from taskvec.hub import describe_hub, folder_of, list_hub
 from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION, KINDS
-from taskvec.layouts import list_own, list_paper
+from taskvec.layouts import list_paper
 from taskvec.listing import SPLITS, Items, Labels, Listing, pick, split_validation, warned
 from taskvec.store import NOTES, fingerprint, read_json, write_json
+from taskvec.torch_sets import list_own
 from taskvec.training import Progress, no_progress
 
 LAB_COUNTS = {"train": 4000, "test": 1000}

@@ -103,11 +103,18 @@ def configured(config: Path | None) -> dict[str, Any]:
     try:
         about = read_json(config)
         model, seen = dict(about["model_cfg"]), dict(about["preprocess_cfg"])
-        size = int(seen.get("size") or model["vision_cfg"]["image_size"])
+        size = seen.get("size") or dict(model.get("vision_cfg") or {}).get("image_size")
+        sides = {int(side) for side in (size if isinstance(size, list) else [size] if size else [])}
     except (KeyError, TypeError, ValueError):
-        raise TaskvecError(f"'{config}' has no model_cfg and preprocess_cfg with an image size", fix) from None
+        raise TaskvecError(f"'{config}' has no model_cfg and preprocess_cfg", fix) from None
+    if len(sides) > 1:
+        raise TaskvecError(f"'{config}': images of {size} px are not square", fix)
     check_seen(seen, str(config), fix)
-    return seen | {"image_size": size} | {key: model[key] for key in ("quick_gelu",) if key in model}
+    return (
+        seen
+        | dict.fromkeys(("image_size",) if sides else (), *sides)
+        | {key: model[key] for key in ("quick_gelu",) if key in model}
+    )
 
 
 def check_seen(seen: dict[str, Any], source: str, fix: str) -> None:
