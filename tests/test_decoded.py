@@ -28,6 +28,7 @@ from taskvec.decoded import Whole, check_room, write_whole
 from taskvec.errors import TaskvecError
 from taskvec.executors import Inline
 from taskvec.finetuning import cropped_batches, finetune, training_batches
+from taskvec.folders import is_flat
 from taskvec.heads import random_head
 from taskvec.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
 from taskvec.plan import plan
@@ -319,6 +320,14 @@ def test_splits_of_other_names_are_not_taken_for_classes(tmp_path: Path, folders
             write_images(tmp_path / folder / name, 3)
     with pytest.raises(TaskvecError, match="are they splits, not classes"):
         tasks.list_task(f"folder:{tmp_path}")
+
+
+def test_a_folder_of_splits_is_no_flat_tree(tmp_path: Path) -> None:
+    for folder in ("2750", "allBands"):
+        for name in ("Forest", "River"):
+            write_images(tmp_path / folder / name, 1)
+    assert not is_flat(tmp_path)  # so that a layout inside it is looked for
+    assert is_flat(tmp_path / "2750")
 
 
 def test_what_a_mac_leaves_in_archives_is_left_out(tmp_path: Path) -> None:

@@ -130,8 +130,14 @@ def test_the_configuration_beside_a_file_counts(tiny: tuple[Path, Any], tmp_path
         (tmp_path / "open_clip_config.json").write_text(json.dumps(odd))
         with pytest.raises(TaskvecError, match=message):
             load_backbone(f"open_clip:ViT-Tiny@{path}")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": seen | {"size": 64}}))
-    assert load_backbone(f"open_clip:ViT-Tiny@{path}").preprocessing.size == 64
+    sizes: list[tuple[Any, int]] = [(64, 64), ([64, 64], 64), (None, 32)]
+    for size, wanted in sizes:
+        told = {"model_cfg": {}, "preprocess_cfg": seen | {"size": size}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
+        assert load_backbone(f"open_clip:ViT-Tiny@{path}").preprocessing.size == wanted
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told | {"preprocess_cfg": {"size": [64, 32]}}))
+    with pytest.raises(TaskvecError, match="are not square"):
+        load_backbone(f"open_clip:ViT-Tiny@{path}")
 
 
 def test_a_file_of_a_published_model_sees_images_as_its_weights_do() -> None:

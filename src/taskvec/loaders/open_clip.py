@@ -110,11 +110,8 @@ def configured(config: Path | None) -> dict[str, Any]:
     if len(sides) > 1:
         raise TaskvecError(f"'{config}': images of {size} px are not square", fix)
     check_seen(seen, str(config), fix)
-    return (
-        seen
-        | dict.fromkeys(("image_size",) if sides else (), *sides)
-        | {key: model[key] for key in ("quick_gelu",) if key in model}
-    )
+    told = {"image_size": max(sides, default=None), "quick_gelu": model.get("quick_gelu")}
+    return seen | {key: value for key, value in told.items() if value is not None}
 
 
 def check_seen(seen: dict[str, Any], source: str, fix: str) -> None:
