@@ -163,6 +163,20 @@ def test_files_and_buffers_agree(name: str, shape_list: list[tuple[int, ...]], t
         torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
 
 
+def test_several_threads_say_what_one_would(tmp_path: Path) -> None:
+    """Slices are merged in any order; of two diverged tensors it is the first that the message names, every time."""
+    base = {f"blocks.{i}.weight": torch.zeros(64) for i in range(20)}
+    tuned = {name: torch.ones(64) for name in base}
+    for name in ("blocks.6.weight", "blocks.19.weight"):
+        tuned[name] = torch.full((64,), torch.nan)
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(TaskvecError, match=r"'blocks\.19\.weight' holds NaN"):
+            merged(folder, base, [tuned], 1.0, 5)
+        assert not (folder / "out.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.measure])
 @pytest.mark.parametrize("stored", ["twice", "once", "mixed"])
 def test_tied_weights_stay_tied_and_are_merged_as_in_memory(tmp_path: Path, name: str, stored: str) -> None:

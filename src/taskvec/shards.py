@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -125,13 +126,14 @@ def _groups(sized: Mapping[str, tuple[str, Shape, int]], limit: int) -> list[dic
 
 
 class Writer:
-    """Files of a model under way in a folder; tensors are written in pieces, in any order."""
+    """Files of a model under way in a folder; tensors are written in pieces, in any order and by any thread."""
 
     def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
         """Write the headers of ``shards`` into ``folder``."""
         self.places: dict[str, tuple[int, int]] = {}
         self._handles: list[int] = []
         self._left = 0
+        self._counting = threading.Lock()
         try:
             for shard in shards:
                 self._begin(folder / shard.name, shard)
@@ -155,7 +157,8 @@ class Writer:
         """Write bytes of a tensor from its byte ``start`` on."""
         handle, place = self.places[name]
         _write(handle, memoryview(data), place + start)
-        self._left -= len(data)
+        with self._counting:
+            self._left -= len(data)
 
     def finish(self) -> None:
         """Close the files; every byte has been written, or it is an error of the program."""

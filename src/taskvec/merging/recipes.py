@@ -202,22 +202,42 @@ def _configured(name: str, methods: Sequence[Method], settings: dict[str, Any]) 
 
 
 @dataclass(frozen=True)
-class Applied:
-    """Entries after one method; it can be iterated over as often as what it reads."""
+class Stage:
+    """A method of a recipe with its hyperparameters, what its survey found, and how many methods drew before it."""
 
     method: Method
     config: Settings
-    entries: Entries
     whole: Any
-    drawn: int = 0
+    drawn: int
+
+    def __call__(self, part: Part, vectors: Any) -> Any:
+        """Return what the method makes of an entry."""
+        return self.method.function(vectors, replace(part, whole=self.whole, drawn=self.drawn), self.config)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Entries after some stages; it can be iterated over as often as what it reads."""
+
+    entries: Entries
+    stages: Sequence[Stage]
 
     def __iter__(self) -> Iterator[tuple[Part, Any]]:
-        """Yield every entry after the method, anew each time."""
-        for part, vectors in self.entries:
-            found = self.method.function(vectors, replace(part, whole=self.whole, drawn=self.drawn), self.config)
-            del vectors  # while the next entry is read, this one is not kept
+        """Yield every entry after the stages, anew each time."""
+        for part, found in self.entries:
+            for stage in self.stages:
+                found = stage(part, found)  # what went in is not kept
             yield part, found
-            del part, found
+            del part, found  # nor is this while the next entry is read
+
+
+def prepare(recipe: Recipe, entries: Entries) -> tuple[Stage, ...]:
+    """Return a recipe's stages, after their surveys of all entries, which are finite."""
+    ready: tuple[Stage, ...] = ()
+    for method, config in recipe.stages:
+        whole = method.survey(Applied(entries, ready), config) if method.survey else None
+        ready += (Stage(method, config, whole, sum("seed" in stage.method.needs for stage in ready)),)
+    return ready
 
 
 def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Masked]]:
@@ -226,9 +246,4 @@ def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Mas
     ``entries`` are finite; they are iterated over once, and once more for every pass of a survey. Nothing is kept in
     memory but one entry of all tasks.
     """
-    stage: Any = entries
-    drawn = 0
-    for method, config in recipe.stages:
-        stage = Applied(method, config, stage, method.survey(stage, config) if method.survey else None, drawn)
-        drawn += "seed" in method.needs
-    yield from stage
+    yield from Applied(entries, prepare(recipe, entries))

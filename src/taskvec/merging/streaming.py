@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,17 +21,22 @@ from numpy import ndarray
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.files import FLOATS, INDEX, PICKLES, Checkpoint, distinct
 from taskvec.matching import Matched
-from taskvec.merging import Recipe, apply
+from taskvec.merging import Recipe
 from taskvec.merging.parts import Kind, Masked, Part, describe
+from taskvec.merging.recipes import prepare
 from taskvec.shards import LARGEST, Shard, Writer, check_space, narrow, peak, shards, workspace
 from taskvec.store import write_json
 
-SLICE = 1 << 19
-"""Elements of all task vectors together that are in memory at once, for elementwise recipes."""
+SLICE = 1 << 20
+"""Elements of all task vectors together in a slice, for elementwise recipes."""
+THREADS = min(4, os.cpu_count() or 1)
+"""How many slices are merged at a time."""
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 BESIDE = (".json", ".txt", ".model", ".jinja")
 """What is copied with a folder: configuration and tokenizers."""
 
+Place = tuple[str, int, int]
+"""What is read at once: an entry, its first element and the one after its last."""
 Watch = Callable[[int, float], None]
 """Is told the pass over the files (from 1) and the share of it that is done."""
 
@@ -71,7 +78,19 @@ class Streams:
         return [name, *(twin for twin, first in self.matched.tied.items() if first == name)]
 
     def __iter__(self) -> Iterator[tuple[Part, Any]]:
-        """Yield parts and their vectors in float32, "tasks *shape" or "tasks slice"; NaN and infinity raise."""
+        """Yield parts and their vectors in order, as ``read`` gives them."""
+        return map(self.read, self.places())
+
+    def each(self, work: Callable[[Place], None]) -> None:
+        """Work on all entries in order, or on all their slices by several threads."""
+        if self.whole:
+            for place in self.places():
+                work(place)
+        else:
+            in_threads(work, self.places())
+
+    def places(self) -> Iterator[Place]:
+        """Yield what there is to read; this counts as a pass, and a place as done when the next is asked for."""
         self.passes += 1
         sizes = {name: self.base.tensors[name].size for name in self.matched.merged}
         total, done = max(1, sum(sizes.values())), 0
@@ -79,21 +98,23 @@ class Streams:
             step = size if self.whole else max(1, self.slice // len(self.tuned))
             for start in range(0, size, max(1, step)):
                 stop = min(size, start + step)
-                yield self._part(name, start, stop)
+                yield name, start, stop
                 done += stop - start
                 self.watch(self.passes, done / total)
 
-    def _part(self, name: str, start: int, stop: int) -> tuple[Part, Any]:
+    def read(self, place: Place) -> tuple[Part, Any]:
+        """Return a part and its vectors in float32, "tasks *shape" or "tasks slice"; NaN and infinity raise."""
+        name, start, stop = place
         wide = self.base.read(name, start, stop)
         found = np.empty((len(self.tuned), stop - start), np.float32)
-        with np.errstate(all="ignore"):  # what is not finite is found below
+        with np.errstate(all="ignore"):
             for one, names, row in zip(self.tuned, self.matched.sources, found, strict=True):
                 np.subtract(one.read(names[name], start, stop, row), wide, out=row, casting="same_kind")
+                if not peak(row) < np.inf:
+                    raise self._infinite(name, start, stop)
             base = wide.astype(np.float32, copy=False)
-        if not peak(found) < np.inf:
-            raise self._infinite(name, start, stop)
         if not self.moved.all():
-            self.moved |= found.any(axis=1)
+            self.moved[found.any(axis=1)] = True
         kind, depth = self.kinds[name]
         if self.whole:
             shape = self.base.tensors[name].shape
@@ -117,6 +138,22 @@ class Streams:
             if not peak(one.read(source, start, stop)) < np.inf:
                 return TaskvecError(f"'{one.path}': tensor '{source}' holds NaN or infinity", fix)
         return TaskvecError(f"tensor '{name}' differs from the base's by more than float32 holds", fix)
+
+
+def in_threads(work: Callable[[Place], None], places: Iterable[Place]) -> None:
+    """Work on places by several threads, and raise the first error in the places' order."""
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for place in places:
+                waiting.append(pool.submit(work, place))
+                if len(waiting) > 2 * THREADS:
+                    waiting.popleft().result()
+            while waiting:
+                waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 # ---------------------------------------------------------------- results
@@ -166,17 +203,24 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
     otherwise. The results appear whole or not at all.
     """
     recipe.check_tasks(len(streams.tuned))
+    np.empty(4 * SLICE * 4, np.uint8)  # freed at once: glibc keeps smaller blocks from now on, which saves page faults
     layouts = lay_out(recipe, streams, target)
     check_space(target.out, sum(shard.length for layout in layouts for shard in layout))
     with workspace(target.out) as folder, ExitStack() as stack:
         writers = [stack.enter_context(closing(Writer(folder, layout))) for layout in layouts]
         for writer in writers:
             _carry(streams, writer, target.dtype)
-        for part, found in apply(recipe, streams):
+        stages = prepare(recipe, streams)
+
+        def merge(place: Place) -> None:
+            part, found = streams.read(place)
+            for stage in stages:
+                found = stage(part, found)
             for task, writer in enumerate(writers):
                 result = found.of(task) if isinstance(found, Masked) else found
                 _move(streams, writer, part, np.asarray(result).reshape(-1), scale, target.dtype)
-            del part, found, result  # while the next entry is read, this one is not kept
+
+        streams.each(merge)
         for writer in writers:
             writer.finish()
         for layout in layouts:
