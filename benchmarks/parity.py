@@ -30,7 +30,7 @@ from taskvec.merging.parts import Masked, Part, describe
 PEERS = {
     "fusion": (
         "fusion-bench",
-        "ties dare magmax consensus emr tsv_m iso_c iso_cts wudi fisher regmean",
+        "average ties dare magmax consensus tall_masks emr tsv_m iso_c iso_cts wudi fisher regmean",
     ),
     "mergekit": ("mergekit", "breadcrumbs della slerp"),
     "peft": ("peft", "task_arithmetic ties dare"),

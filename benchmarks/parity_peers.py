@@ -56,6 +56,21 @@ def fusion_magmax(taus: list[State], more: State) -> State:
     return dict(_magmax_select(taus))
 
 
+def fusion_average(taus: list[State], more: State) -> State:
+    from fusion_bench.method.simple_average import simple_average
+
+    return dict(simple_average(taus))
+
+
+def fusion_tall_masks(taus: list[State], more: State) -> State:
+    """The sum of the vectors under the first task's mask."""
+    from fusion_bench.method.tall_mask.utils import generate_task_masks
+
+    rows = flat(taus)
+    masks = generate_task_masks(rows, rows, torch.zeros_like(rows[0]), tall_mask_lambda=0.4)
+    return unflat(rows.sum(0) * masks[0], taus[0])
+
+
 def fusion_consensus(taus: list[State], more: State) -> State:
     from fusion_bench.method.tall_mask.utils import generate_task_masks
 

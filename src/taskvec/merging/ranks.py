@@ -31,15 +31,24 @@ def order_statistics(
     wanted = np.tile(np.array(ranks(int(upper[0].sum())), np.int64), (len(upper), 1))
     if not upper.any():
         return np.zeros(wanted.shape, np.float32)
-    ends = upper.cumsum(1)
-    bucket = np.stack([end.searchsorted(want, side="right") for end, want in zip(ends, wanted, strict=True)])
-    before = np.take_along_axis(ends - upper, bucket, 1)
+    found = [_bucket(counts, want) for counts, want in zip(upper, wanted, strict=True)]
+    bucket, before = (np.stack(each) for each in zip(*found, strict=True))
+    del upper
     lower = _tally_lower(slices, bucket)
     rest = [
-        [end.searchsorted(want, side="right") for end, want in zip(row.cumsum(1), left, strict=True)]
+        [counts.cumsum().searchsorted(one, side="right") for counts, one in zip(row, left, strict=True)]
         for row, left in zip(lower, wanted - before, strict=True)
     ]
     return _numbers((bucket << BITS) + np.array(rest, np.int64))
+
+
+def _bucket(
+    counts: Int64[ndarray, " bins"], ranks: Int64[ndarray, " ranks"]
+) -> tuple[Int64[ndarray, " ranks"], Int64[ndarray, " ranks"]]:
+    """Return the bins that ranks fall into, and how many numbers are in those before."""
+    ends = counts.cumsum()
+    found = ends.searchsorted(ranks, side="right")
+    return found, ends[found] - counts[found]
 
 
 def _tally_upper(slices: Iterable[Any]) -> Int64[ndarray, "rows bins"]:

@@ -43,7 +43,8 @@ class Method:
     ``function(vectors, part, config)`` is called for one entry at a time with " tasks *shape" in float32. It returns
     " tasks *shape" for a transform, "*shape" for a combiner and ``Masked`` for a per-task method. ``survey(entries,
     config)`` goes over all entries before that, as often as it needs to; functions find what it returns as
-    ``part.whole``. ``elementwise`` functions may be given slices of an entry.
+    ``part.whole``. ``elementwise`` functions may be given slices of an entry, in any order and by several threads:
+    they share no state, and draw random numbers by ``part.uniform``.
     """
 
     name: str

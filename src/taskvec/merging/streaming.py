@@ -28,9 +28,9 @@ from taskvec.shards import LARGEST, Shard, Writer, check_space, narrow, peak, sh
 from taskvec.store import write_json
 
 SLICE = 1 << 20
-"""Elements of all task vectors together in a slice, for elementwise recipes."""
-THREADS = min(4, os.cpu_count() or 1)
-"""How many slices are merged at a time."""
+"""Elements of all task vectors together in a slice, for elementwise recipes; a quarter of them for those with torch."""
+THREADS = 2
+"""Slices that are merged at a time; more threads would wait for Python's lock and for the disk."""
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 BESIDE = (".json", ".txt", ".model", ".jinja")
 """What is copied with a folder: configuration and tokenizers."""
@@ -87,6 +87,8 @@ class Streams:
             for place in self.places():
                 work(place)
         else:
+            if self.tensors:
+                import torch  # noqa: F401 (not first in a thread: an interruption would wait for it)
             in_threads(work, self.places())
 
     def places(self) -> Iterator[Place]:
@@ -95,7 +97,7 @@ class Streams:
         sizes = {name: self.base.tensors[name].size for name in self.matched.merged}
         total, done = max(1, sum(sizes.values())), 0
         for name, size in sizes.items():
-            step = size if self.whole else max(1, self.slice // len(self.tuned))
+            step = size if self.whole else max(1, self.slice // (len(self.tuned) * (4 if self.tensors else 1)))
             for start in range(0, size, max(1, step)):
                 stop = min(size, start + step)
                 yield name, start, stop
