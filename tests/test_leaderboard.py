@@ -31,6 +31,7 @@ from taskvec.leaderboard import (
     guess_table,
     markdown_boards,
     picks,
+    short_grids,
 )
 from taskvec.results import COLUMNS
 from taskvec.store import Store, read_json
@@ -130,6 +131,19 @@ def test_the_last_line_says_which_to_pick_in_plain_words() -> None:
     nothing = Board(found.view, tuple(one for one in found.options if not one.merged))
     assert "not worth merging" in advice(nothing)
     assert "individual models (8 encoders, 32.0 MB) are better on validation than linear probing" in advice(nothing)
+
+
+def test_a_grid_that_ended_too_early_is_told() -> None:
+    """Where the scales above the chosen one were not tried, a wider grid may give more."""
+    rows = rows_with_joint()
+    assert short_grids(board()) == ""
+    merged = rows["method"].isin(["emr", "iso_c"])
+    short = rows[~(merged & (rows["split"] == "validation") & (rows["scale"] > rows["method"].map(METHODS)))]
+    [found] = boards(short, fixture.costs(short, per_task=("emr",)))
+    note = short_grids(found)
+    assert note.startswith("The largest scale that was tried was chosen by")
+    assert "iso_c" in note and "ties" not in note
+    assert note in markdown_boards([found])
 
 
 def test_the_page_and_the_figures_hold_the_board(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import pandas as pd
 
@@ -344,11 +345,27 @@ def _against(other: Option, best: Option) -> str:
     return f"{verdict} on validation than {'the best merge' if best.merged else 'linear probing'}"
 
 
+def short_grids(board: Board) -> str:
+    """Name the merges that chose, in some seed, the largest of several scales, where a wider grid may give more."""
+    rows = board.view.rows
+    tried = rows[(rows["split"] == "validation") & (rows["metric"] == board.view.normalised) & (rows["task"] == "")]
+    found: dict[str, list[str]] = {}
+    for key, scales in tried.groupby(["method", "heads"], sort=False)["scale"]:
+        method, heads = map(str, cast("tuple[str, str]", key))
+        if scales.nunique() > 1 and board.view.cell(method, heads, board.view.normalised).high >= scales.max():
+            found.setdefault(HEADS.get(heads, heads), []).append(method_label(method))
+    if not found:
+        return ""
+    named = "; ".join(f"{', '.join(methods)} with {heads}" for heads, methods in found.items())
+    return f"The largest scale that was tried was chosen by {named}: a wider grid (scales) may give more."
+
+
 def markdown_boards(found: Sequence[Board]) -> str:
     """Write leaderboard.md: for each board a table and, as the last line, which option to pick."""
     parts = ["# Leaderboard", HOW_IT_READS]
     for board in found:
         parts += [f"## {escape_markdown(board.title)}", markdown_table(board_table(board))]
+        parts += [escape_markdown(note)] if (note := short_grids(board)) else []
         if len(guessed := guess_table(board)):
             parts += [f"### {GUESSING}", HOW_GUESSES_READ, markdown_table(guessed)]
         parts.append(escape_markdown(advice(board)))

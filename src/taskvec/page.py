@@ -29,6 +29,7 @@ from taskvec.leaderboard import (
     board_table,
     boards,
     guess_table,
+    short_grids,
 )
 from taskvec.texts import NAMES, method_label, one_line, short_backbone, shown
 from taskvec.verdict import headline
@@ -247,7 +248,7 @@ def _board(board: Board, planned: list[Planned], pictures: dict[str, Picture]) -
     place = ("leaderboard", board.view.backbone, board.view.regime)
     picture = next(pictures[one.stem] for one in planned if (one.kind, one.backbone, one.regime) == place)
     shown = {"title": board.title, "table": board_table(board), "advice": advice(board), "picture": picture}
-    return shown | {"guesses": guess_table(board)}
+    return shown | {"guesses": guess_table(board), "note": short_grids(board)}
 
 
 def _section(view: View, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:
