@@ -187,7 +187,7 @@ def test_threads_do_not_change_a_bit(tmp_path: Path, name: str, monkeypatch: pyt
 
 
 def test_several_threads_say_what_one_would(tmp_path: Path) -> None:
-    """Slices are merged in any order; of two diverged tensors it is the first that the message names, every time."""
+    """Slices are merged in any order; of two diverged tensors the message names the file's first, every time."""
     base = {f"blocks.{i}.weight": torch.zeros(64) for i in range(20)}
     tuned = {name: torch.ones(64) for name in base}
     for name in ("blocks.6.weight", "blocks.19.weight"):
@@ -678,20 +678,20 @@ def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path: Path, mo
 
 
 PEAK = """
-import os, sys, threading
+import shutil, sys, threading
 from pathlib import Path
 from taskvec.file_commands import Merge
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
-base, tuned, out, tasks, method, torch = sys.argv[1:]
+base, tuned, out, tasks, method, arrays = sys.argv[1:]
 copies = [Path(f"{tuned}.{i}.safetensors") for i in range(int(tasks))]
 for copy in copies:
-    copy.unlink(missing_ok=True)
-    copy.write_bytes(Path(tuned).read_bytes())
-if torch == "True":
+    shutil.copyfile(tuned, copy)
+start, seen, done = 0, [], threading.Event()
+if arrays == "False":
     import torch
     torch.set_num_threads(1)
-start, seen, done = anonymous() if torch != "False" else 0, [], threading.Event()
+    start = anonymous()
 def watch():
     while not done.wait(0.001):
         seen.append(anonymous())
@@ -702,26 +702,28 @@ try:
 finally:
     done.set()
     thread.join()
-assert torch != "False" or "torch" not in sys.modules and "pandas" not in sys.modules
+assert arrays == "False" or "torch" not in sys.modules and "pandas" not in sys.modules
 print(max(seen) - start)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "pcb"])
-def test_memory_does_not_grow_with_models_or_their_number(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "most"), [("task_arithmetic", 100), ("ties", 160), ("pcb", 160)])
+def test_memory_does_not_grow_with_models_or_their_number(tmp_path: Path, method: str, most: int) -> None:
     """Anonymous memory, of methods with torch beside what torch takes by itself."""
     rng = np.random.default_rng(0)
     state = {f"x{i}": torch.from_numpy(rng.standard_normal(4_000_000, np.float32)) for i in range(3)}
     paths = [write(tmp_path / f"{i}.safetensors", state) for i in range(2)]
     peaks = []
-    for tasks in (2, 8):
-        out, needs = tmp_path / f"out{tasks}.safetensors", str(not METHODS[method].arrays)
-        process = start(PEAK, *paths, out, str(tasks), method, needs)
+    for tasks in (1, 8):
+        for copy in tmp_path.glob("1.safetensors.*"):
+            copy.unlink()
+        out = tmp_path / f"out{tasks}.safetensors"
+        process = start(PEAK, *paths, out, str(tasks), method, str(METHODS[method].arrays))
         said, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
         peaks.append(int(said))
-    assert 2**20 < max(peaks) < 160 * 2**20, peaks
+    assert 0 < max(peaks) < most * 2**20, peaks
     assert peaks[1] < peaks[0] + 20 * 2**20, peaks
 
 

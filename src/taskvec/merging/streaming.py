@@ -205,7 +205,7 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
     otherwise. The results appear whole or not at all.
     """
     recipe.check_tasks(len(streams.tuned))
-    np.empty(4 * SLICE * 4, np.uint8)  # freed at once: glibc keeps smaller blocks from now on, which saves page faults
+    np.empty(4 * SLICE, np.float32)  # freed at once: glibc keeps smaller blocks from now on, which saves page faults
     layouts = lay_out(recipe, streams, target)
     check_space(target.out, sum(shard.length for layout in layouts for shard in layout))
     with workspace(target.out) as folder, ExitStack() as stack:
