@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from taskvec.images import Preprocessing, normalise
 from taskvec.lab import encoders
 from taskvec.loaders import build
 from taskvec.loaders.checkpoints import COUNTER, first_line, parts
+from taskvec.notes import note
 from taskvec.store import read_json, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
@@ -194,7 +194,7 @@ def load_backbone(
         fill(backbone, state.tensors, source)
         backbone.left_out = state.left_out
         if state.left_out:
-            print(f"{source}: left out {parts(state.left_out)}", file=sys.stderr)
+            note(f"{source}: left out {parts(state.left_out)}")
     backbone.origin = origin
     return backbone
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from taskvec.kinds import CLASSIFICATION
 from taskvec.loaders import FAMILIES
 from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, read_checkpoint, stripped
 from taskvec.loaders.requests import Request
+from taskvec.notes import note
 from taskvec.store import read_json
 from taskvec.tasks import Task
 from taskvec.weights import Weights, align, read_metadata
@@ -92,10 +92,10 @@ def warn_of(encoder: Weights, backbone: Backbone, source: str) -> None:
     start = backbone.pretrained.flat
     length = float(torch.dist(encoder.flat, start) / start.norm())
     if length == 0:
-        print(f"{source} is the pre-trained encoder itself: its task vector is zero", file=sys.stderr)
+        note(f"{source} is the pre-trained encoder itself: its task vector is zero")
     elif length > FAR:
         what = f"{length:.2f} times as long as the pre-trained weights"
-        print(f"{source}: its task vector is {what}; was it fine-tuned from another checkpoint?", file=sys.stderr)
+        note(f"{source}: its task vector is {what}; was it fine-tuned from another checkpoint?")
 
 
 def head_of(checkpoint: Checkpoint, given: Sequence[str], task: Task, width: int, start: Head | None) -> Head:
@@ -197,7 +197,7 @@ def fitted(
         raise TaskvecError(f"{source} is a head for {head.kind}, and '{task.name}' is a task of {task.kind}", "swap it")
     check_shape(rows, bias, task, width, source)
     if not names and task.kind == CLASSIFICATION:
-        print(f"{source} names no classes: its outputs are taken in the order of task '{task.name}'", file=sys.stderr)
+        note(f"{source} names no classes: its outputs are taken in the order of task '{task.name}'")
     return arranged(head, names or task.classes, task, source)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import SUFFIXES
 from taskvec.listing import Listing, split_classes
+from taskvec.notes import note
 
 LAYOUT = "expected train/, test/ and perhaps val/ in it, each with one folder a class, or the class folders themselves"
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
@@ -165,10 +165,7 @@ def image_files(folder: Path) -> list[Path]:
     if len(images) < len(every):
         held = set(images)
         odd = next(path for path in every if path not in held)
-        print(
-            f"'{folder}': left out {len(every) - len(images)} files that are no images, such as {odd.name}",
-            file=sys.stderr,
-        )
+        note(f"'{folder}': left out {len(every) - len(images)} files that are no images, such as {odd.name}")
     return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
 
 

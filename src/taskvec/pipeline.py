@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from taskvec.errors import TaskvecError
-from taskvec.store import Artifact, Store, disk_errors, fingerprint
+from taskvec.notes import listen
+from taskvec.store import NOTES, Artifact, Store, disk_errors, fingerprint, write_json
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
 
@@ -217,8 +218,10 @@ def perform(job: Job, function: Callable[..., None], progress: Callable[[float],
     start = time.perf_counter()
     inputs = {role: [Path(folder) for folder in folders] for role, folders in job.inputs.items()}
     try:
-        with disk_errors(job.folder):
+        with disk_errors(job.folder), listen() as heard:
             function({**job.step.config, **job.step.aside}, inputs, job.folder, progress)
+            if heard:
+                write_json(job.folder / NOTES, heard)
     except BaseException as error:
         shutil.rmtree(job.folder, ignore_errors=True)
         if isinstance(error, TaskvecError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,8 @@ from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.layouts import list_paper
 from taskvec.listing import SPLITS, Items, Labels, Listing, pick, split_validation, warned
-from taskvec.store import NOTES, fingerprint, read_json, write_json
+from taskvec.notes import listen, note
+from taskvec.store import fingerprint, read_json, write_json
 from taskvec.torch_sets import list_own
 from taskvec.training import Progress, no_progress
 
@@ -247,7 +247,7 @@ def write_task(
 ) -> None:
     """Decode a task into a folder: a uint8 memory map and the labels of each split, class names, an unusual kind.
 
-    What the user should know, such as images that are in two splits, goes to a file of notes. A task that has changed
+    What the user should know, such as images that are in two splits, is a note. A task that has changed
     since it was ``known``, which is what ``describe`` told, raises.
     """
     listing = few(list_whole(address, to, known), limit)
@@ -268,7 +268,8 @@ def write_task(
         check_kept(listing, written, address)
         write_json(folder / KEPT, kept_digest(listing, written["train"].kept))
         notes = [*listing.notes, *skips(written), *twins(written, listing.items)]
-        write_json(folder / NOTES, [note.encode("utf-8", "backslashreplace").decode() for note in notes])
+        for line in notes:
+            note(line)
 
 
 def check_kept(listing: Listing, written: dict[str, Written], address: str) -> None:
@@ -388,11 +389,12 @@ def load_task(
     address = resolve(address, Path.cwd())
     with tempfile.TemporaryDirectory() as temporary:
         views, training = Path(temporary) / "views", Path(temporary) / "training"
-        for folder, write in ((views, write_task), (training, write_training)):
-            if folder is views or has_whole(address):
-                folder.mkdir()
-                write(address, preprocessing, limit, folder, skip_corrupt=skip_corrupt)
-        for note in read_json(views / NOTES) if (views / NOTES).exists() else []:
-            print(f"{address}: {note}", file=sys.stderr)
+        with listen() as heard:
+            for folder, write in ((views, write_task), (training, write_training)):
+                if folder is views or has_whole(address):
+                    folder.mkdir()
+                    write(address, preprocessing, limit, folder, skip_corrupt=skip_corrupt)
+        for line in heard:
+            note(f"{address}: {line}")
         whole = training if training.exists() else None
         return read_task(views, name or default_name(address), whole, mmap_mode=None)

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from taskvec.lab.masked import MaskedAutoencoder
 from taskvec.lab.objective import WARMUP, WEIGHT_DECAY, Objective, mean_of_last
 from taskvec.lab.supervised import Supervised
 from taskvec.lab.vit import VisionTransformer
+from taskvec.notes import note
 from taskvec.store import disk_errors
 from taskvec.training import Progress, Schedule, make_optimizer, no_progress, train
 
@@ -144,7 +144,7 @@ class Checkpoint:
             return None
         if state.pop("key", None) == self.key:
             return state
-        print(f"'{self.path}' is of another command or other versions, and is begun anew", file=sys.stderr)
+        note(f"'{self.path}' is of another command or other versions, and is begun anew")
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from taskvec.addresses import WEIGHT_SUFFIXES
 from taskvec.errors import TaskvecError
+from taskvec.notes import note
 from taskvec.weights import read
 
 CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "last_linear.")
@@ -143,7 +143,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             if averaged := [name for name in state if "ema" in str(name).lower() and isinstance(state[name], dict)]:
-                print(f"'{path}': took '{key}', not '{averaged[0]}' (moving average) beside it", file=sys.stderr)
+                note(f"'{path}': took '{key}', not '{averaged[0]}' (moving average) beside it")
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise TaskvecError(f"'{path}' is not a dictionary of tensors", "save the model's state_dict() as safetensors")

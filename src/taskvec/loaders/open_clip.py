@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +19,7 @@ from taskvec.loaders import hub
 from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate, stripped
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, origin_of
 from taskvec.network import asked_once
+from taskvec.notes import note
 from taskvec.store import file_digest, read_json
 from taskvec.weights import check_keys, read_keys, save_tensors
 
@@ -40,7 +40,7 @@ def load(request: Request) -> Loaded:
     pixels = request.size or int(tag.get("image_size") or config["vision_cfg"].get("image_size", 224))
     path, repo = find(request)
     if not tag and not request.hub and not request.address.startswith("paper:"):
-        print(f"'{request.address}': nothing says how it sees images: taking CLIP's mean and std", file=sys.stderr)
+        note(f"'{request.address}': nothing says how it sees images: taking CLIP's mean and std")
     options = {
         "model": request.name,
         "size": pixels,

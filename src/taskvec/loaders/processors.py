@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from taskvec.addresses import CLIP, HALF, IMAGENET, Channels
 from taskvec.errors import TaskvecError
 from taskvec.images import RESAMPLING, Preprocessing, resize_and_crop
 from taskvec.loaders.checkpoints import first_line
+from taskvec.notes import note
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 """What image processors are saved as; the second is transformers 5's for a model with texts."""
@@ -28,10 +28,7 @@ def preprocessing(folder: Path, kind: str, size: int | None) -> Preprocessing:
     if any((folder / name).is_file() for name in FILES):
         return translated(read_processor(folder), str(folder))
     mean, std = usual(kind)
-    print(
-        f"'{folder}' has no {FILES[0]}: taking mean {list(mean)} and std {list(std)}, as usual for '{kind}'",
-        file=sys.stderr,
-    )
+    note(f"'{folder}' has no {FILES[0]}: taking mean {list(mean)} and std {list(std)}, as usual for '{kind}'")
     return Preprocessing(size or 224, mean=mean, std=std)
 
 

@@ -15,6 +15,7 @@ from taskvec.images import Preprocessing
 from taskvec.loaders import hub
 from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, find_file, read_checkpoint, separate, stripped
 from taskvec.loaders.requests import Family, Loaded, Request, State, no_projection, origin_of
+from taskvec.notes import note
 from taskvec.store import file_digest
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -119,7 +120,7 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
     mean, std = tuple(config["mean"]), tuple(config["std"])
     mode, crop = config.get("crop_mode"), float(config["crop_pct"])
     if mode == "border" or crop > 1:
-        print("timm lays a border around this model's images; here their centre is cut, without one", file=sys.stderr)
+        note("timm lays a border around this model's images; here their centre is cut, without one")
     return Preprocessing(size, min(crop, 1.0), config["interpolation"], mean, std, mode == "squash")
 
 
