@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from taskvec.backbones import AROUND, Backbone
+from taskvec.backbones import AROUND, Backbone, tried
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.heads import Head
 from taskvec.kinds import CLASSIFICATION
@@ -31,17 +32,24 @@ from taskvec.weights import Weights, align, read_metadata
 
 NAMING = ("model.json", "config.json")
 """Files beside a checkpoint that may name the outputs of its head."""
+ALIKE = 0.01
+"""How far scores may be from a classifier's own, in their standard deviations: another feature's are as far as that."""
+OTHER = "its classifier reads another feature than this backbone gives"
 FAR = 0.7
 """Length of a task vector, in lengths of the pre-trained weights, that speaks of another pre-training."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An encoder that was fine-tuned elsewhere, its file, and the tensors of a classifier in it."""
+    """An encoder that was fine-tuned elsewhere, its file, and the tensors of a classifier in it.
+
+    ``objection`` says why that classifier is no head on the backbone's features, or nothing.
+    """
 
     path: Path
     encoder: Weights
     classifier: Mapping[str, Tensor]
+    objection: str = ""
 
 
 def given_file(path: Path, key: str, task: str, allow_pickle: bool) -> Path:
@@ -57,7 +65,7 @@ def given_file(path: Path, key: str, task: str, allow_pickle: bool) -> Path:
 def read_finetuned(path: Path, backbone: Backbone, allow_pickle: bool = False) -> Checkpoint:
     """Read a fine-tuned encoder of a backbone: in the backbone's own keys, or in any that its kind of address reads.
 
-    Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is told on stderr.
+    Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is told.
     """
     if path.name == "encoder.safetensors" and (path.parent / AROUND).exists():
         raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
@@ -71,7 +79,7 @@ def read_finetuned(path: Path, backbone: Backbone, allow_pickle: bool = False) -
     kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}
     encoder = align(counters | kept, backbone.pretrained, source)
     warn_of(encoder, backbone, source)
-    return Checkpoint(path, encoder, classifier)
+    return Checkpoint(path, encoder, classifier, objection(path, encoder, classifier, backbone, allow_pickle))
 
 
 def translate(path: Path, backbone: Backbone, allow_pickle: bool) -> Mapping[str, Tensor]:
@@ -79,12 +87,56 @@ def translate(path: Path, backbone: Backbone, allow_pickle: bool) -> Mapping[str
 
     Weights of transformers need the config.json that lies beside them.
     """
+    asked = request_of(path, backbone, allow_pickle)
+    state = FAMILIES[asked.kind].load(asked).state(backbone.module)
+    return state.tensors if state else {}
+
+
+def request_of(path: Path, backbone: Backbone, allow_pickle: bool) -> Request:
+    """Return what asks for a file as if it were the backbone's own checkpoint."""
     family, options = backbone.architecture["family"], backbone.architecture["options"]
     name = str(path) if family == "hf" else options.get("name") or options.get("model") or "random"
     projection = bool(options.get("projection")) or None
-    asked = Request(f"{family}:{name}@{path}", family, name, str(path), options["size"], projection, allow_pickle)
-    state = FAMILIES[family].load(asked).state(backbone.module)
-    return state.tensors if state else {}
+    return Request(f"{family}:{name}@{path}", family, name, str(path), options["size"], projection, allow_pickle)
+
+
+def objection(
+    path: Path, encoder: Weights, classifier: Mapping[str, Tensor], backbone: Backbone, allow_pickle: bool
+) -> str:
+    """Say why a classifier is no head on the backbone's features: it is not linear, or its library's scores differ."""
+    if not classifier:
+        return ""
+    rows, bias = linear(classifier)
+    if rows is None:
+        return f"its classifier ({', '.join(sorted(classifier)[:6])}) is not one linear layer"
+    asked = request_of(path, backbone, allow_pickle)
+    make = FAMILIES[asked.kind].classifier if asked.kind in FAMILIES else None
+    whole = make(asked, backbone.architecture["options"], len(rows)) if make else None
+    if make and whole is None:
+        note(f"'{path}': its classifier is none that the library knows; it is taken to read the encoder's feature")
+    return "" if whole is None or agree(whole, encoder, Head(rows, bias), backbone) else OTHER
+
+
+def agree(whole: nn.Module, encoder: Weights, head: Head, backbone: Backbone) -> bool:
+    """Say whether a classifier gives random images the scores that a head on the encoder's features gives them."""
+    size, device = backbone.preprocessing.size, backbone.device
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        features = functional_call(backbone.module.eval(), encoder.state(), (images,))
+        if features.shape[1] != head.weight.shape[1]:
+            return False
+        wanted, scores = head.logits(features), tried(whole.to(device).eval(), images, backbone.name)
+    spread = float((wanted - head.bias.to(device)).std())
+    return scores.shape == wanted.shape and float((scores - wanted).abs().max()) <= ALIKE * spread
+
+
+def linear(tensors: Mapping[str, Tensor]) -> tuple[Float[Tensor, "outputs width"] | None, Float[Tensor, " outputs"]]:
+    """Return weight and bias of a linear layer, whatever it is called; no weight where tensors are not one such layer."""
+    weights = [key for key, value in tensors.items() if key.endswith("weight") and value.ndim == 2]
+    if len(weights) != 1 or set(tensors) - layer(weights[0]):
+        return None, torch.empty(0)
+    rows = tensors[weights[0]].float()
+    return rows, tensors.get(weights[0].removesuffix("weight") + "bias", torch.zeros(len(rows))).float()
 
 
 def warn_of(encoder: Weights, backbone: Backbone, source: str) -> None:
@@ -104,16 +156,18 @@ def head_of(checkpoint: Checkpoint, given: Sequence[str], task: Task, width: int
     ``given`` are the names of its outputs in order, by default those that its file knows; without any head it raises.
     """
     found, source = dict(checkpoint.classifier), f"'{checkpoint.path}'"
-    fix = "give its head: as a .safetensors file with weight and bias"
-    if not found and start is not None:
+    fix = "give its head: as a .safetensors file with weight and bias, or take the regime aligned, which probes one"
+    if checkpoint.objection and start is not None:
+        note(f"{source}: {checkpoint.objection}; the head of '{task.name}' that its regime starts from is used instead")
+    if start is not None and (checkpoint.objection or not found):
         return start
+    if checkpoint.objection:
+        raise TaskvecError(f"{source}: {checkpoint.objection}, and the regime has no head of its own", fix)
     if not found:
         raise TaskvecError(f"{source} holds no head for task '{task.name}', and the regime has none", fix)
-    weights = [key for key, value in found.items() if key.endswith("weight") and value.ndim == 2]
-    if len(weights) != 1 or set(found) - layer(weights[0]):
-        raise TaskvecError(f"{source}: {', '.join(sorted(found)[:6])} are not one linear layer", fix)
-    names = given or class_names(checkpoint.path, task.name, len(found[weights[0]]))
-    return fitted(found, weights[0], {}, names, task, width, source)
+    weight = next(key for key in found if key.endswith("weight"))
+    names = given or class_names(checkpoint.path, task.name, len(found[weight]))
+    return fitted(found, weight, {}, names, task, width, source)
 
 
 def layer(weight: str) -> set[str]:

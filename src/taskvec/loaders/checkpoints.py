@@ -16,7 +16,10 @@ from taskvec.errors import TaskvecError
 from taskvec.notes import note
 from taskvec.weights import read
 
-CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.", "last_linear.")
+CLASSIFIERS = (
+    "head.", "fc.", "classifier.", "head_dist.", "last_linear.", "cls_classifier.", "distillation_classifier.",
+    "classifier_distill.",
+)  # fmt: skip
 """Key prefixes of heads that a file of an encoder may hold and that are dropped on purpose."""
 DECODERS = ("decoder.", "decoder_", "mask_token")
 """Key prefixes of what masked pre-training reads an encoder with."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -65,7 +65,9 @@ class Family:
     """How one kind of address is loaded.
 
     ``identify`` returns what tells its weights from others, for a fingerprint, without loading them; ``missing`` what
-    would have to be downloaded (repository and files), without asking the network.
+    would have to be downloaded (repository and files), without asking the network. ``classifier`` makes the library's
+    own classifier of a fine-tuned file, for an encoder's options and a number of outputs, or None where the file holds
+    none that the library knows; a family whose library has no classifiers has no such function.
     """
 
     load: Callable[[Request], Loaded]
@@ -74,6 +76,7 @@ class Family:
     has_text: Callable[[Request], bool] = lambda _: False
     identify_text: Callable[[Request], str] = lambda _: ""
     texts: Callable[[Request, Sequence[str]], Texts] | None = None
+    classifier: Callable[[Request, Mapping[str, Any], int], nn.Module | None] | None = None
 
 
 def no_projection(request: Request, because: str) -> None:

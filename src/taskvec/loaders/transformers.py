@@ -8,7 +8,7 @@ is read into ViTModel.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, DECODERS, first_li
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, no_projection
 from taskvec.weights import check_keys
 
-HEADS = (*CLASSIFIERS, *DECODERS, "cls_classifier.", "distillation_classifier.", "pooler.", "embeddings.mask_token")
+HEADS = (*CLASSIFIERS, *DECODERS, "pooler.", "embeddings.mask_token")
 """Key prefixes of what an encoder does without: classifiers, decoders, the pooler and the token of hidden patches."""
 TEXTS = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.")
 Images = Float[Tensor, "batch 3 size size"]
@@ -102,6 +102,15 @@ class Projected(Encoder):
         """Return the feature of every image."""
         feature: Tensor = self.outputs(images).image_embeds
         return feature
+
+
+class Classifier(Encoder):
+    """A classifier of the library, which gives its scores."""
+
+    def forward(self, images: Images) -> Float[Tensor, "batch classes"]:
+        """Return the scores of every image."""
+        scores: Tensor = self.outputs(images).logits
+        return scores
 
 
 # ---------------------------------------------------------------- models
@@ -239,12 +248,9 @@ def build(options: dict[str, Any]) -> nn.Module:
 
 def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     """Make a model give its feature."""
-    import inspect
-
     if options["has_projection"] and not options["projection"]:
         model = model.vision_model  # type: ignore[assignment]
-    takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    resampled = options["resampled"] and takes
+    resampled = options["resampled"] and takes_size(model)
     if options["projection"]:
         return Projected(model, resampled)
     if TYPES[options["type"]].feature != "class":
@@ -282,13 +288,17 @@ def state_for(folder: Path, options: dict[str, Any]) -> State:
 def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Read a folder into its model by transformers, which also says which keys did not fit."""
     made, more = model_class(options)
+    return read_as(made, folder, config=make_config(options), **more)
+
+
+def read_as(made: Any, folder: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """Read a folder into a model of a class of transformers, which also says which keys did not fit."""
     weights = saved.weights_in(folder)
     safe = weights is not None and weights.name.startswith("model.")
     try:
         with quiet():
             model, info = made.from_pretrained(
                 folder,
-                config=make_config(options),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
@@ -302,6 +312,36 @@ def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, An
             f"'{weights}' cannot be read: {first_line(error)}", "is it complete? copy or convert it again"
         ) from None
     return model, info
+
+
+def classifier(request: Request, options: Mapping[str, Any], outputs: int) -> nn.Module | None:
+    """Read the classifier of a fine-tuned folder by the class that wrote it; None where the library has no such class."""
+    folder = Path(request.file).parent
+    if not saved.is_folder(folder) or saved.weights_in(folder) != Path(request.file):
+        return None
+    for made in classifier_classes(saved.read_config(folder)):
+        model, info = read_as(made, folder)
+        if not info["missing_keys"] and not info["mismatched_keys"]:
+            return Classifier(model, options["resampled"] and takes_size(model))
+    return None
+
+
+def classifier_classes(config: Mapping[str, Any]) -> list[Any]:
+    """Return the library's classifiers of a configuration's type: the one that it names, or all where it names none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as KNOWN
+
+    made = KNOWN.get(CONFIG_MAPPING[config["model_type"]], ())
+    every = list(made) if isinstance(made, tuple | list) else [made]
+    named = config.get("architectures") or [one.__name__ for one in every]
+    return [one for one in every if one.__name__ in named]
+
+
+def takes_size(model: nn.Module) -> bool:
+    """Say whether a model can resample its position embeddings to the images' size."""
+    import inspect
+
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
 
 
 @contextlib.contextmanager
@@ -381,4 +421,4 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     return nn.functional.normalize(features.float(), dim=1), float(model.logit_scale.exp())
 
 
-FAMILY = Family(load, identify, missing, has_text, identify_text, texts)
+FAMILY = Family(load, identify, missing, has_text, identify_text, texts, classifier)
