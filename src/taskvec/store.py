@@ -103,7 +103,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; a damaged one is an error with its path."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second for thousands of brackets
         raise TaskvecError(f"'{path}' is damaged: {error}", "run the study again, or restore the file") from None
 
 

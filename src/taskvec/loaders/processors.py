@@ -14,6 +14,7 @@ from taskvec.addresses import CLIP, HALF, IMAGENET, Channels
 from taskvec.errors import TaskvecError
 from taskvec.images import RESAMPLING, Preprocessing, resize_and_crop
 from taskvec.loaders.checkpoints import first_line
+from taskvec.loaders.requests import check_view
 from taskvec.notes import note
 
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -56,6 +57,7 @@ def read_processor(folder: Path) -> Any:
 def translated(processor: Any, source: str) -> Preprocessing:
     """Return the view that gives what a processor gives, tried on an image that is not square; none raises."""
     image = ramps()
+    check_sizes(processor, source)
     try:
         seen = np.asarray(processor(image, return_tensors="np")["pixel_values"][0], dtype=np.float64)
     except Exception as error:
@@ -63,11 +65,22 @@ def translated(processor: Any, source: str) -> Preprocessing:
     name = type(processor).__name__
     if seen.ndim != 3 or seen.shape[1] != seen.shape[2]:
         raise TaskvecError(f"'{source}': {name} makes {list(seen.shape)} of an image, which is no square", FIX)
-    views = list(candidates(processor, seen.shape[1], source))
+    views = [check_view(view, f"'{source}': {name}") for view in candidates(processor, seen.shape[1], source)]
     errors = [distance(view, image, seen) for view in views]
     if min(errors) > CLOSE:
         raise TaskvecError(f"'{source}': {name} sees images in a way that is not known here", FIX)
     return views[int(np.argmin(errors))]
+
+
+def check_sizes(processor: Any, source: str) -> None:
+    """Raise for sizes and shares that no processor has, before an image is made so large."""
+    sizes = [*dict(processor.size or {}).values(), *dict(getattr(processor, "crop_size", None) or {}).values()]
+    share = getattr(processor, "crop_pct", None)
+    for size in (size for size in sizes if size is not None):
+        if not isinstance(size, int) or not 0 < size <= 4096:
+            raise TaskvecError(f"the image processor in '{source}' has a size of '{size}' px", FIX)
+    if share is not None and (not isinstance(share, int | float) or not 0.1 <= share <= 1):
+        raise TaskvecError(f"the image processor in '{source}' keeps a share of '{share}' of an image", FIX)
 
 
 def ramps(width: int = 500, height: int = 300) -> Image.Image:
@@ -120,8 +133,11 @@ def statistics(processor: Any) -> tuple[Channels, Channels]:
 
 def channels(values: Any) -> Channels:
     """Return three numbers, one a channel, from one for all or three."""
-    first, second, third = np.broadcast_to(HALF if values is None else values, 3).tolist()
-    return float(first), float(second), float(third)
+    try:
+        first, second, third = np.broadcast_to(np.array(HALF if values is None else values, float), 3).tolist()
+    except (ValueError, TypeError):
+        raise TaskvecError(f"an image processor has '{values}' for three numbers, one a channel", FIX) from None
+    return first, second, third
 
 
 def distance(view: Preprocessing, image: Image.Image, seen: np.ndarray) -> float:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from taskvec.errors import TaskvecError
-from taskvec.images import Preprocessing
-from taskvec.store import file_digest
+from taskvec.images import RESAMPLING, Preprocessing
+from taskvec.store import disk_errors, file_digest, read_json
+
+
+LONGEST = 50_000_000
+"""Bytes of a configuration, or of an index of weights, at most."""
+BOUNDS = (("depth|layer|block|repeat|stage", 1000), ("image_size|img_size|input_size", 4096), ("window", 128))
+"""How large the numbers of a configuration may be, by what their names contain."""
+SPARE = 2**24
+"""Weights that an encoder may have beyond those of its files, such as positions for a larger input."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,59 @@ class Family:
     identify_text: Callable[[Request], str] = lambda _: ""
     texts: Callable[[Request, Sequence[str]], Texts] | None = None
     classifier: Callable[[Request, Mapping[str, Any], int], nn.Module | None] | None = None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a configuration; one that is no JSON object, or too long, or asks for absurd sizes, is an error."""
+    with disk_errors(path):
+        if path.stat().st_size > LONGEST:
+            raise TaskvecError(f"'{path}' has {path.stat().st_size} bytes, too many for a configuration", "copy it again")
+        about = read_json(path)
+    if not isinstance(about, dict):
+        raise TaskvecError(f"'{path}' holds a {type(about).__name__}, not an object", "copy it again")
+    try:
+        json.dumps(about, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise TaskvecError(f"'{path}' holds what no other program may read: {error}", "copy it again") from None
+    return about
+
+
+def check_bounds(about: Any, source: str, key: str = "") -> None:
+    """Raise where a configuration asks for more layers or pixels than any encoder has: making it would take minutes."""
+    if isinstance(about, dict):
+        for name, value in about.items():
+            check_bounds(value, source, str(name))
+    elif isinstance(about, list):
+        for value in about:
+            check_bounds(value, source, key)
+    elif isinstance(about, int | float):
+        most = next((most for names, most in BOUNDS if re.search(names, key)), math.inf)
+        if abs(about) > most:
+            raise TaskvecError(f"{source}: {key} is {about:.12g}, and at most {most} is possible", "copy it again")
+
+
+def check_affordable(make: Callable[[], nn.Module], files: Sequence[Path], source: str) -> None:
+    """Raise where a configuration asks for more weights than its files can hold, before memory is taken for them."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        wanted = sum(value.numel() for value in make().parameters())
+    held = sum(file.stat().st_size for file in files)
+    if wanted > 2 * held + SPARE:
+        raise TaskvecError(
+            f"{source} asks for {wanted} weights, and its files have {held} bytes", "copy both from where they are from"
+        )
+
+
+def check_view(view: Preprocessing, source: str) -> Preprocessing:
+    """Return a view that is one: a size in pixels, and three finite means and positive deviations, else it raises."""
+    numbers = (*view.mean, *view.std)
+    sound = len(view.mean) == len(view.std) == 3 and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+    if not sound or min(view.std) <= 0 or max(map(abs, numbers)) > 1000:
+        said = f"mean {list(view.mean)} and std {list(view.std)}"
+        raise TaskvecError(f"{source}: {said} are not three numbers each, with std above 0", "mend them there")
+    if not 0 < view.crop <= 1 or not 0 < view.size <= 4096 or view.interpolation not in RESAMPLING:
+        seen = f"{view.size} px, crop {view.crop}, {view.interpolation}"
+        raise TaskvecError(f"{source}: no images can be seen at {seen}", f"known are {', '.join(sorted(RESAMPLING))}")
+    return view
 
 
 def no_projection(request: Request, because: str) -> None:

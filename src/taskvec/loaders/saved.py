@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from taskvec.errors import TaskvecError
 from taskvec.loaders import hub, processors
 from taskvec.loaders.checkpoints import check_pickle
-from taskvec.loaders.requests import Request
-from taskvec.store import file_digest, fingerprint, read_json
+from taskvec.loaders.requests import Request, read_object
+from taskvec.store import file_digest, fingerprint
 from taskvec.weights import read_keys
 
 CONFIG = "config.json"
@@ -53,7 +54,7 @@ def is_whole(folder: Path, allow_pickle: bool = True) -> bool:
     """Say whether the hub's cache holds all that a model needs: weights, and how it wants to see images."""
     weights = weights_in(folder, allow_pickle)
     seen = any((folder / name).is_file() for name in processors.FILES)
-    return seen and weights is not None and all(file.is_file() for file in shards(weights))
+    return seen and weights is not None and all(map(os.path.isfile, shards(weights)))
 
 
 def is_folder(folder: Path) -> bool:
@@ -63,10 +64,28 @@ def is_folder(folder: Path) -> bool:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read a folder's configuration; one that is not a JSON object is an error with its path."""
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise TaskvecError(f"'{folder / CONFIG}' holds a {type(config).__name__}, not an object", "copy it again")
-    return config
+    return read_object(folder / CONFIG)
+
+
+def weight_names(folder: Path) -> tuple[str, ...]:
+    """Return what a folder's weights may be called, best first: transformers takes those that its configuration names."""
+    named = read_config(folder).get("transformers_weights")
+    if named is None:
+        return WEIGHTS
+    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise TaskvecError(
+            f"'{folder / CONFIG}': transformers_weights is '{named}', not a name that ends in .safetensors or "
+            ".safetensors.index.json",
+            f"take it out, and call the weights {WEIGHTS[0]}",
+        )
+    return (inside(folder, named, folder / CONFIG),)
+
+
+def inside(folder: Path, name: Any, source: Path) -> str:
+    """Return a name that is one of a file in a folder; one that leads out of it raises."""
+    if not isinstance(name, str) or not name or not os.path.abspath(folder / name).startswith(f"{os.path.abspath(folder)}/"):
+        raise TaskvecError(f"'{source}' names '{name}', which is no file of its folder", "copy the whole folder again")
+    return name
 
 
 def obtain(request: Request) -> Path:
@@ -81,7 +100,7 @@ def obtain(request: Request) -> Path:
     for name in TOKENIZER if read_config(config.parent).get("model_type") == "clip" else ():
         if hub.cached(repo, name) is None and hub.exists(repo, name, address, instead):
             hub.download(repo, name, address, instead)
-    for file in shards(hub.fetch(repo, WEIGHTS, request.allow_pickle, address, instead)):
+    for file in shards(hub.fetch(repo, weight_names(config.parent), request.allow_pickle, address, instead)):
         hub.fetch(repo, (file.name,), request.allow_pickle, address, instead)
     folder = locate(request)
     if folder is None:
@@ -91,8 +110,8 @@ def obtain(request: Request) -> Path:
 
 def weights_in(folder: Path, allow_pickle: bool = True) -> Path | None:
     """Return the weights file of a folder, or the index of its parts; None where it has none that may be read."""
-    names = [name for name in WEIGHTS if allow_pickle or ".safetensors" in name]
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    names = [name for name in weight_names(folder) if allow_pickle or ".safetensors" in name]
+    return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
 
 def holds(files: Sequence[Path], prefix: str, config: dict[str, Any]) -> bool:
@@ -107,10 +126,10 @@ def shards(weights: Path) -> list[Path]:
     """Return the files that hold the tensors."""
     if weights.suffix != ".json":
         return [weights]
-    try:
-        return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError):
-        raise TaskvecError(f"'{weights}' is no index of weights", "copy the whole folder again") from None
+    names = read_object(weights).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise TaskvecError(f"'{weights}' is no index of weights", "copy the whole folder again")
+    return [weights.parent / name for name in sorted({inside(weights.parent, name, weights) for name in names.values()})]
 
 
 def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -121,7 +140,7 @@ def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
     files = shards(weights)
     for file in files:
         check_pickle(file, allow_pickle)
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise TaskvecError(f"'{weights}' names '{file.name}', which is missing", "copy the whole folder again")
         if file.suffix == ".safetensors":
             read_keys(file)
@@ -130,9 +149,9 @@ def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
 
 def digest(folder: Path, allow_pickle: bool, more: Sequence[str] = ()) -> str:
     """Return a digest of everything in a folder that decides a model's features."""
-    names = (CONFIG, *processors.FILES, *more)
-    files = [*(folder / name for name in names), *checked_files(folder, allow_pickle)]
-    return fingerprint({file.name: file_digest(file) for file in files if file.is_file()})
+    names = (CONFIG, *processors.FILES, *weight_names(folder), *more)
+    files = [*(folder / name for name in names if ".json" in name), *checked_files(folder, allow_pickle)]
+    return fingerprint({str(file.relative_to(folder)): file_digest(file) for file in files if file.is_file()})
 
 
 def content(files: Sequence[Path]) -> str:

@@ -21,7 +21,18 @@ from taskvec.addresses import Checkpoint
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.loaders import processors, saved
 from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, DECODERS, first_line
-from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, no_projection
+from taskvec.loaders.requests import (
+    Family,
+    Loaded,
+    Request,
+    State,
+    Texts,
+    check_affordable,
+    check_bounds,
+    extra,
+    library,
+    no_projection,
+)
 from taskvec.weights import check_keys
 
 HEADS = (*CLASSIFIERS, *DECODERS, "pooler.", "embeddings.mask_token")
@@ -141,6 +152,7 @@ def load(request: Request) -> Loaded:
     files = saved.checked_files(folder, request.allow_pickle)
     projects = TYPES[kind].feature == "clip" and saved.holds(files, "visual_projection.", config)
     options = options_of(request, config, vision_of(config, folder), kind, seen.size, projects)
+    check_affordable(lambda: build(options), files, f"'{folder / saved.CONFIG}'")
     where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
     return Loaded(
         {"family": "hf", "options": options},
@@ -153,6 +165,9 @@ def load(request: Request) -> Loaded:
 def type_of(request: Request, config: dict[str, Any]) -> str:
     """Return the type of a model; one that is not known is an error."""
     kind = str(config.get("model_type"))
+    if "architecture" in config:
+        name = config["architecture"]
+        raise TaskvecError(f"'{request.address}' is a folder of timm", f"write timm:{name}@{Path(request.name)}")
     if kind not in TYPES:
         raise TaskvecError(f"'{request.address}' is a model of type '{kind}'", did_you_mean(kind, TYPES))
     return kind
@@ -160,9 +175,11 @@ def type_of(request: Request, config: dict[str, Any]) -> str:
 
 def vision_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return a copy of the part of a configuration that is the image tower's."""
-    vision = config.get("vision_config") or config
+    older = config.get("vision_config_dict") if config.get("model_type") == "clip" else None  # goes before the other
+    vision = older or config.get("vision_config") or config
     if not isinstance(vision, dict):
         raise TaskvecError(f"'{folder / saved.CONFIG}': vision_config is '{vision}'", "copy it again")
+    check_bounds(vision, f"'{folder / saved.CONFIG}'")
     return dict(vision)
 
 
@@ -288,13 +305,16 @@ def state_for(folder: Path, options: dict[str, Any]) -> State:
 def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Read a folder into its model by transformers, which also says which keys did not fit."""
     made, more = model_class(options)
-    return read_as(made, folder, config=make_config(options), **more)
+    config, weights = make_config(options), saved.weights_in(folder)
+    named = None if weights is None or weights.name in saved.WEIGHTS else str(weights.relative_to(folder))
+    config.transformers_weights = named
+    return read_as(made, folder, config=config, **more)
 
 
 def read_as(made: Any, folder: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
     """Read a folder into a model of a class of transformers, which also says which keys did not fit."""
     weights = saved.weights_in(folder)
-    safe = weights is not None and weights.name.startswith("model.")
+    safe = weights is not None and ".safetensors" in weights.name
     try:
         with quiet():
             model, info = made.from_pretrained(
@@ -366,10 +386,12 @@ def quiet() -> Iterator[None]:
 def edge(size: Any) -> int | None:
     """Return a side in pixels out of transformers' ways to say a size."""
     if isinstance(size, list | tuple):
-        return int(size[0]) if size else None
+        size = size[0] if size else None
     if isinstance(size, dict):
-        return next((int(size[name]) for name in ("shortest_edge", "height") if size.get(name)), None)
-    return int(size) if size else None
+        size = next((size[name] for name in ("shortest_edge", "height") if size.get(name)), None)
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise TaskvecError(f"a size is '{size}', not a number of pixels", f"mend it in {saved.CONFIG}, or copy that again")
+    return size
 
 
 def has_text(request: Request) -> bool:
