@@ -192,7 +192,7 @@ def test_auxiliary_heads_are_left_out() -> None:
     name = "efficientvim_m1"
     with torch.device("meta"):
         whole, bare = timm.create_model(name), timm.create_model(name, num_classes=0)
-    state = state_for(bare, whole.state_dict(), name)
+    state = state_for(bare, whole.state_dict(), {"name": name, "size": 224})
     assert set(state.tensors) == set(bare.state_dict())
     assert set(state.left_out) == set(whole.state_dict()) - set(bare.state_dict())
 

@@ -108,9 +108,8 @@ def architecture(address: str, size: int | None, projection: bool | None = None)
     """Return the record from which a module can be built, and how it sees images; timm's needs no file."""
     family, asked = loaders.find(address, size, allow_pickle=True, projection=projection)
     if asked.kind == "timm":
-        pixels = size or timm.own_size(asked.name)
-        options = {"name": asked.name, "size": pixels} | timm.projection_options(asked)
-        return {"family": "timm", "options": options}, lambda m: timm.preprocessing(m, pixels)
+        options = timm.options_of(asked)
+        return {"family": "timm", "options": options}, lambda m: timm.preprocessing(m, options["size"])
     if family.missing(asked):
         raise TaskvecError(f"'{address}' is not on this machine", "give a file")
     found = loaders.load(asked, family)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +14,159 @@ from torch import Tensor, nn
 from taskvec.errors import TaskvecError, unknown
 from taskvec.images import Preprocessing
 from taskvec.loaders import hub
-from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, find_file, read_checkpoint, separate, stripped
-from taskvec.loaders.requests import Family, Loaded, Request, State, no_projection, origin_of
+from taskvec.loaders.checkpoints import (
+    CLASSIFIERS,
+    COUNTER,
+    DECODERS,
+    MEMBERS,
+    WRAPPERS,
+    find_file,
+    first_line,
+    read_checkpoint,
+    separate,
+    stripped,
+)
+from taskvec.loaders.requests import (
+    Family,
+    Loaded,
+    Request,
+    State,
+    check_affordable,
+    check_bounds,
+    check_view,
+    no_projection,
+    origin_of,
+    read_object,
+)
 from taskvec.notes import note
 from taskvec.store import file_digest
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """What timm's weights are called in a repository of the hub."""
+CONFIG = "config.json"
+SEEN = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "global_pool")
+"""What is taken of timm's ``pretrained_cfg``."""
+VIEW = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+OURS = (
+    "num_classes", "img_size", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
+    "cache_dir", "features_only", "out_indices", "scriptable", "exportable", "no_jit", "device", "dtype",
+)  # fmt: skip
+"""Arguments of timm's models that are not taken from a configuration: they are given here, or make no encoder."""
 TRANSLATORS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained", "pretrained_filter_fn")
 """What timm calls the functions that translate older checkpoints, in the modules of its architectures."""
 
 
 def load(request: Request) -> Loaded:
     """Find a timm encoder without its classifier, in a file or in timm's own pre-trained weights."""
-    check_name(request.name)
-    pixels = request.size or own_size(request.name)
-    options: dict[str, Any] = {"name": request.name, "size": pixels}
-    options |= projection_options(request)
+    options = options_of(request)
     path, repo = find(request)
+    if "seen" in options:
+        check_affordable(lambda: build(options), [path], f"'{beside(request)}'")
+    elif request.file and not request.address.startswith("paper:"):
+        tell_view(request)
     return Loaded(
         {"family": "timm", "options": options},
-        lambda module: preprocessing(module, pixels),
-        lambda module: state_for(module, stripped(read_checkpoint(path), module.state_dict()), request.name),
+        lambda module: preprocessing(module, options["size"]),
+        lambda module: state_for(module, raw_state(path, module), options),
         lambda: origin_of(path, repo),
     )
+
+
+def options_of(request: Request) -> dict[str, Any]:
+    """Return what ``build`` makes the encoder from: its name, and what the configuration beside its file says of it."""
+    check_name(request.name)
+    about = configured(request)
+    own = about["seen"]["input_size"][-1] if about else own_size(request.name)
+    return {"name": request.name, "size": request.size or own} | projection_options(request) | about
+
+
+def raw_state(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Read a file's tensors under the keys that they have without the classes that held the encoder."""
+    return stripped(read_checkpoint(path), module.state_dict(), (*WRAPPERS, *MEMBERS, "timm_model."))
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def beside(request: Request) -> Path | None:
+    """Return the configuration that timm writes beside weights, where it is there."""
+    path = Path(request.file).expanduser()
+    config = (path if path.is_dir() else path.parent) / CONFIG
+    return config if request.file and config.is_file() else None
+
+
+def configured(request: Request) -> dict[str, Any]:
+    """Return what a configuration beside a file says of its encoder, as timm itself reads it; nothing without one.
+
+    These are the arguments that the model was made with, and how it sees images. A file of a name that timm does not
+    give may be of another model than the configuration beside it.
+    """
+    config = beside(request)
+    about = read_object(config) if config else {}
+    named = Path(request.file).name in FILES or Path(request.file).expanduser().is_dir()
+    if named and "architecture" not in about and "model_type" in about:
+        folder = config.parent if config else ""
+        raise TaskvecError(f"'{request.address}' is a folder of transformers", f"write hf:{folder}")
+    model, wanted = str(about.get("architecture", "")).partition(".")[0], request.name.partition(".")[0]
+    if named and model and model != wanted:
+        raise TaskvecError(f"'{config}' is of '{model}', not of '{wanted}'", f"write timm:{model}@{request.file}")
+    if config is None or model != wanted:
+        return {}
+    return translated(config, about)
+
+
+def translated(config: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Let timm read a configuration, and check what it says."""
+    from timm.models._hub import _parse_model_cfg
+    from timm.models._pretrained import PretrainedCfg
+
+    source = f"'{config}'"
+    try:
+        found, _, given = _parse_model_cfg(about, {})
+        seen = {name: value for name, value in found.items() if name in SEEN}
+        seen = {name: value for name, value in asdict(PretrainedCfg(**seen)).items() if name in SEEN}
+        arguments = {name: value for name, value in dict(given or {}).items() if name not in OURS}
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise TaskvecError(
+            f"{source} is no configuration of timm: {type(error).__name__}: {first_line(error)}", "copy it again"
+        ) from None
+    check_bounds({**arguments, "input_size": seen["input_size"]}, source)
+    check_seen(seen, source)
+    return {"seen": seen} | ({"arguments": arguments} if arguments else {})
+
+
+def check_seen(seen: Mapping[str, Any], source: str) -> None:
+    """Raise for a way to see images that is none, or one that is not square or not in colour."""
+    size, share = seen["input_size"], seen["crop_pct"]
+    whole = isinstance(size, list | tuple) and len(size) == 3 and all(isinstance(side, int) for side in size)
+    if not whole or size[0] != 3 or size[1] != size[2]:
+        raise TaskvecError(f"{source}: input_size is {size}, not [3, SIZE, SIZE]", "images must be square, in colour")
+    if not isinstance(share, int | float) or not 0.1 <= share <= 10:
+        raise TaskvecError(f"{source}: crop_pct is '{share}', not a share of an image", "mend it there")
+    for name in ("mean", "std"):
+        if not isinstance(seen[name], list | tuple):
+            raise TaskvecError(f"{source}: {name} is '{seen[name]}', not three numbers", "mend it there")
+    view = Preprocessing(size[1], min(share, 1), seen["interpolation"], tuple(seen["mean"]), tuple(seen["std"]))
+    check_view(view, source)
+
+
+def tell_view(request: Request) -> None:
+    """Say so where nothing tells how a file's encoder sees images: timm has weights of its name that see them unlike."""
+    import timm
+
+    model, _, tag = request.name.partition(".")
+    tagged = [] if tag else timm.list_models(f"{model}.*", pretrained=True)
+    views = {str([getattr(timm.get_pretrained_cfg(name), key) for key in VIEW]): name for name in tagged}
+    if len(views) > 1:
+        taken = timm.get_pretrained_cfg(model)
+        said = f"mean {list(taken.mean)}, std {list(taken.std)} and crop {taken.crop_pct}" if taken else "its default"
+        note(
+            f"'{request.address}': nothing says how it sees images: taking {said}, as timm:{model} has by default; "
+            f"timm:{next(iter(views.values()))}@... takes another's"
+        )
+
+
+# ---------------------------------------------------------------- weights
 
 
 def find(request: Request) -> tuple[Path, str]:
@@ -64,7 +194,9 @@ def repository(request: Request) -> str:
 def identify(request: Request) -> dict[str, Any]:
     """Return the digest of the weights, where they are on this machine."""
     if request.file:
-        return {"content": file_digest(find_file(request.file, FILES, request.allow_pickle))}
+        about = {"content": file_digest(find_file(request.file, FILES, request.allow_pickle))}
+        config = beside(request)
+        return about | ({"config": file_digest(config)} if config else {})
     held = hub.first_cached(repository(request), readable(request))
     return {"content": file_digest(held)} if held else {}
 
@@ -124,23 +256,21 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
     return Preprocessing(size, min(crop, 1.0), config["interpolation"], mean, std, mode == "squash")
 
 
-def state_for(module: nn.Module, raw: dict[str, Tensor], name: str) -> State:
+def state_for(module: nn.Module, raw: dict[str, Tensor], options: Mapping[str, Any]) -> State:
     """Translate a checkpoint for the module and leave out its classifier, or the decoder of masked pre-training."""
     tensors, unused = translate(raw, module)
     wanted = module.state_dict().keys()
     kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS))
     if set(kept) - set(wanted):
-        kept, more = separate(kept, wanted, heads_of(name, module))
+        kept, more = separate(kept, wanted, heads_of(options, module))
         dropped = (*dropped, *more)
     return State(kept, (*unused, *(key for key in dropped if key not in unused)))
 
 
-def heads_of(name: str, module: nn.Module) -> tuple[str, ...]:
+def heads_of(options: Mapping[str, Any], module: nn.Module) -> tuple[str, ...]:
     """Return the keys of what timm's whole model has and the module, made without classifier, has not."""
-    import timm
-
     with torch.device("meta"):
-        whole = timm.create_model(name, pretrained=False)
+        whole = made(options, 1000)
     return tuple(key for key in whole.state_dict() if key not in module.state_dict())
 
 
@@ -201,18 +331,37 @@ def sources(tensor: Tensor) -> list[Tensor]:
 
 def build(options: dict[str, Any]) -> nn.Module:
     """Make a timm model without classifier, at the input size where the architecture has one."""
+    return made(options, options.get("projection", 0))
+
+
+def made(options: Mapping[str, Any], outputs: int) -> nn.Module:
+    """Make a timm model with a classifier of so many outputs, or without one."""
     import timm
 
-    name, size, outputs = options["name"], options["size"], options.get("projection", 0)
+    name, size = options["name"], options["size"]
+    given: dict[str, Any] = {"num_classes": outputs, **options.get("arguments", {})}
+    if "seen" in options:
+        given["pretrained_cfg"] = options["seen"]
     try:
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=outputs, img_size=size)
-    except TypeError:  # convolutional networks have no input size of their own
-        module = timm.create_model(name, pretrained=False, num_classes=outputs)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise TaskvecError(
-            f"timm's '{name}' cannot be made for {size} px: {error}", f"choose another size{patch_hint(name)}"
-        ) from None
-    return module
+        try:
+            return cast(nn.Module, timm.create_model(name, pretrained=False, img_size=size, **given))
+        except TypeError:  # convolutional networks have no input size of their own
+            return cast(nn.Module, timm.create_model(name, pretrained=False, **given))
+    except Exception as error:  # of many kinds, where a configuration gives odd arguments
+        fix = f"mend model_args in its {CONFIG}" if "arguments" in options else f"choose another size{patch_hint(name)}"
+        raise TaskvecError(f"timm's '{name}' cannot be made for {size} px: {first_line(error)}", fix) from None
+
+
+def classifier(request: Request, options: Mapping[str, Any], outputs: int) -> nn.Module | None:
+    """Make timm's own classifier of a fine-tuned file, by what lies beside it; None where timm's has other tensors."""
+    whole = made({**options, **configured(request)}, outputs)
+    tensors, _ = translate(raw_state(Path(request.file), whole), whole)
+    wanted = {key: value.shape for key, value in whole.state_dict().items()}
+    held = {key: value for key, value in tensors.items() if key in wanted and value.shape == wanted[key]}
+    if any(key not in held and not key.endswith(COUNTER) for key in wanted):
+        return None
+    whole.load_state_dict(held, strict=False)  # batch norm's counters may be missing
+    return whole
 
 
 def patch_hint(name: str) -> str:
@@ -222,4 +371,4 @@ def patch_hint(name: str) -> str:
     return f", a multiple of {digits}" if digits else ""
 
 
-FAMILY = Family(load, identify, missing)
+FAMILY = Family(load, identify, missing, classifier=classifier)
