@@ -121,7 +121,8 @@ def test_the_configuration_beside_a_file_counts(tiny: tuple[Path, Any], tmp_path
         assert (found.preprocessing.interpolation, found.preprocessing.squash) == ("bilinear", True)
         assert backbones.describe(address, None) != before
     for odd, message in [
-        ([], "has no model_cfg and preprocess_cfg"),
+        ([], "holds a list, not an object"),
+        ({}, "has no model_cfg"),
         (config | {"preprocess_cfg": seen | {"mean": None}}, "mean is 'None', not three numbers"),
         (config | {"preprocess_cfg": seen | {"std": [0.5]}}, "std is"),
         (config | {"preprocess_cfg": seen | {"interpolation": "random"}}, "interpolation is 'random', known are"),

@@ -17,16 +17,32 @@ from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.images import RESAMPLING, Preprocessing
 from taskvec.loaders import hub
 from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate, stripped
-from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, origin_of
+from taskvec.loaders.requests import (
+    Family,
+    Loaded,
+    Request,
+    State,
+    Texts,
+    check_affordable,
+    check_bounds,
+    check_view,
+    extra,
+    library,
+    origin_of,
+    read_object,
+)
 from taskvec.network import asked_once
 from taskvec.notes import note
-from taskvec.store import file_digest, read_json
+from taskvec.store import file_digest
 from taskvec.weights import check_keys, read_keys, save_tensors
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 """What open_clip's weights are called in a folder, or a repository of the hub."""
 CONFIG = "open_clip_config.json"
 VISUAL = "visual."
+SHAPE = ("width", "layers", "patch_size", "head_width", "timm_model_name", "timm_proj")
+UNSAID = {"width": 768, "layers": 12, "patch_size": 16, "head_width": 64, "timm_proj": "linear"}
+"""What tells the image tower of one model from that of another, and what open_clip takes where nothing is said."""
 
 
 def package(address: str) -> ModuleType:
@@ -37,6 +53,7 @@ def package(address: str) -> ModuleType:
 def load(request: Request) -> Loaded:
     """Find an image tower by open_clip's name of the model, with weights by tag or from a file."""
     config, tag = model_config(request), tag_config(request)
+    own = vision_of(request, config, tag)
     pixels = request.size or int(tag.get("image_size") or config["vision_cfg"].get("image_size", 224))
     path, repo = find(request)
     if not tag and not request.hub and not request.address.startswith("paper:"):
@@ -47,7 +64,8 @@ def load(request: Request) -> Loaded:
         "quick_gelu": bool(tag.get("quick_gelu", config.get("quick_gelu", False))),
         "projection": request.projection is not False,
         "library": library("open_clip_torch"),
-    }
+    } | ({"vision": own} if own else {})
+    check_affordable(lambda: build(options), [path], f"'{request.address}'")
     return Loaded(
         {"family": "open_clip", "options": options},
         lambda _: preprocessing(tag, pixels),
@@ -75,6 +93,29 @@ def model_config(request: Request) -> dict[str, Any]:
     return config
 
 
+def vision_of(request: Request, config: dict[str, Any], tag: dict[str, Any]) -> dict[str, Any]:
+    """Return the image tower that a folder's own configuration describes, where it is not the name's to the letter.
+
+    The folder decides on what no name says (norms, activations, pooling); a tower of another shape raises.
+    """
+    model = tag.get("model_cfg", {})
+    found, named = dict(model.get("vision_cfg") or {}), config["vision_cfg"]
+    if not found:
+        return {}
+    other = [key for key in SHAPE if found.get(key, UNSAID.get(key)) != named.get(key, UNSAID.get(key))]
+    if model.get("embed_dim", config["embed_dim"]) != config["embed_dim"]:
+        other.append("embed_dim")
+    if config.get("quick_gelu") and not model.get("quick_gelu"):
+        other.append("quick_gelu")
+    if other:
+        raise TaskvecError(
+            f"'{request.address}': {CONFIG} beside the weights is of another model than '{request.name}' "
+            f"({', '.join(other)})",
+            "name the model that it is of",
+        )
+    return found if found != named else {}
+
+
 def tag_config(request: Request) -> dict[str, Any]:
     """Return what open_clip knows of a tag: where its weights are and how they see images; of a file, what lies by it.
 
@@ -100,28 +141,34 @@ def configured(config: Path | None) -> dict[str, Any]:
     if config is None:
         return {}
     fix = "copy it again, or take it away and say size: in the study"
-    try:
-        about = read_json(config)
-        model, seen = dict(about["model_cfg"]), dict(about["preprocess_cfg"])
-        size = seen.get("size") or dict(model.get("vision_cfg") or {}).get("image_size")
-        sides = {int(side) for side in (size if isinstance(size, list) else [size] if size else [])}
-    except (KeyError, TypeError, ValueError):
-        raise TaskvecError(f"'{config}' has no model_cfg and preprocess_cfg", fix) from None
+    about = read_object(config)
+    model, seen = about.get("model_cfg"), about.get("preprocess_cfg", {})
+    if not isinstance(model, dict) or not isinstance(seen, dict):
+        raise TaskvecError(f"'{config}' has no model_cfg and preprocess_cfg", fix)
+    vision = model.get("vision_cfg") or {}
+    if not isinstance(vision, dict):
+        raise TaskvecError(f"'{config}': vision_cfg is '{vision}'", fix)
+    check_bounds(vision, f"'{config}'")
+    size = vision.get("image_size") or seen.get("size")  # the first goes before, as in open_clip
+    sides = set(size if isinstance(size, list) else [size] if size else [])
+    if not all(isinstance(side, int) and 0 < side <= 4096 for side in sides):
+        raise TaskvecError(f"'{config}': '{size}' is no size in pixels", fix)
     if len(sides) > 1:
         raise TaskvecError(f"'{config}': images of {size} px are not square", fix)
     check_seen(seen, str(config), fix)
-    told = {"image_size": max(sides, default=None), "quick_gelu": model.get("quick_gelu")}
+    told = {"image_size": max(sides, default=None), "quick_gelu": bool(model.get("quick_gelu")), "model_cfg": model}
     return seen | {key: value for key, value in told.items() if value is not None}
 
 
 def check_seen(seen: dict[str, Any], source: str, fix: str) -> None:
     """Raise for a way to see images that is not known here."""
     for name, known in (("interpolation", RESAMPLING), ("resize_mode", ("shortest", "squash"))):
-        if name in seen and seen[name] not in known:
+        if name in seen and str(seen[name]) not in known:
             raise TaskvecError(f"'{source}': {name} is '{seen[name]}', known are {', '.join(known)}", fix)
     for name in ("mean", "std"):
         if name in seen and not is_triple(seen[name]):
             raise TaskvecError(f"'{source}': {name} is '{seen[name]}', not three numbers", fix)
+    check_view(preprocessing(seen, 224), f"'{source}'")
 
 
 def is_triple(value: Any) -> bool:
@@ -210,10 +257,10 @@ def build(options: dict[str, Any]) -> nn.Module:
     address = f"open_clip:{options['model']}"
     open_clip = package(address)
     config = open_clip.get_model_config(options["model"])
-    vision = config["vision_cfg"] | {"image_size": options["size"]}
+    vision = options.get("vision", config["vision_cfg"]) | {"image_size": options["size"]}
     try:
         tower: nn.Module = open_clip.model._build_vision_tower(config["embed_dim"], vision, options["quick_gelu"])
-    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # of many kinds, where a folder's configuration says odd things
         raise TaskvecError(
             f"'{address}' cannot be made for {options['size']} px: {first_line(error)}", "choose another size"
         ) from None
@@ -259,12 +306,14 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     config, tag = model_config(request), tag_config(request)
     path, _ = find(request)
     gelu = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
-    alone = not {"hf_model_name", "hf_tokenizer_name"} & set(config["text_cfg"])
+    own = {key: value for key, value in tag.get("model_cfg", {}).items() if key in ("vision_cfg", "text_cfg")}
+    alone = not {"hf_model_name", "hf_tokenizer_name"} & set((config | own)["text_cfg"])
+    words = f"local-dir:{path.parent}" if "text_cfg" in own else request.name
     try:
         with asked_once(alone), plain(path) as file:
-            model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu).eval()
+            model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu, **own).eval()
             open_clip.load_checkpoint(model, str(file))
-            tokens = open_clip.get_tokenizer(request.name)(list(captions))
+            tokens = open_clip.get_tokenizer(words)(list(captions))
     except Exception as error:  # text towers of other libraries need files of their own, which may be missing
         raise TaskvecError(
             f"'{request.address}': its text tower cannot be made: {first_line(error)}", "leave out the open regimes"
