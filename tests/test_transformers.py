@@ -159,7 +159,7 @@ def test_position_embeddings_are_resampled_by_the_library(tmp_path: Path) -> Non
         want = model(x, interpolate_pos_encoding=True).last_hidden_state
     assert torch.allclose(backbone.features(images), want[:, 0], atol=1e-5)
     assert torch.allclose(backbone.features(images, per_patch=True), want[:, 1:], atol=1e-5)
-    with pytest.raises(TaskvecError, match="30 px images\nchoose another size, a multiple of 8"):
+    with pytest.raises(TaskvecError, match="patches of 8 px, and 30 px leave 6 px .*\n.*a multiple of 8: 24 or 32"):
         load_backbone(f"hf:{folder}", size=30)
 
 

@@ -93,7 +93,7 @@ def anatomy(address: str, size: int | None, projection: bool | None = None) -> A
         record, seen = architecture(address, size, projection)
     except (TaskvecError, OSError):
         return None
-    return counted(record, seen, address)
+    return counted(record, seen, address, size)
 
 
 def lab_anatomy(name: str, size: int | None) -> Anatomy:
@@ -116,13 +116,19 @@ def architecture(address: str, size: int | None, projection: bool | None = None)
     return found.architecture, found.preprocessing
 
 
-def counted(record: Mapping[str, Any], seen: Seen | None = None, name: str = "the encoder") -> Anatomy:
-    """Build an encoder on the meta device, which holds shapes and no numbers, and count one forward pass."""
+def counted(
+    record: Mapping[str, Any], seen: Seen | None = None, name: str = "the encoder", asked: int | None = None
+) -> Anatomy:
+    """Build an encoder on the meta device, which holds shapes and no numbers, and count one forward pass.
+
+    A size that is ``asked`` for must be one that the encoder can look at.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         module = loaders.build(record).eval()
+    backbones.check_size(module, asked, name)
     size, kept = record["options"]["size"], [0]
 
     def count(part: torch.nn.Module, _: Any, out: Any) -> None:

@@ -185,6 +185,7 @@ def load_backbone(
     family, asked = loaders.find(address, size, allow_pickle, projection)
     loaded = loaders.load(asked, family)
     module = build(loaded.architecture)
+    check_size(module, size, address)
     state = loaded.state(module)
     origin = loaded.origin()
     named, device = name or default_name(address), choose_device(device)
@@ -228,6 +229,29 @@ def tried(module: nn.Module, images: Float[Tensor, "batch 3 size size"], name: s
         what = f"features of shape {list(features.shape[1:])}" if isinstance(features, Tensor) else "several outputs"
         raise TaskvecError(f"'{name}' gives {what}, not one vector an image", "choose a classifier")
     return features
+
+
+def check_size(module: nn.Module, size: int | None, name: str) -> None:
+    """Raise where a size that is asked for is no multiple of the patches, so that a border of images is never seen."""
+    patch = patch_side(module)
+    if size is None or size % patch == 0:
+        return
+    below = size - size % patch
+    near = f"{below} or {below + patch}" if below else str(patch)
+    raise TaskvecError(
+        f"'{name}' cuts images into patches of {patch} px, and {size} px leave {size % patch} px that no patch sees",
+        f"choose another size, a multiple of {patch}: {near}; or leave size out for the encoder's own",
+    )
+
+
+def patch_side(module: nn.Module) -> int:
+    """Return the side of the patches that images are cut into, 1 for convolutions or where the library pads images."""
+    parts = list(module.modules())
+    if any(hasattr(part, "maybe_pad") or getattr(part, "dynamic_img_pad", False) for part in parts):
+        return 1
+    wide = [part for part in parts if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
+    cuts = len(wide) == 1 and wide[0].kernel_size == wide[0].stride and wide[0].padding in ((0, 0), "valid")
+    return int(wide[0].stride[0]) if cuts else 1
 
 
 def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:

@@ -273,11 +273,6 @@ def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     if TYPES[options["type"]].feature != "class":
         return Pooled(model, resampled)
     encoder, patch = ClassToken(model, resampled), edge(options["config"].get("patch_size")) or 16
-    if options["size"] % patch:
-        raise TaskvecError(
-            f"a model with patches of {patch} px cannot look at {options['size']} px images",
-            f"choose another size, a multiple of {patch}",
-        )
     encoder.patches = (options["size"] // patch) ** 2
     return encoder
 
