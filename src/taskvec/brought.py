@@ -23,7 +23,7 @@ from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.heads import Head
 from taskvec.kinds import CLASSIFICATION
 from taskvec.loaders import FAMILIES
-from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, read_checkpoint, stripped
+from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, parts, read_checkpoint, stripped
 from taskvec.loaders.requests import Request
 from taskvec.notes import note
 from taskvec.store import read_json
@@ -89,6 +89,8 @@ def translate(path: Path, backbone: Backbone, allow_pickle: bool) -> Mapping[str
     """
     asked = request_of(path, backbone, allow_pickle)
     state = FAMILIES[asked.kind].load(asked).state(backbone.module)
+    if rest := [key for key in (state.left_out if state else ()) if not key.startswith(CLASSIFIERS)]:
+        note(f"'{path}': left out {parts(rest)}")
     return state.tensors if state else {}
 
 
@@ -131,7 +133,7 @@ def agree(whole: nn.Module, encoder: Weights, head: Head, backbone: Backbone) ->
 
 
 def linear(tensors: Mapping[str, Tensor]) -> tuple[Float[Tensor, "outputs width"] | None, Float[Tensor, " outputs"]]:
-    """Return weight and bias of a linear layer, whatever it is called; no weight where tensors are not one such layer."""
+    """Return weight and bias of a linear layer, whatever it is called; no weight where tensors are no such layer."""
     weights = [key for key, value in tensors.items() if key.endswith("weight") and value.ndim == 2]
     if len(weights) != 1 or set(tensors) - layer(weights[0]):
         return None, torch.empty(0)

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from taskvec.addresses import PAPER, Checkpoint, parse
+from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing
 from taskvec.loaders import lab, open_clip, saved, timm, transformers
-from taskvec.loaders.requests import Family, Loaded, Request
+from taskvec.loaders.requests import LARGEST, Family, Loaded, Request
 
 FAMILIES: dict[str, Family] = {
     "lab": lab.FAMILY,
@@ -38,6 +39,8 @@ def find(
 ) -> tuple[Family, Request]:
     """Return the family that loads an address, and what is asked of it; a checkpoint of the paper is one of theirs."""
     kind, name, file = parse(address)
+    if size is not None and (not isinstance(size, int) or not 0 < size <= LARGEST):
+        raise TaskvecError(f"'{address}': size is '{size}'", f"give a number of pixels, at most {LARGEST}")
     if kind == "paper":
         kind, name, file = resolve(PAPER[name], file)
     hub = PAPER[parse(address)[1]].hub if address.startswith("paper:") and not file else None

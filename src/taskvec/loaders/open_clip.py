@@ -18,6 +18,7 @@ from taskvec.images import RESAMPLING, Preprocessing
 from taskvec.loaders import hub
 from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate, stripped
 from taskvec.loaders.requests import (
+    LARGEST,
     Family,
     Loaded,
     Request,
@@ -40,6 +41,7 @@ FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "
 """What open_clip's weights are called in a folder, or a repository of the hub."""
 CONFIG = "open_clip_config.json"
 VISUAL = "visual."
+OTHER_SIZE = "choose another size"
 SHAPE = ("width", "layers", "patch_size", "head_width", "timm_model_name", "timm_proj")
 UNSAID = {"width": 768, "layers": 12, "patch_size": 16, "head_width": 64, "timm_proj": "linear"}
 """What tells the image tower of one model from that of another, and what open_clip takes where nothing is said."""
@@ -151,7 +153,7 @@ def configured(config: Path | None) -> dict[str, Any]:
     check_bounds(vision, f"'{config}'")
     size = vision.get("image_size") or seen.get("size")  # the first goes before, as in open_clip
     sides = set(size if isinstance(size, list) else [size] if size else [])
-    if not all(isinstance(side, int) and 0 < side <= 4096 for side in sides):
+    if not all(isinstance(side, int) and 0 < side <= LARGEST for side in sides):
         raise TaskvecError(f"'{config}': '{size}' is no size in pixels", fix)
     if len(sides) > 1:
         raise TaskvecError(f"'{config}': images of {size} px are not square", fix)
@@ -243,7 +245,12 @@ def state_for(module: nn.Module, path: Path) -> State:
     raw = stripped(read_checkpoint(path), {VISUAL + key for key in module.state_dict()})
     if VISUAL + "positional_embedding" in raw and hasattr(module, "grid_size"):
         raw[VISUAL + "positional_embedding"] = raw[VISUAL + "positional_embedding"].float()  # half cannot be resampled
-        resize_pos_embed(raw, SimpleNamespace(visual=module))
+        try:
+            resize_pos_embed(raw, SimpleNamespace(visual=module))
+        except RuntimeError as error:
+            raise TaskvecError(
+                f"'{path}': its positions cannot be resampled: {first_line(error)}", OTHER_SIZE
+            ) from None
     wanted = {VISUAL + key: tuple(value.shape) for key, value in module.state_dict().items()}
     unwanted = (*TEXTS, VISUAL + "proj") if getattr(module, "proj", None) is None else TEXTS
     kept, dropped = separate(raw, wanted, unwanted)
@@ -262,7 +269,7 @@ def build(options: dict[str, Any]) -> nn.Module:
         tower: nn.Module = open_clip.model._build_vision_tower(config["embed_dim"], vision, options["quick_gelu"])
     except Exception as error:  # of many kinds, where a folder's configuration says odd things
         raise TaskvecError(
-            f"'{address}' cannot be made for {options['size']} px: {first_line(error)}", "choose another size"
+            f"'{address}' cannot be made for {options['size']} px: {first_line(error)}", OTHER_SIZE
         ) from None
     setattr(tower, "output_tokens", False)  # noqa: B010 - CoCa's would give the tokens beside the feature
     if not options["projection"]:

@@ -14,7 +14,7 @@ from taskvec.addresses import CLIP, HALF, IMAGENET, Channels
 from taskvec.errors import TaskvecError
 from taskvec.images import RESAMPLING, Preprocessing, resize_and_crop
 from taskvec.loaders.checkpoints import first_line
-from taskvec.loaders.requests import check_view
+from taskvec.loaders.requests import LARGEST, check_view
 from taskvec.notes import note
 
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -77,7 +77,7 @@ def check_sizes(processor: Any, source: str) -> None:
     sizes = [*dict(processor.size or {}).values(), *dict(getattr(processor, "crop_size", None) or {}).values()]
     share = getattr(processor, "crop_pct", None)
     for size in (size for size in sizes if size is not None):
-        if not isinstance(size, int) or not 0 < size <= 4096:
+        if not isinstance(size, int) or not 0 < size <= LARGEST:
             raise TaskvecError(f"the image processor in '{source}' has a size of '{size}' px", FIX)
     if share is not None and (not isinstance(share, int | float) or not 0.1 <= share <= 1):
         raise TaskvecError(f"the image processor in '{source}' keeps a share of '{share}' of an image", FIX)

@@ -20,10 +20,11 @@ from taskvec.errors import TaskvecError
 from taskvec.images import RESAMPLING, Preprocessing
 from taskvec.store import disk_errors, file_digest, read_json
 
-
+LARGEST = 4096
+"""Side in pixels of the largest images that an encoder may see."""
 LONGEST = 50_000_000
 """Bytes of a configuration, or of an index of weights, at most."""
-BOUNDS = (("depth|layer|block|repeat|stage", 1000), ("image_size|img_size|input_size", 4096), ("window", 128))
+BOUNDS = (("depth|layer|block|repeat|stage", 1000), ("image_size|img_size|input_size", LARGEST), ("window", 128))
 """How large the numbers of a configuration may be, by what their names contain."""
 SPARE = 2**24
 """Weights that an encoder may have beyond those of its files, such as positions for a larger input."""
@@ -96,7 +97,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a configuration; one that is no JSON object, or too long, or asks for absurd sizes, is an error."""
     with disk_errors(path):
         if path.stat().st_size > LONGEST:
-            raise TaskvecError(f"'{path}' has {path.stat().st_size} bytes, too many for a configuration", "copy it again")
+            raise TaskvecError(
+                f"'{path}' has {path.stat().st_size} bytes, too many for a configuration", "copy it again"
+            )
         about = read_json(path)
     if not isinstance(about, dict):
         raise TaskvecError(f"'{path}' holds a {type(about).__name__}, not an object", "copy it again")
@@ -135,11 +138,13 @@ def check_affordable(make: Callable[[], nn.Module], files: Sequence[Path], sourc
 def check_view(view: Preprocessing, source: str) -> Preprocessing:
     """Return a view that is one: a size in pixels, and three finite means and positive deviations, else it raises."""
     numbers = (*view.mean, *view.std)
-    sound = len(view.mean) == len(view.std) == 3 and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+    sound = len(view.mean) == len(view.std) == 3 and all(
+        isinstance(n, int | float) and math.isfinite(n) for n in numbers
+    )
     if not sound or min(view.std) <= 0 or max(map(abs, numbers)) > 1000:
         said = f"mean {list(view.mean)} and std {list(view.std)}"
         raise TaskvecError(f"{source}: {said} are not three numbers each, with std above 0", "mend them there")
-    if not 0 < view.crop <= 1 or not 0 < view.size <= 4096 or view.interpolation not in RESAMPLING:
+    if not 0 < view.crop <= 1 or not 0 < view.size <= LARGEST or str(view.interpolation) not in RESAMPLING:
         seen = f"{view.size} px, crop {view.crop}, {view.interpolation}"
         raise TaskvecError(f"{source}: no images can be seen at {seen}", f"known are {', '.join(sorted(RESAMPLING))}")
     return view

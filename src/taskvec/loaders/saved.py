@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def is_whole(folder: Path, allow_pickle: bool = True) -> bool:
     """Say whether the hub's cache holds all that a model needs: weights, and how it wants to see images."""
     weights = weights_in(folder, allow_pickle)
     seen = any((folder / name).is_file() for name in processors.FILES)
-    return seen and weights is not None and all(map(os.path.isfile, shards(weights)))
+    return seen and weights is not None and all(file.is_file() for file in shards(weights))
 
 
 def is_folder(folder: Path) -> bool:
@@ -68,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_names(folder: Path) -> tuple[str, ...]:
-    """Return what a folder's weights may be called, best first: transformers takes those that its configuration names."""
+    """Return what a folder's weights may be called, best first; those that its configuration names go before all."""
     named = read_config(folder).get("transformers_weights")
     if named is None:
         return WEIGHTS
@@ -78,14 +77,16 @@ def weight_names(folder: Path) -> tuple[str, ...]:
             ".safetensors.index.json",
             f"take it out, and call the weights {WEIGHTS[0]}",
         )
-    return (inside(folder, named, folder / CONFIG),)
+    inside(named, folder / CONFIG)
+    return (named,)
 
 
-def inside(folder: Path, name: Any, source: Path) -> str:
-    """Return a name that is one of a file in a folder; one that leads out of it raises."""
-    if not isinstance(name, str) or not name or not os.path.abspath(folder / name).startswith(f"{os.path.abspath(folder)}/"):
+def inside(name: Any, source: Path) -> Path:
+    """Return the file that a configuration or an index names, which must be one of its own folder."""
+    path = Path(name) if isinstance(name, str) and "\0" not in name and len(name.encode()) < 256 else Path("..")
+    if path.is_absolute() or not path.parts or ".." in path.parts:
         raise TaskvecError(f"'{source}' names '{name}', which is no file of its folder", "copy the whole folder again")
-    return name
+    return source.parent / path
 
 
 def obtain(request: Request) -> Path:
@@ -111,7 +112,7 @@ def obtain(request: Request) -> Path:
 def weights_in(folder: Path, allow_pickle: bool = True) -> Path | None:
     """Return the weights file of a folder, or the index of its parts; None where it has none that may be read."""
     names = [name for name in weight_names(folder) if allow_pickle or ".safetensors" in name]
-    return next((folder / name for name in names if os.path.isfile(folder / name)), None)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def holds(files: Sequence[Path], prefix: str, config: dict[str, Any]) -> bool:
@@ -129,7 +130,7 @@ def shards(weights: Path) -> list[Path]:
     names = read_object(weights).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise TaskvecError(f"'{weights}' is no index of weights", "copy the whole folder again")
-    return [weights.parent / name for name in sorted({inside(weights.parent, name, weights) for name in names.values()})]
+    return sorted({inside(name, weights) for name in names.values()})
 
 
 def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -140,7 +141,7 @@ def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
     files = shards(weights)
     for file in files:
         check_pickle(file, allow_pickle)
-        if not os.path.isfile(file):
+        if not file.is_file():
             raise TaskvecError(f"'{weights}' names '{file.name}', which is missing", "copy the whole folder again")
         if file.suffix == ".safetensors":
             read_keys(file)

@@ -385,7 +385,9 @@ def edge(size: Any) -> int | None:
     if isinstance(size, dict):
         size = next((size[name] for name in ("shortest_edge", "height") if size.get(name)), None)
     if size is not None and (not isinstance(size, int) or size < 1):
-        raise TaskvecError(f"a size is '{size}', not a number of pixels", f"mend it in {saved.CONFIG}, or copy that again")
+        raise TaskvecError(
+            f"a size is '{size}', not a number of pixels", f"mend it in {saved.CONFIG}, or copy that again"
+        )
     return size
 
 
@@ -426,14 +428,19 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     check_tokenizer(folder)
     try:
         with quiet():
-            model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+            model, info = read_as(transformers.CLIPModel, folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             words = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt")
     except Exception as error:
         raise TaskvecError(
             f"the text tower in '{folder}' cannot be used: {first_line(error)}", "leave out the open regimes"
         ) from None
-    found = model.get_text_features(**words)
+    if missing := sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}):
+        raise TaskvecError(
+            f"'{folder}': its text tower is not whole: {', '.join(missing[:3])}",
+            "copy the whole folder again, or leave out the open regimes",
+        )
+    found = model.eval().get_text_features(**words)
     features: Tensor = getattr(found, "pooler_output", found)
     return nn.functional.normalize(features.float(), dim=1), float(model.logit_scale.exp())
 

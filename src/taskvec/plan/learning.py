@@ -148,7 +148,7 @@ def import_finetuned(planner: Planner, task: str, cell: Cell, ground: Ground) ->
     choice, pickle = planner.brought[task], planner.study.allow_pickle
     given = {"finetuned": choice.finetuned} | ({"head": choice.head} if choice.head else {})
     files = {key: brought.given_file(planner.sources.path(file), key, task, pickle) for key, file in given.items()}
-    read = files if choice.classes else files | brought.naming(files)
+    read = files | brought.naming(files)
     digests = {key: file_digest(path) for key, path in read.items()}
     config: dict[str, Any] = {"source": digests, "name": task, "classes": list(choice.classes)}
     aside = {"allow_pickle": pickle} | {key: str(path) for key, path in files.items()}
