@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class Backbone:
     ``architecture`` is what ``build`` needs to make the module again without the original file; ``left_out`` names the
     tensors of that file that are no part of the encoder, and ``origin`` the file and the SHA-256 of its content.
     Where there are weights ``around``, the encoder is linearised: its features are those of its first-order expansion
-    around them.
+    around them. Threads may share a backbone: its ``lock`` lets one at a time move it (``at``) or ask for features.
     """
 
     name: str
@@ -50,10 +52,32 @@ class Backbone:
     left_out: tuple[str, ...] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
     around: Weights | None = None
+    lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of: its module is bound anew, and its lock is its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("bound", "lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy, in this process or another."""
+        vars(self).update(state, bound=bind(state["module"]), lock=threading.RLock())
 
     def use(self, weights: Weights) -> None:
-        """Move the encoder to other weights of its layout; integer buffers stay the pre-trained encoder's."""
+        """Move the encoder to other weights of its layout, for good; integer buffers stay the pre-trained encoder's."""
         self.bound.flat.copy_(weights.flat)
+
+    @contextlib.contextmanager
+    def at(self, weights: Weights | None = None) -> Iterator[None]:
+        """Be at other weights inside, or wherever the block moves to; after it, however it ends, at those of before."""
+        with self.lock, mode_kept(self.module):
+            flat, start = self.bound.flat, self.pretrained.flat
+            before = start if torch.equal(flat, start) else flat.clone()
+            try:
+                if weights is not None:
+                    self.use(weights)
+                yield
+            finally:
+                flat.copy_(before)
 
     @property
     def expansion(self) -> tuple[Weights, ...]:
@@ -69,16 +93,28 @@ class Backbone:
         per_patch: bool = False,
     ) -> Float[Tensor, "count *patches width"]:
         """Return the float32 features of all images under the present weights, on the CPU; one a patch if wanted."""
-        self.module.eval()
         out = torch.empty(0, self.width)
-        for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            found = encode(self.module, normalise(batch, self.preprocessing, self.device), per_patch, *self.expansion)
-            found = found.float().cpu()
-            out = out if start else torch.empty(len(images), *found.shape[1:])
-            out[start : start + len(batch)] = found
-            progress((start + len(batch)) / len(images))
+        with self.lock, mode_kept(self.module):
+            self.module.eval()
+            for start in range(0, len(images), batch_size):
+                pixels = torch.from_numpy(np.array(images[start : start + batch_size]))
+                batch = normalise(pixels, self.preprocessing, self.device)
+                found = encode(self.module, batch, per_patch, *self.expansion).float().cpu()
+                out = out if start else torch.empty(len(images), *found.shape[1:])
+                out[start : start + len(batch)] = found
+                progress((start + len(batch)) / len(images))
         return out
+
+
+@contextlib.contextmanager
+def mode_kept(module: nn.Module) -> Iterator[None]:
+    """Put every part of a module back into its mode, of training or evaluation, after a block."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def encode(

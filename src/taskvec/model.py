@@ -71,12 +71,10 @@ class MultiTaskModel:
     def own_scores(self, images: UInt8[np.ndarray, "count 3 size size"], task: str) -> Tensor:
         """Return one task's scores for decoded images, with the encoder moved by its own direction."""
         assert self.directions is not None
-        backbone, place = self.backbone, list(self.heads).index(task)
-        vectors.move(backbone.bound, backbone.pretrained, [self.directions.of(place)], [self.about["scale"]])
-        per_patch = self.heads[task].rules.per_patch
-        found = self.heads[task].logits(backbone.features(images, per_patch=per_patch))
-        backbone.use(backbone.pretrained)
-        return found
+        backbone, head, place = self.backbone, self.heads[task], list(self.heads).index(task)
+        with backbone.at():
+            vectors.move(backbone.bound, backbone.pretrained, [self.directions.of(place)], [self.about["scale"]])
+            return head.logits(backbone.features(images, per_patch=head.rules.per_patch))
 
     def predict(self, images: Sequence[str | Path], task: str | None = None) -> list[Prediction]:
         """Classify image files by every task's head, or by one task's."""
