@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 from jaxtyping import Float, UInt8
+from pydantic import Field
 from torch import Tensor, nn
 
 from taskvec import loaders, tangents
@@ -23,10 +25,12 @@ from taskvec.lab import encoders
 from taskvec.loaders import build
 from taskvec.loaders.checkpoints import COUNTER, first_line, parts
 from taskvec.notes import note
-from taskvec.store import read_json, write_json
+from taskvec.store import Record, read_record, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
 
+Mean = Annotated[float, Field(ge=-1000, le=1000)]
+Deviation = Annotated[float, Field(ge=1e-4, le=1000)]
 AROUND = "around.safetensors"
 """The file of a kept model with the weights that its linearised encoder is expanded around."""
 
@@ -291,16 +295,59 @@ def write_backbone(backbone: Backbone, folder: Path) -> None:
     write_json(folder / "backbone.json", record)
 
 
+class View(Record):
+    """The record of a preprocessing, within bounds that keep the encoder's input finite."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    size: int = Field(ge=1, le=4096)
+    crop: float = Field(1.0, ge=0.01, le=1)
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
+    mean: Annotated[tuple[Mean, Mean, Mean], pydantic.Strict(False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], pydantic.Strict(False)]
+    squash: bool = False
+
+
+class Architecture(Record):
+    """What ``build`` makes a module of."""
+
+    family: str
+    options: dict[str, Any]
+
+
+class Encoder(Record):
+    """The record of a backbone, beside its weights."""
+
+    name: str
+    architecture: Architecture
+    preprocessing: View
+
+    @pydantic.model_validator(mode="after")
+    def same_size(self) -> Encoder:
+        """Raise where the module is made for images of another size than it is to see."""
+        made, seen = self.architecture.options.get("size", self.preprocessing.size), self.preprocessing.size
+        if made != seen:
+            raise ValueError(f"an encoder for images of {made} px cannot see {seen} px")
+        return self
+
+
 def read_backbone(folder: Path, device: str = "cpu") -> Backbone:
     """Open a backbone that ``write_backbone`` wrote."""
-    record = read_json(folder / "backbone.json")
-    return restore(record, folder / "encoder.safetensors", device)
+    return restore(folder / "backbone.json", folder / "encoder.safetensors", device)
 
 
-def restore(record: Mapping[str, Any], weights: Path, device: str) -> Backbone:
-    """Make a backbone from its record and a file of its weights."""
-    preprocessing = Preprocessing.from_json(record["preprocessing"])
-    backbone = assemble(record["name"], build(record["architecture"]), preprocessing, record["architecture"], device)
+def restore(about: Path, weights: Path, device: str) -> Backbone:
+    """Make a backbone from the file of its record and the file of its weights; what does not fit is an error."""
+    record = read_record(about, Encoder)
+    architecture, preprocessing = record.architecture.model_dump(), Preprocessing(**record.preprocessing.model_dump())
+    try:
+        module = build(architecture)
+    except TaskvecError:
+        raise
+    except Exception as error:  # modules of many libraries, which raise errors of many kinds
+        what = f"no encoder can be made of its architecture: {first_line(error)}"
+        raise TaskvecError(f"'{about}': {what}", "restore the file, or make it again") from None
+    backbone = assemble(record.name, module, preprocessing, architecture, device)
     fill(backbone, read(weights), f"'{weights}'")
     return backbone
 
