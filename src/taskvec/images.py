@@ -142,6 +142,8 @@ def decode(image: Source, name: str) -> Image.Image:
     """Return an image that is given in any way as upright 8-bit RGB; what is none is an error that names it."""
     with quiet(), corrupt(name):
         if isinstance(image, str | os.PathLike):
+            if Path(name).is_dir():
+                raise TaskvecError(f"'{name}' is a folder, not an image", f"give the images in it, such as {name}/*")
             return read_image(Path(name))
         content = image.read() if hasattr(image, "read") else image
         if isinstance(content, bytes | bytearray | memoryview):
