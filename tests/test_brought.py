@@ -222,7 +222,7 @@ def test_a_classifier_in_a_checkpoint_is_mapped_by_the_names_that_are_known(
         ({"weight": torch.zeros(3, 4)}, {"classes": '["ant", "bee", "sow"]'}, "'sow' is none of task.*\n.*'cow'"),
         ({"weight": torch.zeros(3, 4)}, {"classes": '["ant", "bee"]'}, "2 classes are named, and task 'one' has 3"),
         ({"weight": torch.zeros(3, 4)}, {"classes": '["ant", "bee", "bee"]'}, "a class is named twice"),
-        ({"weight": torch.zeros(3, 4)}, {"classes": "ant"}, "metadata are not JSON"),
+        ({"weight": torch.zeros(3, 4)}, {"classes": "ant"}, "metadata cannot be understood: classes: Invalid JSON"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(

@@ -41,11 +41,11 @@ def agreement_curve(
     The mean over tasks is a guess of where re-probed heads do best; how merged representations align with those of
     single tasks is what arXiv 2604.12935 works on.
     """
-    backbone.use(fine_tuned)
-    wanted, values = backbone.features(images, per_patch=per_patch), []
-    for index, scale in enumerate(scales):
-        vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
-        values.append(linear_cka(backbone.features(images, per_patch=per_patch), wanted))
-        progress((index + 1) / len(scales))
-    backbone.use(backbone.pretrained)
+    values = []
+    with backbone.at(fine_tuned):
+        wanted = backbone.features(images, per_patch=per_patch)
+        for index, scale in enumerate(scales):
+            vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
+            values.append(linear_cka(backbone.features(images, per_patch=per_patch), wanted))
+            progress((index + 1) / len(scales))
     return values

@@ -72,7 +72,6 @@ def negate(
         tuple(kept_curve(backbone, away, task, head, grid, _half(progress, place)))
         for place, (task, head) in enumerate(zip(tasks, heads, strict=True))
     )
-    backbone.use(backbone.pretrained)
     return Forgetting(choose_negation(grid, forgotten, control, keep), tuple(grid), forgotten, control, keep)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 from jaxtyping import Float, UInt8
+from pydantic import Field
 from torch import Tensor, nn
 
 from taskvec import loaders, tangents
@@ -21,10 +25,12 @@ from taskvec.lab import encoders
 from taskvec.loaders import build
 from taskvec.loaders.checkpoints import COUNTER, first_line, parts
 from taskvec.notes import note
-from taskvec.store import read_json, write_json
+from taskvec.store import Record, read_record, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, read, save
 
+Mean = Annotated[float, Field(ge=-1000, le=1000)]
+Deviation = Annotated[float, Field(ge=1e-4, le=1000)]
 AROUND = "around.safetensors"
 """The file of a kept model with the weights that its linearised encoder is expanded around."""
 
@@ -36,7 +42,7 @@ class Backbone:
     ``architecture`` is what ``build`` needs to make the module again without the original file; ``left_out`` names the
     tensors of that file that are no part of the encoder, and ``origin`` the file and the SHA-256 of its content.
     Where there are weights ``around``, the encoder is linearised: its features are those of its first-order expansion
-    around them.
+    around them. Threads may share a backbone: its ``lock`` lets one at a time move it (``at``) or ask for features.
     """
 
     name: str
@@ -50,10 +56,32 @@ class Backbone:
     left_out: tuple[str, ...] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
     around: Weights | None = None
+    lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of: its module is bound anew, and its lock is its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("bound", "lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy, in this process or another."""
+        vars(self).update(state, bound=bind(state["module"]), lock=threading.RLock())
 
     def use(self, weights: Weights) -> None:
-        """Move the encoder to other weights of its layout; integer buffers stay the pre-trained encoder's."""
+        """Move the encoder to other weights of its layout, for good; integer buffers stay the pre-trained encoder's."""
         self.bound.flat.copy_(weights.flat)
+
+    @contextlib.contextmanager
+    def at(self, weights: Weights | None = None) -> Iterator[None]:
+        """Be at other weights inside, or wherever the block moves to; after it, however it ends, at those of before."""
+        with self.lock, mode_kept(self.module):
+            flat, start = self.bound.flat, self.pretrained.flat
+            before = start if torch.equal(flat, start) else flat.clone()
+            try:
+                if weights is not None:
+                    self.use(weights)
+                yield
+            finally:
+                flat.copy_(before)
 
     @property
     def expansion(self) -> tuple[Weights, ...]:
@@ -69,16 +97,28 @@ class Backbone:
         per_patch: bool = False,
     ) -> Float[Tensor, "count *patches width"]:
         """Return the float32 features of all images under the present weights, on the CPU; one a patch if wanted."""
-        self.module.eval()
         out = torch.empty(0, self.width)
-        for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            found = encode(self.module, normalise(batch, self.preprocessing, self.device), per_patch, *self.expansion)
-            found = found.float().cpu()
-            out = out if start else torch.empty(len(images), *found.shape[1:])
-            out[start : start + len(batch)] = found
-            progress((start + len(batch)) / len(images))
+        with self.lock, mode_kept(self.module):
+            self.module.eval()
+            for start in range(0, len(images), batch_size):
+                pixels = torch.from_numpy(np.array(images[start : start + batch_size]))
+                batch = normalise(pixels, self.preprocessing, self.device)
+                found = encode(self.module, batch, per_patch, *self.expansion).float().cpu()
+                out = out if start else torch.empty(len(images), *found.shape[1:])
+                out[start : start + len(batch)] = found
+                progress((start + len(batch)) / len(images))
         return out
+
+
+@contextlib.contextmanager
+def mode_kept(module: nn.Module) -> Iterator[None]:
+    """Put every part of a module back into its mode, of training or evaluation, after a block."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def encode(
@@ -279,16 +319,59 @@ def write_backbone(backbone: Backbone, folder: Path) -> None:
     write_json(folder / "backbone.json", record)
 
 
+class View(Record):
+    """The record of a preprocessing, within bounds that keep the encoder's input finite."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    size: int = Field(ge=1, le=4096)
+    crop: float = Field(1.0, ge=0.01, le=1)
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
+    mean: Annotated[tuple[Mean, Mean, Mean], pydantic.Strict(False)]
+    std: Annotated[tuple[Deviation, Deviation, Deviation], pydantic.Strict(False)]
+    squash: bool = False
+
+
+class Architecture(Record):
+    """What ``build`` makes a module of."""
+
+    family: str
+    options: dict[str, Any]
+
+
+class Encoder(Record):
+    """The record of a backbone, beside its weights."""
+
+    name: str
+    architecture: Architecture
+    preprocessing: View
+
+    @pydantic.model_validator(mode="after")
+    def same_size(self) -> Encoder:
+        """Raise where the module is made for images of another size than it is to see."""
+        made, seen = self.architecture.options.get("size", self.preprocessing.size), self.preprocessing.size
+        if made != seen:
+            raise ValueError(f"an encoder for images of {made} px cannot see {seen} px")
+        return self
+
+
 def read_backbone(folder: Path, device: str = "cpu") -> Backbone:
     """Open a backbone that ``write_backbone`` wrote."""
-    record = read_json(folder / "backbone.json")
-    return restore(record, folder / "encoder.safetensors", device)
+    return restore(folder / "backbone.json", folder / "encoder.safetensors", device)
 
 
-def restore(record: Mapping[str, Any], weights: Path, device: str) -> Backbone:
-    """Make a backbone from its record and a file of its weights."""
-    preprocessing = Preprocessing.from_json(record["preprocessing"])
-    backbone = assemble(record["name"], build(record["architecture"]), preprocessing, record["architecture"], device)
+def restore(about: Path, weights: Path, device: str) -> Backbone:
+    """Make a backbone from the file of its record and the file of its weights; what does not fit is an error."""
+    record = read_record(about, Encoder)
+    architecture, preprocessing = record.architecture.model_dump(), Preprocessing(**record.preprocessing.model_dump())
+    try:
+        module = build(architecture)
+    except TaskvecError:
+        raise
+    except Exception as error:  # modules of many libraries, which raise errors of many kinds
+        what = f"no encoder can be made of its architecture: {first_line(error)}"
+        raise TaskvecError(f"'{about}': {what}", "restore the file, or make it again") from None
+    backbone = assemble(record.name, module, preprocessing, architecture, device)
     fill(backbone, read(weights), f"'{weights}'")
     return backbone
 

@@ -6,8 +6,9 @@ activations; estimating them again needs images and no labels (REPAIR, arXiv 221
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -56,25 +57,31 @@ def reestimate(backbone: Backbone, weights: Weights, images: Images, batch_size:
     Every layer normalises by each batch's own statistics, and keeps their cumulative average (momentum None). Batches
     are equally large but for less than one batch of images; what is left over is not looked at.
     """
-    backbone.use(weights)
-    found, module = layers(backbone.module), backbone.module.eval()
+    with backbone.at(weights), counting_anew(layers(backbone.module.eval())):
+        for start in range(0, max(1, len(images) - batch_size + 1), batch_size):
+            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+            backbone.module(normalise(batch, backbone.preprocessing, backbone.device))
+        return weights.with_flat(backbone.bound.flat.clone())
+
+
+@contextlib.contextmanager
+def counting_anew(found: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Let layers take the cumulative average of all batches of a block as their statistics.
+
+    Afterwards momentum and counters are those of before; statistics and modes are for the caller to put back.
+    """
     before = [(layer.momentum, copy.deepcopy(layer.num_batches_tracked)) for layer in found]
     try:
         for layer in found:
             layer.reset_running_stats()
             layer.momentum = None
             layer.train()
-        for start in range(0, max(1, len(images) - batch_size + 1), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            module(normalise(batch, backbone.preprocessing, backbone.device))
-        return weights.with_flat(backbone.bound.flat.clone())
+        yield
     finally:
         for layer, (momentum, counted) in zip(found, before, strict=True):
             layer.momentum = momentum
             if layer.num_batches_tracked is not None and counted is not None:
                 layer.num_batches_tracked.copy_(counted)
-        module.eval()
-        backbone.use(backbone.pretrained)
 
 
 def entries(weights: Weights) -> list[Entry]:

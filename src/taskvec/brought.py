@@ -5,8 +5,8 @@ The paper takes checkpoints "downloaded from online repositories" for its task v
 
 from __future__ import annotations
 
-import json
 import re
+import reprlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import Json, TypeAdapter, ValidationError
+from torch import Tensor
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from taskvec.backbones import AROUND, Backbone, tried
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.heads import Head
+from taskvec.heads import Head, Names, Unusual, told, unusual_heads
 from taskvec.kinds import CLASSIFICATION
 from taskvec.loaders import FAMILIES
 from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, parts, read_checkpoint, stripped
@@ -28,8 +30,10 @@ from taskvec.loaders.requests import Request
 from taskvec.notes import note
 from taskvec.store import read_json
 from taskvec.tasks import Task
-from taskvec.weights import Weights, align, read_metadata
+from taskvec.weights import Weights, align
 
+NAMES = TypeAdapter(Names)
+OUTPUTS = TypeAdapter(Json[Names | dict[str, Names]])
 NAMING = ("model.json", "config.json")
 """Files beside a checkpoint that may name the outputs of its head."""
 ALIKE = 0.01
@@ -194,30 +198,45 @@ def read_head(path: Path, given: Sequence[str], task: Task, width: int) -> Head:
     if len(weights) == 1 and (odd := sorted(set(tensors) - layer(chosen))):
         raise TaskvecError(f"{source} is not one linear layer: it holds {', '.join(odd[:3])}", "give another head:")
     label = chosen.removesuffix("weight").removesuffix(".")
-    unusual = head_metadata(path).get("heads", {}).get(label, {})
+    if f"{label}.down" in tensors:
+        what = f"head '{label}' corrects the features of a merged encoder (surgery)"
+        raise TaskvecError(f"{source}: {what}", "give the head without a correction, kept or re-probed")
+    every = unusual_heads(path) if path.suffix == ".safetensors" else {}
+    unusual = every.get(label, Unusual()).model_dump(exclude_unset=True)
     names = given or class_names(path, label, len(tensors[chosen]))
     return fitted(tensors, chosen, unusual, names, task, width, source)
 
 
-def head_metadata(path: Path) -> dict[str, Any]:
-    """Return what a head file says of its heads in its metadata, whose values are JSON."""
-    found = read_metadata(path) if path.suffix == ".safetensors" else {}
-    try:
-        return {key: json.loads(found[key]) for key in ("heads", "classes") if key in found}
-    except ValueError:
-        raise TaskvecError(f"'{path}': its metadata are not JSON", "give classes: in the study file") from None
-
-
 def class_names(path: Path, label: str, outputs: int) -> Sequence[str]:
     """Return the names of a head's outputs that its file knows, or a model.json or config.json beside it; else none."""
-    known = head_metadata(path).get("classes", {})
-    if isinstance(known, dict) and label not in known and (beside := path.with_name("model.json")).is_file():
-        about = read_json(beside)  # of a kept model; another program's file of that name has other things in it
-        told = about.get("tasks") if isinstance(about, dict) else None
-        every = [task for task in told if isinstance(task, dict)] if isinstance(told, list) else []
-        known = {task.get("name"): task.get("classes") or [] for task in every}
-    names = known.get(label, []) if isinstance(known, dict) else known
-    return [str(name) for name in names] or configured_names(path.with_name("config.json"), outputs)
+    known = told(path, "classes", OUTPUTS) if path.suffix == ".safetensors" else None
+    own = known.get(label, []) if isinstance(known, dict) else known
+    return (
+        own
+        or kept_names(path.with_name("model.json"), label)
+        or configured_names(path.with_name("config.json"), outputs)
+    )
+
+
+def kept_names(about: Path, label: str) -> list[str]:
+    """Return the names of a task's classes in the model.json of a kept model, or nothing: others use that name too."""
+    found = read_json(about) if about.is_file() else {}
+    every = found.get("tasks") if isinstance(found, dict) else None
+    tasks = [task for task in every if isinstance(task, dict)] if isinstance(every, list) else []
+    named = (task["classes"] for task in tasks if task.get("name") == label and task.get("classes"))
+    return next((names_of(one, about) for one in named), [])
+
+
+def names_of(found: Any, source: Path) -> list[str]:
+    """Return names of outputs as text, numbers too; anything else in their place is an error."""
+    try:
+        return NAMES.validate_python(found)
+    except ValidationError as error:
+        what = error.errors(include_url=False)[0]
+        raise TaskvecError(
+            f"'{source}' names no classes: {what['msg']}, not {reprlib.repr(what['input'])}",
+            "mend it, or name the head's outputs in order: classes: [...]",
+        ) from None
 
 
 def naming(files: Mapping[str, Path]) -> dict[str, Path]:
@@ -227,13 +246,25 @@ def naming(files: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def configured_names(config: Path, outputs: int) -> list[str]:
-    """Return the names of so many outputs in a config.json of transformers (``id2label``) or timm (``label_names``)."""
+    """Return the names of so many outputs in a config.json of transformers (``id2label``) or timm (``label_names``).
+
+    They count from 0 in the order of their numbers, not of the file; what does not name every output is told, not used.
+    """
     about = read_json(config) if config.is_file() else {}
     found = (about.get("id2label") or about.get("label_names") or []) if isinstance(about, dict) else []
-    numbered = isinstance(found, dict) and all(str(key).isdecimal() for key in found)
-    names = [found[key] for key in sorted(found, key=int)] if numbered else found if isinstance(found, list) else []
-    nameless = all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names)
-    return [] if nameless or len(names) != outputs else [str(name) for name in names]
+    if isinstance(found, dict) and all(re.fullmatch("[0-9]{1,9}", key) for key in found):
+        numbers = sorted(found, key=int)
+        found = [found[key] for key in numbers] if [*map(int, numbers)] == [*range(len(numbers))] else found
+    if isinstance(found, dict):
+        note(f"'{config}': its labels are not numbered from 0 without a gap; they are not taken as the head's classes")
+        return []
+    names = names_of(found, config)
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        return []
+    if len(names) != outputs:
+        note(f"'{config}' names {len(names)} classes, and the head beside it has {outputs} outputs: it is not used")
+        return []
+    return names
 
 
 def fitted(
@@ -248,6 +279,8 @@ def fitted(
     """Make a head out of a linear layer's tensors, with its outputs in the order of the task's classes."""
     rows = tensors[weight].float()
     bias = tensors.get(weight.removesuffix("weight") + "bias", torch.zeros(len(rows))).float()
+    if not all(tensors[key].is_floating_point() for key in layer(weight) if key in tensors):
+        raise TaskvecError(f"{source}: the head's tensors are not floating-point numbers", "give the head itself")
     head = Head(rows, bias, **{"kind": task.kind, **unusual})
     if head.kind != task.kind:
         raise TaskvecError(f"{source} is a head for {head.kind}, and '{task.name}' is a task of {task.kind}", "swap it")

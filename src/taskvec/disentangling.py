@@ -54,10 +54,11 @@ def single_predictions(
 ) -> Predictions:
     """Return f(x; theta_pre + l * tau) for every coefficient: they depend on one axis only and serve all pairs."""
     rows = []
-    for index, scale in enumerate(scales):
-        vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
-        rows.append(predictions(backbone, head, images))
-        progress((index + 1) / len(scales))
+    with backbone.at():
+        for index, scale in enumerate(scales):
+            vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
+            rows.append(predictions(backbone, head, images))
+            progress((index + 1) / len(scales))
     return np.stack(rows)
 
 
@@ -81,15 +82,14 @@ def disentanglement(
         )
         singles = first, second
     shares = np.zeros((2, len(scales), len(scales)))
-    for i, one in enumerate(scales):
-        for j, two in enumerate(scales):
+    with backbone.at():
+        for (i, one), (j, two) in itertools.product(enumerate(scales), enumerate(scales)):
             vectors.move(backbone.bound, backbone.pretrained, task_vectors, (one, two))
             for task, (own, other) in enumerate([(i, two), (j, one)]):
                 if other != 0:
                     merged = predictions(backbone, heads[task], images[task])
                     shares[task, i, j] = np.mean((merged != singles[task][own]) | (merged < 0))
             progress((i * len(scales) + j + 1) / len(scales) ** 2)
-    backbone.use(backbone.pretrained)
     return Errors(tuple(scales), shares[0], shares[1])
 
 
@@ -120,12 +120,12 @@ def set_error(
     ``singles`` hold its predictions under its own vector.
     """
     errors = []
-    for places in latin_points(len(axis), len(task_vectors), points, seed):
-        vectors.move(backbone.bound, backbone.pretrained, task_vectors, [axis[place] for place in places])
-        for place, head, own, single in zip(places, heads, images, singles, strict=True):
-            merged = predictions(backbone, head, own)
-            errors.append(np.mean((merged != single[place]) | (merged < 0)))
-    backbone.use(backbone.pretrained)
+    with backbone.at():
+        for places in latin_points(len(axis), len(task_vectors), points, seed):
+            vectors.move(backbone.bound, backbone.pretrained, task_vectors, [axis[place] for place in places])
+            for place, head, own, single in zip(places, heads, images, singles, strict=True):
+                merged = predictions(backbone, head, own)
+                errors.append(np.mean((merged != single[place]) | (merged < 0)))
     return 2 * float(np.mean(errors))
 
 

@@ -22,8 +22,8 @@ def correct(backbone: Backbone, weights: Weights, split: Split, head: Head) -> S
 
     Heads of other kinds say whether the angle is near, or give the share of patches whose class is right.
     """
-    backbone.use(weights)
-    right: Scores = head.score(*features_of(backbone, split, head.kind)).numpy()
+    with backbone.at(weights):
+        right: Scores = head.score(*features_of(backbone, split, head.kind)).numpy()
     return right
 
 

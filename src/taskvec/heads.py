@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, TypeVar
 
+import pydantic
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
@@ -21,6 +22,10 @@ from taskvec.tasks import Split, Task
 from taskvec.training import Group, Progress, Schedule, index_batches, no_progress, train
 from taskvec.weights import read, read_metadata, save_tensors
 
+Told = TypeVar("Told")
+Names = list[Annotated[str, pydantic.Field(coerce_numbers_to_str=True)]]
+PARTS = ("weight", "bias", "down", "up")
+"""The tensors of a head in a file; the last two are there where it corrects features."""
 Features = Float[Tensor, "count *patches width"]
 Labels = Shaped[Tensor, "count ..."]
 
@@ -209,18 +214,60 @@ def _unusual(head: Head) -> dict[str, bool | str]:
     )
 
 
+class Unusual(pydantic.BaseModel):
+    """What metadata may say of a head that is no plain classifier."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    normalised: bool = False
+    kind: Literal["classification", "segmentation", "regression"] = "classification"
+
+
+UNUSUAL = pydantic.TypeAdapter(pydantic.Json[dict[str, Unusual]])
+
+
+def told(path: Path, key: str, kind: pydantic.TypeAdapter[Told]) -> Told | None:
+    """Return what the metadata of a file of heads say by a key, as JSON; what is not of its kind is an error."""
+    text = read_metadata(path).get(key)
+    try:
+        return None if text is None else kind.validate_python(text)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, [key, *first["loc"]]))
+        what = f"its metadata cannot be understood: {where}: {first['msg']}"
+        raise TaskvecError(f"'{path}': {what}", "write the file again without them, or as they should be") from None
+
+
+def unusual_heads(path: Path) -> dict[str, Unusual]:
+    """Return what tells heads of a file from plain classifiers, by their names."""
+    return told(path, "heads", UNUSUAL) or {}
+
+
 def read_heads(path: Path) -> dict[str, Head]:
-    """Read heads by name from a safetensors file."""
-    tensors = read(path)
+    """Read heads by name from a safetensors file; tensors that are no heads, or do not fit together, are an error."""
+    tensors, about = read(path), unusual_heads(path)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
-    about: dict[str, Any] = json.loads(read_metadata(path).get("heads", "{}"))
-    return {
-        name: Head(
-            tensors[f"{name}.weight"],
-            tensors[f"{name}.bias"],
-            down=tensors.get(f"{name}.down"),
-            up=tensors.get(f"{name}.up"),
-            **about.get(name, {}),
-        )
-        for name in names
-    }
+    odd = sorted(set(tensors) - {f"{name}.{part}" for name in names for part in PARTS} | set(about) - set(names))
+    if odd or not names:
+        raise TaskvecError(f"'{path}' is no file of heads: {', '.join(odd[:3]) or 'it is empty'}", "make it again")
+    return {name: read_parts(name, tensors, about.get(name, Unusual()), path) for name in names}
+
+
+def read_parts(name: str, tensors: Mapping[str, Tensor], about: Unusual, path: Path) -> Head:
+    """Return one head of a file, or raise where its tensors are no finite numbers or do not fit together."""
+    parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
+    for part, tensor in parts.items():
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise TaskvecError(
+                f"'{path}': '{name}.{part}' holds other than finite numbers", "restore it, or train again"
+            )
+    shapes = {part: list(tensor.shape) for part, tensor in parts.items()}
+    outputs, width, rank = *[*shapes["weight"], 0, 0][:2], [*shapes.get("down", []), 0][0]
+    wanted = {"weight": [outputs, width], "bias": [outputs]}
+    wanted |= {"down": [rank, width], "up": [width, rank]} if set(shapes) - set(wanted) else {}
+    if shapes != wanted or not outputs * width or (about.kind == "regression" and outputs != 2):
+        raise TaskvecError(f"'{path}': head '{name}' of {about.kind} cannot have the shapes {shapes}", "make it again")
+    weight, bias, down, up = (parts[part].float() if part in parts else None for part in PARTS)
+    assert weight is not None
+    assert bias is not None
+    return Head(weight, bias, about.normalised, about.kind, down, up)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -74,16 +76,35 @@ class CorruptImage(TaskvecError):
     """An image that cannot be used, and may be left out; what else goes wrong in reading stops the work."""
 
 
+class Hush:
+    """Who is inside ``quiet``: how many, and what puts the filters of warnings back when the last one leaves."""
+
+    def __init__(self) -> None:
+        self.turn, self.inside, self.filters = threading.Lock(), 0, contextlib.ExitStack()
+
+
+_HUSH = Hush()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence Pillow's warnings: odd EXIF or ICC tags do not change pixels, and large images are errors here.
 
-    Python keeps its filters for all threads at once: enter it before they start.
+    Python keeps its filters for all threads at once: the first thread inside sets them, the last puts them back.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=UserWarning)
-        warnings.simplefilter("ignore", category=Image.DecompressionBombWarning)
+    with _HUSH.turn:
+        if not _HUSH.inside:
+            _HUSH.filters.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", category=UserWarning)
+            warnings.simplefilter("ignore", category=Image.DecompressionBombWarning)
+        _HUSH.inside += 1
+    try:
         yield
+    finally:
+        with _HUSH.turn:
+            _HUSH.inside -= 1
+            if not _HUSH.inside:
+                _HUSH.filters.close()
 
 
 def open_image(source: Path | Encoded) -> Image.Image:
@@ -97,6 +118,59 @@ def read_image(source: Path | Encoded) -> Image.Image:
     with corrupt(source), Image.open(source if isinstance(source, Path) else io.BytesIO(source.data)) as image:
         check_size(image.size)
         return to_rgb(ImageOps.exif_transpose(image))
+
+
+Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
+"""What an image may be given as: a path, an encoded file or its bytes, an image of Pillow, or uint8 pixels."""
+PIXELS = "uint8 values as [height, width], [height, width, 3] or, with transparency, [height, width, 4]"
+CHANNELS_FIRST = "uint8 values as [3, height, width] (or 1 or 4 channels), as torchvision reads them"
+
+
+def named(images: Source | Iterable[Source]) -> Iterator[tuple[str, Source]]:
+    """Yield every image with its path, or its place among all as ``image 0``; a single one is one, not its parts."""
+    pixels = isinstance(images, np.ndarray | Tensor) and images.ndim in (2, 3)
+    single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
+    if pixels or single or hasattr(images, "read"):
+        images = [images]  # type: ignore[list-item]
+    if not isinstance(images, Iterable):
+        raise TaskvecError(f"a {type(images).__name__} is no image", "give an image, or several in a list")
+    for place, image in enumerate(images):
+        yield os.fsdecode(image) if isinstance(image, str | os.PathLike) else f"image {place}", image
+
+
+def decode(image: Source, name: str) -> Image.Image:
+    """Return an image that is given in any way as upright 8-bit RGB; what is none is an error that names it."""
+    with quiet(), corrupt(name):
+        if isinstance(image, str | os.PathLike):
+            if Path(name).is_dir():
+                raise TaskvecError(f"'{name}' is a folder, not an image", f"give the images in it, such as {name}/*")
+            return read_image(Path(name))
+        content = image.read() if hasattr(image, "read") else image
+        if isinstance(content, bytes | bytearray | memoryview):
+            return read_image(Encoded(bytes(content), name))
+        if isinstance(content, np.ndarray | Tensor):
+            content = of_pixels(content, name)
+        if isinstance(content, Image.Image):
+            check_size(content.size)
+            return to_rgb(ImageOps.exif_transpose(content))
+    fix = "give a path, an image of Pillow, an array of pixels, a file opened in binary mode, or its bytes"
+    raise TaskvecError(f"{name} is a {type(content).__name__}", fix)
+
+
+def of_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
+    """Return an array of pixels, or a tensor with its channels first, as an image; other values are an error."""
+    tensor = isinstance(pixels, Tensor)
+    shape = (*pixels.shape[1:], pixels.shape[0]) if tensor and pixels.ndim == 3 else tuple(pixels.shape)
+    sides, channels = shape[:2], shape[2:]
+    if pixels.dtype not in (np.uint8, torch.uint8) or channels not in ((), (1,), (3,), (4,)) or not all(sides):
+        what, wanted = ("a tensor", CHANNELS_FIRST) if tensor else ("an array", PIXELS)
+        raise TaskvecError(
+            f"{name} is {what} of {pixels.dtype} values in the shape {list(pixels.shape)}",
+            f"give {wanted}; for values from 0 to 1 round 255 times as much",
+        )
+    array = pixels.numpy(force=True) if isinstance(pixels, Tensor) else pixels
+    array = array.transpose(1, 2, 0) if tensor and channels else array
+    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if channels == (1,) else array))
 
 
 @contextlib.contextmanager

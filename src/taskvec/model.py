@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from pydantic import Field
 from torch import Tensor
 
 from taskvec import vectors
-from taskvec.backbones import AROUND, Backbone, linearised, read_weights, restore
+from taskvec.backbones import AROUND, Backbone, Encoder, linearised, read_weights, restore
 from taskvec.compute import choose_device
 from taskvec.errors import TaskvecError, unknown
 from taskvec.heads import Head, read_heads, save_heads
-from taskvec.images import corrupt, open_image, resize_and_crop
+from taskvec.images import Source, corrupt, decode, named, resize_and_crop
 from taskvec.merging.buffers import DIRECTIONS, TaskDirections, read_directions, save_directions
-from taskvec.store import read_json, write_json
+from taskvec.store import Record, read_record, write_json
 from taskvec.weights import Weights, save
 
-ABOUT = ("method", "config", "heads", "scale", "scales", "validation")
-"""What model.json says of the merge; ``scales``, one a task in their order, are there where each has its own, and
+ABOUT = "model.json"
+"""The file of a kept model that says what it is."""
+RESTORE = "restore the whole folder, or make it again"
+CHUNK = 512
+"""Images that are decoded before the encoder looks at them, in batches of its own; a per-task model moves as often."""
+TOLD = {"method", "config", "heads", "scale", "scales", "validation"}
+"""What it says of the merge; ``scales``, one a task in their order, are there where each has its own, and
 ``config`` where hyperparameters are not the authors'."""
 
 
@@ -71,31 +78,45 @@ class MultiTaskModel:
     def own_scores(self, images: UInt8[np.ndarray, "count 3 size size"], task: str) -> Tensor:
         """Return one task's scores for decoded images, with the encoder moved by its own direction."""
         assert self.directions is not None
-        backbone, place = self.backbone, list(self.heads).index(task)
-        vectors.move(backbone.bound, backbone.pretrained, [self.directions.of(place)], [self.about["scale"]])
-        per_patch = self.heads[task].rules.per_patch
-        found = self.heads[task].logits(backbone.features(images, per_patch=per_patch))
-        backbone.use(backbone.pretrained)
-        return found
+        backbone, head, place = self.backbone, self.heads[task], list(self.heads).index(task)
+        with backbone.at():
+            vectors.move(backbone.bound, backbone.pretrained, [self.directions.of(place)], [self.about["scale"]])
+            return head.logits(backbone.features(images, per_patch=head.rules.per_patch))
 
-    def predict(self, images: Sequence[str | Path], task: str | None = None) -> list[Prediction]:
-        """Classify image files by every task's head, or by one task's."""
-        if task is not None and task not in self.heads:
-            raise unknown("task", task, self.heads)
-        size = self.backbone.preprocessing
-        pixels = []
-        for image in images:
-            with corrupt(image):
-                pixels.append(resize_and_crop(open_image(Path(image)), size))
-        if not pixels:
-            return []
-        names = [task] if task is not None else list(self.heads)
-        scores = self.scores(np.stack(pixels), names)
-        return [
-            Prediction(str(image), name, *self.heads[name].rules.answer(scores[name][index], self.classes[name]))
-            for index, image in enumerate(images)
-            for name in names
-        ]
+    def predict(self, images: Source | Iterable[Source], task: str | None = None) -> list[Prediction]:
+        """Answer for one image, or for any number of them, by every task's head or by one task's.
+
+        An image is a path, an image of Pillow, an array of pixels (uint8, height x width, or with 3 or 4 channels
+        behind), a tensor (uint8, channels first), a file opened in binary mode, or its bytes. Answers are one list,
+        image by image; images without a path are called ``image 0``, ``image 1`` and so on. Threads may share a model.
+        """
+        if task is not None and str(task) not in self.heads:
+            raise unknown("task", str(task), self.heads)
+        tasks, given = list(self.heads) if task is None else [str(task)], named(images)
+        answers: list[Prediction] = []
+        while batch := list(itertools.islice(given, CHUNK)):
+            answers += self.answers([name for name, _ in batch], [self.view(*one) for one in batch], tasks)
+        return answers
+
+    def view(self, name: str, image: Source) -> UInt8[np.ndarray, "3 size size"]:
+        """Return an image as the encoder sees it."""
+        with corrupt(name):
+            return resize_and_crop(decode(image, name), self.backbone.preprocessing)
+
+    def answers(
+        self, names: Sequence[str], views: Sequence[UInt8[np.ndarray, "3 size size"]], tasks: Sequence[str]
+    ) -> Iterator[Prediction]:
+        """Yield the answers of tasks for decoded images; scores that are no numbers are an error."""
+        scores = self.scores(np.stack(views), tasks)
+        for index, name in enumerate(names):
+            for task in tasks:
+                own = scores[task][index]
+                if not bool(own.isfinite().all()):
+                    raise TaskvecError(
+                        f"the model's scores of '{name}' for task '{task}' are no numbers: its weights are too large",
+                        "restore the model's folder, or make it again",
+                    )
+                yield Prediction(name, task, *self.heads[task].rules.answer(own, self.classes[task]))
 
 
 def save_model(
@@ -123,43 +144,92 @@ def save_model(
         "preprocessing": backbone.preprocessing.to_json(),
         "tasks": [{"name": name, "classes": list(c)} for name, c in zip(heads, classes, strict=True)],
     }
+    if backbone.around is not None:
+        record["linearised"] = True
     if directions is not None:
         save_directions(directions, folder / DIRECTIONS)
         record["bytes_per_task"] = directions.bytes_per_task
-    write_json(folder / "model.json", record | dict(about))
+    write_json(folder / ABOUT, record | dict(about))
+
+
+class TaskRecord(Record):
+    """A task of a kept model."""
+
+    name: str = Field(min_length=1)
+    classes: list[str] = Field(min_length=1)
+
+
+class ModelRecord(Encoder):
+    """The fields of model.json; further ones are of no concern."""
+
+    tasks: list[TaskRecord] = Field(min_length=1)
+    method: str
+    config: dict[str, Any] | None = None
+    heads: str
+    scale: float
+    scales: list[float] | None = None
+    validation: float = Field(ge=0, le=1)
+    bytes_per_task: int | None = None
+    linearised: bool | None = None
 
 
 def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
-    """Load a model folder, or the best model (on validation) of a run folder."""
+    """Load a model folder, or the best model (on validation) of a run folder; files that do not fit are an error."""
     chosen = find_model(Path(folder))
-    record = read_json(chosen / "model.json")
+    record = read_record(chosen / ABOUT, ModelRecord)
     backbone = open_encoder(chosen, record, choose_device(device))
-    heads = read_heads(chosen / "heads.safetensors")
-    return MultiTaskModel(
-        backbone,
-        {task["name"]: heads[task["name"]] for task in record["tasks"]},
-        {task["name"]: task["classes"] for task in record["tasks"]},
-        {key: record[key] for key in ABOUT if key in record},
-        read_directions(chosen / DIRECTIONS, backbone.pretrained) if (chosen / DIRECTIONS).exists() else None,
-    )
+    heads = open_heads(chosen, record, backbone)
+    directions = open_directions(chosen, record, backbone)
+    classes = {task.name: task.classes for task in record.tasks}
+    return MultiTaskModel(backbone, heads, classes, record.model_dump(include=TOLD, exclude_unset=True), directions)
 
 
-def open_encoder(folder: Path, record: Mapping[str, Any], device: str) -> Backbone:
+def open_encoder(folder: Path, record: ModelRecord, device: str) -> Backbone:
     """Open a model's encoder, linearised around weights of their own where the folder has them."""
-    if not (folder / AROUND).exists():
-        return restore(record, folder / "encoder.safetensors", device)
-    backbone = linearised(restore(record, folder / AROUND, device))
+    around, linear = folder / AROUND, record.linearised
+    if around.exists() != (around.exists() if linear is None else linear):
+        what = "is missing" if linear else "does not belong to this model"
+        raise TaskvecError(f"'{around}' {what}: {ABOUT} says whether the encoder is linearised", RESTORE)
+    if not around.exists():
+        return restore(folder / ABOUT, folder / "encoder.safetensors", device)
+    backbone = linearised(restore(folder / ABOUT, around, device))
     backbone.use(read_weights(folder / "encoder.safetensors", backbone.pretrained))
     return backbone
 
 
+def open_heads(folder: Path, record: ModelRecord, backbone: Backbone) -> dict[str, Head]:
+    """Open the heads of a model's tasks: one for each, that reads its encoder's features and scores its classes."""
+    path, wanted = folder / "heads.safetensors", {task.name: len(task.classes) for task in record.tasks}
+    found = read_heads(path)
+    if set(found) != set(wanted) or len(wanted) < len(record.tasks):
+        tasks = ", ".join(task.name for task in record.tasks)
+        raise TaskvecError(f"'{path}' has heads of {', '.join(found)}; the tasks of {ABOUT} are {tasks}", RESTORE)
+    for name, head in found.items():
+        if tuple(head.weight.shape) != (wanted[name], backbone.width):
+            shapes = f"{list(head.weight.shape)}, not [{wanted[name]} classes, {backbone.width} features]"
+            raise TaskvecError(f"'{path}': the head of '{name}' has the shape {shapes}", RESTORE)
+    return {name: found[name] for name in wanted}
+
+
+def open_directions(folder: Path, record: ModelRecord, backbone: Backbone) -> TaskDirections | None:
+    """Open the directions of a per-task merge, of which model.json tells how many bytes a task they take."""
+    path, size = folder / DIRECTIONS, record.bytes_per_task
+    if not path.exists() and size is None:
+        return None
+    directions = read_directions(path, backbone.pretrained)
+    if (len(directions.masks), directions.bytes_per_task) != (len(record.tasks), size):
+        what = f"{len(directions.masks)} tasks of {directions.bytes_per_task} bytes"
+        raise TaskvecError(f"'{path}' is of {what}; {ABOUT} has {len(record.tasks)} of {size}", RESTORE)
+    return directions
+
+
 def find_model(folder: Path) -> Path:
     """Return the folder itself if it is a model's, or the model of a run with the best mean validation accuracy."""
-    if (folder / "model.json").is_file():
+    if (folder / ABOUT).is_file():
         return folder
-    found = sorted((folder / "models").glob("*/model.json"))
+    found = sorted((folder / "models").glob(f"*/{ABOUT}"))
     if not found:
         raise TaskvecError(
             f"no model in '{folder}'", "give a run folder (it holds models/) or one of the folders in its models/"
         )
-    return max(found, key=lambda path: float(read_json(path)["validation"])).parent
+    return max(found, key=lambda path: read_record(path, ModelRecord).validation).parent

@@ -76,7 +76,7 @@ def direction(
 def features_along(
     backbone: Backbone, vector: Weights, split: Split, kind: str, scales: Sequence[float]
 ) -> Iterator[tuple[Features, Labels]]:
-    """Yield features and labels of a split at every scale along a vector.
+    """Yield features and labels of a split at every scale along a vector; who asks moves the backbone back (``at``).
 
     Those of a linearised encoder are f_0 + scale * J tau, so that two passes serve all scales.
     """
@@ -102,9 +102,10 @@ def kept_curve(
 ) -> list[float]:
     """Return the validation accuracy of a task at each scale along a merged vector, with its probed head kept."""
     values = []
-    for index, found in enumerate(features_along(backbone, merged, task.validation, task.kind, scales)):
-        values.append(accuracy(head, *found))
-        progress((index + 1) / len(scales))
+    with backbone.at():
+        for index, found in enumerate(features_along(backbone, merged, task.validation, task.kind, scales)):
+            values.append(accuracy(head, *found))
+            progress((index + 1) / len(scales))
     return values
 
 
@@ -150,8 +151,9 @@ def coordinate_search(
 
     def value(at: list[int]) -> float:
         if tuple(at) not in known:
-            vectors.move(backbone.bound, backbone.pretrained, task_vectors, [grid[place] for place in at])
-            known[tuple(at)] = accuracies(backbone, tasks, heads)
+            with backbone.at():
+                vectors.move(backbone.bound, backbone.pretrained, task_vectors, [grid[place] for place in at])
+                known[tuple(at)] = accuracies(backbone, tasks, heads)
         return value_of(known[tuple(at)], fine_tuned)
 
     for done, stride in enumerate(COORDINATE_STRIDES):
@@ -163,7 +165,6 @@ def coordinate_search(
                 options = [[*places[:index], place, *places[index + 1 :]] for place in near if 0 <= place < len(grid)]
                 places = max(options, key=value)
         progress((done + 1) / len(COORDINATE_STRIDES))
-    backbone.use(backbone.pretrained)
     best = known.pop(tuple(places))
     tried = {tuple(grid[place] for place in at): found for at, found in [*known.items(), (tuple(places), best)]}
     return Coordinates(tuple(grid[place] for place in places), tuple(tried.items()))
@@ -211,11 +212,12 @@ def reprobed_curve(
     values, heads = [], []
     train = features_along(backbone, merged, task.train, task.kind, scales)
     validation = features_along(backbone, merged, task.validation, task.kind, scales)
-    for index, (fitted_on, measured_on) in enumerate(zip(train, validation, strict=True)):
-        head = fit(*fitted_on, len(task.classes), [rate], settings, seed, kind=task.kind)[0]
-        heads.append(head)
-        values.append(accuracy(head, *measured_on))
-        progress((index + 1) / len(scales))
+    with backbone.at():
+        for index, (fitted_on, measured_on) in enumerate(zip(train, validation, strict=True)):
+            head = fit(*fitted_on, len(task.classes), [rate], settings, seed, kind=task.kind)[0]
+            heads.append(head)
+            values.append(accuracy(head, *measured_on))
+            progress((index + 1) / len(scales))
     return values, heads
 
 
@@ -233,13 +235,9 @@ def search_scale(
         if scales is None or isinstance(scales, str)
         else list(scales)
     )
-    tuned = []
-    for vector, task, head in zip(task_vectors, tasks, heads, strict=True):
-        vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
-        tuned.append(accuracy(head, *features_of(backbone, task.validation, task.kind)))
+    tuned = own_accuracies(backbone, task_vectors, tasks, heads)
     merged = direction(backbone.pretrained, task_vectors, method)
     curves = [kept_curve(backbone, merged, task, head, grid) for task, head in zip(tasks, heads, strict=True)]
     rows = tuple(zip(*curves, strict=True))
     values = tuple(value_of(row, tuned) for row in rows)
-    backbone.use(backbone.pretrained)
     return Search(choose(grid, values), tuple(grid), values, rows)

@@ -7,16 +7,20 @@ import errno
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskvec.errors import TaskvecError
 
+Kind = TypeVar("Kind", bound="Record")
 RECORD = "record.json"
 NOTES = "notes.json"
 """What a step tells the user about its work: with the record, no part of an artifact's content."""
@@ -102,9 +106,28 @@ def json_text(value: Any) -> str:
 def read_json(path: Path) -> Any:
     """Read a JSON file; a damaged one is an error with its path."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # the second for thousands of brackets
+        with disk_errors(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise TaskvecError(f"'{path}' is damaged: {error}", "run the study again, or restore the file") from None
+
+
+class Record(BaseModel):
+    """What a JSON file holds whose fields are known: values of their types only, and finite numbers."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def read_record(path: Path, kind: type[Kind]) -> Kind:
+    """Read a JSON file as a record; the first field that is missing or odd is an error that says what it should be."""
+    value = read_json(path)
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        given = "" if first["type"] == "missing" else f", not {reprlib.repr(first['input'])}"
+        raise TaskvecError(f"'{path}': {field}: {first['msg']}{given}", "restore the file, or make it again") from None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ less (Ortiz-Jimenez et al., "Task arithmetic in the tangent space", arXiv 2305.1
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from taskvec.weights import Weights
 
 Function = Callable[[nn.Module, Tensor], Tensor]
 """What an encoder computes of a batch of images: features of images, or of their patches."""
+DERIVING = threading.RLock()
+"""Who has it may take a forward derivative."""
 
 
 class Applied(nn.Module):
@@ -65,13 +68,15 @@ def expand(
 def differentiable() -> Iterator[None]:
     """Take the plain paths of attention inside: the fused ones have no forward derivative.
 
-    The first derivative makes torch script some of its own functions, and warn of that.
+    The first derivative makes torch script some of its own functions, and warn of that. These switches, and the level
+    of a derivative, are the whole process's: one thread at a time is inside.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    with DERIVING:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)

@@ -171,8 +171,19 @@ def save_directions(result: TaskDirections, path: Path) -> None:
 
 
 def read_directions(path: Path, like: Weights) -> TaskDirections:
-    """Read a per-task result for an encoder with the layout of ``like``."""
-    tensors, names = read(path), json.loads(read_metadata(path)["names"])
+    """Read a per-task result for an encoder with the layout of ``like``; one of another encoder is an error."""
+    tensors, names = read(path), [entry.name for entry in distinct(like)]
+    found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    size, tasks = like.flat.numel(), len(tensors.get("masks", ()))
+    wanted = {
+        "common": (torch.float32, (size,)),
+        "masks": (torch.uint8, (tasks, -(-size // 8))),
+        "rescales": (torch.float32, (tasks, len(names))),
+    }
+    if found != wanted or read_metadata(path).get("names") != json.dumps(names):
+        raise TaskvecError(f"'{path}' holds no directions for this encoder", "restore the file, or make it again")
+    if not (tensors["common"].isfinite().all() and tensors["rescales"].isfinite().all()):
+        raise TaskvecError(f"'{path}' holds NaN or infinity", "restore the file, or make it again")
     common = like.with_flat(tensors["common"].to(like.flat.device))
     return TaskDirections(common, tensors["masks"], tensors["rescales"], tuple(names))
 

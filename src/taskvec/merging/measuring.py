@@ -5,7 +5,8 @@ They look at training images, never at their labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from taskvec.training import index_batches
 from taskvec.weights import Entry, distinct, mend_variances, view
 
 BATCH = 64
+Measured = TypeVar("Measured")
 
 
 def images_of(task: Task, count: int, seed: int) -> list[int]:
@@ -41,15 +43,16 @@ def scored(
     return head.logits(encode(backbone.module, inputs, head.rules.per_patch))
 
 
-def at_fine_tuned(data: Data) -> Iterator[tuple[Task, Head]]:
-    """Yield every task with its head while the encoder is at its fine-tuned weights; pre-trained ones are put back."""
-    backbone = data.backbone
-    backbone.module.eval()
-    for done, (vector, task, head) in enumerate(zip(data.vectors, data.tasks, data.heads, strict=True)):
-        vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
-        yield task, head
-        data.progress((done + 1) / len(data.tasks))
-    backbone.use(backbone.pretrained)
+def at_fine_tuned(data: Data, measured: Callable[[Task, Head], Measured]) -> list[Measured]:
+    """Return what is measured of every task and its head while the encoder is at that task's fine-tuned weights."""
+    backbone, found = data.backbone, []
+    with backbone.at():
+        backbone.module.eval()
+        for vector, task, head in zip(data.vectors, data.tasks, data.heads, strict=True):
+            vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
+            found.append(measured(task, head))
+            data.progress(len(found) / len(data.tasks))
+    return found
 
 
 def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *shape"]]:
@@ -61,8 +64,8 @@ def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *sha
     """
     generator = torch.Generator().manual_seed(data.seed)
     names, parameters = zip(*data.backbone.module.named_parameters(), strict=True)
-    found = []
-    for task, head in at_fine_tuned(data):
+
+    def squares(task: Task, head: Head) -> list[Tensor]:
         chosen = images_of(task, config.examples, data.seed)
         sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
         for place in chosen:
@@ -72,7 +75,9 @@ def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *sha
             ):
                 if gradient is not None:
                     square += gradient.square() / len(chosen)
-        found.append(sums)
+        return sums
+
+    found = at_fine_tuned(data, squares)
     return {name: torch.stack(rows) for name, rows in zip(names, zip(*found, strict=True), strict=True)}
 
 
@@ -94,15 +99,15 @@ def grams(data: Data, config: Regmean) -> dict[str, Float32[Tensor, "tasks input
     A convolution's inputs are the patches under its kernel; grouped ones are left out. Layers that are not called as
     modules (torch's own multi-head attention) have none.
     """
-    found: dict[str, list[Tensor]] = {}
-    for task, head in at_fine_tuned(data):
+
+    def own(task: Task, head: Head) -> dict[str, Tensor]:
         chosen = images_of(task, config.examples, data.seed)
         batches = [task.train.images[chosen[start : start + BATCH]] for start in range(0, len(chosen), BATCH)]
         with torch.no_grad():
-            own = watch(data.backbone.module, lambda: [scored(data, head, batch) for batch in batches])  # noqa: B023
-        for name, gram in own.items():
-            found.setdefault(name, []).append(gram)
-    return {name: torch.stack(each) for name, each in found.items()}
+            return watch(data.backbone.module, lambda: [scored(data, head, batch) for batch in batches])
+
+    found = at_fine_tuned(data, own)
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
 
 def watch(module: nn.Module, run: Callable[[], object]) -> dict[str, Float32[Tensor, "inputs inputs"]]:
@@ -156,16 +161,16 @@ def coefficients(data: Data, config: Adamerging) -> dict[str, Float32[Tensor, " 
     raw = torch.full((int(groups.max()) + 1, len(data.vectors)), config.start, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=config.learning_rate)
     batches = [index_batches(len(task.train), config.batch_size, data.seed) for task in data.tasks]
-    backbone.module.eval()
-    for step in range(config.steps):
-        each = raw.clamp(0, 1)[groups]
-        write_merged(data, entries, each.detach())
-        images = [task.train.images[next(own).numpy()] for task, own in zip(data.tasks, batches, strict=True)]
-        optimizer.zero_grad()
-        each.backward(gradients(data, entries, images))
-        optimizer.step()
-        data.progress((step + 1) / config.steps)
-    backbone.use(backbone.pretrained)
+    with backbone.at():
+        backbone.module.eval()
+        for step in range(config.steps):
+            each = raw.clamp(0, 1)[groups]
+            write_merged(data, entries, each.detach())
+            images = [task.train.images[next(own).numpy()] for task, own in zip(data.tasks, batches, strict=True)]
+            optimizer.zero_grad()
+            each.backward(gradients(data, entries, images))
+            optimizer.step()
+            data.progress((step + 1) / config.steps)
     return dict(zip((entry.name for entry in entries), raw.detach().clamp(0, 1)[groups], strict=True))
 
 

@@ -111,9 +111,10 @@ def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progres
         backbone, tuned, few, heads, search.own_accuracies(backbone, tuned, few, heads), config["grid"], start, progress
     )
     measured = {}
-    for scales in ((start,) * len(every), found.scales):
-        vectors.move(backbone.bound, backbone.pretrained, tuned, scales)
-        measured[scales] = search.accuracies(backbone, every, heads)
+    with backbone.at():
+        for scales in ((start,) * len(every), found.scales):
+            vectors.move(backbone.bound, backbone.pretrained, tuned, scales)
+            measured[scales] = search.accuracies(backbone, every, heads)
     best = max(measured, key=lambda scales: search.value_of(measured[scales], normal))  # ties keep the common one
     total = torch.stack([vector.flat * scale for vector, scale in zip(tuned, best, strict=True)]).sum(0)
     save(backbone.pretrained.with_flat(total), out / "direction.safetensors")
@@ -158,15 +159,15 @@ def surgery_curve(config: Config, inputs: Inputs, out: Path, progress: Progress)
     vector = open_vector(inputs["merged"][0], backbone, config)
     scales = read_json(inputs["plan"][0] / "choice.json")["next"] if "plan" in inputs else config["scales"]
     settings, per_patch = Surgery(**config["surgery"]), head.rules.per_patch
-    backbone.use(open_encoder(inputs["finetuned"][0], backbone))
-    wanted = backbone.features(task.train.images, per_patch=per_patch)
     heads, curve = {}, {}
-    for scale in scales:
-        vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
-        seen = backbone.features(task.train.images, per_patch=per_patch)
-        heads[scale] = operate(seen, wanted, head, settings, config["seed"])
-        curve[scale] = accuracy(heads[scale], *features_of(backbone, task.validation, task.kind))
-        progress(len(curve) / len(scales))
+    with backbone.at(open_encoder(inputs["finetuned"][0], backbone)):
+        wanted = backbone.features(task.train.images, per_patch=per_patch)
+        for scale in scales:
+            vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
+            seen = backbone.features(task.train.images, per_patch=per_patch)
+            heads[scale] = operate(seen, wanted, head, settings, config["seed"])
+            curve[scale] = accuracy(heads[scale], *features_of(backbone, task.validation, task.kind))
+            progress(len(curve) / len(scales))
     save_heads({scale_key(scale): fit for scale, fit in heads.items()}, out / "heads.safetensors")
     write_curve(out, scales, curve)
 

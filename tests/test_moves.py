@@ -1,0 +1,199 @@
+"""The encoder is moved by whatever measures, and is afterwards where it was: a law over all of it, threads included."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import taskvec as tv
+from taskvec import agreement, arithmetic, batch_norm, disentangling, evaluation, finetuning, heads, search
+from taskvec.backbones import Backbone, linearised
+from taskvec.merging import measuring
+from taskvec.merging.adaptive import Adamerging, Fisher, Regmean
+from taskvec.merging.parts import Data
+from taskvec.settings import Finetune, Probe
+from taskvec.tasks import Task
+from taskvec.weights import Weights
+
+PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
+TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)
+SCALES = [0.0, 0.5, 1.0]
+MODULES = (agreement, arithmetic, batch_norm, disentangling, evaluation, finetuning, heads, measuring, search)
+PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all"}
+"""What looks through the present weights in the present mode, or moves them, for others that put them back."""
+
+
+class Ground:
+    """A backbone that is at other weights than the pre-trained ones, partly in training mode, and what calls take."""
+
+    def __init__(self, backbone: Backbone, tasks: list[Task]) -> None:
+        self.backbone, self.tasks = backbone, tasks
+        self.heads = [heads.random_head(backbone.width, len(task.classes), seed) for seed, task in enumerate(tasks)]
+        generator = torch.Generator().manual_seed(3)
+        pre = backbone.pretrained
+        self.taus = [pre.with_flat(torch.randn(pre.flat.shape, generator=generator) / 10) for _ in tasks]
+        self.images = [task.test.images for task in tasks]
+        self.data = Data(backbone, self.taus, tasks, self.heads)
+        backbone.use(pre.with_flat(0.9 * pre.flat.abs()))
+        backbone.module.train()
+        backbone.module.second.eval()  # type: ignore[union-attr]
+
+    @property
+    def pair(self) -> tuple[Any, Any]:
+        return (self.heads[0], self.heads[1]), (self.images[0], self.images[1])
+
+    def state(self) -> tuple[torch.Tensor, list[bool], dict[str, torch.Tensor]]:
+        carried = {name: value.clone() for name, value in self.backbone.bound.carried.items()}
+        return self.backbone.bound.flat.clone(), [part.training for part in self.backbone.module.modules()], carried
+
+
+def singles(g: Ground) -> list[Any]:
+    return [disentangling.predictions(g.backbone, h, x)[None].repeat(3, 0) for h, x in zip(*g.pair, strict=True)]
+
+
+CALLS: dict[str, Callable[[Ground], object]] = {
+    "agreement_curve": lambda g: agreement.agreement_curve(g.backbone, g.taus[0], g.taus[1], g.images[0], SCALES),
+    "negate": lambda g: arithmetic.negate(g.backbone, g.taus[0], tuple(g.tasks), g.pair[0], SCALES),
+    "check": lambda g: batch_norm.check(g.backbone),
+    "reestimate": lambda g: batch_norm.reestimate(g.backbone, g.taus[0], g.images[0], 8),
+    "predictions": lambda g: disentangling.predictions(g.backbone, g.heads[0], g.images[0]),
+    "single_predictions": lambda g: disentangling.single_predictions(
+        g.backbone, g.taus[0], g.heads[0], g.images[0], SCALES
+    ),
+    "disentanglement": lambda g: disentangling.disentanglement(g.backbone, tuple(g.taus), *g.pair, SCALES),
+    "set_error": lambda g: disentangling.set_error(g.backbone, g.taus, *g.pair, singles(g), SCALES, 2),
+    "correct": lambda g: evaluation.correct(g.backbone, g.taus[0], g.tasks[0].test, g.heads[0]),
+    "evaluate": lambda g: evaluation.evaluate(g.backbone, g.taus[0], g.tasks, g.heads),
+    "training_batches": lambda g: next(finetuning.training_batches(g.backbone, g.tasks[0].train, 4, 0)),
+    "finetune": lambda g: finetuning.finetune(g.backbone, g.tasks[0], g.heads[0], TUNE),
+    "finetune_full": lambda g: finetuning.finetune_full(g.backbone, g.tasks[0], settings=TUNE),
+    "finetune_joint": lambda g: finetuning.finetune_joint(g.backbone, g.tasks, g.heads, TUNE),
+    "finetune_lora": lambda g: finetuning.finetune_lora(
+        g.backbone, g.tasks[0], g.heads[0], finetuning.Lora(rank=2, layers=["first"]), TUNE
+    ),
+    "optimise": lambda g: finetuning.optimise(g.backbone, g.tasks, g.heads, True, TUNE, 0, "auto"),
+    "training_precision": lambda g: finetuning.training_precision(g.backbone, "auto"),
+    "task_vector": lambda g: finetuning.task_vector(g.backbone, g.taus[0]),
+    "features_of": lambda g: heads.features_of(g.backbone, g.tasks[0].test),
+    "fit_head": lambda g: heads.fit_head(g.backbone, g.tasks[0], PROBE),
+    "at_fine_tuned": lambda g: measuring.at_fine_tuned(g.data, lambda *_: g.backbone.features(g.images[0])),
+    "fisher": lambda g: measuring.fisher(g.data, Fisher(examples=2)),
+    "grams": lambda g: measuring.grams(g.data, Regmean(examples=8)),
+    "coefficients": lambda g: measuring.coefficients(g.data, Adamerging(steps=2, batch_size=4)),
+    "kept_curve": lambda g: search.kept_curve(g.backbone, g.taus[0], g.tasks[0], g.heads[0], SCALES),
+    "accuracies": lambda g: search.accuracies(g.backbone, g.tasks, g.heads),
+    "own_accuracies": lambda g: search.own_accuracies(g.backbone, g.taus, g.tasks, g.heads),
+    "coordinate_search": lambda g: search.coordinate_search(
+        g.backbone, g.taus, g.tasks, g.heads, [1, 1], SCALES, 0.5
+    ),
+    "coarse_search": lambda g: search.coarse_search(g.backbone, g.taus[0], g.tasks, g.heads, [1, 1], SCALES),
+    "reprobed_curve": lambda g: search.reprobed_curve(g.backbone, g.taus[0], g.tasks[0], 0.01, PROBE, SCALES),
+    "search_scale": lambda g: search.search_scale(g.backbone, g.taus, g.tasks, g.heads, scales=SCALES),
+}  # fmt: skip
+
+
+def looks(function: object, module: object) -> bool:
+    """Say whether a module's own function is handed a backbone."""
+    if not inspect.isfunction(function) or function.__module__ != module.__name__:  # type: ignore[attr-defined]
+        return False
+    return any(str(p.annotation) in ("Backbone", "Data") for p in inspect.signature(function).parameters.values())
+
+
+def test_the_law_is_asked_of_everything_that_looks_through_a_backbone() -> None:
+    found = {name for module in MODULES for name, function in vars(module).items() if looks(function, module)}
+    assert {name for name in found if not name.startswith("_")} == set(CALLS) | PRESENT
+
+
+def same(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    carried = all(torch.equal(value, after[2][name]) for name, value in before[2].items())
+    return torch.equal(before[0], after[0]) and before[1] == after[1] and carried
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_encoder_is_afterwards_where_and_as_it_was(backbone: Backbone, tasks: list[Task], name: str) -> None:
+    ground = Ground(backbone, tasks)
+    before = ground.state()
+    CALLS[name](ground)
+    assert same(before, ground.state())
+
+
+@pytest.mark.parametrize("moment", [1, 2, 4])
+@pytest.mark.parametrize("name", CALLS)
+def test_so_it_is_where_the_call_is_interrupted(backbone: Backbone, tasks: list[Task], name: str, moment: int) -> None:
+    ground, passes = Ground(backbone, tasks), []
+
+    def interrupt(*_: object) -> None:
+        passes.append(1)
+        if len(passes) == moment:
+            raise KeyboardInterrupt
+
+    backbone.module.second.register_forward_pre_hook(interrupt)  # type: ignore[union-attr]
+    before = ground.state()
+    try:
+        CALLS[name](ground)
+    except KeyboardInterrupt:
+        assert len(passes) == moment
+    assert same(before, ground.state())
+
+
+def test_moves_within_moves_come_back_one_by_one(backbone: Backbone) -> None:
+    pre = backbone.pretrained
+    one, two = pre.with_flat(pre.flat + 1), pre.with_flat(pre.flat + 2)
+    with backbone.at(one):
+        with pytest.raises(RuntimeError, match="inside"), backbone.at(two):
+            assert torch.equal(backbone.bound.flat, two.flat)
+            raise RuntimeError("inside")
+        assert torch.equal(backbone.bound.flat, one.flat)
+        with backbone.at():
+            assert torch.equal(backbone.bound.flat, one.flat)
+            backbone.use(two)
+        assert torch.equal(backbone.bound.flat, one.flat)
+    assert torch.equal(backbone.bound.flat, pre.flat)
+
+
+def test_a_head_is_fitted_on_the_same_features_before_and_after_an_evaluation(
+    backbone: Backbone, tasks: list[Task]
+) -> None:
+    first = tv.fit_head(backbone, tasks[0], PROBE)
+    tv.evaluate(backbone, backbone.pretrained.with_flat(2 * backbone.pretrained.flat), tasks[:1], [first])
+    assert torch.equal(tv.fit_head(backbone, tasks[0], PROBE).weight, first.weight)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_threads_that_share_a_backbone_measure_what_one_alone_does(
+    backbone: Backbone, tasks: list[Task], linear: bool
+) -> None:
+    ground = Ground(linearised(backbone) if linear else backbone, tasks)
+    backbone.module.eval()
+    jobs: list[Callable[[], object]] = [lambda: ground.backbone.features(ground.images[0]).tolist()]
+    for place, tau in enumerate(ground.taus):
+        where: Weights = tau.with_flat(backbone.pretrained.flat + tau.flat)
+        jobs += [
+            lambda w=where, p=place: evaluation.correct(  # type: ignore[misc]
+                ground.backbone, w, ground.tasks[p].test, ground.heads[p]
+            ).tolist(),
+            lambda t=tau: disentangling.single_predictions(  # type: ignore[misc]
+                ground.backbone, t, ground.heads[0], ground.images[0], SCALES
+            ).tolist(),
+        ]
+    want = [job() for job in jobs]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            assert list(pool.map(lambda job: job(), jobs * 4)) == want * 4
+
+
+def test_a_backbone_can_be_copied_and_pickled(backbone: Backbone, tasks: list[Task]) -> None:
+    images, moved = tasks[0].test.images, backbone.pretrained.with_flat(2 * backbone.pretrained.flat)
+    want = backbone.features(images)
+    for again in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone)), replace(backbone)):
+        with again.at(moved):
+            assert not torch.equal(again.features(images), want)
+        assert torch.equal(again.features(images), want)
