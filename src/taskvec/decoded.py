@@ -34,7 +34,7 @@ from taskvec.images import (
     resize_and_crop,
     shrink,
 )
-from taskvec.listing import Items, name_of
+from taskvec.listing import Items, Labels, name_of
 from taskvec.store import gigabytes
 from taskvec.training import Progress
 
@@ -224,6 +224,22 @@ def twins(written: dict[str, Written], items: dict[str, Items]) -> list[str]:
                     f"{len(both)} images of the {second} split are in the {first} split too, "
                     f"such as '{pair[1]}', which is '{pair[0]}'"
                 )
+    return found
+
+
+def doubles(written: dict[str, Written], items: dict[str, Items], labels: dict[str, Labels]) -> list[str]:
+    """Say which images of a split have two labels, pixel for pixel as the encoder sees them, with a pair's paths."""
+    found = []
+    for split, one in written.items():
+        first: dict[bytes, int] = {}
+        pairs = [(first.setdefault(digest, place), place) for digest, place in zip(one.digests, one.kept, strict=True)]
+        two = [pair for pair in pairs if np.any(labels[split][pair[0]] != labels[split][pair[1]])]
+        if two:
+            names = [name_of(items[split], split, int(place)) for place in two[0]]
+            found.append(
+                f"{len(two)} images of the {split} split are there with another label too, "
+                f"such as '{names[1]}', which is '{names[0]}'"
+            )
     return found
 
 
