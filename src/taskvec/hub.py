@@ -166,9 +166,9 @@ def checked(builder: Any, found: Any) -> Any:
 
 def features_of_file(source: Any) -> Any:
     """Return the features that a parquet file has in its schema."""
-    import pyarrow.parquet
+    from pyarrow.parquet import read_schema
 
-    return library().Features.from_arrow_schema(pyarrow.parquet.read_schema(source))
+    return library().Features.from_arrow_schema(read_schema(source))
 
 
 def named_classes(features: Any) -> dict[str, list[str]]:

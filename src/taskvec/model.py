@@ -86,7 +86,7 @@ class MultiTaskModel:
         pixels = []
         for image in images:
             with corrupt(image):
-                pixels.append(resize_and_crop(open_image(Path(image)), size))
+                pixels.append(resize_and_crop(open_image(Path(image), size), size))
         if not pixels:
             return []
         names = [task] if task is not None else list(self.heads)

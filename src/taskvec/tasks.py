@@ -19,6 +19,7 @@ from taskvec.decoded import (
     Whole,
     Written,
     check_room,
+    dark,
     doubles,
     read_whole,
     skips,
@@ -280,7 +281,12 @@ def write_task(
     if has_whole(address):
         check_kept(listing, written, address)
         write_json(folder / KEPT, kept_digest(listing, written["train"].kept))
-        told = skips(written), doubles(written, listing.items, listing.labels), twins(written, listing.items)
+        told = (
+            skips(written),
+            dark(written),
+            doubles(written, listing.items, listing.labels),
+            twins(written, listing.items),
+        )
         notes = [*listing.notes, *chain(*told)]
         for line in notes:
             note(line)
