@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import re
+import shutil
+import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -277,16 +278,11 @@ def local_parts(folder: Path, config: str) -> dict[str, list[Part]]:
     try:
         if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return saved_parts(folder)
-        with reachable_or_offline(True):
-            place = linked(folder)
-            builder = library().load_dataset_builder(str(place), config or None)
-            return {
-                str(split): [
-                    Part.of(opened(path), f"'{path.relative_to(place)}'", builder.info.features)
-                    for path in map(Path, paths)
-                ]
-                for split, paths in builder.config.data_files.items()
-            }
+        declared, splits = split_files(folder, config)
+        return {
+            split: [Part.of(opened(path), f"'{path.relative_to(folder)}'", declared) for path in paths]
+            for split, paths in splits.items()
+        }
     except problems() as error:
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         fix = "expected parquet files such as train-00000-of-00001.parquet and test-00000-of-00001.parquet"
@@ -294,14 +290,36 @@ def local_parts(folder: Path, config: str) -> dict[str, list[Part]]:
         raise TaskvecError(message, fix) from None
 
 
+CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json", "dataset_info.json")
+"""Files that say what a folder's tables hold, and which are of which split."""
+
+
+def split_files(folder: Path, config: str) -> tuple[Any, dict[str, list[Path]]]:
+    """Return the features that a folder's card declares, and the tables of every split, as ``datasets`` finds them.
+
+    It takes a path for a pattern, so it gets the names only, in a folder of its own.
+    """
+    with tempfile.TemporaryDirectory() as temporary, reachable_or_offline(True):
+        names = Path(temporary).resolve()
+        for path in table_files(folder):
+            place = names / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+        for card in (folder / name for name in CARDS if (folder / name).is_file()):
+            shutil.copy(card, names)
+        builder = library().load_dataset_builder(str(names), config or None)
+        found = builder.config.data_files.items()
+        return builder.info.features, {str(s): [folder / Path(p).relative_to(names) for p in of] for s, of in found}
+
+
 def saved_parts(folder: Path) -> dict[str, list[Part]]:
     """Return the files of the splits that ``save_to_disk`` has written; one data set alone is the training split."""
-    datasets = library()
-    found = datasets.load_from_disk(str(folder))
+    datasets, place = library(), linked(folder)
+    found = datasets.load_from_disk(str(place))
     splits = found if isinstance(found, dict) else {"train": found}
     return {
         split: [
-            Part.of(datasets.Dataset.from_file(path), f"'{Path(path).relative_to(folder)}'", table.features)
+            Part.of(datasets.Dataset.from_file(path), f"'{Path(path).relative_to(place)}'", table.features)
             for path in (file["filename"] for file in table.cache_files)
         ]
         or [Part.of(table, f"the {split} split")]
@@ -309,24 +327,24 @@ def saved_parts(folder: Path) -> dict[str, list[Part]]:
     }
 
 
-def linked(folder: Path) -> Path:
-    """Return a path of a folder that ``datasets`` takes for no pattern or address: itself, or a link in its cache."""
-    path = str(folder.absolute())
-    if not (set(path) & set("*?[]\n") or "::" in path or path != path.encode("utf-8", "replace").decode()):
-        return folder
-    link = Path(library().config.HF_DATASETS_CACHE) / "links" / fingerprint(path)
+def linked(path: Path) -> Path:
+    """Return a path that ``datasets`` takes for no pattern or address: a file's or folder's own, or a link's."""
+    name = str(path.absolute())
+    if not (set(name) & set("*?[]\n") or "::" in name or name != name.encode("utf-8", "replace").decode()):
+        return path
+    link = Path(library().config.HF_DATASETS_CACHE) / "links" / f"{fingerprint(name)}{path.suffix}"
     link.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
-        link.symlink_to(folder.absolute())
+        link.symlink_to(path.absolute())
     return link
 
 
 def opened(path: Path) -> Any:
     """Open one file of a table. ``datasets`` keeps it by path and time; by the inode's time another is another."""
     found = path.stat()
-    kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix, path.suffix)
     version = f"{found.st_ino}-{found.st_ctime_ns}"
-    return library().load_dataset(kind, version, data_files={"train": glob.escape(str(path))}, split="train")
+    files = {"train": str(linked(path))}
+    return library().load_dataset(path.suffix.removeprefix("."), version, data_files=files, split="train")
 
 
 def image_column(parts: list[Part], column: str) -> Any:
@@ -378,8 +396,8 @@ def class_labels(
 ) -> tuple[dict[str, Labels], tuple[str, ...], tuple[str, ...]]:
     """Return the labels of each split, the class names, and notes.
 
-    A number means what its own file names by it, a text means itself. Classes are in the order of the names, those
-    without are in the order of their values.
+    A number means what its own file names by it, a text means itself. Classes are in the order in which the training
+    split names them, others in the order of their values.
     """
     every = [part for parts in splits.values() for part in parts]
     for split, parts in splits.items():
@@ -389,7 +407,7 @@ def class_labels(
         split: [name for part in parts for name in class_names(part, names[part.name], column)]
         for split, parts in splits.items()
     }
-    listed = dict.fromkeys(name for own in names.values() for name in own or ())
+    listed = dict.fromkeys(name for part in splits["train"] for name in names[part.name] or ())
     rest = {name for each in found.values() for name in each}.difference(listed)
     classes = (*listed, *sorted(rest, key=in_order))
     places = {name: place for place, name in enumerate(classes)}
