@@ -243,7 +243,7 @@ def test_both_caches_hold_the_same_images_or_are_refused(tmp_path: Path) -> None
 def test_a_failing_system_is_not_taken_for_a_corrupt_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception, message: str
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise problem
 
     items = write_sizes(tmp_path / "in", [(10, 10)])

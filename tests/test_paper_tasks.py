@@ -31,12 +31,12 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from taskvec import papertasks, tasks
-from taskvec.decoded import open_item
+from taskvec.decoded import opened_item
 from taskvec.errors import TaskvecError
 from taskvec.hub import read_splits
 from taskvec.images import Preprocessing, resize_and_crop
 from taskvec.layouts import FIXTURE, check_classes, check_sizes, list_paper
-from taskvec.listing import Listing, split_classes, validation_indices
+from taskvec.listing import Items, Listing, split_classes, validation_indices
 from taskvec.network import answers
 from taskvec.torch_sets import list_torchvision
 
@@ -48,6 +48,12 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+
+
+def shown_by(items: Items, place: int) -> Image.Image:
+    """Return an image of a listing."""
+    with opened_item(items, place, Preprocessing(16)) as image:
+        return image
 
 
 def label_by_colour(task: str, image: Image.Image) -> str:
@@ -67,7 +73,7 @@ def test_every_layout_gives_the_same_classes_and_the_right_labels(tmp_path: Path
     assert total == len(FOLDERS[task]) * (TRAIN + TEST) - unused
     for split in tasks.SPLITS:
         for index in range(0, len(listing.labels[split]), 5):
-            shown = label_by_colour(task, open_item(listing.items[split][index]))
+            shown = label_by_colour(task, shown_by(listing.items[split], index))
             assert listing.classes[listing.labels[split][index]] == shown
     assert any("taken for a fixture" in note for note in listing.notes)
 
@@ -98,7 +104,7 @@ def test_torchvision_reads_the_fixtures_and_we_read_what_it_reads(tmp_path: Path
         image, label = theirs[index]
         if name != "GTSRB":
             assert ours.labels["test"][index] == label
-        pixels = open_item(ours.items["test"][index])
+        pixels = shown_by(ours.items["test"], index)
         assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(pixels))
 
 
@@ -251,7 +257,7 @@ def test_a_local_data_set_of_parquet_is_a_task(tmp_path: Path) -> None:
     assert "train-00000-of-00001.parquet" in source["content"]
     task = tasks.load_task(address, Preprocessing(16))
     for place in (0, 17, 50):
-        want = resize_and_crop(open_item(listing.items["train"][place]), Preprocessing(16))
+        want = resize_and_crop(shown_by(listing.items["train"], place), Preprocessing(16))
         assert np.array_equal(task.train.images[place], want)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pydantic import Json, TypeAdapter, ValidationError
-from torch import Tensor
 from torch import Tensor, nn
 from torch.func import functional_call
 

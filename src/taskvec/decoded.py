@@ -6,6 +6,7 @@ bit-equal to what PIL gives without a cache. A whole image is kept with its shor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,18 +24,18 @@ from PIL import Image
 from taskvec.errors import TaskvecError
 from taskvec.executors import cores
 from taskvec.images import (
+    PEAK,
     CorruptImage,
-    Encoded,
     Preprocessing,
     corrupt,
     crop_box,
     cut,
+    opened,
     quiet,
-    read_image,
     resize_and_crop,
     shrink,
 )
-from taskvec.listing import Items, name_of
+from taskvec.listing import Items, Labels, name_of
 from taskvec.store import gigabytes
 from taskvec.training import Progress
 
@@ -42,15 +43,24 @@ CHUNK = 64
 """Images that are decoded between two reports of progress."""
 SAMPLE = 32
 """Images whose size is looked at to estimate the size of a cache of whole images."""
+DARK = 2**14
+"""A value of 16 bits below which the brightest image of a split is suspiciously dark."""
 SPARE = 0.02
 """Share of an estimate that must be free beside it."""
 Pixels = UInt8[np.ndarray, "3 height width"]
 Views = Callable[[Image.Image, Preprocessing], Pixels]
 
 
-def open_item(item: Path | Encoded | Pixels) -> Image.Image:
-    """Return an item as an RGB image: files are read, arrays taken as they are."""
-    return Image.fromarray(item.transpose(1, 2, 0)) if isinstance(item, np.ndarray) else read_image(item)
+@contextlib.contextmanager
+def opened_item(items: Items, place: int, to: Preprocessing) -> Iterator[Image.Image]:
+    """Hold an item as an RGB image: files are read, arrays taken as they are."""
+    item = items[place]
+    if isinstance(item, np.ndarray):
+        with corrupt(f"number {place}"):
+            yield Image.fromarray(item.transpose(1, 2, 0))
+    else:
+        with opened(item, to) as image:
+            yield image
 
 
 @dataclass
@@ -62,18 +72,25 @@ class Skipped:
 
 
 def decode(
-    items: Items, to: Preprocessing, make: Views = resize_and_crop, skipped: Skipped | None = None, workers: int = 0
+    items: Items,
+    to: Preprocessing,
+    make: Views = resize_and_crop,
+    skipped: Skipped | None = None,
+    workers: int = 0,
+    peaks: list[int] | None = None,
 ) -> Iterator[tuple[int, Pixels]]:
     """Yield the place and the decoded view of every item, in order, made on ``workers`` threads (all cores for 0).
 
-    A corrupt image raises, or is left out and noted in ``skipped``.
+    A corrupt image raises, or is left out and noted in ``skipped``. The highest values of files with 16 bits are
+    added to ``peaks``.
     """
+    peaks = [] if peaks is None else peaks
 
     def one(place: int) -> Pixels | TaskvecError:
         try:
-            item = items[place]
-            with corrupt(item if isinstance(item, Path | Encoded) else f"number {place}"):
-                return make(open_item(item), to)
+            with opened_item(items, place, to) as image:
+                peaks.extend([image.info[PEAK]] if PEAK in image.info else [])
+                return make(image, to)
         except TaskvecError as error:
             return error
 
@@ -94,25 +111,30 @@ def decode(
 
 @dataclass(frozen=True)
 class Written:
-    """What became of a split: the places of the images that were kept, a digest of each view, and what was skipped."""
+    """What became of a split: the places of the images that were kept, a digest of each view, and what was skipped.
+
+    ``peaks`` are the highest values of files with 16 bits, in no order.
+    """
 
     kept: Int64[np.ndarray, " kept"]
     digests: tuple[bytes, ...]
     skipped: Skipped
+    peaks: tuple[int, ...] = ()
 
 
 def write_views(items: Items, to: Preprocessing, path: Path, skip: bool, progress: Progress) -> Written:
     """Decode the evaluation views of a split into an .npy file of uint8, count x 3 x size x size."""
     kept, digests, skipped = [], [], Skipped()
+    peaks: list[int] = []
     with path.open("wb") as file:  # written, not mapped: a full disk is an error, not a crash
         _header(file, (len(items), 3, to.size, to.size))
-        for place, pixels in decode(items, to, skipped=skipped if skip else None):
+        for place, pixels in decode(items, to, skipped=skipped if skip else None, peaks=peaks):
             file.write(pixels.tobytes())
             kept.append(place)
             digests.append(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
             report(place, len(items), progress)
         _header(file, (len(kept), 3, to.size, to.size))
-    return Written(np.array(kept, np.int64), tuple(digests), skipped)
+    return Written(np.array(kept, np.int64), tuple(digests), skipped, tuple(peaks))
 
 
 def write_whole(
@@ -225,6 +247,34 @@ def twins(written: dict[str, Written], items: dict[str, Items]) -> list[str]:
                     f"such as '{pair[1]}', which is '{pair[0]}'"
                 )
     return found
+
+
+def doubles(written: dict[str, Written], items: dict[str, Items], labels: dict[str, Labels]) -> list[str]:
+    """Say which images of a split have two labels, pixel for pixel as the encoder sees them, with a pair's paths."""
+    found = []
+    for split, one in written.items():
+        first: dict[bytes, int] = {}
+        pairs = [(first.setdefault(digest, place), place) for digest, place in zip(one.digests, one.kept, strict=True)]
+        two = [pair for pair in pairs if np.any(labels[split][pair[0]] != labels[split][pair[1]])]
+        if two:
+            names = [name_of(items[split], split, int(place)) for place in two[0]]
+            found.append(
+                f"{len(two)} images of the {split} split are there with another label too, "
+                f"such as '{names[1]}', which is '{names[0]}'"
+            )
+    return found
+
+
+def dark(written: dict[str, Written]) -> list[str]:
+    """Say in which splits no image of 16 bits has a value above a quarter of what they hold."""
+    peaks = {split: max(one.peaks) for split, one in written.items() if one.peaks and max(one.peaks) < DARK}
+    if not peaks:
+        return []
+    bits = max(max(peaks.values()).bit_length(), 1)
+    return [
+        f"images of 16 bits in the {', '.join(peaks)} split have no value above {max(peaks.values())}, and are seen "
+        f"nearly black: where they are numbers of {bits} bits, multiply them by {65535 / (2**bits - 1):.4g}"
+    ]
 
 
 def skips(written: dict[str, Written]) -> list[str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shutil
+import tempfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +16,19 @@ import numpy as np
 from jaxtyping import Int64
 
 from taskvec.errors import TaskvecError, did_you_mean
+from taskvec.folders import visible
 from taskvec.images import CorruptImage, Encoded, corrupt
-from taskvec.listing import Items, Labels, Listing, check_trained, rename_classes, split_classes
+from taskvec.listing import (
+    Items,
+    Labels,
+    Listing,
+    check_trained,
+    rename_classes,
+    split_classes,
+    test_on_validation,
+)
 from taskvec.network import asked_once, endpoint
+from taskvec.store import fingerprint
 
 NAMES = {
     "train": ("train", "training"),
@@ -25,6 +39,8 @@ NAMES = {
 LABELS = ("label", "labels", "fine_label")
 """The columns of class labels that are taken where there are several."""
 ENDINGS = (".parquet", ".arrow")
+FOOTER = 2**16
+"""Bytes that are read at once of a file of the Hub, of which only its schema is wanted."""
 
 
 @dataclass(frozen=True)
@@ -91,29 +107,74 @@ def folder_of(name: str) -> Path | None:
 
 def table_files(folder: Path) -> list[Path]:
     """Return the files of tables in a folder, in the order of their paths."""
-    return sorted(p for p in folder.rglob("*") if p.suffix in ENDINGS and p.is_file())
+    files = [Path(top) / name for top, _, names in visible(folder) for name in names if not name.startswith(".")]
+    return sorted(path for path in files if path.suffix in ENDINGS and path.is_file())
+
+
+def address_parts(address: str) -> tuple[str, str]:
+    """Return the name and the configuration of ``NAME`` or ``NAME@CONFIG``; a folder's name may have an @ itself."""
+    name, at, config = address.rpartition("@")
+    return (address, "") if not at or Path(address).expanduser().is_dir() else (name, config)
 
 
 def open_dataset(address: str, info_only: bool = False) -> Any:
-    """Open a data set's splits, or the builder that knows about it; ``address`` is ``NAME`` or ``NAME@CONFIG``."""
+    """Open the splits of a data set of the Hub, or the builder that knows about it."""
     datasets = library()
-    name, _, config = address.partition("@")
-    local = folder_of(name)
-    act = datasets.load_dataset_builder if info_only else datasets.load_dataset
+    name, config = address_parts(address)
     try:
-        if local and (local / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(local))
-        with reachable_or_offline(local is not None):
-            return act(str(local or name), config or None)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
-        first = " ".join(str(error).split())[:300]
-        if local:
-            held = ", ".join(sorted(p.name for p in local.iterdir())[:8]) or "nothing"
-            fix = "expected parquet files such as train-00000-of-00001.parquet and test-00000-of-00001.parquet"
-            raise TaskvecError(f"'{local}' cannot be read as a data set: {first} (it holds {held})", fix) from None
+        with reachable_or_offline(False):
+            builder = datasets.load_dataset_builder(name, config or None)
+            return builder if info_only else checked(builder, datasets.load_dataset(name, config or None))
+    except problems() as error:
         fix = f"download it elsewhere and pass the folder of its parquet files: hf:/path/to/{name.split('/')[-1]}"
         what = f"data set '{name}'" + (f" (config {config})" if config else "")
-        raise TaskvecError(f"{what} cannot be had from {endpoint()}: {first}", fix) from None
+        raise TaskvecError(f"{what} cannot be had from {endpoint()}: {first_line(error)}", fix) from None
+
+
+def problems() -> tuple[type[Exception], ...]:
+    """Return what ``datasets`` raises for what it cannot read."""
+    return (OSError, ValueError, RuntimeError, LookupError, TypeError, library().exceptions.DatasetsError)
+
+
+def first_line(error: Exception) -> str:
+    """Return the beginning of an error's message, in one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def checked(builder: Any, found: Any) -> Any:
+    """Return the splits of a data set of the Hub whose files all name the classes as it does: rows do not tell files.
+
+    ``datasets`` reads the numbers of all files by the names of its card, or of its first file.
+    """
+    import fsspec
+
+    for split, files in (builder.config.data_files or {}).items():
+        for file in (file for file in files if split in found and file.endswith(".parquet")):
+            with fsspec.open(file, block_size=FOOTER) as opened:
+                own = named_classes(features_of_file(opened))
+            other = [
+                column
+                for column, names in named_classes(found[split].features).items()
+                if own.get(column, names) != names
+            ]
+            if other:
+                raise TaskvecError(
+                    f"'{file}' names the classes of column '{other[0]}' otherwise than the data set does",
+                    "download its parquet files and pass their folder, hf:/path/to/it: each is read by its own names",
+                )
+    return found
+
+
+def features_of_file(source: Any) -> Any:
+    """Return the features that a parquet file has in its schema."""
+    from pyarrow.parquet import read_schema
+
+    return library().Features.from_arrow_schema(read_schema(source))
+
+
+def named_classes(features: Any) -> dict[str, list[str]]:
+    """Return the class names of every column that has some."""
+    return {name: kind.names for name, kind in features.items() if isinstance(kind, library().ClassLabel)}
 
 
 @contextlib.contextmanager
@@ -139,39 +200,163 @@ def list_hub(address: str) -> Listing:
     if set(listing.labels) == {"train"}:
         listing = split_classes(listing)
     elif "test" not in listing.labels:
-        parts = {"train": "train", "test": "validation"}
-        items = {split: listing.items[source] for split, source in parts.items()}
-        labels = {split: listing.labels[source] for split, source in parts.items()}
-        note = f"'{address}' has no test split: its validation split is tested on"
-        listing = Listing(listing.classes, items, labels, root=listing.root, files=listing.files, notes=(note,))
+        listing = test_on_validation(listing, f"'{address}'")
     check_trained(listing, f"hf:{address}")
     return listing
 
 
 def read_splits(address: str) -> Listing:
-    """List a data set's splits as they are."""
-    local = folder_of(address.partition("@")[0])
+    """List a data set's splits as they are, every file of a split by its own class names."""
+    local = folder_of(address_parts(address)[0])
     files = tuple(table_files(local)) if local else ()
     if local and not files:
         raise TaskvecError(
             f"'{local}' cannot be read as a data set: it holds no {' or '.join(ENDINGS)} files",
             f"images in folders are read as folder:{local}",
         )
-    found = open_dataset(address)
+    found = local_parts(local, address_parts(address)[1]) if local else hub_parts(address)
     splits = {split: found[name] for split, names in NAMES.items() for name in names if name in found}
     if "train" not in splits:
         raise TaskvecError(
             f"data set '{address}' has no train split; it has {', '.join(map(str, found))}",
             "expected train, test and perhaps validation",
         )
-    image, label = columns(splits["train"].features, address)
-    items: dict[str, Items] = {}
-    for split, table in splits.items():
-        column = table.select_columns([image]).cast_column(image, library().Image(decode=False))[image]
-        items[split] = Table(column, f"{address} {split}", np.arange(len(table)), local is not None)
-    labels, classes = class_labels({split: table.select_columns([label]) for split, table in splits.items()}, label)
-    listing = Listing(classes, items, labels, root=local or Path(), files=files)
+    image, label = columns(splits["train"][0].features, address)
+    splits, notes = labelled(splits, label, address)
+    items: dict[str, Items] = {
+        split: Table(image_column(parts, image), f"{address} {split}", np.arange(rows(parts)), local is not None)
+        for split, parts in splits.items()
+    }
+    labels, classes, more = class_labels(splits, label)
+    listing = Listing(classes, items, labels, root=local or Path(), files=files, notes=notes + more)
     return rename_classes(listing, lambda name: name, lambda names: tuple(n for n in classes if n in names))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file of a split, or of a whole split, and what its columns are."""
+
+    table: Any
+    name: str
+    features: dict[str, Any]
+
+    @staticmethod
+    def of(table: Any, name: str, declared: Any = None) -> Part:
+        """Return a part; what its file does not say about a column is what is ``declared`` beside it, in a card."""
+        telling = (library().Image, library().ClassLabel)
+        known = {c: kind for c, kind in table.features.items() if isinstance(kind, telling)}
+        return Part(table, name, dict(table.features) | dict(declared or {}) | known)
+
+    def values(self, column: str) -> list[Any]:
+        """Return the labels as they are in the table; none where it has no such column."""
+        return list(self.table[column]) if column in self.table.column_names else [None] * len(self.table)
+
+    def names(self, column: str) -> tuple[str, ...] | None:
+        """Return the class names of a column, None where it has none; two names that are one raise."""
+        kind = self.features.get(column)
+        if not isinstance(kind, library().ClassLabel):
+            return None
+        names = tuple(map(text, kind.names))
+        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if twice is not None:
+            raise TaskvecError(f"{self.name} names the class '{twice}' twice in column '{column}'", "name it once")
+        return names
+
+
+def rows(parts: list[Part]) -> int:
+    """Return the number of rows of a split."""
+    return sum(len(part.table) for part in parts)
+
+
+def hub_parts(address: str) -> dict[str, list[Part]]:
+    """Return the splits of a data set of the Hub, each in one part."""
+    return {split: [Part.of(table, f"the {split} split")] for split, table in open_dataset(address).items()}
+
+
+def local_parts(folder: Path, config: str) -> dict[str, list[Part]]:
+    """Return the files of the splits in a folder that ``datasets`` has saved, or that holds tables."""
+    try:
+        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return saved_parts(folder)
+        declared, splits = split_files(folder, config)
+        return {
+            split: [Part.of(opened(path), f"'{path.relative_to(folder)}'", declared) for path in paths]
+            for split, paths in splits.items()
+        }
+    except problems() as error:
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        fix = "expected parquet files such as train-00000-of-00001.parquet and test-00000-of-00001.parquet"
+        message = f"'{folder}' cannot be read as a data set: {first_line(error)} (it holds {held})"
+        raise TaskvecError(message, fix) from None
+
+
+CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json", "dataset_info.json")
+"""Files that say what a folder's tables hold, and which are of which split."""
+
+
+def split_files(folder: Path, config: str) -> tuple[Any, dict[str, list[Path]]]:
+    """Return the features that a folder's card declares, and the tables of every split, as ``datasets`` finds them.
+
+    It takes a path for a pattern, so it gets the names only, in a folder of its own.
+    """
+    with tempfile.TemporaryDirectory() as temporary, reachable_or_offline(True):
+        names = Path(temporary).resolve()
+        for path in table_files(folder):
+            place = names / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+        for card in (folder / name for name in CARDS if (folder / name).is_file()):
+            shutil.copy(card, names)
+        builder = library().load_dataset_builder(str(names), config or None)
+        found = builder.config.data_files.items()
+        return builder.info.features, {str(s): [folder / Path(p).relative_to(names) for p in of] for s, of in found}
+
+
+def saved_parts(folder: Path) -> dict[str, list[Part]]:
+    """Return the files of the splits that ``save_to_disk`` has written; one data set alone is the training split."""
+    datasets, place = library(), linked(folder)
+    found = datasets.load_from_disk(str(place))
+    splits = found if isinstance(found, dict) else {"train": found}
+    return {
+        split: [
+            Part.of(datasets.Dataset.from_file(path), f"'{Path(path).relative_to(place)}'", table.features)
+            for path in (file["filename"] for file in table.cache_files)
+        ]
+        or [Part.of(table, f"the {split} split")]
+        for split, table in splits.items()
+    }
+
+
+def linked(path: Path) -> Path:
+    """Return a path that ``datasets`` takes for no pattern or address: a file's or folder's own, or a link's."""
+    name = str(path.absolute())
+    if not (set(name) & set("*?[]\n") or "::" in name or name != name.encode("utf-8", "replace").decode()):
+        return path
+    link = Path(library().config.HF_DATASETS_CACHE) / "links" / f"{fingerprint(name)}{path.suffix}"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(path.absolute())
+    return link
+
+
+def opened(path: Path) -> Any:
+    """Open one file of a table. ``datasets`` keeps it by path and time; by the inode's time another is another."""
+    found = path.stat()
+    version = f"{found.st_ino}-{found.st_ctime_ns}"
+    files = {"train": str(linked(path))}
+    return library().load_dataset(path.suffix.removeprefix("."), version, data_files=files, split="train")
+
+
+def image_column(parts: list[Part], column: str) -> Any:
+    """Return the images of a split's files, one after another, as they are encoded."""
+    datasets = library()
+    for part in parts:
+        if column not in part.table.column_names:
+            raise TaskvecError(
+                f"{part.name} has no column '{column}', where the training split has its images", "add it"
+            )
+    tables = [part.table.select_columns([column]).cast_column(column, datasets.Image(decode=False)) for part in parts]
+    return datasets.concatenate_datasets(tables)[column]
 
 
 def columns(features: Any, address: str) -> tuple[str, str]:
@@ -190,32 +375,112 @@ def columns(features: Any, address: str) -> tuple[str, str]:
     )
 
 
-def class_labels(tables: dict[str, Any], column: str) -> tuple[dict[str, Labels], tuple[str, ...]]:
-    """Return the labels of each split and the class names; a plain column has the classes of its values, in order."""
-    values = {split: list(table[column]) for split, table in tables.items()}
-    kind = tables["train"].features[column]
-    for split, found in values.items():
-        check_labels(found, column, split)
-    names: Sequence[Any]
-    if isinstance(kind, library().ClassLabel):
-        names = list(kind.names)
-        return {split: np.array(found, np.int64) for split, found in values.items()}, tuple(names)
-    names = sorted({value for found in values.values() for value in found})
-    places = {value: place for place, value in enumerate(names)}
-    labels: dict[str, Labels] = {
-        split: np.array([places[value] for value in found], np.int64) for split, found in values.items()
+def labelled(splits: dict[str, list[Part]], column: str, address: str) -> tuple[dict[str, list[Part]], tuple[str, ...]]:
+    """Return the splits that have labels, and notes about those left out, as published test splits are."""
+    without = [
+        split
+        for split, parts in splits.items()
+        if split != "train" and all(is_empty(value) for part in parts for value in part.values(column))
+    ]
+    notes = tuple(f"'{address}': the {split} split has no labels and is left out" for split in without)
+    return {split: parts for split, parts in splits.items() if split not in without}, notes
+
+
+def is_empty(label: Any) -> bool:
+    """Say whether a label says that there is none: nothing, no number, an empty text, or -1."""
+    return label is None or label in ("", -1) or label != label
+
+
+def class_labels(
+    splits: dict[str, list[Part]], column: str
+) -> tuple[dict[str, Labels], tuple[str, ...], tuple[str, ...]]:
+    """Return the labels of each split, the class names, and notes.
+
+    A number means what its own file names by it, a text means itself. Classes are in the order in which the training
+    split names them, others in the order of their values.
+    """
+    every = [part for parts in splits.values() for part in parts]
+    for split, parts in splits.items():
+        check_labels([value for part in parts for value in part.values(column)], column, split)
+    names, notes = meanings(every, column)
+    found = {
+        split: [name for part in parts for name in class_names(part, names[part.name], column)]
+        for split, parts in splits.items()
     }
-    return labels, tuple(map(str, names))
+    listed = dict.fromkeys(name for part in splits["train"] for name in names[part.name] or ())
+    rest = {name for each in found.values() for name in each}.difference(listed)
+    classes = (*listed, *sorted(rest, key=in_order))
+    places = {name: place for place, name in enumerate(classes)}
+    labels: dict[str, Labels] = {
+        split: np.array([places[name] for name in each], np.int64) for split, each in found.items()
+    }
+    return labels, classes, notes
+
+
+def in_order(name: str) -> tuple[bool, int, str]:
+    """Sort numbers by their value, before texts."""
+    number = bool(re.fullmatch(r"-?\d{1,18}", name))
+    return not number, int(name) if number else 0, name
+
+
+def meanings(parts: list[Part], column: str) -> tuple[dict[str, tuple[str, ...] | None], tuple[str, ...]]:
+    """Return the class names that the numbers of each part are read by, and notes.
+
+    Numbers without names are classes of their own, unless others have names: all of one list are theirs too, with
+    a note; names of several lists, or texts, leave unknown what the numbers mean.
+    """
+    names = {part.name: part.names(column) for part in parts}
+    bare = [part for part in parts if names[part.name] is None and are_numbers(part.values(column))]
+    others = [part for part in parts if part.name not in {one.name for one in bare}]
+    if not bare or not others:
+        return names, ()
+    lists = {names[part.name] for part in others}
+    only = next(iter(lists))
+    if len(lists) == 1 and only is not None:
+        note = f"{bare[0].name} has numbers for labels and no class names: they are read by those of {others[0].name}"
+        return names | {part.name: only for part in bare}, (note,)
+    if all(in_order(name)[0] is False for part in others for name in names[part.name] or part.values(column)):
+        return names, ()
+    raise TaskvecError(
+        f"{bare[0].name} has numbers for labels and no class names, and {others[0].name} has others",
+        "which number means which class cannot be known: write the names, or the texts, into every file",
+    )
+
+
+def are_numbers(labels: list[Any]) -> bool:
+    """Say whether labels are numbers."""
+    return any(isinstance(label, int | float) and not isinstance(label, bool) for label in labels)
+
+
+def class_names(part: Part, names: tuple[str, ...] | None, column: str) -> list[str]:
+    """Return the class name of every row of a part: what a number names, or the value itself."""
+    values = part.values(column)
+    if names is None or not are_numbers(values):
+        return [text(value) for value in values]
+    strange = next((value for value in values if not 0 <= value < len(names)), None)
+    if strange is not None:
+        raise TaskvecError(
+            f"{part.name} has the label {strange} in column '{column}', which is none of its {len(names)} classes",
+            "every image needs a label: mend it, or leave the row out",
+        )
+    return [names[int(value)] for value in values]
+
+
+def text(label: Any) -> str:
+    """Return a label as a class name, in Unicode normal form C: 1 and 1.0 are one class."""
+    whole = isinstance(label, float) and label.is_integer()
+    return unicodedata.normalize("NFC", str(int(label) if whole else label))
 
 
 def check_labels(labels: Sequence[Any], column: str, split: str) -> None:
-    """Raise unless every row has one label: a text or a number."""
+    """Raise unless every row has one label: a text or a whole number."""
     for row, label in enumerate(labels):
-        if not isinstance(label, str | int | float):
-            what = "no label" if label is None else f"a {type(label).__name__} for a label"
+        whole = isinstance(label, str | int) or (isinstance(label, float) and label.is_integer())
+        if not whole or label == "":
+            what = "no label" if is_empty(label) else f"a {type(label).__name__} for a label"
             raise TaskvecError(
                 f"row {row} of the {split} split has {what} in column '{column}'",
-                "give every row one text or number, or leave it out",
+                "give every row one text or whole number, or leave it out",
             )
 
 

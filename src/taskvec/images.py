@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import os
+import struct
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from taskvec.errors import TaskvecError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "PPM", "WEBP")
+"""What is opened, whatever a file is called: Pillow knows formats that start other programs."""
+TEXT = 2**26
+"""Bytes that a text or colour profile in a PNG may have, uncompressed; Pillow refuses what is over a megabyte."""
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, TEXT)
+for order in (TiffImagePlugin.II, TiffImagePlugin.MM):  # kinds of grey that Pillow can unpack and does not list
+    for white in (0, 1):
+        TiffImagePlugin.OPEN_INFO.setdefault((order, white, (1,), 1, (12,), ()), ("I;16", "I;12"))
+TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+PIXELS = 100_000_000
+"""Pixels of files that all threads together hold open at once, at about ten bytes each; one image may have them all."""
+PEAK = "taskvec-peak"
+"""Where an opened image has the highest value of its file, which had 16 bits of unknown use."""
+BITS = "taskvec-bits"
+"""Where an opened PNG has the number of bits that were measured."""
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -107,22 +126,58 @@ def quiet() -> Iterator[None]:
                 _HUSH.filters.close()
 
 
-def open_image(source: Path | Encoded) -> Image.Image:
-    """Open an image file as upright 8-bit RGB; a corrupt or huge one is an error that names the file."""
-    with quiet():
-        return read_image(source)
+def open_image(source: Path | Encoded, to: Preprocessing | None = None) -> Image.Image:
+    """Open an image file as upright 8-bit RGB; a corrupt or huge one is an error that names the file.
+
+    It may be huge as it is, or once it is resized ``to`` what an encoder expects.
+    """
+    with quiet(), opened(source, to) as image:
+        return image
 
 
-def read_image(source: Path | Encoded) -> Image.Image:
-    """Open an image as ``open_image`` does, in a thread for which somebody else has silenced the warnings."""
-    with corrupt(source), Image.open(source if isinstance(source, Path) else io.BytesIO(source.data)) as image:
+@contextlib.contextmanager
+def opened(source: Path | Encoded, to: Preprocessing | None = None) -> Iterator[Image.Image]:
+    """Hold an image as ``open_image`` returns it, where somebody else has silenced the warnings.
+
+    Sizes are looked at before pixels are; threads with large images wait for each other.
+    """
+    file = source if isinstance(source, Path) else io.BytesIO(source.data)
+    with corrupt(source), Image.open(file, formats=FORMATS) as image:
         check_size(image.size)
-        return to_rgb(ImageOps.exif_transpose(image))
+        if to is not None:
+            check_size(resized(image.size, to))
+        with ROOM.taken(math.prod(image.size)):
+            yield to_rgb(upright(image))
+
+
+class Room:
+    """A number of pixels that threads share; who needs more than there are waits for all of them."""
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels = self.left = pixels
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Take pixels for a while."""
+        share = min(pixels, self.pixels)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= share)
+            self.left -= share
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += share
+                self.changed.notify_all()
+
+
+ROOM = Room(PIXELS)
 
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 """What an image may be given as: a path, an encoded file or its bytes, an image of Pillow, or uint8 pixels."""
-PIXELS = "uint8 values as [height, width], [height, width, 3] or, with transparency, [height, width, 4]"
+ARRAYS = "uint8 values as [height, width], [height, width, 3] or, with transparency, [height, width, 4]"
 CHANNELS_FIRST = "uint8 values as [3, height, width] (or 1 or 4 channels), as torchvision reads them"
 
 
@@ -138,21 +193,22 @@ def named(images: Source | Iterable[Source]) -> Iterator[tuple[str, Source]]:
         yield os.fsdecode(image) if isinstance(image, str | os.PathLike) else f"image {place}", image
 
 
-def decode(image: Source, name: str) -> Image.Image:
+def decode(image: Source, name: str, to: Preprocessing) -> Image.Image:
     """Return an image that is given in any way as upright 8-bit RGB; what is none is an error that names it."""
     with quiet(), corrupt(name):
         if isinstance(image, str | os.PathLike):
             if Path(name).is_dir():
                 raise TaskvecError(f"'{name}' is a folder, not an image", f"give the images in it, such as {name}/*")
-            return read_image(Path(name))
+            return open_image(Path(name), to)
         content = image.read() if hasattr(image, "read") else image
         if isinstance(content, bytes | bytearray | memoryview):
-            return read_image(Encoded(bytes(content), name))
+            return open_image(Encoded(bytes(content), name), to)
         if isinstance(content, np.ndarray | Tensor):
             content = of_pixels(content, name)
         if isinstance(content, Image.Image):
             check_size(content.size)
-            return to_rgb(ImageOps.exif_transpose(content))
+            check_size(resized(content.size, to))
+            return to_rgb(upright(content))
     fix = "give a path, an image of Pillow, an array of pixels, a file opened in binary mode, or its bytes"
     raise TaskvecError(f"{name} is a {type(content).__name__}", fix)
 
@@ -163,7 +219,7 @@ def of_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
     shape = (*pixels.shape[1:], pixels.shape[0]) if tensor and pixels.ndim == 3 else tuple(pixels.shape)
     sides, channels = shape[:2], shape[2:]
     if pixels.dtype not in (np.uint8, torch.uint8) or channels not in ((), (1,), (3,), (4,)) or not all(sides):
-        what, wanted = ("a tensor", CHANNELS_FIRST) if tensor else ("an array", PIXELS)
+        what, wanted = ("a tensor", CHANNELS_FIRST) if tensor else ("an array", ARRAYS)
         raise TaskvecError(
             f"{name} is {what} of {pixels.dtype} values in the shape {list(pixels.shape)}",
             f"give {wanted}; for values from 0 to 1 round 255 times as much",
@@ -185,6 +241,9 @@ def corrupt(source: object) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise CorruptImage(f"image '{source}' is suspiciously large: {error}", "shrink it or remove it") from None
+    except UnidentifiedImageError:
+        what = f"cannot be read: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or of a kind that is not read"
+        raise CorruptImage(f"image '{source}' {what}", "save it as PNG or JPEG, replace it or remove it") from None
     except FileNotFoundError:
         raise CorruptImage(f"no image at '{source}'", "check the path; is it a link to nothing?") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, ...
@@ -201,20 +260,135 @@ def check_size(size: tuple[int, int]) -> None:
         raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels, more than {limit}")
 
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How an image is turned upright, by its orientation in EXIF."""
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Read an image's pixels and turn them as its EXIF says; an EXIF that cannot be read says nothing."""
+    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    if image.format == "PNG" and deep:
+        image.info[BITS] = significant_bits(image.fp)
+    image.load()
+    orientation = 1
+    with contextlib.suppress(Exception):  # as many kinds as there are ways to damage it
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    turned = image.transpose(TURNS[orientation]) if orientation in TURNS else image
+    if is_grey(image):
+        return grey(turned, image)
+    if deep and image.mode in ("RGB", "RGBA"):  # Pillow keeps the upper eight of 16 bits
+        turned.info[PEAK] = 255 + 256 * max(high for _, high in image.getextrema()[:3])  # type: ignore[misc]
+    return turned
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Say whether an image is one channel of more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def significant_bits(file: Any) -> int:
+    """Return how many of a PNG's 16 bits were measured, as its sBIT chunk says; the place in the file is kept."""
+    place, found = file.tell(), 16
+    file.seek(8)
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if kind == b"sBIT":
+            found = int.from_bytes(file.read(1), "big")
+        if kind in (b"sBIT", b"IDAT"):
+            break
+        file.seek(length + 4, io.SEEK_CUR)
+    file.seek(place)
+    return found if 0 < found < 16 else 16
+
+
+def grey(image: Image.Image, source: Image.Image) -> Image.Image:
+    """Convert a channel of more than 8 bits to 8, by the range that the file gives its numbers; white may be zero."""
+    values = np.asarray(image)
+    low, high = sample_range(source, values)
+    scaled: np.ndarray[Any, np.dtype[np.floating[Any]]]
+    scaled = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    np.subtract(scaled, low, out=scaled)
+    np.multiply(scaled, 255 / (high - low), out=scaled)
+    np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
+    if tag(source, PHOTOMETRIC, 1) == 0:
+        np.subtract(255, scaled, out=scaled)
+    if "transparency" in source.info:
+        scaled[values == source.info["transparency"]] = 255
+    found = Image.fromarray(scaled.astype(np.uint8))
+    if (low, high) == (0, 65535):
+        found.info[PEAK] = int(values.max(initial=0))
+    return found
+
+
+PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT, LOWEST, HIGHEST = 262, 258, 339, 340, 341
+"""Tags of a TIFF: whether zero is white, what its numbers are, and their range."""
+
+
+def tag(image: Image.Image, number: int, default: Any) -> Any:
+    """Return a tag of the first channel of a TIFF; another image has the default."""
+    found = image.tag_v2.get(number, default) if hasattr(image, "tag_v2") else default
+    return found[0] if isinstance(found, tuple) else found
+
+
+def sample_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
+    """Return the numbers that are black and white: what a TIFF says, or all that so many unsigned bits can hold.
+
+    A PNG's 16 bits are full range by the standard, but some writers leave measured bits in the lower places: they do
+    where bits are said that are fewer, no value is beyond them, and the places below them are used.
+    """
+    if image.format != "TIFF":
+        bits = image.info.get(BITS, 16)
+        lower = bits < 16 and values.max(initial=0) < 2**bits and bool((values % 2 ** (16 - bits)).any())
+        known: tuple[float, float] | None = None if image.mode == "F" else (0, 2 ** (bits if lower else 16) - 1)
+    else:
+        bits, unsigned = tag(image, BITS_PER_SAMPLE, 1), tag(image, SAMPLE_FORMAT, 1) == 1
+        low, high = tag(image, LOWEST, 0 if unsigned else None), tag(image, HIGHEST, None)
+        known = (0, 2**bits - 1) if unsigned and bits <= 16 else None
+        known = known if low is None or high is None else (float(low), float(high))
+    if known is None or not known[0] < known[1] or not np.isfinite(values).all():
+        what = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise ValueError(f"its values are {what} numbers without a range; save it with 8 or 16 unsigned bits")
+    return known
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert grey, palette, 16-bit and transparent images to 8-bit RGB; transparency is laid on white."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.float64)
-        if values.max(initial=0) > 65535:
-            raise ValueError("its values are 32-bit numbers without a range; save it with 8 or 16 bits")
-        deep = image.mode != "I" or values.max(initial=0) > 255
-        image = Image.fromarray(np.clip((values / 257 if deep else values).round(), 0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("its values are floating-point numbers without a range; save it with 8 or 16 bits")
+    """Convert 8-bit images of all kinds to RGB; transparency is laid on white."""
+    peak: dict[str | tuple[int, int], Any] = {PEAK: image.info[PEAK]} if PEAK in image.info else {}
+    if image.mode == "LAB":
+        image = lab_to_rgb(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = peak
+    return image
+
+
+def lab_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert CIELAB to sRGB."""
+    from PIL import ImageCms
+
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    found = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    assert found is not None
+    return found
+
+
+def resized(size: tuple[int, int], to: Preprocessing) -> tuple[int, int]:
+    """Return the size of an image with its short side at size / crop, or of a square where it is squashed."""
+    short = max(to.size, math.floor(to.size / to.crop))
+    width, height = size
+    if to.squash:
+        return short, short
+    return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
 
 
 def resize_and_crop(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, "3 size size"]:
@@ -222,18 +396,11 @@ def resize_and_crop(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, 
 
     An image so long that it would become a decompression bomb raises Pillow's error for those.
     """
-    short = max(to.size, math.floor(to.size / to.crop))
-    width, height = image.size
-    if to.squash:
-        resized = (short, short)
-    elif width <= height:
-        resized = (short, int(short * height / width))
-    else:
-        resized = (int(short * width / height), short)
-    if resized != image.size:
-        check_size(resized)  # one side of a very long image grows many times
-        image = image.resize(resized, RESAMPLING[to.interpolation])
-    left, top = (round((side - to.size) / 2) for side in resized)
+    size = resized(image.size, to)
+    if size != image.size:
+        check_size(size)  # one side of a very long image grows many times
+        image = image.resize(size, RESAMPLING[to.interpolation])
+    left, top = (round((side - to.size) / 2) for side in size)
     image = image.crop((left, top, left + to.size, top + to.size))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 

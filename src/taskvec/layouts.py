@@ -237,7 +237,7 @@ def air(base: Path, name: str) -> Listing:
     root = base / name
     files = class_files(root)
     classes = tuple(sorted(files))
-    where = {path.name: (path, index) for index, c in enumerate(classes) for path in files[c]}
+    where = {path.name: (path, index) for index, c in enumerate(classes) for path in files[c].images}
     items: dict[str, Items] = {}
     labels: dict[str, Labels] = {}
     for split in ("train", "test"):

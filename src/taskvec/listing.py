@@ -135,6 +135,18 @@ def _divide(listing: Listing, split: str, parts: dict[str, Int64[np.ndarray, " p
     )
 
 
+def test_on_validation(listing: Listing, source: str) -> Listing:
+    """Return a listing whose validation split is the test split, with a note that says so."""
+    own = {"train": "train", "test": "validation"}
+    note = f"{source} has no test split: its validation split is tested on"
+    return replace(
+        listing,
+        items={split: listing.items[source] for split, source in own.items()},
+        labels={split: listing.labels[source] for split, source in own.items()},
+        notes=(*listing.notes, note),
+    )
+
+
 def rename_classes(
     listing: Listing, name: Callable[[str], str], order: Callable[[list[str]], tuple[str, ...]]
 ) -> Listing:

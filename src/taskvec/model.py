@@ -101,7 +101,7 @@ class MultiTaskModel:
     def view(self, name: str, image: Source) -> UInt8[np.ndarray, "3 size size"]:
         """Return an image as the encoder sees it."""
         with corrupt(name):
-            return resize_and_crop(decode(image, name), self.backbone.preprocessing)
+            return resize_and_crop(decode(image, name, self.backbone.preprocessing), self.backbone.preprocessing)
 
     def answers(
         self, names: Sequence[str], views: Sequence[UInt8[np.ndarray, "3 size size"]], tasks: Sequence[str]

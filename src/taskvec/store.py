@@ -251,7 +251,7 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def tree_digest(self, root: Path, files: Sequence[str]) -> str:
-        """Return a digest of the content of ``files``, read again only when a size or a time has changed."""
+        """Return a digest of the content of ``files``, read again only when one of them may have changed."""
         seen, memo = self._tree(root, files)
         if (known := self._remembered(seen, memo)) is not None:
             return known
@@ -267,9 +267,13 @@ class Store:
         return self._remembered(seen, memo) or f"not read: {fingerprint([str(root.resolve()), seen])}"
 
     def _tree(self, root: Path, files: Sequence[str]) -> tuple[str, Path]:
-        """Return what tells whether files have changed, and where their digest is remembered."""
-        stats = {name: (root / name).stat() for name in files if (root / name).exists()}  # no links to nothing
-        seen = fingerprint({name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
+        """Return what tells whether files have changed, and where their digest is remembered.
+
+        Copying tools keep sizes and times of modification; a file's number and the time of its inode are the disk's.
+        """
+        with disk_errors(root):
+            stats = {name: (root / name).stat() for name in files if (root / name).exists()}  # no links to nothing
+        seen = fingerprint({n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats.items()})
         return seen, self.folder / "digests" / f"{fingerprint([str(root.resolve()), sorted(stats)])}.json"
 
     def _remembered(self, seen: str, memo: Path) -> str | None:

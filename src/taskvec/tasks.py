@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from taskvec.decoded import (
     Whole,
     Written,
     check_room,
+    dark,
+    doubles,
     read_whole,
     skips,
     twins,
@@ -28,7 +31,7 @@ from taskvec.decoded import (
 )
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.folders import list_folder
-from taskvec.hub import describe_hub, folder_of, list_hub
+from taskvec.hub import address_parts, describe_hub, folder_of, list_hub
 from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.layouts import list_paper
@@ -94,8 +97,10 @@ def parse(address: str) -> tuple[str, str]:
 def default_name(address: str) -> str:
     """Return the name a task gets when none is given: the folder's, the data set's or the lab task's."""
     kind, rest = parse(address)
-    name = rest if kind in ("folder", "lab") else rest.partition("@")[0]
-    return Path(name).expanduser().resolve().name if kind == "folder" else name.rstrip("/").rpartition("/")[2]
+    if kind == "folder":
+        return Path(os.path.abspath(Path(rest).expanduser())).name  # noqa: PTH100, a link keeps its own name
+    name = address_parts(rest)[0] if kind == "hf" else rest.partition("@")[0]
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def resolve(address: str, start: Path, data: str | None = None) -> str:
@@ -104,12 +109,15 @@ def resolve(address: str, start: Path, data: str | None = None) -> str:
     Relative paths begin at ``start``; published data sets lie in ``data``, or else in ``$TASKVEC_DATA``.
     """
     kind, rest = parse(address)
-    name, at, where = rest.partition("@")
-    if kind == "folder":
-        return f"{kind}:{absolute(rest, start)}"
+    whole = absolute(rest, start)
+    if kind == "folder" or (kind == "hf" and whole.is_dir()):
+        return f"{kind}:{whole}"
     if kind == "hf":
+        name, config = address_parts(rest)
         local = absolute(name, start)
-        return f"{kind}:{local}{at}{where}" if local.is_dir() or name.startswith((".", "~")) else address
+        found = local.is_dir() or name.startswith((".", "~"))
+        return f"{kind}:{local}" + (f"@{config}" if config else "") if found else address
+    name, _, where = rest.partition("@")
     if kind == "lab" or where == "hf" or where.startswith("hf:"):
         return address
     if where:
@@ -127,12 +135,12 @@ def hub_dataset(address: str) -> str | None:
     """Return the data set of the Hub that an address means, None where it is on disk or drawn."""
     kind, rest = parse(address)
     if kind == "hf":
-        return None if folder_of(rest.partition("@")[0]) else rest
+        return None if folder_of(address_parts(rest)[0]) else rest
     name, _, where = rest.partition("@")
     if kind != "paper" or not (where in ("", "hf") or where.startswith("hf:")):
         return None
     dataset = where.removeprefix("hf").removeprefix(":") or papertasks.find_task(name).hub[0]
-    return None if folder_of(dataset.partition("@")[0]) else dataset
+    return None if folder_of(address_parts(dataset)[0]) else dataset
 
 
 def has_whole(address: str) -> bool:
@@ -143,7 +151,13 @@ def has_whole(address: str) -> bool:
 def list_task(address: str) -> Listing:
     """List a task's images and labels by split; a task without a validation split gets the protocol's."""
     kind, rest = parse(address)
-    listing = SOURCES[kind](rest)
+    try:
+        listing = SOURCES[kind](rest)
+    except OSError as error:
+        place = error.filename or address
+        raise TaskvecError(
+            f"task '{address}' cannot be read at '{place}': {error.strerror or error}", "mend its permissions or path"
+        ) from None
     return listing if "validation" in listing.labels else warned(split_validation(listing, address))
 
 
@@ -267,7 +281,13 @@ def write_task(
     if has_whole(address):
         check_kept(listing, written, address)
         write_json(folder / KEPT, kept_digest(listing, written["train"].kept))
-        notes = [*listing.notes, *skips(written), *twins(written, listing.items)]
+        told = (
+            skips(written),
+            dark(written),
+            doubles(written, listing.items, listing.labels),
+            twins(written, listing.items),
+        )
+        notes = [*listing.notes, *chain(*told)]
         for line in notes:
             note(line)
 

@@ -40,8 +40,8 @@ from taskvec.steps.merging import (
 MEANINGS = {
     load_backbone: 2,
     preprocessing: 1,
-    decode_task: 1,
-    decode_training: 1,
+    decode_task: 2,
+    decode_training: 2,
     features: 1,
     probe_task: 1,
     choose_rate: 1,
