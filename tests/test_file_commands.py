@@ -296,6 +296,29 @@ def loaded(path: Path) -> State:
     return {name: held[shard][name] for name, shard in places.items()}
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.measure])
+def test_every_method_merges_files_whose_names_differ_by_prefixes(tmp_path: Path, name: str) -> None:
+    states = [random_state([(6, 4), (4,), (2, 2)], seed, [torch.float32]) for seed in range(3)]
+    shift = {"t0": "blocks.0._orig_mod.t0"}
+    plain = [{("blocks.0." + key if key == "t0" else key): value for key, value in one.items()} for one in states]
+    other = [states[0], *({f"module.vit.{shift.get(k, k)}": v for k, v in one.items()} for one in states[1:])]
+    other[0] = plain[0]
+    steps = ["steps=3"] if name == "wudi" else []
+    found = []
+    for folder, group in (("plain", plain), ("other", other)):
+        paths = [write(tmp_path / folder / f"{i}.safetensors", state) for i, state in enumerate(group)]
+        Merge(paths[0], paths[1:], tmp_path / f"{folder}-out", 0.7, name, steps).run()
+        out = tmp_path / f"{folder}-out"
+        found.append({path.relative_to(out): load_file(path) for path in sorted(out.rglob("*.safetensors"))})
+    assert found[0].keys() == found[1].keys() and found[0]
+    for path, state in found[0].items():
+        assert bits(found[1][path]) == bits(state)
+    differences = [
+        compare(tmp_path / f / "0.safetensors", [tmp_path / f / "1.safetensors"]) for f in ("plain", "other")
+    ]
+    pd.testing.assert_frame_equal(*(one.tensors for one in differences))
+
+
 # ---------------------------------------------------------------- what is kept of the base
 
 
@@ -519,12 +542,12 @@ def test_results_of_tasks_stay_in_their_folder(tmp_path: Path) -> None:
 
 
 def test_odd_signs_in_names_may_be_kept(tmp_path: Path) -> None:
-    base = write(tmp_path / "base.safetensors", {"head[0].weight": torch.zeros(2), "w": torch.zeros(2)})
-    tuned = write(tmp_path / "tuned.safetensors", {"head[0].weight": torch.zeros(3), "w": torch.ones(2)})
+    base = write(tmp_path / "base.safetensors", {"head.[0].weight": torch.zeros(2), "w": torch.zeros(2)})
+    tuned = write(tmp_path / "tuned.safetensors", {"head.[0].weight": torch.zeros(3), "w": torch.ones(2)})
     with pytest.raises(TaskvecError) as caught:
         Merge(base, [tuned], tmp_path / "o.safetensors", 1.0).run()
     pattern = str(caught.value).partition("--keep '")[2].partition("'")[0]
-    for number, keep in enumerate([pattern, "head[0].weight"]):
+    for number, keep in enumerate([pattern, "head.[0].weight"]):
         Merge(base, [tuned], tmp_path / f"o{number}.safetensors", 1.0, keep=[keep]).run()
 
 

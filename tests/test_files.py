@@ -245,14 +245,14 @@ BASE = {
     "head.bias": torch.randn(10), "steps": torch.tensor(1), "index": torch.arange(4).reshape(2, 2),
 }  # fmt: skip
 CHANGES = {
-    "missing": ({"body.bias": None}, r"is missing 'body\.bias'", "--keep 'body.bias'"),
-    "extra": ({"other": torch.ones(1)}, r"beyond the base's, 'other'", "--keep 'other'"),
+    "missing": ({"body.bias": None}, r"is missing 'body\.bias'", "saved with the same names"),
+    "extra": ({"other": torch.ones(1)}, r"beyond the base's, 'other'", "saved with the same names"),
     "head": (
         {"head.weight": torch.ones(3, 4), "head.bias": torch.ones(3)},
         r"'head\.weight' has shape \[3, 4\]",
         "--keep 'head.*'",
     ),
-    "type": ({"body.bias": torch.ones(4, dtype=torch.int8)}, r"'body\.bias' has type I8 instead of F32", "--keep"),
+    "type": ({"body.bias": torch.ones(4, dtype=torch.int8)}, r"'body\.bias' has type I8 instead of F32", "saved with"),
     "quantised": ({"index": torch.zeros(2, 2, dtype=torch.int64)}, r"'index' \(I64\) differs", "quantised"),
     "another": (dict.fromkeys(BASE) | {"x": torch.ones(1)}, "does not fit", "fine-tuned from this base"),
 }  # fmt: skip
@@ -361,3 +361,123 @@ def test_tensors_that_are_alike_by_chance_are_no_twins(tmp_path: Path) -> None:
 
 def test_patterns_name_a_module_once() -> None:
     assert patterns(["head.weight", "head.bias", "norm.weight", "cls"]) == ["head.*", "norm.weight", "cls"]
+
+
+# ---------------------------------------------------------------- names
+
+BLOCKS = {f"blocks.{i}.{part}": torch.randn(4, 4) for i in range(3) for part in ("attn.w", "mlp.w")}
+NAMES = {"embed.w": torch.randn(5, 4), **BLOCKS, "norm.w": torch.randn(4)}
+
+
+def put(state: dict[str, torch.Tensor], prefix: str, inside: dict[str, str] | None = None) -> dict[str, str]:
+    """Return names in another style, by the names they stand for: a prefix, and texts that are replaced."""
+    found = {}
+    for name in state:
+        other = name
+        for old, new in (inside or {}).items():
+            other = other.replace(old, new)
+        found[name] = prefix + other
+    return found
+
+
+STYLES = {
+    "prefix": ("", None, "vit.", None),
+    "two prefixes": ("", None, "model.encoder.", None),
+    "prefix of the base": ("vit.", None, "", None),
+    "both": ("model.vit.", None, "net.backbone.", None),
+    "compiled": ("", None, "_orig_mod.", None),
+    "several devices, compiled": ("", None, "module._orig_mod.", None),
+    "compiled blocks": ("", None, "", {"blocks.1.": "blocks.1._orig_mod."}),
+    "one block": ("", None, "", {"blocks.0.attn.": "blocks.0.attn._orig_mod."}),
+    "sharded": ("", None, "_fsdp_wrapped_module.", {"blocks.1.": "blocks.1._fsdp_wrapped_module."}),
+    "recomputed": ("", None, "vit.module.", {"blocks.2.": "blocks.2._checkpoint_wrapped_module."}),
+    "wrapped base": ("module.", {"blocks.1.": "blocks.1._orig_mod."}, "backbone.", None),
+}
+
+
+@pytest.mark.parametrize("style", sorted(STYLES))
+def test_names_of_wrappers_and_classes_are_matched(
+    tmp_path: Path, style: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, inside, after, within = STYLES[style]
+    own, other = put(NAMES, before, inside), put(NAMES, after, within)
+    base, tuned = pair(
+        tmp_path, {own[n]: t for n, t in NAMES.items()}, {other[n]: t + 1 for n, t in reversed(NAMES.items())}
+    )
+    matched = match(base, [tuned])
+    assert matched.sources[0] == {own[name]: other[name] for name in NAMES}
+    assert set(matched.merged) == set(own.values())
+    assert matched.carried == () and matched.aside == ((),)
+    assert "has other names" in capsys.readouterr().err
+
+
+def test_heads_outside_a_prefix_are_matched_by_their_own_names(tmp_path: Path) -> None:
+    head = {"head.w": torch.randn(3, 4)}
+    base, tuned = pair(tmp_path, NAMES | head, {f"backbone.{n}": t for n, t in NAMES.items()} | head)
+    assert match(base, [tuned]).sources[0]["head.w"] == "head.w"
+
+
+def test_what_has_no_counterpart_behind_a_prefix_is_kept_by_either_name(tmp_path: Path) -> None:
+    classifier = {"classifier.weight": torch.randn(3, 4), "classifier.bias": torch.randn(3)}
+    other = {f"module.vit.{n}": t for n, t in NAMES.items()} | {f"module.{n}": t for n, t in classifier.items()}
+    base, tuned = pair(tmp_path, NAMES | {"pooler.dense.weight": torch.randn(4, 4)}, other)
+    with pytest.raises(TaskvecError, match="refused 3 tensors") as caught:
+        match(base, [tuned])
+    advice = "--keep 'pooler.dense.weight' --keep 'classifier.*' carries the base's"
+    assert caught.value.fix.startswith(advice)
+    for pattern in ("classifier.*", "module.classifier.*"):
+        matched = match(base, [tuned], ["pooler.*", pattern])
+        assert matched.kept == ("pooler.dense.weight",)
+        assert set(matched.aside[0]) == {"module.classifier.weight", "module.classifier.bias"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks.0.attn.w": "blocks.0.attention.w"},
+        {"blocks.0.attn.w": "model.decoder.layers.0.w"},
+        {"embed.w": "embedding.w"},
+        {"blocks.1.mlp.w": "blocks.1.head.w"},
+        {"norm.w": "multi_head_attention.w"},
+    ],
+)
+def test_no_advice_would_leave_a_trained_tensor_behind(tmp_path: Path, change: dict[str, str]) -> None:
+    base, tuned = pair(tmp_path, NAMES, {change.get(name, name): tensor for name, tensor in NAMES.items()})
+    with pytest.raises(TaskvecError, match="refused 2 tensors") as caught:
+        match(base, [tuned])
+    assert "--keep" not in str(caught.value)
+
+
+def test_a_pattern_that_is_advised_leaves_trained_neighbours_alone() -> None:
+    bad = ["head.weight", "head.bias"]
+    assert patterns(bad, [*bad, "head.norm.weight"]) == bad
+    assert patterns(bad, [*bad, "norm.weight"]) == ["head.*"]
+
+
+def test_tensors_that_are_held_several_times_are_refused(tmp_path: Path) -> None:
+    twice = {f"{part}.{n}": t + i for i, part in enumerate(("encoder_q", "encoder_k")) for n, t in NAMES.items()}
+    base, tuned = pair(tmp_path, NAMES, twice)
+    with pytest.raises(TaskvecError, match=r"several times, behind 'encoder_[qk]\.' and 'encoder_[qk]\.'"):
+        match(base, [tuned])
+    assert match(*(lambda a, b: (a, [b]))(*pair(tmp_path, twice, twice))).sources[0] == {n: n for n in twice}
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["base_model.model.blocks.0.attn.lora_A.weight", "base_model.model.blocks.0.attn.lora_B.weight"], "unload"),
+        (["lora_unet_blocks_0.lora_down.weight", "lora_unet_blocks_0.lora_up.weight"], "fuse_lora"),
+        (["blocks.0.attn.w.absmax", "blocks.0.attn.w.quant_map"], "before they were quantised"),
+        (["blocks.0.attn.qweight", "blocks.0.attn.qzeros"], "before they were quantised"),
+        (["blocks.0.w.exp_avg", "blocks.0.w.exp_avg_sq"], "state_dict"),
+        (["blocks.0.parametrizations.weight.original0"], "remove_parametrizations"),
+        (["fc_norm.weight", "fc_norm.bias"], "class token"),
+        (["_fsdp_wrapped_module._flat_param"], "FULL_STATE_DICT"),
+    ],
+)
+def test_files_that_hold_something_else_say_what_and_what_to_do(tmp_path: Path, names: list[str], told: str) -> None:
+    base, tuned = pair(tmp_path, NAMES, NAMES | {name: torch.ones(2) for name in names})
+    with pytest.raises(TaskvecError, match=r"tuned\.safetensors' holds ") as caught:
+        match(base, [tuned])
+    assert told in caught.value.fix
+    assert "--keep" not in caught.value.fix

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +36,8 @@ HEADER_LIMIT = 100_000_000
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 PIECE = 1 << 22
 """Bytes that are copied or compared at once."""
+SAMPLE = 4096
+"""Elements by which tensors are compared before they are read as a whole."""
 
 Shape = tuple[int, ...]
 Metadata = Mapping[str, str] | None
@@ -66,6 +70,8 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         self.metadata: list[Metadata] = []
         self._handles: list[int] = []
+        self._looks: dict[str, Hashable] = {}
+        self._contents: dict[str, bytes] = {}
         try:
             for number, file in enumerate(self.files):
                 self._open(number, file)
@@ -123,6 +129,36 @@ class Checkpoint:
             piece = bytearray(min(PIECE, stored.length - start))
             self._fill(stored, start, memoryview(piece))
             yield start, piece
+
+    def looks(self, name: str) -> Hashable:
+        """Return what tied tensors have in common: type, shape and first elements; its name where it can have no twin.
+
+        Tensors of fewer than two dimensions, and those that begin with one value only, are alike by chance.
+        """
+        if name not in self._looks:
+            stored, start = self.tensors[name], b""
+            if len(stored.shape) > 1 and stored.dtype in FLOATS:
+                first = self.read(name, 0, min(stored.size, SAMPLE))
+                start = hashlib.blake2b(first.tobytes()).digest() if len(np.unique(first)) > 1 else b""
+            self._looks[name] = (stored.dtype, stored.shape, start) if start else name
+        return self._looks[name]
+
+    @cached_property
+    def alike(self) -> dict[Hashable, list[str]]:
+        """All names by looks."""
+        groups: dict[Hashable, list[str]] = {}
+        for name in self.tensors:
+            groups.setdefault(self.looks(name), []).append(name)
+        return groups
+
+    def content(self, name: str) -> Hashable:
+        """Return what tells tied tensors from others: looks, and a digest of all bytes where another looks alike."""
+        if name not in self._contents:
+            digest = hashlib.blake2b()
+            for _, piece in self.pieces(name) if self.looks(name) != name else ():
+                digest.update(piece)
+            self._contents[name] = digest.digest()
+        return self.looks(name), self._contents[name]
 
     def _fill(self, stored: Stored, start: int, buffer: memoryview) -> None:
         done, path = 0, self.files[stored.file]

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-from numpy import ndarray
-
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.files import FLOATS, INTEGERS, Checkpoint, Shape, same
+from taskvec.files import FLOATS, INTEGERS, Checkpoint, same
+from taskvec.keys import AVERAGED, counterparts, foreign, is_head, shifts, unwrapped
 from taskvec.merging.parts import kind_of
+from taskvec.notes import note
 
 SHOWN = 4
 """Tensors that an error names of each kind."""
-SAMPLE = 4096
-"""Elements by which tensors are compared before they are read as a whole."""
+BUFFERS = ("relative_position_index", "position_ids", "token_type_ids", "attn_mask")
+"""Ends of names of whole numbers that an architecture makes and training does not change."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,12 @@ def match(base: Checkpoint, tuned: Sequence[Checkpoint], keep: Sequence[str] = (
     than two dimensions), and so are types that cannot be computed with. Where nothing is written patterns may ``split``
     tied weights.
     """
-    _check_patterns(keep, [base, *tuned])
+    paired = [_paired(base, one) for one in tuned]
+    _check_patterns(keep, [*base.tensors, *(name for _, called in paired for pair in called.items() for name in pair)])
     kept = [name for name in base.tensors if _any(name, keep)]
     wanted = [name for name in base.tensors if not _any(name, keep)]
-    sources, aside = zip(*(_matched(base, one, wanted, keep) for one in tuned), strict=True) if tuned else ((), ())
+    found = [_matched(base, one, wanted, keep, *names) for one, names in zip(tuned, paired, strict=True)]
+    sources, aside = zip(*found, strict=True) if tuned else ((), ())
     floats = [name for name in wanted if base.tensors[name].dtype in FLOATS]
     integers = [name for name in wanted if base.tensors[name].dtype not in FLOATS]
     _refuse(base, tuned, integers, sources)
@@ -75,70 +74,91 @@ def _any(name: str, patterns: Iterable[str]) -> bool:
     return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check_patterns(keep: Sequence[str], checkpoints: Sequence[Checkpoint]) -> None:
-    names = dict.fromkeys(name for one in checkpoints for name in one.tensors)
+def _check_patterns(keep: Sequence[str], names: Sequence[str]) -> None:
     for pattern in keep:
         if not any(_any(name, [pattern]) for name in names):
             raise TaskvecError(f"no tensor is called '{pattern}'", did_you_mean(pattern, names))
 
 
 def _matched(
-    base: Checkpoint, tuned: Checkpoint, wanted: Sequence[str], keep: Sequence[str]
+    base: Checkpoint,
+    tuned: Checkpoint,
+    wanted: Sequence[str],
+    keep: Sequence[str],
+    there: Mapping[str, str],
+    called: Mapping[str, str],
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return where ``tuned`` holds what is wanted, and what it holds beside; raise where they do not fit."""
-    sources = {name: name for name in wanted if name in tuned.tensors}
+    sources = {name: there[name] for name in wanted if name in there}
     missing = [name for name in wanted if name not in sources]
-    twins = {name: twin for name in missing if (twin := _twin(base, name, tuned))}
-    aside = tuple(name for name in tuned.tensors if name not in sources)
-    extra = [name for name in aside if not _any(name, keep) and not _twin(tuned, name, base)]
+    twins = {name: there[twin] for name in missing if (twin := _twin(base, name, there))}
+    used, known = set(sources.values()), set(there.values())
+    aside = tuple(name for name in tuned.tensors if name not in used)
+    spare = [
+        name for name in aside if called[name] != AVERAGED and not _any(name, keep) and not _any(called[name], keep)
+    ]
+    extra = [name for name in spare if not _twin(tuned, name, known)]
     unlike = {name: why for name, source in sources.items() if (why := _unlike(base, name, tuned, source))}
     lost = [name for name in missing if name not in twins]
     if lost or extra or unlike:
-        raise _unfit(base, tuned, lost, extra, unlike)
+        raise _unfit(base, tuned, lost, {name: called[name] for name in extra}, unlike)
     return sources | twins, aside
 
 
-def _twin(one: Checkpoint, name: str, other: Checkpoint) -> str | None:
-    """Return another name under which ``one`` holds the same tensor, and which ``other`` has: weights that are tied.
+def _paired(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the names in ``tuned`` by those of the base, and what the base calls, or would call, each of them.
 
-    Tensors of fewer than two dimensions, and those that hold one value only, are alike by chance and no twins.
+    What wrappers add anywhere in a name does not count, nor prefixes behind which most names are equal.
     """
-    stored = one.tensors[name]
-    if len(stored.shape) < 2 or stored.dtype not in FLOATS:
-        return None
-    candidates = [twin for twin, found in one.tensors.items() if twin != name and found.shape == stored.shape]
-    return next((twin for twin in candidates if twin in other.tensors and _tied(one, name, twin)), None)
+    if base.tensors.keys() == tuned.tensors.keys():
+        same_names = {name: name for name in base.tensors}
+        return same_names, same_names
+    own = {short: name for name, short in unwrapped(base.tensors).items()}
+    theirs = {short: name for name, short in unwrapped(tuned.tensors).items()}
+    before, after = _shift(base, tuned, own, theirs)
+    found = counterparts(own, theirs, (before, after))
+    moved = {short: before + short.removeprefix(after) if short.startswith(after) else short for short in theirs}
+    called = {theirs[short]: own.get(name, name) for short, name in moved.items()}
+    called |= {theirs[short]: own[name] for short, name in found.items()}
+    there = {own[name]: theirs[short] for short, name in found.items()}
+    if renamed := next(((name, place) for name, place in there.items() if name != place), None):
+        note(f"'{tuned.path}' has other names: its '{renamed[1]}' is '{renamed[0]}' of '{base.path}', and so on")
+    return there, called
+
+
+def _shift(base: Checkpoint, tuned: Checkpoint, own: Collection[str], theirs: Collection[str]) -> tuple[str, str]:
+    """Return the prefixes of both files behind which most names are equal; several that do as well are refused."""
+    found = shifts(own, theirs)
+    if len(found) > 1:
+        places = " and ".join(f"'{after}'" if before == "" else f"'{before}' as '{after}'" for before, after in found)
+        raise TaskvecError(
+            f"'{tuned.path}' holds the tensors of '{base.path}' several times, behind {places}",
+            "save the one that is meant alone",
+        )
+    return found[0]
+
+
+def _twin(one: Checkpoint, name: str, held: Collection[str]) -> str | None:
+    """Return another of the names ``held`` under which ``one`` has the same tensor: weights that are tied."""
+    twins = one.alike.get(one.looks(name), ())
+    return next((twin for twin in twins if twin != name and twin in held and _tied(one, name, twin)), None)
 
 
 def _tied(one: Checkpoint, name: str, twin: str) -> bool:
-    return len(np.unique(_start(one, name))) > 1 and same(one, name, one, twin)
-
-
-def _looks(one: Checkpoint, name: str) -> tuple[str, Shape, bytes]:
-    """Return type, shape and a digest of the first elements: what differs in them cannot be tied."""
-    stored, start = one.tensors[name], np.ascontiguousarray(_start(one, name))
-    return stored.dtype, stored.shape, hashlib.blake2b(start.data, digest_size=16).digest()
+    return one.content(name) == one.content(twin)
 
 
 def _refuse_split(base: Checkpoint, tuned: Sequence[Checkpoint], kept: Sequence[str], merged: Sequence[str]) -> None:
     """Raise where a pattern keeps one of two weights that are tied in all files, and the other would be merged."""
-    wide = [name for name in kept if base.tensors[name].dtype in FLOATS and len(base.tensors[name].shape) > 1]
-    others: dict[Any, list[str]] = {}
-    for name in merged if wide else ():
-        if len(base.tensors[name].shape) > 1:
-            others.setdefault(_looks(base, name), []).append(name)
-    for name in wide:
-        for other in others.get(_looks(base, name), ()):
-            both = [one for one in (base, *tuned) if {name, other} <= set(one.tensors)]
-            if all(_tied(one, name, other) for one in both):
+    rest = set(merged)
+    for name in kept:
+        for other in base.alike.get(base.looks(name), ()):
+            both = [one for one in (base, *tuned) if {name, other} <= one.tensors.keys()]
+            if other in rest and all(_tied(one, name, other) for one in both):
                 raise TaskvecError(
                     f"--keep keeps '{name}', which is tied to '{other}': that would be merged, and they would differ",
                     "keep both, or neither",
                 )
-
-
-def _start(one: Checkpoint, name: str) -> Float[ndarray, " count"]:
-    return one.read(name, 0, min(one.tensors[name].size, SAMPLE))
 
 
 def _ties(
@@ -148,26 +168,17 @@ def _ties(
 
     A model in memory has its tables first; files have names in any order.
     """
-    places = [(base, {name: name for name in names}), *zip(tuned, sources, strict=True)]
     alike: dict[Any, list[str]] = {}
     for name in sorted(names, key=lambda name: kind_of(name, base.tensors[name].shape) == "matrix"):
-        stored = base.tensors[name]
-        if len(stored.shape) > 1 and stored.size:
-            alike.setdefault(_looks(base, name), []).append(name)
+        alike.setdefault(base.looks(name), []).append(name)
     tied: dict[str, str] = {}
-    for group in alike.values():
-        firsts: list[str] = []
+    for group in (group for group in alike.values() if len(group) > 1):
+        firsts: dict[Any, str] = {}
         for name in group:
-            first = next((one for one in firsts if _tied_everywhere(places, one, name)), None)
-            if first is None:
-                firsts.append(name)
-            else:
-                tied[name] = first
+            files = zip((base, *tuned), (name, *(at[name] for at in sources)), strict=True)
+            first = firsts.setdefault(tuple(one.content(place) for one, place in files), name)
+            tied |= {name: first} if first != name else {}
     return tied
-
-
-def _tied_everywhere(places: Sequence[tuple[Checkpoint, Mapping[str, str]]], name: str, twin: str) -> bool:
-    return all(at[name] == at[twin] or _tied(one, at[name], at[twin]) for one, at in places)
 
 
 def _unlike(base: Checkpoint, name: str, tuned: Checkpoint, source: str) -> str:
@@ -181,21 +192,27 @@ def _unlike(base: Checkpoint, name: str, tuned: Checkpoint, source: str) -> str:
 
 
 def _unfit(
-    base: Checkpoint, tuned: Checkpoint, lost: list[str], extra: list[str], unlike: dict[str, str]
+    base: Checkpoint, tuned: Checkpoint, lost: list[str], extra: Mapping[str, str], unlike: dict[str, str]
 ) -> TaskvecError:
+    """Return the error for tensors that do not fit: --keep is advised only where all are of heads and the like.
+
+    Of tensors beyond the base's, ``extra`` says what the base would call them.
+    """
     parts = [
         _some("is missing", [f"'{name}'" for name in lost]),
         _some("has, beyond the base's,", [f"'{name}'" for name in extra]),
         "; ".join([*list(unlike.values())[:SHOWN], *_more(unlike)]),
     ]
-    bad = [*lost, *extra, *unlike]
-    if len(lost) + len(unlike) > len(base.tensors) / 2:
-        fix = "give checkpoints that were fine-tuned from this base, saved with the same names"
-    else:
-        options = " ".join(f"--keep '{pattern}'" for pattern in patterns(bad))
-        fix = f"{options} carries the base's tensors of that name, and leaves out the others'"
+    bad = [*lost, *extra.values(), *unlike]
     problem = "; ".join(part for part in parts if part)
-    return TaskvecError(f"refused {len(bad)} tensors: '{tuned.path}' does not fit '{base.path}': {problem}", fix)
+    problem = f"refused {len(bad)} tensors: '{tuned.path}' does not fit '{base.path}': {problem}"
+    for one, names in ((tuned, extra), (base, lost)):
+        if told := foreign(names):
+            return TaskvecError(f"{problem}; '{one.path}' holds {told[0]}", told[1])
+    if not all(map(is_head, bad)):
+        return TaskvecError(problem, "give checkpoints that were fine-tuned from this base, saved with the same names")
+    options = " ".join(f"--keep '{pattern}'" for pattern in patterns(bad, [*base.tensors, *bad]))
+    return TaskvecError(problem, f"{options} carries the base's tensors of that name, and leaves out the others'")
 
 
 def _some(verb: str, names: list[str]) -> str:
@@ -206,17 +223,20 @@ def _more(names: Sequence[str] | dict[str, str]) -> list[str]:
     return [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
 
 
-def patterns(names: Sequence[str]) -> list[str]:
-    """Return few patterns that match names: the module's for several tensors of one module, else the names."""
+def patterns(names: Sequence[str], every: Iterable[str] = ()) -> list[str]:
+    """Return patterns that match names: the module's for several tensors of one module, else the names.
+
+    A module's pattern matches none of ``every`` but the names.
+    """
     modules: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         modules.setdefault(name.rpartition(".")[0], []).append(name)
+    others = set(every) - set(names)
+    whole = {m for m, held in modules.items() if m and len(held) > 1 and not any(n.startswith(m + ".") for n in others)}
     found = [
-        f"{escape(module)}.*" if module and len(held) > 1 else escape(name)
-        for module, held in modules.items()
-        for name in held
+        f"{escape(module)}.*" if module in whole else escape(name) for module, held in modules.items() for name in held
     ]
-    return list(dict.fromkeys(found))[:SHOWN]
+    return list(dict.fromkeys(found))
 
 
 def _refuse(
@@ -226,10 +246,11 @@ def _refuse(
     bad = {name: why for name in names if (why := _why_refused(base, tuned, name, sources))}
     if bad:
         told = "; ".join([*(f"'{name}' {why}" for name, why in list(bad.items())[:SHOWN]), *_more(bad)])
-        options = " ".join(f"--keep '{pattern}'" for pattern in patterns(list(bad)))
+        made = all(name.endswith(BUFFERS) for name in bad)
+        options = " ".join(f"--keep '{pattern}'" for pattern in patterns(list(bad), base.tensors))
         raise TaskvecError(
             f"refused {len(bad)} tensors: {told}",
-            f"are they quantised? merge before quantising; {options} carries the base's",
+            f"{options} carries the base's" if made else "are they quantised? merge before quantising",
         )
 
 

@@ -1,0 +1,138 @@
+"""Names of tensors: what wrappers put into them, which belong together, what they say of a file. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+WRAPPERS = frozenset(
+    {"module", "_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+"""Parts of names that several devices, compiling, recomputed activations and private gradients add, anywhere."""
+AVERAGED = "n_averaged"
+"""What torch's AveragedModel counts in."""
+DEEPEST = 8
+"""Parts of a name that a prefix has at most."""
+HEADS = re.compile(r"(?!.*att)(\w+_)?(heads?|classifier|pooler)|head_dist|fc|score|last_linear|mask_token|logit_scale")
+"""Parts of names of what reads an encoder and is none of it."""
+FOREIGN = (
+    (r"(^|[._])(lora_[a-zA-Z_]+|hada_w\w+|lokr_w\w+|base_layer)(\.|$)", "adapters such as LoRA, not whole weights",
+     "merge them into their base first (peft: merge_and_unload(), diffusers: fuse_lora()), and save that model"),
+    (r"\.(absmax|nested_absmax|quant_map|nested_quant_map|qweight|qzeros|g_idx|SCB|weight_format|weight_scale|"
+     r"weight_scale_inv|input_scale|zero_point|weight_zero_point|scales)$|quant_state|_packed_params",
+     "quantised weights", "take the weights before they were quantised, or let their library dequantise and save them"),
+    (r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$", "an optimizer's state, not weights",
+     "give the model's own state_dict()"),
+    (r"flat_param", "parameters that FSDP has flattened", "save them with StateDictType.FULL_STATE_DICT"),
+    (r"(^|\.)parametrizations\.", "weights that torch's parametrizations compute",
+     "call torch.nn.utils.parametrize.remove_parametrizations on them, and save again"),
+    (r"(^|\.)\w+_mask$", "weights with masks of torch's pruning", "call torch.nn.utils.prune.remove, and save again"),
+    (r"(^|\.)fc_norm\.", "a model whose feature is the normalised mean of its patches (fc_norm), as MAE is fine-tuned",
+     "give one that was fine-tuned with the class token (MAE: --cls_token): it is another feature than this encoder's"),
+)  # fmt: skip
+"""Patterns of names, what a file with them holds, and what to do about it."""
+FORMATS = {
+    ".distcp": ("a part of a distributed checkpoint of PyTorch (DCP)",
+                "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE makes one file of it"),
+    ".h5": ("weights of Keras or TensorFlow", ""), ".keras": ("a model of Keras", ""),
+    ".pb": ("a graph of TensorFlow", ""), ".tflite": ("a model of TensorFlow Lite", ""),
+    ".msgpack": ("weights of Flax", ""), ".npz": ("arrays of NumPy or JAX", ""), ".npy": ("an array of NumPy", ""),
+    ".onnx": ("a graph of ONNX", "save the weights that it was exported from"),
+    ".gguf": ("a model of llama.cpp, often quantised", "take the weights that it was made from"),
+    ".ggml": ("a model of llama.cpp, often quantised", "take the weights that it was made from"),
+    ".pdparams": ("weights of PaddlePaddle", ""), ".mlmodel": ("a model of Core ML", ""),
+    ".engine": ("an engine of TensorRT", "take the weights that it was made from"),
+}  # fmt: skip
+"""Files of other libraries by suffix: what they are, and what to do with them."""
+CONVERT = "convert it to the state_dict() of a PyTorch model, saved as safetensors"
+
+
+def format_of(name: str) -> tuple[str, str] | None:
+    """Say by its name what a file of another library is and what to do about it; None for other files."""
+    if re.search(r"\.(index|data-\d+-of-\d+)$", name):
+        return "a checkpoint of TensorFlow", CONVERT
+    suffix = name[name.rfind(".") :].lower() if "." in name else ""
+    what, fix = FORMATS.get(suffix, ("", ""))
+    return (what, fix or CONVERT) if what else None
+
+
+def foreign(names: Iterable[str]) -> tuple[str, str] | None:
+    """Say by names of tensors that fit nowhere what a file holds and what to do about it; None where they do not."""
+    names = list(names)
+    return next((told for pattern, *told in FOREIGN if any(re.search(pattern, name) for name in names)), None)  # type: ignore[return-value]
+
+
+def is_head(name: str) -> bool:
+    """Say whether a tensor is of a head or a pooler: of such a part, before any part that is numbered."""
+    for part in name.split(".", DEEPEST):
+        if HEADS.fullmatch(part):
+            return True
+        if any(sign.isdigit() for sign in part):
+            return False
+    return False
+
+
+def unwrapped(names: Iterable[str], own: Iterable[str] = ()) -> dict[str, str]:
+    """Return names without the parts that wrappers add, by name; parts that ``own`` names have stay.
+
+    Where names would come to coincide all stay as they are.
+    """
+    added = WRAPPERS - {part for name in own for part in name.split(".")}
+    bare = {name: _without(name, added) for name in names}
+    return bare if len(set(bare.values())) == len(bare) else {name: name for name in bare}
+
+
+def _without(name: str, added: Collection[str]) -> str:
+    *parts, last = name.split(".")
+    return ".".join([*(part for part in parts if part not in added), last])
+
+
+def prefixes(names: Iterable[str], least: float) -> list[str]:
+    """Return the beginnings up to a dot that at least so many names share, shortest first; the empty one always."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".", DEEPEST)
+        counts.update(".".join(parts[:end]) + "." for end in range(1, len(parts)))
+    return ["", *sorted((prefix for prefix, count in counts.items() if count >= least), key=len)]
+
+
+def shifts(own: Collection[str], other: Collection[str]) -> list[tuple[str, str]]:
+    """Return the pairs of prefixes behind which most names of both are equal: several only if they compete.
+
+    That must be more than half of our own names; else, and where equal names do as well, the pair is empty.
+    """
+    half = len(own) / 2
+    theirs = {prefix: _behind(prefix, other) for prefix in prefixes(other, half)}
+    scores: dict[tuple[str, str], int] = {}
+    for prefix in prefixes(own, half):
+        tails = _behind(prefix, own)
+        for second, found in theirs.items():
+            pair = _reduced(prefix, second)
+            scores[pair] = max(scores.get(pair, 0), len(tails & found))
+    best = max(scores.values(), default=0)
+    if best <= half or scores["", ""] == best:
+        return [("", "")]
+    return [pair for pair, score in scores.items() if score == best]
+
+
+def _behind(prefix: str, names: Iterable[str]) -> set[str]:
+    return {name[len(prefix) :] for name in names if name.startswith(prefix)}
+
+
+def _reduced(first: str, second: str) -> tuple[str, str]:
+    """Take equal last parts off two prefixes: they move names in the same way without."""
+    a, b = first.split(".")[:-1], second.split(".")[:-1]
+    while a and b and a[-1] == b[-1]:
+        a.pop()
+        b.pop()
+    return "".join(f"{part}." for part in a), "".join(f"{part}." for part in b)
+
+
+def counterparts(own: Collection[str], other: Collection[str], shift: tuple[str, str]) -> dict[str, str]:
+    """Return our names by those of ``other`` that belong to them: moved from prefix to prefix, or else equal ones."""
+    before, after = shift
+    moved = {after + name.removeprefix(before): name for name in own if name.startswith(before)}
+    found = {there: name for there, name in moved.items() if there in other}
+    matched = set(found.values())
+    return found | {name: name for name in own if name not in matched and name in other and name not in found}
