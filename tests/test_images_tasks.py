@@ -202,9 +202,7 @@ def test_splits_of_another_spelling_are_no_classes(tmp_path: Path, split: str, s
     assert "train" not in [name.lower() for name in tasks.list_task(f"folder:{root}").classes]
 
 
-def test_hidden_files_are_left_out_links_followed_and_others_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hidden_files_are_left_out_links_followed_and_others_counted(tmp_path: Path) -> None:
     root = write_folder_task(tmp_path / "t")
     ant = root / "train" / "ant"
     (ant / ".checkpoints").mkdir()
@@ -218,7 +216,11 @@ def test_hidden_files_are_left_out_links_followed_and_others_counted(
     listing = list_folder(str(root))
     names = [path.name for path in listing.items["train"] if isinstance(path, Path) and "ant" in path.parts]
     assert names == [*(f"{i:03}.png" for i in range(12)), "LINKED.PNG"]
-    assert "left out 1 files that are no images, such as notes.txt" in capsys.readouterr().err
+    assert listing.notes == ("left out 1 files that are no images, such as notes.txt in train/ant",)
+    for folder in (ant, root / "train" / "bee", root / "test" / "ant", root / "test"):
+        (folder / "Thumbs.db").write_bytes(b"no image")
+    told = "left out 5 files that are no images, such as Thumbs.db in test"
+    assert list_folder(str(root)).notes == (told,)
 
 
 def test_a_class_folder_whose_name_is_no_text_is_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import SUFFIXES
 from taskvec.listing import Listing, split_classes
-from taskvec.notes import note
 
 LAYOUT = "expected train/, test/ and perhaps val/ in it, each with one folder a class, or the class folders themselves"
 SPLIT_NAMES = ("train", "test", "val", "valid", "validation")
@@ -75,7 +74,8 @@ def holds_image(folder: Path) -> bool:
 
 def list_splits(root: Path, names: dict[str, str]) -> Listing:
     """List the class folders of each split, which lies in the folder of that name; training decides the classes."""
-    found = {split: class_files(root / name) for split, name in names.items()}
+    listed = {split: class_files(root / name) for split, name in names.items()}
+    found = {split: files for split, (files, _) in listed.items()}
     classes = tuple(sorted(found["train"]))
     for split in names:
         _check_classes(root / names[split], found[split], classes, split == "train")
@@ -90,7 +90,17 @@ def list_splits(root: Path, names: dict[str, str]) -> Listing:
         for split, none in lacking.items()
         if none
     ]
+    notes += left_out([path for _, others in listed.values() for path in others], root)
     return Listing(classes, dict(items), labels, root=root, notes=tuple(notes))
+
+
+def left_out(others: list[Path], root: Path) -> list[str]:
+    """Say in one line how many files of a task are no images, with the first of them."""
+    if not others:
+        return []
+    first = min(others, key=lambda path: path.relative_to(root).as_posix())
+    where = first.parent.relative_to(root).as_posix()
+    return [f"left out {len(others)} files that are no images, such as {first.name} in {where}"]
 
 
 def check_root(root: Path) -> None:
@@ -121,8 +131,8 @@ def check_root(root: Path) -> None:
             raise TaskvecError(f"task folder '{root}' has no {name}/ folder; it holds {shown}", LAYOUT)
 
 
-def class_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of every class folder, by class name (in Unicode normal form C)."""
+def class_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Return the image files of every class folder, by class name (in Unicode normal form C), and all other files."""
     entries = sorted(p for p in folder.iterdir() if not hidden(p.name)) if folder.is_dir() else []
     classes = [p for p in entries if p.is_dir()]
     if not classes:
@@ -133,14 +143,16 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
     if loose:
         raise TaskvecError(f"image '{folder / loose[0]}' is in no class folder", "move it into one or remove it")
     found: dict[str, list[Path]] = {}
+    others = [p for p in entries if not p.is_dir()]
     for path in classes:
         name = class_name(path)
         if name in found:
             raise TaskvecError(
                 f"'{folder}' has two class folders named '{name}'", "one is spelt with combining accents: merge them"
             )
-        found[name] = image_files(path)
-    return found
+        found[name], odd = image_files(path)
+        others += odd
+    return found, others
 
 
 def class_name(folder: Path) -> str:
@@ -155,18 +167,16 @@ def class_name(folder: Path) -> str:
     return unicodedata.normalize("NFC", folder.name)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the images in a folder and below it (links are followed, hidden ones left out), in the order of names.
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the images in a folder and below it, in the order of their names, and all other files.
 
-    Other files are left out with a message that counts them.
+    Links are followed, and hidden files are in neither.
     """
     every = [Path(top) / name for top, _, names in visible(folder) for name in names if not name.startswith(".")]
     images = [path for path in every if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
-    if len(images) < len(every):
-        held = set(images)
-        odd = next(path for path in every if path not in held)
-        note(f"'{folder}': left out {len(every) - len(images)} files that are no images, such as {odd.name}")
-    return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
+    held = set(images)
+    others = [path for path in every if path not in held]
+    return sorted(images, key=lambda path: path.relative_to(folder).as_posix()), others
 
 
 def visible(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from taskvec import papertasks
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.folders import class_files, is_flat, list_splits
+from taskvec.folders import class_files, is_flat, left_out, list_splits
 from taskvec.hub import read_splits, table_files
 from taskvec.listing import (
     Items,
@@ -235,7 +235,7 @@ def land(base: Path, name: str) -> Listing:
 def air(base: Path, name: str) -> Listing:
     """Read RESISC45: one tree of class folders, and a list of file names for each split in the folder above."""
     root = base / name
-    files = class_files(root)
+    files, others = class_files(root)
     classes = tuple(sorted(files))
     where = {path.name: (path, index) for index, c in enumerate(classes) for path in files[c]}
     items: dict[str, Items] = {}
@@ -250,7 +250,7 @@ def air(base: Path, name: str) -> Listing:
             )
         chosen = [pair for name, pair in where.items() if name in wanted]
         items[split], labels[split] = [p for p, _ in chosen], np.array([i for _, i in chosen], np.int64)
-    return Listing(classes, items, labels, root=root.parent)
+    return Listing(classes, items, labels, root=root.parent, notes=tuple(left_out(others, root)))
 
 
 def listed(path: Path) -> list[str]:
