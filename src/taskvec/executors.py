@@ -60,6 +60,7 @@ def perform_here(job: Job, progress: Callable[[float], None], noted: Callable[[s
         with threads(job.step.threads):
             return perform(job, resolve(job.step.function), progress, noted)
     except ImportError as error:
+        shutil.rmtree(job.folder, ignore_errors=True)
         fix = "install what is missing beside taskvec"
         raise TaskvecError(f"step '{job.step.label}' cannot import what it needs: {error}", fix) from None
     except (MemoryError, RuntimeError) as error:

@@ -219,7 +219,7 @@ def render(
         yaml=study_yaml,
         facts=_facts(lock),
         versions=lock.get("versions", {}),
-        lock=json.dumps(lock, indent=1, ensure_ascii=False, default=str),
+        lock=json.dumps(lock, indent=1, sort_keys=True, ensure_ascii=False, default=str),
     )
     return page
 
