@@ -220,6 +220,10 @@ def test_hidden_files_are_left_out_links_followed_and_others_counted(tmp_path: P
         "1 images lie in folders below their class's, such as 'train/ant/link/LINKED.PNG'",
         "left out 1 files that are no images (1 .txt), such as 'train/ant/notes.txt'",
     )
+    for folder in (ant, root / "train" / "bee", root / "test" / "ant", root / "test"):
+        (folder / "Thumbs.db").write_bytes(b"no image")
+    (told,) = [line for line in list_folder(str(root)).notes if line.startswith("left out")]
+    assert told.startswith("left out 4 files that are no images (3 .db, 1 .txt), such as ")
 
 
 def test_a_class_folder_whose_name_is_no_text_is_an_error(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from taskvec.errors import TaskvecError, unknown
+from taskvec.notes import listen, print_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,12 +42,13 @@ Given = ParamSpec("Given")
 
 
 def guarded(command: Callable[Given, None]) -> Callable[Given, None]:
-    """Turn a user's mistake into one message and exit code 2."""
+    """Turn a user's mistake into one message and exit code 2; what is noted goes to standard error, once."""
 
     @functools.wraps(command)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with listen(print_note):
+                command(*args, **kwargs)
         except TaskvecError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
@@ -92,9 +94,6 @@ def run(
 
 def _tell(outcome: Outcome, duration: str) -> None:
     """Say what a run did, its results, and where its page is."""
-    from taskvec.loaders.checkpoints import parts
-    from taskvec.store import read_json
-
     folder, reused = outcome.folder, outcome.steps - outcome.ran
     if outcome.ran:
         kept = f", {reused} were done before" if reused else ""
@@ -103,9 +102,6 @@ def _tell(outcome: Outcome, duration: str) -> None:
         again = "the run folder was written again" if outcome.written else "nothing to do"
         typer.echo(f"all {outcome.steps} steps were done before: {again}")
     _show(folder)
-    for name, keys in read_json(folder / "study.lock.json")["left_out"].items():
-        if keys:
-            typer.echo(f"{name}: left out of its file {parts(keys)}")
     typer.echo(f"page: {(folder / 'report.html').resolve()}")
 
 

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +21,18 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from taskvec.errors import TaskvecError
+from taskvec.notes import print_note, printable
 from taskvec.pipeline import Executor, Finished, Job, Step, perform
+
+MOMENT = 0.5
+"""Seconds between looks at what workers wrote on standard error."""
+LAST = 500
+"""Bytes of a dead worker's last words that its error repeats."""
+PATIENCE = 5.0
+"""Seconds that a worker which no longer answers has to end."""
 
 
 def cores() -> int:
@@ -43,18 +52,28 @@ def resolve(function: str) -> Callable[..., None]:
     return found
 
 
-def perform_here(job: Job, progress: Callable[[float], None]) -> Finished:
+def perform_here(job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> Finished:
     """Run a job in this process with the step's number of threads."""
-    import torch
-
-    from taskvec.compute import threads
-
     try:
+        from taskvec.compute import threads
+
         with threads(job.step.threads):
-            return perform(job, resolve(job.step.function), progress)
-    except torch.OutOfMemoryError:
+            return perform(job, resolve(job.step.function), progress, noted)
+    except ImportError as error:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        fix = "install what is missing beside taskvec"
+        raise TaskvecError(f"step '{job.step.label}' cannot import what it needs: {error}", fix) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
         fix = "lower batch_size, raise accumulate, or choose another device"
-        raise TaskvecError(f"no memory left on the device in step '{job.step.label}'", fix) from None
+        raise TaskvecError(f"no memory left in step '{job.step.label}'", fix) from None
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Say whether Python or torch, on a CPU or another device, found no room; torch's own kinds are RuntimeErrors."""
+    said = re.search(r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or said is not None
 
 
 class Inline:
@@ -65,9 +84,9 @@ class Inline:
     def __init__(self) -> None:
         self._finished: list[Finished] = []
 
-    def start(self, job: Job, progress: Callable[[float], None]) -> None:
+    def start(self, job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> None:
         """Run the job now."""
-        self._finished.append(perform_here(job, progress))
+        self._finished.append(perform_here(job, progress, noted))
 
     def wait(self) -> list[Finished]:
         """Return what was done since the last call."""
@@ -78,13 +97,30 @@ class Inline:
         """Nothing is under way."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen[str]
-    log: TextIO
-    listener: threading.Thread
+    log: BinaryIO
+    listener: threading.Thread | None = None
+    shown: int = 0
+    ended: bool = False
     job: Job | None = None
     progress: Callable[[float], None] = lambda _: None
+    noted: Callable[[str], None] = lambda _: None
+
+    def written(self) -> str:
+        """Return the whole lines that it wrote on standard error since the last call."""
+        new = os.pread(self.log.fileno(), self._size() - self.shown, self.shown)
+        whole = new[: new.rfind(b"\n") + 1]
+        self.shown += len(whole)
+        return whole.decode("utf-8", "replace")
+
+    def last_words(self) -> str:
+        """Return the last of what it wrote on standard error."""
+        return os.pread(self.log.fileno(), LAST, max(0, self._size() - LAST)).decode("utf-8", "replace").strip()
+
+    def _size(self) -> int:
+        return os.fstat(self.log.fileno()).st_size
 
 
 class Processes:
@@ -93,30 +129,40 @@ class Processes:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self._workers: list[_Worker] = []
-        self._messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+        self._messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
+        self._said: dict[str, _Worker] = {}
 
-    def start(self, job: Job, progress: Callable[[float], None]) -> None:
+    def start(self, job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> None:
         """Hand the job to an idle worker."""
-        idle = (w for w in self._workers if w.job is None and w.process.poll() is None)
+        idle = (w for w in self._workers if w.job is None and not w.ended and w.process.poll() is None)
         worker = next(idle, None) or self._hire()
-        worker.job, worker.progress = job, progress
+        worker.job, worker.progress, worker.noted = job, progress, noted
         assert worker.process.stdin is not None
         with contextlib.suppress(OSError):  # one that died while idle: its closed output tells so, and wait() raises
             worker.process.stdin.write(encode(job) + "\n")
             worker.process.stdin.flush()
 
     def wait(self) -> list[Finished]:
-        """Wait for the next job to end, passing progress on meanwhile."""
+        """Wait for the next job to end, passing on meanwhile what workers report and write."""
         while True:
-            pid, message = self._messages.get()
-            worker = next(w for w in self._workers if w.process.pid == pid)
+            self._show()
+            try:
+                worker, message = self._messages.get(timeout=MOMENT)
+            except queue.Empty:
+                continue
             job = worker.job
+            worker.ended |= message is None
+            if message is not None and "said" in message:
+                print_note(printable(message["said"]))
+                continue
             if job is None:
                 continue
             if message is None:
-                raise self._died(worker, job)
+                raise died(worker, job)
             if "progress" in message:
                 worker.progress(message["progress"])
+            elif "note" in message:
+                worker.noted(message["note"])
             elif "seconds" in message:
                 worker.job = None
                 return [Finished(job, message["seconds"])]
@@ -127,9 +173,11 @@ class Processes:
 
     def close(self) -> None:
         """Stop all workers and remove the folders of unfinished jobs."""
+        self._show()
         for worker in self._workers:
             worker.process.kill()
-            worker.listener.join()
+            if worker.listener is not None:
+                worker.listener.join()
             with contextlib.suppress(OSError):
                 worker.process.__exit__(None, None, None)  # closes the pipes and waits
             worker.log.close()
@@ -137,38 +185,62 @@ class Processes:
                 shutil.rmtree(worker.job.folder, ignore_errors=True)
         self._workers.clear()
 
+    def _show(self) -> None:
+        """Pass on what workers wrote on standard error; what several say, as libraries may at their start, once."""
+        for worker in self._workers:
+            for line in worker.written().splitlines():
+                if self._said.setdefault(line, worker) is worker:
+                    print_note(printable(line))
+
     def _hire(self) -> _Worker:
-        log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  closed with the worker
+        log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  closed with the worker
         command = [
             sys.executable,
             "-P",
             "-m",
             "taskvec.executors",
         ]  # -P: no import from the folder one happens to be in
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-        )
-        listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
-        worker = _Worker(process, log, listener)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        try:
+            process = subprocess.Popen(
+                command, **pipes, encoding="utf-8", errors="replace", text=True, start_new_session=True
+            )
+        except OSError as error:
+            log.close()
+            raise TaskvecError(f"no worker process can be started: {error}", "run with --workers 1") from None
+        worker = _Worker(process, log)
+        worker.listener = threading.Thread(target=self._listen, args=(worker,), daemon=True)
+        worker.listener.start()
         self._workers.append(worker)
-        listener.start()
         return worker
 
-    def _listen(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                self._messages.put((process.pid, json.loads(line)))
-        finally:  # a worker that dies in mid-line is dead all the same
-            self._messages.put((process.pid, None))
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        for line in filter(str.strip, worker.process.stdout):
+            self._messages.put((worker, message_of(line)))
+        self._messages.put((worker, None))
 
-    def _died(self, worker: _Worker, job: Job) -> TaskvecError:
+
+def message_of(line: str) -> dict[str, Any]:
+    """Read what a worker answers; a line that is no answer was printed by something that it loads at its start."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(line), dict):
+            return found
+    return {"said": line.rstrip("\n")}
+
+
+def died(worker: _Worker, job: Job) -> TaskvecError:
+    """Say how a worker came to its end in mid-job, with what it wrote last."""
+    try:
+        code = worker.process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:  # it has closed its output and lives on
+        worker.process.kill()
         code = worker.process.wait()
-        worker.log.seek(0)
-        last = worker.log.read()[-500:].strip()
-        reason = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        fix = "is there enough memory? finished steps are kept: run again to resume, perhaps with --workers 1"
-        return TaskvecError(f"the worker of step '{job.step.label}' was ended {reason}. {last}".strip(), fix)
+    reason = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+    cause = "is there enough memory?" if code < 0 else "its last words may say why;"
+    fix = f"{cause} finished steps are kept: run again to resume, perhaps with --workers 1"
+    problem = f"the worker of step '{job.step.label}' was ended {reason}. {printable(worker.last_words())}"
+    return TaskvecError(problem.strip(), fix)
 
 
 def encode(job: Job) -> str:
@@ -203,7 +275,8 @@ def work(lines: TextIO, answers: TextIO) -> None:
     threading.Thread(target=listen, daemon=True).start()
     while True:
         try:
-            done = perform_here(decode(jobs.get()), lambda share: answer({"progress": share}))
+            job = decode(jobs.get())
+            done = perform_here(job, lambda share: answer({"progress": share}), lambda text: answer({"note": text}))
             answer({"seconds": done.seconds})
         except TaskvecError as error:
             answer({"problem": error.problem, "fix": error.fix})
@@ -214,6 +287,7 @@ def work(lines: TextIO, answers: TextIO) -> None:
 def main() -> None:
     """Serve as a worker: jobs come on standard input, answers go to standard output, prints to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answers.write("\n")  # ends a line that something else began
     os.dup2(2, 1)
     work(sys.stdin, answers)
 

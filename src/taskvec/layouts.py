@@ -16,7 +16,7 @@ import numpy as np
 
 from taskvec import papertasks
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.folders import class_files, is_flat, list_splits
+from taskvec.folders import class_files, is_flat, left_out, list_splits
 from taskvec.hub import read_splits, table_files
 from taskvec.listing import (
     Items,
@@ -250,7 +250,7 @@ def air(base: Path, name: str) -> Listing:
             )
         chosen = [pair for name, pair in where.items() if name in wanted]
         items[split], labels[split] = [p for p, _ in chosen], np.array([i for _, i in chosen], np.int64)
-    return Listing(classes, items, labels, root=root.parent)
+    return Listing(classes, items, labels, root=root.parent, notes=tuple(left_out(root, list(files.values()))))
 
 
 def listed(path: Path) -> list[str]:

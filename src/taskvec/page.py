@@ -31,6 +31,7 @@ from taskvec.leaderboard import (
     guess_table,
     short_grids,
 )
+from taskvec.notes import note_lines
 from taskvec.texts import NAMES, method_label, one_line, short_backbone, shown
 from taskvec.verdict import headline
 from taskvec.views import View, views
@@ -200,6 +201,7 @@ def render(
         study=one_line(str(results["study"].iloc[0])) if "study" in results else "study",
         verdicts=headline(results).splitlines(),
         study_notes=study_notes,
+        told=note_lines(lock.get("notes", [])),
         claims=claims(results, heatmap, roles or {}),
         how_claims=HOW_CLAIMS_ARE_DECIDED,
         comparisons=compared,
@@ -217,7 +219,7 @@ def render(
         yaml=study_yaml,
         facts=_facts(lock),
         versions=lock.get("versions", {}),
-        lock=json.dumps(lock, indent=1, ensure_ascii=False, default=str),
+        lock=json.dumps(lock, indent=1, sort_keys=True, ensure_ascii=False, default=str),
     )
     return page
 

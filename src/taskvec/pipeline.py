@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from taskvec.errors import TaskvecError
-from taskvec.notes import listen
+from taskvec.notes import library_warnings, listen
 from taskvec.store import NOTES, Artifact, Store, disk_errors, fingerprint, write_json
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
@@ -69,8 +69,8 @@ class Executor(Protocol):
 
     slots: int
 
-    def start(self, job: Job, progress: Callable[[float], None]) -> None:
-        """Begin a job; at most ``slots`` are under way at once."""
+    def start(self, job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> None:
+        """Begin a job; at most ``slots`` are under way at once. ``noted`` gets what the step has to tell, at once."""
 
     def wait(self) -> list[Finished]:
         """Wait until at least one job is done; raise what it raised."""
@@ -98,7 +98,7 @@ class Watcher(Protocol):
         """A step that was done now."""
 
     def noted(self, label: str, note: str) -> None:
-        """What a step that was done, now or before, has to tell the user."""
+        """What a step has to tell the user: at once when it runs, and again whenever what it did is used."""
 
 
 def step_id(step: Step, inputs: Mapping[str, Sequence[Artifact]]) -> str:
@@ -146,9 +146,9 @@ def run(steps: Iterable[Step], store: Store, executor: Executor, watcher: Watche
                     first, *joined = running.pop(finished.job.id)
                     done |= dict.fromkeys([first, *joined], artifact)
                     watcher.finished(first, finished.seconds)
-                    _tell(first, artifact, watcher)
                     for step in joined:
                         watcher.reused(step)
+                        _tell(step, artifact, watcher)
     finally:
         executor.close()
     return done
@@ -184,7 +184,7 @@ def _advance(
         running[id] = [step]
         waiting.remove(step)
         watcher.started(step)
-        executor.start(job, lambda share: watcher.advanced(step, share))
+        executor.start(job, lambda share: watcher.advanced(step, share), lambda text: watcher.noted(step.label, text))
 
 
 def _tell(step: Step, artifact: Artifact, watcher: Watcher) -> None:
@@ -213,12 +213,17 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
-def perform(job: Job, function: Callable[..., None], progress: Callable[[float], None]) -> Finished:
-    """Run a job in this process; when it fails its folder is removed, and a user's mistake is told with its label."""
+def perform(
+    job: Job, function: Callable[..., None], progress: Callable[[float], None], noted: Callable[[str], None]
+) -> Finished:
+    """Run a job in this process, and keep what is noted beside its result.
+
+    When it fails its folder is removed, and a user's mistake is told with its label.
+    """
     start = time.perf_counter()
     inputs = {role: [Path(folder) for folder in folders] for role, folders in job.inputs.items()}
     try:
-        with disk_errors(job.folder), listen() as heard:
+        with disk_errors(job.folder), listen(noted) as heard, library_warnings():
             function({**job.step.config, **job.step.aside}, inputs, job.folder, progress)
             if heard:
                 write_json(job.folder / NOTES, heard)

@@ -89,7 +89,7 @@ class Terminal:
 
     def noted(self, label: str, note: str) -> None:
         """Write what a step has to tell."""
-        self.console.print(f"{label}: {note}", markup=False, highlight=False)
+        self.console.print(f"{label}: {note}", markup=False, highlight=False, soft_wrap=True)
 
     def left(self) -> float | None:
         """Return the seconds left, from the cost done now and the time it took; None before anything is done."""

@@ -19,6 +19,7 @@ from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import cores, open_executor
 from taskvec.merging.buffers import DIRECTIONS
+from taskvec.notes import library_warnings, listen, note_lines, some
 from taskvec.pipeline import Watcher
 from taskvec.plan import plan, view_sizes
 from taskvec.results import Done, heatmaps, negations, results
@@ -27,6 +28,8 @@ from taskvec.study import StudyFile
 
 LOCK = "study.lock.json"
 MARKER = ".taskvec"
+PLANNING, FIGURES = "plan", "figures"
+"""Who tells what is noted while a study is planned, and while its figures are drawn."""
 LARGE = 1e9
 """Bytes of decoded images from which their size is said."""
 
@@ -42,11 +45,12 @@ class Outcome:
 
 
 class Counter:
-    """Counts the steps that were run now, and passes everything on to another watcher."""
+    """Counts the steps that were run now, tells each note once, and passes everything on to another watcher."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.ran = 0
         self.watcher = watcher
+        self.told: dict[str, list[str]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Pass on what is not counted."""
@@ -56,6 +60,20 @@ class Counter:
         """Count a step that was done now."""
         self.ran += 1
         self.watcher.finished(step, seconds)
+
+    def noted(self, label: str, note: str) -> None:
+        """Pass on a note, unless the same was told before."""
+        labels = self.told.setdefault(note, [])
+        if not labels:
+            self.watcher.noted(label, note)
+        if label not in labels:
+            labels.append(label)
+
+    def repeat(self) -> None:
+        """Name those that told the same as another step, in one line for each note."""
+        for note, labels in self.told.items():
+            if others := [label for label in labels if label != PLANNING][1:]:
+                self.watcher.noted(f"also {some(others)}", note)
 
 
 def default_workers(device: str, threads: int) -> int:
@@ -70,23 +88,27 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
     check_folder(out)
     store.sweep()
     device = choose_device(file.study.device)
-    cells = plan(file, store)
+    counter = Counter(watcher)
+    with listen(lambda text: counter.noted(PLANNING, text)) as planned, library_warnings():
+        cells = plan(file, store)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         if not (out / MARKER).exists():
             write_text(
                 out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n"
             )
-    counter = Counter(watcher)
     steps = [step for cell in cells for step in cell.steps()]
     say_size(view_sizes(pipeline.ordered(steps)), store, watcher)
     executor = open_executor(workers or default_workers(device, file.study.threads))
     done = pipeline.run(steps, store, executor, counter)
-    lock = make_lock(file, cells, done, device, command)
+    lock = make_lock(file, cells, done, device, command) | {"notes": all_notes(planned, steps, done)}
     fresh = not is_written(out, lock)
     if fresh:
         with disk_errors(out):
             write_run(file, cells, done, out, lock)
+    for one in of_figures(read_json(out / LOCK)["notes"]):
+        counter.noted(one["label"], one["text"])
+    counter.repeat()
     return Outcome(out, len(done), counter.ran, fresh)
 
 
@@ -99,6 +121,19 @@ def say_size(views: float, store: Store, watcher: Watcher) -> None:
             f"about {gigabytes(views)} of evaluation views, and whole training images beside them, in '{store.folder}' "
             f"({free} free there); taskvec store lists and clears them",
         )
+
+
+def all_notes(planned: list[str], steps: list[pipeline.Step], done: Done) -> list[dict[str, str]]:
+    """List what was noted and by whom, in the order of the plan; what a step tells as well, the plan does not."""
+    told = [(step.label, text) for step in pipeline.ordered(steps) for text in done[step].notes()]
+    known = {text for _, text in told}
+    every = dict.fromkeys([*((PLANNING, text) for text in planned if text not in known), *told])
+    return [{"label": label, "text": text} for label, text in every]
+
+
+def of_figures(notes: list[dict[str, str]], figures: bool = True) -> list[dict[str, str]]:
+    """Return the notes that were told while figures were drawn, or the others."""
+    return [one for one in notes if (one["label"] == FIGURES) == figures]
 
 
 def check_folder(out: Path) -> None:
@@ -135,7 +170,8 @@ def is_written(out: Path, lock: dict[str, Any]) -> bool:
     """Say whether the folder holds exactly this run, whole and undamaged."""
     try:
         written = read_json(out / LOCK)
-        return bool(written["fingerprint"] == lock["fingerprint"] and written["files"] == held(out))
+        same = written["fingerprint"] == lock["fingerprint"] and of_figures(written["notes"], False) == lock["notes"]
+        return bool(same and written["files"] == held(out))
     except (OSError, TaskvecError, KeyError, TypeError):
         return False
 
@@ -160,6 +196,7 @@ def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: d
         spent = costs(cells, done)
         write_text(fresh / "costs.csv", spent.to_csv(index=False, lineterminator="\n"))
         write_models(cells, done, fresh / "models")
+        lock = lock | {"notes": lock["notes"] + draw_figures(rows, heat, spent, fresh / "figures", file)}
         write_report(rows, heat, spent, fresh, lock, file)
         write_json(fresh / LOCK, lock | {"files": held(fresh)})
         swap(fresh, out)
@@ -176,21 +213,35 @@ def swap(fresh: Path, out: Path) -> None:
         new.rename(out / new.name)
 
 
+def roles_of(file: StudyFile) -> dict[str, str]:
+    """Return which backbones stand for rows of the paper's tables."""
+    return {b.name or default_name(b.address): b.paper for b in file.study.backbones if b.paper}
+
+
+def draw_figures(
+    rows: pd.DataFrame, heat: pd.DataFrame | None, spent: pd.DataFrame, out: Path, file: StudyFile
+) -> list[dict[str, str]]:
+    """Draw the figures, and return what was noted meanwhile."""
+    from taskvec import figures  # matplotlib is slow, and not always needed
+
+    with listen() as heard:
+        figures.write(rows, heat, out, roles_of(file), spent)
+    return [{"label": FIGURES, "text": text} for text in heard]
+
+
 def write_report(
     rows: pd.DataFrame, heat: pd.DataFrame | None, spent: pd.DataFrame, out: Path, lock: dict[str, Any], file: StudyFile
 ) -> None:
-    """Write tables.md, leaderboard.md, the paper's tables as LaTeX, the figures and report.html."""
-    from taskvec import comparison, figures, leaderboard, page, tables  # matplotlib is slow, and not always needed
+    """Write tables.md, leaderboard.md, the paper's tables as LaTeX, and report.html with the figures."""
+    from taskvec import comparison, leaderboard, page, tables
 
-    roles = {b.name or default_name(b.address): b.paper for b in file.study.backbones if b.paper}
-    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes))
+    roles, told = roles_of(file), note_lines(lock["notes"])
+    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, told))
     if found := leaderboard.boards(rows, spent):
         write_text(out / "leaderboard.md", leaderboard.markdown_boards(found))
     for name, text in comparison.latex_tables(rows, heat, roles).items():
         (out / "tables").mkdir(exist_ok=True)
         write_text(out / "tables" / f"{name}.tex", text)
-    (out / "figures").mkdir()
-    figures.write(rows, heat, out / "figures", roles, spent)
     how = (lock, file.text, roles, spent, file.study.notes)
     write_text(out / "report.html", page.render(rows, heat, out / "figures", *how))
 

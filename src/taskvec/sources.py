@@ -12,6 +12,7 @@ from taskvec.addresses import default_name, is_file
 from taskvec.cells import OPEN
 from taskvec.errors import TaskvecError, unknown
 from taskvec.kinds import CLASSIFICATION
+from taskvec.notes import listen
 from taskvec.store import Store
 from taskvec.study import BackboneChoice, StudyFile
 
@@ -38,7 +39,8 @@ class Sources:
     def describe(self, address: str) -> dict[str, Any]:
         """Return what identifies a task's images; an estimate reads none, and those published may be absent."""
         if not self.estimate:
-            return tasks.describe(address, self.store.tree_digest)
+            with listen():  # the step that decodes it lists it again, and tells what is to be told
+                return tasks.describe(address, self.store.tree_digest)
         known = absent_task(address)
         absent = {"absent": address, "images": sum(known.sizes) if known else UNKNOWN_IMAGES}
         if not has_images(address):

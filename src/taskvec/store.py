@@ -147,9 +147,15 @@ class Artifact:
         return float(read_json(self.folder / RECORD)["about"]["seconds"])
 
     def notes(self) -> list[str]:
-        """Return what the step had to tell the user."""
+        """Return what the step had to tell the user; damaged notes are told as such."""
         place = self.folder / NOTES
-        return list(read_json(place)) if place.exists() else []
+        try:
+            notes = read_json(place) if place.exists() else []
+        except TaskvecError:
+            notes = None
+        if isinstance(notes, list) and all(isinstance(one, str) for one in notes):
+            return notes
+        return [f"what this step noted is damaged; taskvec store --clear {self.id} makes it again"]
 
 
 @dataclass(frozen=True)

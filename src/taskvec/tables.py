@@ -150,12 +150,16 @@ def markdown(
     heatmap: pd.DataFrame | None = None,
     roles: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    told: Sequence[str] = (),
 ) -> str:
-    """Write tables.md: verdict, notes, the paper's claims and tables, a table for each merge, what words mean."""
+    """Write tables.md: verdict, notes, the paper's claims and tables, a table for each merge, what words mean.
+
+    ``notes`` are the study's own, ``told`` what its steps noted.
+    """
     verdicts = [escape_markdown(line) for line in headline(results).splitlines()]
     top = verdicts[0] if len(verdicts) == 1 else "\n".join(f"- {line}" for line in verdicts)
-    told = ["## Before you compare", "\n".join(f"- {escape_markdown(note)}" for note in notes)] if notes else []
-    parts = ["# Results", top, *told, *_claims(results, heatmap, roles or {})]
+    parts = ["# Results", top, *_listed("Before you compare", notes), *_listed("What was noted", told)]
+    parts += _claims(results, heatmap, roles or {})
     for table in comparisons(results, heatmap, roles or {}):
         parts += [f"## {table.title}", f"{table.shown}. {OF_PAPER if table.has_paper else ''}"]
         parts[-1] = parts[-1].rstrip()
@@ -167,6 +171,11 @@ def markdown(
             parts.append(markdown_table(task_table(one, method), bold=[-1]))
     meanings = "\n".join(f"- {note}" for note in definitions(results, heatmap))
     return "\n\n".join([*parts, "## What the words mean", meanings]) + "\n"
+
+
+def _listed(title: str, lines: Sequence[str]) -> list[str]:
+    """Write lines under a title; no lines, no title."""
+    return [f"## {title}", "\n".join(f"- {escape_markdown(line)}" for line in lines)] if lines else []
 
 
 def _claims(results: pd.DataFrame, heatmap: pd.DataFrame | None, roles: Mapping[str, str]) -> list[str]:

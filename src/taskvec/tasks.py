@@ -217,7 +217,10 @@ SOURCES: dict[str, Callable[[str], Listing]] = {
 
 
 def describe(address: str, digest: Callable[[Path, Sequence[str]], str]) -> dict[str, Any]:
-    """Return what identifies a task's images, for a fingerprint: the lab's name, a revision, or digests of content."""
+    """Return what identifies a task's images, for a fingerprint: the lab's name, a revision, or digests of content.
+
+    What its files leave to be told is noted.
+    """
     kind, rest = parse(address)
     if kind == "lab":
         return describe_lab(rest)
@@ -225,6 +228,8 @@ def describe(address: str, digest: Callable[[Path, Sequence[str]], str]) -> dict
         size = {"images": sum(papertasks.find_task(rest.partition("@")[0]).sizes)} if kind == "paper" else {}
         return describe_hub(dataset) | size | {"kind": kind}
     listing = list_task(address)
+    for line in listing.notes:
+        note(f"{address}: {line}")
     every = [item for items in listing.items.values() if isinstance(items, list) for item in items]
     found = {"content": digest(listing.root, relative(every or list(listing.files), listing.root))}
     if kind != "folder":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -30,6 +31,7 @@ from taskvec.figures.maps import by_backbone, heatmaps
 from taskvec.figures.style import STYLE
 from taskvec.leaderboard import boards
 from taskvec.merging import PER_TASK
+from taskvec.notes import library_warnings, listen, note
 from taskvec.texts import short_backbone
 from taskvec.views import View, error_rows, views
 
@@ -184,7 +186,7 @@ def write(
 ) -> list[str]:
     """Write every figure of a run as PNG (200 dpi) and PDF, the same bytes for the same rows; return the file names.
 
-    Many are drawn by several processes at once.
+    Many are drawn by several processes at once. What libraries warn of, such as letters that no font has, is noted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = (results, heatmap, roles, costs)
@@ -193,32 +195,45 @@ def write(
     jobs = [(rows, folder, place, others + 1) for place in range(1, others + 1)]
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(_begin(job)) for job in jobs]
-        draw_share(rows, folder, 0, max(1, others + 1))
+        noted = draw_share(rows, folder, 0, max(1, others + 1))
         for process in running:
-            if process.wait():
-                raise RuntimeError("a process that drew figures has failed; what it says is above")
+            noted += _end(process)
+    for _, text in sorted(noted, key=lambda one: one[0]):  # in the order of figures, whoever drew them
+        note(text)
     return [f"{one.stem}.{ending}" for one in planned for ending in UNDATED]
 
 
-def draw_share(rows: Rows, folder: Path, place: int, of: int) -> None:
-    """Draw every ``of``-th figure of a run, from the one at ``place`` on."""
-    for planned in plan(*rows)[place::of]:
-        save(planned.draw(), folder, planned.stem)
+def draw_share(rows: Rows, folder: Path, place: int, of: int) -> list[tuple[int, str]]:
+    """Draw every ``of``-th figure of a run, from the one at ``place`` on; return what was noted, by figure."""
+    noted: list[tuple[int, str]] = []
+    for number, planned in list(enumerate(plan(*rows)))[place::of]:
+        with listen() as heard, library_warnings():
+            save(planned.draw(), folder, planned.stem)
+        noted += [(number, text) for text in heard]
+    return noted
 
 
 @contextlib.contextmanager
 def _begin(job: tuple[Rows, Path, int, int]) -> Iterator[subprocess.Popen[bytes]]:
     """Let another process draw its share (``taskvec.figures.__main__``); it does not outlive this one's block."""
     command = [sys.executable, "-P", "-m", "taskvec.figures"]  # -P: no import from the folder one happens to be in
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    try:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # one that died at once: its code tells
-            pickle.dump(job, pipe)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # one that died at once: its code tells
+                pickle.dump(job, pipe)
+            yield process
+        finally:
+            process.kill()
+
+
+def _end(process: subprocess.Popen[bytes]) -> list[tuple[int, str]]:
+    """Wait until a process has drawn its share, and return what it noted."""
+    assert process.stdout is not None
+    answer = process.stdout.read()
+    if process.wait():
+        raise RuntimeError("a process that drew figures has failed; what it says is above")
+    return [(number, text) for number, text in json.loads(answer)]
 
 
 def save(figure: Figure, folder: Path, stem: str) -> list[str]:

@@ -25,6 +25,8 @@ from taskvec.heads import (
     zero_shot_head,
 )
 from taskvec.kinds import CLASSIFICATION
+from taskvec.loaders.checkpoints import parts
+from taskvec.notes import note
 from taskvec.opening import (
     Config,
     Inputs,
@@ -113,6 +115,7 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
     except finetuning.DivergedError:
         if "trial" not in config:
             raise
+        note(f"fine-tuning diverged at learning rate {settings.learning_rate:g}, which counts as accuracy 0")
         write_json(out / "metrics.json", {"validation": 0.0, "diverged": True, **facts})
         return
     if "trial" not in config:
@@ -163,6 +166,8 @@ def import_finetuned(config: Config, inputs: Inputs, out: Path, progress: Progre
     save_head(head, out)
     right = evaluation.correct(backbone, found.encoder, task.validation, head)
     facts: Config = {"metric": head.rules.metric} if head.kind != CLASSIFICATION else {}
+    if "head" in config and found.classifier:
+        note(f"'{path}': left out {parts(sorted(found.classifier))}, since a head is given")
     facts |= {"left_out": sorted(found.classifier)} if "head" in config else {}
     write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
 

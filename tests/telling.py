@@ -1,0 +1,43 @@
+"""Steps that tell, starve and crash, for workers that import nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taskvec.errors import TaskvecError
+from taskvec.notes import note
+
+
+def tell(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+    """Tell in every way there is, some of it twice."""
+    quiet = logging.getLogger("some.library")
+    quiet.propagate = False  # as transformers' and datasets' loggers
+    for _ in range(2):
+        note("odd classes")
+        warnings.warn("odd values", UserWarning, stacklevel=1)
+        quiet.warning("odd %s", "weights")
+        logging.getLogger("PIL.Image").error("odd header")
+    quiet.info("loaded")
+    warnings.warn("soon gone", DeprecationWarning, stacklevel=1)
+    print("printed by Python", file=sys.stderr)
+    os.write(2, b"written by C\n")
+    (out / "n.txt").write_text(config["value"])
+    if config.get("fail"):
+        raise TaskvecError("the step failed", "mend it")
+
+
+def starve(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+    if config["kind"] == "cpu":
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory.") if config["kind"] == "cuda" else MemoryError
+
+
+def crash(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+    raise ZeroDivisionError("a fault of ours")
