@@ -24,7 +24,7 @@ LARGEST = 4096
 """Side in pixels of the largest images that an encoder may see."""
 LONGEST = 50_000_000
 """Bytes of a configuration, or of an index of weights, at most."""
-BOUNDS = (("depth|layer|block|repeat|stage", 1000), ("image_size|img_size|input_size", LARGEST), ("window", 128))
+BOUNDS = (("depth|layer|block|repeat|stage", 200), ("image_size|img_size|input_size", LARGEST), ("window", 128))
 """How large the numbers of a configuration may be, by what their names contain."""
 SPARE = 2**24
 """Weights that an encoder may have beyond those of its files, such as positions for a larger input."""
