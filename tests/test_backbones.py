@@ -208,7 +208,7 @@ def test_a_border_that_timm_lays_around_images_is_told(
 
 def test_a_plan_says_what_a_run_would_and_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.safetensors"
-    with pytest.raises(TaskvecError, match="cannot look at 8 px images: .*\nchoose another size"):
+    with pytest.raises(TaskvecError, match="patches of 16 px, and 8 px leave 8 px .*\n.*a multiple of 16: 16;"):
         anatomy(f"timm:{VIT}@{path}", 8)
     save_file({"x": torch.zeros(1)}, path)
     monkeypatch.setattr("taskvec.loaders.requests.file_digest", lambda _: pytest.fail("the weights were read"))

@@ -103,6 +103,13 @@ def test_a_processor_of_images_and_texts_is_read(tmp_path: Path) -> None:
         ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 200}}, "not known here"),
         ({"image_processor_type": "NoneImageProcessor", "auto_map": {"AutoImageProcessor": "a.B"}}, "cannot be read"),
         ({"image_processor_type": "ViTImageProcessor", "resample": 4}, "box"),
+        ({"image_processor_type": "ViTImageProcessor", "image_std": [0.5, 0, 0.5]}, "with std above 0"),
+        ({"image_processor_type": "ViTImageProcessor", "image_std": [-0.5] * 3}, "with std above 0"),
+        ({"image_processor_type": "ViTImageProcessor", "image_mean": [float("nan")] * 3}, "not three numbers each"),
+        ({"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5]}, "fails|three numbers"),
+        ({"image_processor_type": "ViTImageProcessor", "size": {"height": 10**6, "width": 10**6}}, "'1000000' px"),
+        ({"image_processor_type": "ViTImageProcessor", "size": {"height": -8, "width": -8}}, "'-8' px"),
+        ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 1e-9}, "a share of '1e-09'"),
     ],
 )
 def test_a_view_that_cannot_be_had_is_refused(tmp_path: Path, processor: dict[str, Any], message: str) -> None:

@@ -12,16 +12,20 @@ import pytest
 import torch
 import transformers as T
 from safetensors.torch import load_file, save_file
+from test_brought import make_task
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from taskvec import backbones, heads
 from taskvec.addresses import PAPER
 from taskvec.backbones import load_backbone, read_backbone, write_backbone
-from taskvec.brought import read_finetuned
+from taskvec.brought import head_of, read_finetuned
 from taskvec.errors import TaskvecError
+from taskvec.heads import Head
 from taskvec.images import normalise
 from taskvec.loaders.requests import Request
 from taskvec.loaders.saved import is_whole
 from taskvec.loaders.transformers import TYPES, check_row
+from taskvec.notes import listen
 from taskvec.store import read_json
 
 SMALL = {
@@ -430,3 +434,163 @@ def test_a_fingerprint_holds_content_and_library_and_no_path(tmp_path: Path) -> 
     assert (first / "backbone.json").read_bytes() == (second / "backbone.json").read_bytes()
     T.ViTImageProcessor().save_pretrained(second)
     assert backbones.describe(f"hf:{second}", 32)["content"] != one["content"]
+
+
+OTHER_FEATURE = {
+    "CLIPForImageClassification": "another feature",  # the mean of the patches, as SigLIP's
+    "SiglipForImageClassification": "another feature",
+    "Dinov2ForImageClassification": "another feature",  # the class token beside that mean
+    "Dinov2WithRegistersForImageClassification": "another feature",
+    "DeiTForImageClassificationWithTeacher": "not one linear layer",
+    "LevitForImageClassification": "not one linear layer",
+    "LevitForImageClassificationWithTeacher": "not one linear layer",
+}
+
+
+def classifiers() -> list[tuple[str, str, str]]:
+    """Return every type with a classifier in the library, its configuration, and each class of classifiers."""
+    found = []
+    for family, (_, config, *_) in FAMILIES.items():
+        made = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(getattr(T, config), ())
+        every = made if isinstance(made, tuple) else (made,)
+        found += [(family, config, one.__name__) for one in every if family != "classifier"]
+    return found
+
+
+@pytest.mark.parametrize(("family", "config", "name"), classifiers())
+def test_a_brought_classifier_answers_as_the_library_does_or_is_not_taken(
+    tmp_path: Path, family: str, config: str, name: str
+) -> None:
+    options = FAMILIES[family][2] | {"num_labels": 3}
+    folder, model = folder_of(tmp_path, name, config, options)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear) and part.out_features == 3:
+            torch.nn.init.normal_(part.weight)
+            torch.nn.init.normal_(part.bias)
+    model.save_pretrained(folder)
+    backbone = load_backbone(f"hf:{folder}", size=32, projection=False if family == "clip" else None)
+    task, start = make_task(("a", "b", "c"), "t"), Head(torch.zeros(3, backbone.width), torch.zeros(3))
+    with listen() as notes:
+        found = read_finetuned(folder / "model.safetensors", backbone)
+        head = head_of(found, (), task, backbone.width, start)
+    if name in OTHER_FEATURE:
+        assert head is start and any(OTHER_FEATURE[name] in note for note in notes)
+        with pytest.raises(TaskvecError, match=rf"{OTHER_FEATURE[name]}.*\n.*regime aligned"):
+            head_of(found, (), task, backbone.width, None)
+        return
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        assert torch.allclose(head.logits(backbone.features(images)), model(x).logits, atol=1e-4)
+
+
+def test_weights_that_a_configuration_names_elsewhere_are_those_that_count(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
+    before = backbones.describe(f"hf:{folder}", None)
+    state = load_file(folder / "model.safetensors")
+    other = {key: value + 1 for key, value in state.items()}
+    save_file(other, folder / "other.safetensors", {"format": "pt"})
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    named = load_backbone(f"hf:{folder}")
+    assert torch.equal(named.pretrained["model.layernorm.weight"], other["layernorm.weight"])
+    between = backbones.describe(f"hf:{folder}", None)
+    assert between != before
+    save_file({key: value + 1 for key, value in other.items()}, folder / "other.safetensors", {"format": "pt"})
+    assert backbones.describe(f"hf:{folder}", None) not in (before, between)
+    for name, message in [("../vit/other.safetensors", "no file of its folder"), (7, "transformers_weights is '7'")]:
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+        with pytest.raises(TaskvecError, match=message):
+            load_backbone(f"hf:{folder}")
+
+
+def test_parts_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    state = model.state_dict()
+    halves = [dict(list(state.items())[::2]), dict(list(state.items())[1::2])]
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {key: f"{i}/a.safetensors" for i in (0, 1) for key in halves[i]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for i in (0, 1):
+        (folder / str(i)).mkdir()
+        save_file(halves[i], folder / str(i) / "a.safetensors", {"format": "pt"})
+    known = [backbones.describe(f"hf:{folder}", None)]
+    for i in (0, 1):
+        save_file({key: value + 1 for key, value in halves[i].items()}, folder / str(i) / "a.safetensors")
+        known.append(backbones.describe(f"hf:{folder}", None))
+    assert len({str(one) for one in known}) == 3
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "", 3, "a" * 300, "a\0b"])
+def test_an_index_names_files_of_its_folder(tmp_path: Path, name: Any) -> None:
+    folder, _ = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"layernorm.weight": name}}))
+    with pytest.raises(TaskvecError, match="no file of its folder"):
+        load_backbone(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 10**9}, "asks for [0-9]+ weights|can be made"),
+        ({"intermediate_size": 10**9}, "asks for [0-9]+ weights, and its files have"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000, and at most"),
+        ({"image_size": 10**6}, "image_size is 1000000, and at most"),
+        ({"image_size": 10**400}, "image_size is 1000"),
+        ({"image_size": "large"}, "a size is 'large', not a number of pixels"),
+        ({"image_size": -32}, "a size is '-32'"),
+        ({"image_size": [[]]}, "a size is "),
+        ({"patch_size": 0}, "can be made|a size is '0'"),
+        ({"layer_norm_eps": float("nan")}, "no other program may read"),
+        ({"name": "\ud800"}, "no other program may read"),
+    ],
+)
+def test_a_configuration_that_asks_for_the_impossible_is_refused_at_once(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder, _ = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(TaskvecError, match=message):
+        load_backbone(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "", "[1]", "null"])
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    folder, _ = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(TaskvecError, match=r"config\.json"):
+        load_backbone(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("family", ["vit", "clip", "siglip", "swin", "resnet", "convnext"])
+def test_a_size_that_leaves_a_border_unseen_is_refused(tmp_path: Path, family: str) -> None:
+    folder, _ = folder_of(tmp_path, *FAMILIES[family][:3])
+    if family in ("swin", "resnet", "convnext"):  # padded by the library, or convolutional
+        assert load_backbone(f"hf:{folder}", size=57).preprocessing.size == 57
+        return
+    with pytest.raises(TaskvecError, match="patches of 8 px, and 57 px leave 1 px .*\n.*: 56 or 64;"):
+        load_backbone(f"hf:{folder}", size=57)
+
+
+def test_a_text_tower_with_weights_missing_is_refused(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path, "CLIPModel", "CLIPConfig", CLIP)
+    tokenizer_into(folder)
+    state = load_file(folder / "model.safetensors")
+    del state["text_model.final_layer_norm.weight"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TaskvecError, match=r"not whole: text_model\.final_layer_norm\.weight"):
+        backbones.text_features(f"hf:{folder}", ["a cat."])
+
+
+def test_clips_older_way_to_describe_its_image_tower_counts_as_in_the_library(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path, "CLIPModel", "CLIPConfig", CLIP)
+    config = read_json(folder / "config.json")
+    older = {"vision_config_dict": SMALL | {"hidden_act": "relu"}, "text_config_dict": TEXT}
+    (folder / "config.json").write_text(json.dumps(config | older))
+    model = T.CLIPModel.from_pretrained(folder).eval()
+    assert model.config.vision_config.hidden_act == "relu"
+    backbone = load_backbone(f"hf:{folder}")
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        assert torch.allclose(backbone.features(images), model.get_image_features(x).pooler_output, atol=1e-5)

@@ -135,7 +135,7 @@ def channels(values: Any) -> Channels:
     """Return three numbers, one a channel, from one for all or three."""
     try:
         first, second, third = np.broadcast_to(np.array(HALF if values is None else values, float), 3).tolist()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise TaskvecError(f"an image processor has '{values}' for three numbers, one a channel", FIX) from None
     return first, second, third
 

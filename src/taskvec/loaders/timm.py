@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ def check_seen(seen: Mapping[str, Any], source: str) -> None:
 
 
 def tell_view(request: Request) -> None:
-    """Say so where nothing tells how a file's encoder sees images: timm has weights of its name that see them unlike."""
+    """Say so where nothing tells how a file's encoder sees images: timm's weights of its name see them unlike."""
     import timm
 
     model, _, tag = request.name.partition(".")
@@ -344,9 +344,9 @@ def made(options: Mapping[str, Any], outputs: int) -> nn.Module:
         given["pretrained_cfg"] = options["seen"]
     try:
         try:
-            return cast(nn.Module, timm.create_model(name, pretrained=False, img_size=size, **given))
+            return timm.create_model(name, pretrained=False, img_size=size, **given)
         except TypeError:  # convolutional networks have no input size of their own
-            return cast(nn.Module, timm.create_model(name, pretrained=False, **given))
+            return timm.create_model(name, pretrained=False, **given)
     except Exception as error:  # of many kinds, where a configuration gives odd arguments
         fix = f"mend model_args in its {CONFIG}" if "arguments" in options else f"choose another size{patch_hint(name)}"
         raise TaskvecError(f"timm's '{name}' cannot be made for {size} px: {first_line(error)}", fix) from None

@@ -330,7 +330,7 @@ def read_as(made: Any, folder: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def classifier(request: Request, options: Mapping[str, Any], outputs: int) -> nn.Module | None:
-    """Read the classifier of a fine-tuned folder by the class that wrote it; None where the library has no such class."""
+    """Read the classifier of a fine-tuned folder by the class that wrote it; None where the library has none."""
     folder = Path(request.file).parent
     if not saved.is_folder(folder) or saved.weights_in(folder) != Path(request.file):
         return None
