@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -114,7 +115,7 @@ def table_files(folder: Path) -> list[Path]:
 def address_parts(address: str) -> tuple[str, str]:
     """Return the name and the configuration of ``NAME`` or ``NAME@CONFIG``; a folder's name may have an @ itself."""
     name, at, config = address.rpartition("@")
-    return (address, "") if not at or Path(address).expanduser().is_dir() else (name, config)
+    return (address, "") if not at or os.path.isdir(Path(address).expanduser()) else (name, config)  # noqa: PTH112
 
 
 def open_dataset(address: str, info_only: bool = False) -> Any:
