@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +17,23 @@ import torch
 from conftest import write_folder_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from timm.data import create_transform
 
 from taskvec import tasks
 from taskvec.errors import TaskvecError
 from taskvec.folders import list_folder
-from taskvec.images import Preprocessing, normalise, open_image, random_resized_crop, resize_and_crop
+from taskvec.images import (
+    Encoded,
+    Preprocessing,
+    Room,
+    normalise,
+    open_image,
+    random_resized_crop,
+    resize_and_crop,
+)
 from taskvec.listing import validation_indices
+from taskvec.notes import listen
 
 
 @settings(deadline=None, max_examples=30)
@@ -71,6 +85,197 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(TaskvecError, match=r"bomb\.png.*large"):
         open_image(tmp_path / "bomb.png")
+
+
+RAMP = np.tile(np.linspace(0, 255, 32).astype(int), (32, 1))
+"""Greys from black to white, and what every file of them should become."""
+
+
+def write_tiff(path: Path, data: bytes, bits: int, order: str = "<", **tags: Any) -> Path:
+    """Write a grey TIFF of 32 x 32 pixels; ``tags`` are t262=... (a float, or a whole number)."""
+    entries = {256: 32, 257: 32, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 32, 279: len(data)}
+    entries |= {int(name[1:]): value for name, value in tags.items()}
+    kinds = {float: (11, "f"), int: (9, "i")}
+    packed = b"".join(
+        struct.pack(f"{order}HHI{kinds[type(value)][1]}", number, kinds[type(value)][0], 1, value)
+        for number, value in sorted(entries.items())
+    )
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
+    path.write_bytes(head + data + struct.pack(f"{order}H", len(entries)) + packed + b"\0" * 4)
+    return path
+
+
+def write_png(path: Path, pixels: np.ndarray, *chunks: tuple[bytes, bytes]) -> Path:
+    """Write a grey or coloured PNG of 8 or 16 bits with chunks of one's own."""
+    height, width = pixels.shape[:2]
+    kind = {2: 0, 3: 2}[pixels.ndim]
+    raw = b"".join(b"\0" + row.astype(pixels.dtype.newbyteorder(">")).tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 8 * pixels.dtype.itemsize, kind, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    framed = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    return path
+
+
+def pack_bits(values: np.ndarray, bits: int) -> bytes:
+    """Pack numbers of so many bits one after another, the highest bit first."""
+    return np.packbits((values.reshape(-1, 1) >> np.arange(bits)[::-1]) & 1).tobytes()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("white", [0, 1])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
+def test_a_tiff_is_scaled_by_its_bits_and_by_what_zero_is(tmp_path: Path, bits: int, white: int, order: str) -> None:
+    values = RAMP * (2**bits - 1) // 255
+    data = values.astype(f"{order}u2").tobytes() if bits == 16 else pack_bits(values, bits)
+    row = np.asarray(open_image(write_tiff(tmp_path / "a.tif", data, bits, order, t262=white)))[:, :, 0].astype(int)
+    want = values * 255 / (2**bits - 1)
+    assert np.abs(row - (want if white else 255 - want)).max() <= 0.5
+
+
+@pytest.mark.parametrize("white", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "numbers", "low", "high"),
+    [("u2", RAMP * 4095 // 255, 0, 4095), ("f4", RAMP / 255, 0.0, 1.0), ("f4", RAMP * 2.0 - 100, -100.0, 410.0)],
+)
+def test_a_tiff_may_say_the_range_of_its_numbers(
+    tmp_path: Path, kind: str, numbers: np.ndarray, low: float, high: float, white: int
+) -> None:
+    data, format_ = numbers.astype(f"<{kind}").tobytes(), 3 if kind == "f4" else 1
+    bits, tags = 8 * np.dtype(kind).itemsize, {"t262": white, "t339": format_}
+    path = write_tiff(tmp_path / "a.tif", data, bits, t340=low, t341=high, **tags)
+    row = np.asarray(open_image(path))[:, :, 0].astype(int)
+    assert np.abs(row - (RAMP if white else 255 - RAMP)).max() <= 1
+
+
+@pytest.mark.parametrize(("kind", "code"), [("f4", 3), ("i2", 2), ("u4", 1), ("i4", 2)])
+def test_numbers_without_a_range_are_refused(tmp_path: Path, kind: str, code: int) -> None:
+    data = RAMP.astype(f"<{kind}").tobytes()
+    path = write_tiff(tmp_path / "a.tif", data, 8 * np.dtype(kind).itemsize, t339=code)
+    with pytest.raises(TaskvecError, match=r"a\.tif' cannot be read: its values are .* numbers without a range"):
+        open_image(path)
+
+
+TWELVE = (RAMP * 4095 // 255).astype(np.uint16)
+SAYS_TWELVE = (b"sBIT", bytes([12]))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "chunks", "want"),
+    [
+        (TWELVE, (SAYS_TWELVE,), RAMP),
+        (TWELVE * 16 + TWELVE // 256, (SAYS_TWELVE,), RAMP),
+        (TWELVE // 16 * 16, (SAYS_TWELVE,), RAMP // 16),
+        ((RAMP * 257).astype(np.uint16), (), RAMP),
+        ((RAMP * 257).astype(np.uint16), ((b"tRNS", b"\0\0"),), np.where(RAMP, RAMP, 255)),
+        (np.dstack([RAMP * 257] * 3).astype(np.uint16), (), RAMP),
+    ],
+    ids=["low bits", "by the standard", "dark", "all bits", "transparent", "colours"],
+)
+def test_sixteen_bits_of_a_png(tmp_path: Path, pixels: np.ndarray, chunks: Any, want: np.ndarray) -> None:
+    row = np.asarray(open_image(write_png(tmp_path / "a.png", pixels, *chunks)))[:, :, 0].astype(int)
+    assert np.abs(row - want).max() <= 1
+
+
+def test_sixteen_bits_of_a_pgm_are_what_its_head_says(tmp_path: Path) -> None:
+    for most, values in ((4095, TWELVE), (65535, RAMP.astype(np.uint16))):
+        (tmp_path / "a.pgm").write_bytes(b"P5 32 32 %d\n" % most + values.astype(">u2").tobytes())
+        shown = np.asarray(open_image(tmp_path / "a.pgm"))[:, :, 0].astype(int)
+        assert np.abs(shown - values.astype(int) * 255 / most).max() <= 0.6
+
+
+def test_inks_and_lab_become_the_same_greys(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.dstack([RAMP.astype(np.uint8)] * 3))
+    grey.convert("CMYK").save(tmp_path / "ink.jpg", quality=100)
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    lab = ImageCms.profileToProfile(grey, *profiles, outputMode="LAB")  # type: ignore[misc]
+    assert lab is not None
+    lab.save(tmp_path / "lab.tif")
+    for name in ("ink.jpg", "lab.tif"):
+        assert np.abs(np.asarray(open_image(tmp_path / name)).astype(int) - RAMP[:, :, None]).max() <= 6
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"zTXt", b"k\0\0" + zlib.compress(b"x" * 3_000_000)),
+        (b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"x" * 30_000_000)),
+        (b"iCCP", b"k\0\0" + zlib.compress(b"x" * 3_000_000)),
+        (b"eXIf", b"MM\0*\0\0\xff\xffnothing that can be read"),
+        (b"eXIf", b"nothing that can be read"),
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "eXIf", "eXIf without a head"],
+)
+def test_what_stands_beside_the_pixels_does_not_spoil_them(tmp_path: Path, chunk: tuple[bytes, bytes]) -> None:
+    path = write_png(tmp_path / "a.png", RAMP.astype(np.uint8), chunk)
+    assert np.array_equal(np.asarray(open_image(path))[:, :, 1], RAMP)
+
+
+def test_a_long_text_may_turn_the_image(tmp_path: Path) -> None:
+    text = b"XML:com.adobe.xmp\0\0\0\0\0" + b" " * 2_000_000 + b'tiff:Orientation="6"'
+    path = write_png(tmp_path / "a.png", RAMP[:8].astype(np.uint8), (b"iTXt", text))
+    assert open_image(path).size == (8, 32)
+
+
+def test_only_promised_formats_are_opened_whatever_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.check_call", start)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
+    for source in (tmp_path / "a.png", Encoded((tmp_path / "a.png").read_bytes(), "a.png")):
+        with pytest.raises(TaskvecError, match=r"a\.png' cannot be read: it is no PNG, JPEG, .* or WEBP"):
+            open_image(source)
+
+
+def test_sizes_are_looked_at_before_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("pixels were read")
+
+    write_png(tmp_path / "a.png", np.zeros((60_000, 1), np.uint8))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(TaskvecError, match=r"a\.png' is suspiciously large: 224 x 13440000 pixels"):
+        open_image(tmp_path / "a.png", Preprocessing(224))
+
+
+def test_large_images_wait_for_each_other() -> None:
+    room, most, held = Room(100), [0], [0]
+
+    def take(pixels: int) -> None:
+        with room.taken(pixels):
+            held[0] += min(pixels, 100)
+            most[0] = max(most[0], held[0])
+            time.sleep(0.002)
+            held[0] -= min(pixels, 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take, [30, 500, 60, 10, 100, 45, 99, 1] * 4))
+    assert most[0] <= 100
+    assert room.left == 100
+
+
+@pytest.mark.parametrize("suffix", ["JPEG", "jpe", "Jfif", "TIF", "apng", "pbm"])
+def test_suffixes_of_images_in_any_case(tmp_path: Path, suffix: str) -> None:
+    root = write_folder_task(tmp_path / "t")
+    kind = {"apng": "PNG", "pbm": "PPM", "TIF": "TIFF"}.get(suffix, "JPEG")
+    Image.fromarray(RAMP.astype(np.uint8)).save(root / "train" / "ant" / f"x.{suffix}", format=kind)
+    listing = list_folder(str(root))
+    assert root / "train" / "ant" / f"x.{suffix}" in list(listing.items["train"])
+    assert listing.notes == ()
+
+
+def test_a_split_that_is_dark_as_twelve_bits_in_sixteen_is_told(tmp_path: Path) -> None:
+    root = write_folder_task(tmp_path / "t")
+    for path in root.rglob("*.png"):
+        write_png(path, np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16)
+    (tmp_path / "out").mkdir()
+    with listen() as notes:
+        tasks.write_task(f"folder:{root}", Preprocessing(16), None, tmp_path / "out")
+    (note,) = notes
+    assert note.startswith("images of 16 bits in the train, validation, test split have no value above 3")
+    assert note.endswith("where they are numbers of 12 bits, multiply them by 16")
 
 
 def test_augmentation_stays_inside_and_close_to_the_image() -> None:

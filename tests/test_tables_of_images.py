@@ -123,6 +123,11 @@ def test_a_card_beside_the_tables_names_their_numbers(tmp_path: Path) -> None:
     )
     (tmp_path / "t" / "README.md").write_text(f"---\n{card}\n        names:\n{names}\n---\n")
     assert check(address).classes == ("ant", "bee", "cow")
+    with (tmp_path / "t" / "test.parquet").open("wb") as file:
+        named(FEW, TWO[::-1]).to_parquet(file)
+    check(address)
+    (note, *_) = tasks.list_task(address).notes
+    assert note.startswith("'test.parquet' names its classes otherwise than is declared beside it, and is read by its")
 
 
 @pytest.mark.parametrize("kinds", [("int64", "float64"), ("float32", "string"), ("uint8", "int32"), ("string", "int8")])

@@ -243,9 +243,10 @@ def check_folders(root: Path) -> None:
 def class_files(folder: Path) -> dict[str, ClassFiles]:
     """Return what lies in every class folder, by class name (in Unicode normal form C)."""
     classes = folders_in(folder) if folder.is_dir() else []
-    if not classes:
+    if all(path.name.casefold() in IMAGES for path in classes):
         raise TaskvecError(
-            f"'{folder}' holds no class folders", "put the images of each class into a folder of its own"
+            f"'{folder}' holds no class folders",
+            "put the images of each class into a folder of its own; a list beside them may say which they are",
         )
     loose = sorted(p.name for p in folder.iterdir() if is_image(p.name) and not hidden(p.name) and p.is_file())
     if loose:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -114,7 +115,7 @@ def table_files(folder: Path) -> list[Path]:
 def address_parts(address: str) -> tuple[str, str]:
     """Return the name and the configuration of ``NAME`` or ``NAME@CONFIG``; a folder's name may have an @ itself."""
     name, at, config = address.rpartition("@")
-    return (address, "") if not at or Path(address).expanduser().is_dir() else (name, config)
+    return (address, "") if not at or os.path.isdir(Path(address).expanduser()) else (name, config)  # noqa: PTH112
 
 
 def open_dataset(address: str, info_only: bool = False) -> Any:
@@ -234,22 +235,26 @@ def read_splits(address: str) -> Listing:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one file of a split, or of a whole split, and what its columns are."""
+    """The rows of one file of a split, or of a whole split, and what its columns are.
+
+    ``declared`` is what stands beside the file, in a card; what the file itself says goes before it.
+    """
 
     table: Any
     name: str
     features: dict[str, Any]
+    declared: dict[str, Any]
 
     @staticmethod
     def of(table: Any, name: str, declared: Any = None) -> Part:
-        """Return a part; what its file does not say about a column is what is ``declared`` beside it, in a card."""
+        """Return a part; what its file does not say about a column is what is declared beside it."""
         telling = (library().Image, library().ClassLabel)
         known = {c: kind for c, kind in table.features.items() if isinstance(kind, telling)}
-        return Part(table, name, dict(table.features) | dict(declared or {}) | known)
+        return Part(table, name, dict(table.features) | dict(declared or {}) | known, dict(declared or {}))
 
     def values(self, column: str) -> list[Any]:
         """Return the labels as they are in the table; none where it has no such column."""
-        return list(self.table[column]) if column in self.table.column_names else [None] * len(self.table)
+        return list(self.table[column][:]) if column in self.table.column_names else [None] * len(self.table)
 
     def names(self, column: str) -> tuple[str, ...] | None:
         """Return the class names of a column, None where it has none; two names that are one raise."""
@@ -403,6 +408,7 @@ def class_labels(
     for split, parts in splits.items():
         check_labels([value for part in parts for value in part.values(column)], column, split)
     names, notes = meanings(every, column)
+    notes += contradictions(every, column)
     found = {
         split: [name for part in parts for name in class_names(part, names[part.name], column)]
         for split, parts in splits.items()
@@ -445,6 +451,16 @@ def meanings(parts: list[Part], column: str) -> tuple[dict[str, tuple[str, ...] 
         f"{bare[0].name} has numbers for labels and no class names, and {others[0].name} has others",
         "which number means which class cannot be known: write the names, or the texts, into every file",
     )
+
+
+def contradictions(parts: list[Part], column: str) -> tuple[str, ...]:
+    """Say which files name their classes otherwise than the card beside them."""
+    names = [(part.name, named_classes(part.features).get(column), part.declared) for part in parts]
+    other = [name for name, own, card in names if own != named_classes(card).get(column, own)]
+    if not other:
+        return ()
+    what = "names its classes otherwise than is declared beside it, and is read by its own names"
+    return (f"{other[0]} {what}" + (f" (and {len(other) - 1} more)" if other[1:] else ""),)
 
 
 def are_numbers(labels: list[Any]) -> bool:

@@ -257,7 +257,10 @@ def listed(path: Path) -> list[str]:
     """Return the lines of a list that are not empty."""
     if not path.is_file():
         raise TaskvecError(f"no list at '{path}'", "it says which images are in the split, one a line")
-    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise TaskvecError(f"the list '{path}' is no text in UTF-8: {error}", "is the download whole?") from None
 
 
 def scenes(base: Path, name: str) -> Listing:

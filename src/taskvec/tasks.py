@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -110,12 +111,12 @@ def resolve(address: str, start: Path, data: str | None = None) -> str:
     """
     kind, rest = parse(address)
     whole = absolute(rest, start)
-    if kind == "folder" or (kind == "hf" and whole.is_dir()):
+    if kind == "folder" or (kind == "hf" and os.path.isdir(whole)):  # noqa: PTH112, one behind a closed door is none
         return f"{kind}:{whole}"
     if kind == "hf":
         name, config = address_parts(rest)
         local = absolute(name, start)
-        found = local.is_dir() or name.startswith((".", "~"))
+        found = os.path.isdir(local) or name.startswith((".", "~"))  # noqa: PTH112
         return f"{kind}:{local}" + (f"@{config}" if config else "") if found else address
     name, _, where = rest.partition("@")
     if kind == "lab" or where == "hf" or where.startswith("hf:"):
@@ -135,7 +136,8 @@ def hub_dataset(address: str) -> str | None:
     """Return the data set of the Hub that an address means, None where it is on disk or drawn."""
     kind, rest = parse(address)
     if kind == "hf":
-        return None if folder_of(address_parts(rest)[0]) else rest
+        with readable(address):
+            return None if folder_of(address_parts(rest)[0]) else rest
     name, _, where = rest.partition("@")
     if kind != "paper" or not (where in ("", "hf") or where.startswith("hf:")):
         return None
@@ -148,16 +150,23 @@ def has_whole(address: str) -> bool:
     return parse(address)[0] != "lab"
 
 
-def list_task(address: str) -> Listing:
-    """List a task's images and labels by split; a task without a validation split gets the protocol's."""
-    kind, rest = parse(address)
+@contextlib.contextmanager
+def readable(address: str) -> Iterator[None]:
+    """Turn what the system refuses about a task's files into a message that names the task and the place."""
     try:
-        listing = SOURCES[kind](rest)
+        yield
     except OSError as error:
         place = error.filename or address
         raise TaskvecError(
             f"task '{address}' cannot be read at '{place}': {error.strerror or error}", "mend its permissions or path"
         ) from None
+
+
+def list_task(address: str) -> Listing:
+    """List a task's images and labels by split; a task without a validation split gets the protocol's."""
+    kind, rest = parse(address)
+    with readable(address):
+        listing = SOURCES[kind](rest)
     return listing if "validation" in listing.labels else warned(split_validation(listing, address))
 
 
