@@ -17,17 +17,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from taskvec.addresses import split_key
 from taskvec.backbones import AROUND, Backbone
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.heads import Head
 from taskvec.kinds import CLASSIFICATION
 from taskvec.loaders import FAMILIES
-from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, read_checkpoint, stripped
+from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, parts, read_checkpoint
 from taskvec.loaders.requests import Request
 from taskvec.notes import note
 from taskvec.store import read_json
 from taskvec.tasks import Task
-from taskvec.weights import Weights, align, read_metadata
+from taskvec.weights import Weights, align, check_filled, check_kinds, read_metadata
 
 NAMING = ("model.json", "config.json")
 """Files beside a checkpoint that may name the outputs of its head."""
@@ -44,8 +45,9 @@ class Checkpoint:
     classifier: Mapping[str, Tensor]
 
 
-def given_file(path: Path, key: str, task: str, allow_pickle: bool) -> Path:
+def given_file(given: Path, key: str, task: str, allow_pickle: bool) -> Path:
     """Return the file that a task's ``finetuned`` or ``head`` names, or raise if it is missing or a pickle."""
+    path = Path(split_key(str(given))[0])
     if not path.is_file():
         raise TaskvecError(
             f"no file at '{path}', which task '{task}' names as {key}",
@@ -54,27 +56,34 @@ def given_file(path: Path, key: str, task: str, allow_pickle: bool) -> Path:
     return check_file(str(path), allow_pickle)
 
 
-def read_finetuned(path: Path, backbone: Backbone, allow_pickle: bool = False) -> Checkpoint:
+def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) -> Checkpoint:
     """Read a fine-tuned encoder of a backbone: in the backbone's own keys, or in any that its kind of address reads.
 
+    ``FILE#NAME`` is a part of a file.
     Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is told on stderr.
     """
+    file, part = split_key(str(given))
+    path = Path(file)
     if path.name == "encoder.safetensors" and (path.parent / AROUND).exists():
         raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
     source, wanted = f"'{path}'", backbone.pretrained.state()
-    raw = stripped(read_checkpoint(path), wanted)
+    found = read_checkpoint(path, wanted, part)
+    raw = found.tensors
     classifier = {key: value for key, value in raw.items() if key not in wanted and key.startswith(CLASSIFIERS)}
     counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in raw}
     own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items() if key not in counters)
     own = own and not set(raw) - set(wanted) - set(classifier)
-    state = raw if own else translate(path, backbone, allow_pickle)
+    state = raw if own else translate(path, part, backbone, allow_pickle)
     kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}
     encoder = align(counters | kept, backbone.pretrained, source)
+    check_filled(encoder, source)
+    if found.beside:
+        note(f"{source}: left out {parts(found.beside)}")
     warn_of(encoder, backbone, source)
     return Checkpoint(path, encoder, classifier)
 
 
-def translate(path: Path, backbone: Backbone, allow_pickle: bool) -> Mapping[str, Tensor]:
+def translate(path: Path, part: str, backbone: Backbone, allow_pickle: bool) -> Mapping[str, Tensor]:
     """Read a file as if it were the backbone's own checkpoint: other key styles, positions of another input size.
 
     Weights of transformers need the config.json that lies beside them.
@@ -82,7 +91,9 @@ def translate(path: Path, backbone: Backbone, allow_pickle: bool) -> Mapping[str
     family, options = backbone.architecture["family"], backbone.architecture["options"]
     name = str(path) if family == "hf" else options.get("name") or options.get("model") or "random"
     projection = bool(options.get("projection")) or None
-    asked = Request(f"{family}:{name}@{path}", family, name, str(path), options["size"], projection, allow_pickle)
+    asked = Request(
+        f"{family}:{name}@{path}", family, name, str(path), options["size"], projection, allow_pickle, key=part
+    )
     state = FAMILIES[family].load(asked).state(backbone.module)
     return state.tensors if state else {}
 
@@ -127,7 +138,9 @@ def read_head(path: Path, given: Sequence[str], task: Task, width: int) -> Head:
     Of several heads the one with the task's name is taken. Its outputs are named by ``given``, or else by the file's
     metadata ``classes`` (JSON), the model.json or the config.json beside it, and brought into the order of the task's.
     """
-    source, tensors = f"'{path}'", read_checkpoint(path)
+    file, part = split_key(str(path))
+    path = Path(file)
+    source, tensors = f"'{path}'", read_checkpoint(path, key=part).tensors
     weights = [key for key in tensors if key.endswith("weight") and tensors[key].ndim == 2]
     named = f"{task.name}.weight"
     chosen = named if named in weights else weights[0] if len(weights) == 1 else None
@@ -190,6 +203,8 @@ def fitted(
     source: str,
 ) -> Head:
     """Make a head out of a linear layer's tensors, with its outputs in the order of the task's classes."""
+    layers = {key: tensors[key] for key in sorted(layer(weight)) if key in tensors}
+    check_kinds(layers, {key: torch.empty(0) for key in layers}, source)
     rows = tensors[weight].float()
     bias = tensors.get(weight.removesuffix("weight") + "bias", torch.zeros(len(rows))).float()
     head = Head(rows, bias, **{"kind": task.kind, **unusual})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from taskvec.errors import TaskvecError, unknown
 from taskvec.images import Preprocessing
 from taskvec.loaders import hub
-from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, find_file, read_checkpoint, separate, stripped
+from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, PROJECTORS, Reading, find_file, read_checkpoint, separate
 from taskvec.loaders.requests import Family, Loaded, Request, State, no_projection, origin_of
 from taskvec.notes import note
 from taskvec.store import file_digest
@@ -34,7 +34,7 @@ def load(request: Request) -> Loaded:
     return Loaded(
         {"family": "timm", "options": options},
         lambda module: preprocessing(module, pixels),
-        lambda module: state_for(module, stripped(read_checkpoint(path), module.state_dict()), request.name),
+        lambda module: state_for(module, read_checkpoint(path, module.state_dict(), request.key), request.name),
         lambda: origin_of(path, repo),
     )
 
@@ -124,15 +124,15 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
     return Preprocessing(size, min(crop, 1.0), config["interpolation"], mean, std, mode == "squash")
 
 
-def state_for(module: nn.Module, raw: dict[str, Tensor], name: str) -> State:
+def state_for(module: nn.Module, found: Reading, name: str) -> State:
     """Translate a checkpoint for the module and leave out its classifier, or the decoder of masked pre-training."""
-    tensors, unused = translate(raw, module)
+    tensors, unused = translate(found.tensors, module)
     wanted = module.state_dict().keys()
-    kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS))
+    kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS, *PROJECTORS))
     if set(kept) - set(wanted):
         kept, more = separate(kept, wanted, heads_of(name, module))
         dropped = (*dropped, *more)
-    return State(kept, (*unused, *(key for key in dropped if key not in unused)))
+    return State(kept, tuple(dict.fromkeys((*unused, *dropped, *found.beside))))
 
 
 def heads_of(name: str, module: nn.Module) -> tuple[str, ...]:

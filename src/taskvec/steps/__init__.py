@@ -38,7 +38,7 @@ from taskvec.steps.merging import (
 )
 
 MEANINGS = {
-    load_backbone: 1,
+    load_backbone: 2,
     preprocessing: 1,
     decode_task: 1,
     decode_training: 1,
@@ -49,7 +49,7 @@ MEANINGS = {
     zero_shot: 1,
     finetune: 2,
     finetune_joint: 1,
-    import_finetuned: 1,
+    import_finetuned: 2,
     choose_learning_rate: 2,
     merge: 2,
     choose_option: 1,
