@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from taskvec import backbones, loaders
 from taskvec.anatomy import anatomy
 from taskvec.backbones import load_backbone, read_backbone, write_backbone
+from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing, normalise
+from taskvec.loaders.checkpoints import Reading
 from taskvec.loaders.timm import preprocessing, state_for, translate
-from taskvec.weights import check_keys
+from taskvec.weights import align, check_keys, pack
 
 VIT = "vit_tiny_patch16_224"
 
@@ -192,7 +194,7 @@ def test_auxiliary_heads_are_left_out() -> None:
     name = "efficientvim_m1"
     with torch.device("meta"):
         whole, bare = timm.create_model(name), timm.create_model(name, num_classes=0)
-    state = state_for(bare, whole.state_dict(), {"name": name, "size": 224})
+    state = state_for(bare, Reading(whole.state_dict()), {"name": name, "size": 224})
     assert set(state.tensors) == set(bare.state_dict())
     assert set(state.left_out) == set(whole.state_dict()) - set(bare.state_dict())
 
@@ -222,3 +224,167 @@ def test_a_plan_says_what_a_run_would_and_reads_no_weights(tmp_path: Path, monke
 def test_another_shape_is_not_blamed_on_a_size_that_was_given() -> None:
     with pytest.raises(TaskvecError, match="give that size, or none where the architecture keeps its own"):
         check_keys({"a": (2,)}, {"a": (3,)}, "x", "give another")
+
+
+# ---------------------------------------------------------------- containers and what stands in names
+
+TENSORS = timm.create_model("test_vit", num_classes=3, img_size=32).state_dict()
+ENCODER = {key: value + 1 for key, value in TENSORS.items() if not key.startswith("head.")}
+WHOLE = ENCODER | {key: value for key, value in TENSORS.items() if key.startswith("head.")}
+
+
+def under(prefix: str, state: dict[str, torch.Tensor] = ENCODER, offset: float = 0.0) -> dict[str, torch.Tensor]:
+    return {prefix + key: value + offset for key, value in state.items()}
+
+
+def inner(part: str, state: dict[str, torch.Tensor] = WHOLE) -> dict[str, torch.Tensor]:
+    return {
+        key.replace("blocks.1.", f"blocks.1.{part}.").replace("attn.", f"attn.{part}."): t for key, t in state.items()
+    }
+
+
+LAYER = {"weight": torch.ones(2, 2)}
+CONTAINERS = {
+    "tutorial": {"epoch": 3, "model_state_dict": WHOLE, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+    "cifar": {"net": under("module.", WHOLE), "acc": 91.0},
+    "deepspeed": {"module": WHOLE, "optimizer": None, "args": argparse.Namespace(a=1)},
+    "deep": {"a": {"b": [{"c": {"weights": WHOLE}}]}},
+    "mmpretrain": {"meta": {}, "state_dict": under("backbone.") | under("head.fc.", LAYER) | {"data_preprocessor.mean": LAYER["weight"]}},
+    "lightning": {"state_dict": under("model.encoder.") | under("loss.", LAYER) | under("model.head.", LAYER)},
+    "simclr": {"state_dict": under("module.online_network.encoder.") | under("module.online_network.projector.0.", LAYER)},
+    "any name": {"my_weights": under("wrapper.thing.")},
+    "compiled": under("_orig_mod.module.", WHOLE),
+    "compiled blocks": inner("_orig_mod"), "recomputed": inner("_checkpoint_wrapped_module"),
+    "sharded": under("_fsdp_wrapped_module.", inner("_fsdp_wrapped_module")), "devices inside": inner("module"),
+    "beside an ema that does not fit": {"model": WHOLE, "ema": {"decay": 0.9, "shadow": {"x": torch.ones(1)}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CONTAINERS))
+def test_weights_are_found_wherever_training_scripts_put_them(tmp_path: Path, name: str) -> None:
+    torch.save(CONTAINERS[name], tmp_path / "c.pth")
+    backbone = load_backbone(f"timm:test_vit@{tmp_path / 'c.pth'}", size=32, allow_pickle=True)
+    for key, value in ENCODER.items():
+        assert torch.equal(backbone.pretrained[key], value), key
+    finetuned = read_finetuned(tmp_path / "c.pth", backbone, allow_pickle=True)
+    assert torch.equal(finetuned.encoder.flat, backbone.pretrained.flat)
+
+
+CHOICES = {
+    "dino": ({"student": under("module.backbone.", offset=1), "teacher": under("backbone.")}, "teacher", "student"),
+    "moco": (under("module.encoder_k.", offset=1) | under("module.encoder_q."), "encoder_q", "encoder_k"),
+    "moco v3": (under("module.base_encoder.") | under("module.momentum_encoder.", offset=1), "base_encoder", "momentum_encoder"),
+    "byol": ({"state_dict": under("online_network.") | under("target_network.", offset=1)}, "online_network", "target_network"),
+    "ema": ({"model_ema": under("", offset=1), "model": ENCODER}, "model", "model_ema"),
+    "timm": ({"state_dict_ema": under("", offset=1), "state_dict": ENCODER}, "state_dict", "state_dict_ema"),
+    "net": ({"net_ema": under("", offset=1), "net": ENCODER}, "net", "net_ema"),
+    "shadow": ({"ema": {"shadow": under("", offset=1)}, "model": ENCODER}, "model", "shadow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CHOICES))
+def test_of_several_parts_one_is_taken_with_a_note_and_others_by_name(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, usual, other = CHOICES[name]
+    torch.save(state, tmp_path / "c.pth")
+    address = f"timm:test_vit@{tmp_path / 'c.pth'}"
+    taken = load_backbone(address, size=32, allow_pickle=True)
+    said = capsys.readouterr().err
+    assert "took '" in said and usual in said and other in said
+    chosen = {part: load_backbone(f"{address}#{part}", size=32, allow_pickle=True) for part in (usual, other)}
+    for key, value in ENCODER.items():
+        assert torch.equal(taken.pretrained[key], value)
+        assert torch.equal(chosen[usual].pretrained[key], value)
+        assert torch.equal(chosen[other].pretrained[key], value + 1)
+    described = [backbones.describe(address + part, 32, True) for part in ("", f"#{usual}", f"#{other}")]
+    assert described[1] != described[2] != described[0]
+    tuned = read_finetuned(Path(f"{tmp_path / 'c.pth'}#{other}"), taken, allow_pickle=True)
+    assert torch.equal(tuned.encoder.flat, chosen[other].pretrained.flat)
+    with pytest.raises(TaskvecError, match="has no part 'techer'"):
+        load_backbone(f"{address}#techer", size=32, allow_pickle=True)
+
+
+def test_a_file_whose_name_has_the_sign_is_itself(tmp_path: Path) -> None:
+    torch.save({"student": under("", offset=1), "teacher": ENCODER}, tmp_path / "c.pth")
+    save_file({key: value + 5 for key, value in ENCODER.items()}, tmp_path / "c.pth#student.safetensors")
+    save_file({key: value + 7 for key, value in ENCODER.items()}, tmp_path / "c.pth#student")
+    for name, offset in (("c.pth#student", 7), ("c.pth#student.safetensors", 5), ("c.pth#teacher", 0)):
+        found = load_backbone(f"timm:test_vit@{tmp_path / name}", size=32, allow_pickle=True)
+        assert torch.equal(found.pretrained["norm.weight"], ENCODER["norm.weight"] + offset)
+
+
+def test_a_container_that_holds_itself_ends(tmp_path: Path) -> None:
+    loop: dict[str, object] = {"model": ENCODER}
+    loop["self"] = [loop] * 20
+    torch.save(loop, tmp_path / "c.pth")
+    assert load_backbone(f"timm:test_vit@{tmp_path / 'c.pth'}", size=32, allow_pickle=True).width == 64
+
+
+ODD = {
+    "integer": (lambda t: (t * 9).to(torch.int32), "torch.int32"),
+    "int8": (lambda t: (t * 9).to(torch.int8), "torch.int8"),
+    "bool": (lambda t: t > 0, "torch.bool"),
+    "complex": (lambda t: t.to(torch.complex64), "torch.complex64"),
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "sparse": (lambda t: t.to_sparse(), "sparse_coo"),
+    "meta": (lambda t: t.to("meta"), "meta device"),
+    "quantised": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "qint8"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ODD))
+@pytest.mark.parametrize("key", ["blocks.1.attn.qkv.weight", "norm.bias"])
+def test_tensors_that_are_no_weights_are_refused_by_name_and_type(tmp_path: Path, kind: str, key: str) -> None:
+    change, told = ODD[kind]
+    torch.save(under("module.", WHOLE | {key: change(WHOLE[key])}), tmp_path / "c.pth")
+    with pytest.raises(TaskvecError, match=rf"tensor '{key}' .*{told}"):
+        load_backbone(f"timm:test_vit@{tmp_path / 'c.pth'}", size=32, allow_pickle=True)
+
+
+def test_an_encoder_of_zeros_is_refused(tmp_path: Path) -> None:
+    save_file(ENCODER, tmp_path / "a.safetensors")
+    save_file(
+        {key: 0 * value if value.ndim > 1 else value for key, value in ENCODER.items()}, tmp_path / "z.safetensors"
+    )
+    backbone = load_backbone(f"timm:test_vit@{tmp_path / 'a.safetensors'}", size=32)
+    for read in (lambda: load_backbone(f"timm:test_vit@{tmp_path / 'z.safetensors'}", size=32),
+                 lambda: read_finetuned(tmp_path / "z.safetensors", backbone)):  # fmt: skip
+        with pytest.raises(TaskvecError, match="z.safetensors': all its matrices are zero"):
+            read()
+
+
+def test_whole_numbers_of_the_architecture_may_be_stored_as_others(tmp_path: Path) -> None:
+    own = {"norm.num_batches_tracked": torch.tensor(7), "w": torch.ones(2, 2)}
+    like = pack(own)
+    for dtype in (torch.int32, torch.float32, torch.int64):
+        found = align(own | {"norm.num_batches_tracked": torch.tensor(7, dtype=dtype)}, like, "x")
+        assert found.carried["norm.num_batches_tracked"].dtype == torch.int64
+    with pytest.raises(TaskvecError, match="'norm.num_batches_tracked' is of type torch.float32"):
+        align(own | {"norm.num_batches_tracked": torch.tensor(7.5)}, like, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("a.gguf", "llama.cpp"), ("a.onnx", "ONNX"), ("a.h5", "Keras"), ("a.msgpack", "Flax"), ("a.npz", "NumPy"),
+     ("a.index", "TensorFlow"), ("__0_0.distcp", "DCP")],
+)  # fmt: skip
+def test_files_of_other_libraries_are_told(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    for place in (tmp_path / name, tmp_path):
+        with pytest.raises(TaskvecError, match=told) as caught:
+            load_backbone(f"timm:test_vit@{place}", size=32)
+        assert caught.value.fix
+
+
+def test_adapters_and_global_pooling_say_what_to_do(tmp_path: Path) -> None:
+    adapters = {f"base_model.model.blocks.0.attn.qkv.lora_{end}.weight": torch.ones(2, 2) for end in "AB"}
+    pooled = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: t for key, t in WHOLE.items()}
+    for state, told in (
+        (adapters, "merge_and_unload"),
+        (ENCODER | adapters, "merge_and_unload"),
+        (pooled, "cls_token"),
+    ):
+        save_file(state, tmp_path / "x.safetensors")
+        with pytest.raises(TaskvecError, match=told):
+            load_backbone(f"timm:test_vit@{tmp_path / 'x.safetensors'}", size=32)

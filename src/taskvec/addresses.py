@@ -130,7 +130,14 @@ def parse(address: str) -> tuple[str, str, str]:
 
 def is_file(after: str) -> bool:
     """Say whether what follows the @ of an address is a file: it has a path separator or a weight suffix."""
-    return "/" in after or Path(after).suffix in WEIGHT_SUFFIXES
+    return "/" in after or any(Path(name).suffix in WEIGHT_SUFFIXES for name in (after, after.rpartition("#")[0]))
+
+
+def split_key(given: str) -> tuple[str, str]:
+    """Split ``FILE#KEY``, which names a part of a file; where there is a file of the whole name, that is meant."""
+    file, _, key = given.rpartition("#")
+    known = not Path(given).expanduser().exists() and Path(file).expanduser().exists()
+    return (file, key) if file and key and known else (given, "")
 
 
 def default_name(address: str) -> str:

@@ -27,7 +27,7 @@ from taskvec.loaders.checkpoints import COUNTER, first_line, parts
 from taskvec.notes import note
 from taskvec.store import Record, read_record, write_json
 from taskvec.training import Progress, no_progress
-from taskvec.weights import Weights, align, bind, read, save
+from taskvec.weights import Weights, align, bind, check_filled, read, save
 
 Mean = Annotated[float, Field(ge=-1000, le=1000)]
 Deviation = Annotated[float, Field(ge=1e-4, le=1000)]
@@ -172,6 +172,7 @@ def describe(
     kind, name, _ = parse(address)
     family, asked = loaders.find(address, size, allow_pickle, projection)
     about = {"kind": kind, "name": name, "size": size} | family.identify(asked)
+    about |= {"part": asked.key} if asked.key else {}
     return about if projection is None else about | {"projection": projection}
 
 
@@ -299,6 +300,7 @@ def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     wanted = backbone.pretrained.state()
     counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in state}
     backbone.pretrained = align({**state, **counters}, backbone.pretrained, source)
+    check_filled(backbone.pretrained, source)
     backbone.use(backbone.pretrained)
     for name, tensor in backbone.pretrained.carried.items():
         backbone.bound.carried[name].copy_(tensor)

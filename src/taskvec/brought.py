@@ -19,17 +19,18 @@ from pydantic import Json, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from taskvec.addresses import split_key
 from taskvec.backbones import AROUND, Backbone, tried
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.heads import Head, Names, Unusual, told, unusual_heads
 from taskvec.kinds import CLASSIFICATION
 from taskvec.loaders import FAMILIES
-from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, parts, read_checkpoint, stripped
+from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, parts, read_checkpoint
 from taskvec.loaders.requests import Request
 from taskvec.notes import note
 from taskvec.store import read_json
 from taskvec.tasks import Task
-from taskvec.weights import Weights, align
+from taskvec.weights import Weights, align, check_filled, check_kinds
 
 NAMES = TypeAdapter(Names)
 OUTPUTS = TypeAdapter(Json[Names | dict[str, Names]])
@@ -55,8 +56,9 @@ class Checkpoint:
     objection: str = ""
 
 
-def given_file(path: Path, key: str, task: str, allow_pickle: bool) -> Path:
+def given_file(given: Path, key: str, task: str, allow_pickle: bool) -> Path:
     """Return the file that a task's ``finetuned`` or ``head`` names, or raise if it is missing or a pickle."""
+    path = Path(split_key(str(given))[0])
     if not path.is_file():
         raise TaskvecError(
             f"no file at '{path}', which task '{task}' names as {key}",
@@ -65,60 +67,65 @@ def given_file(path: Path, key: str, task: str, allow_pickle: bool) -> Path:
     return check_file(str(path), allow_pickle)
 
 
-def read_finetuned(path: Path, backbone: Backbone, allow_pickle: bool = False) -> Checkpoint:
+def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) -> Checkpoint:
     """Read a fine-tuned encoder of a backbone: in the backbone's own keys, or in any that its kind of address reads.
 
     Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is told.
+    ``FILE#NAME`` is a part of a file.
     """
+    file, part = split_key(str(given))
+    path = Path(file)
     if path.name == "encoder.safetensors" and (path.parent / AROUND).exists():
         raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
     source, wanted = f"'{path}'", backbone.pretrained.state()
-    raw = stripped(read_checkpoint(path), wanted)
+    found = read_checkpoint(path, wanted, part)
+    raw = found.tensors
     classifier = {key: value for key, value in raw.items() if key not in wanted and key.startswith(CLASSIFIERS)}
     counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in raw}
     own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items() if key not in counters)
     own = own and not set(raw) - set(wanted) - set(classifier)
-    state = raw if own else translate(path, backbone, allow_pickle)
+    asked = request_of(path, part, backbone, allow_pickle)
+    state, unused = (raw, found.beside) if own else translate(asked, backbone)
+    if rest := [key for key in unused if not key.startswith(CLASSIFIERS)]:
+        note(f"{source}: left out {parts(rest)}")
     kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}
     encoder = align(counters | kept, backbone.pretrained, source)
+    check_filled(encoder, source)
     warn_of(encoder, backbone, source)
-    return Checkpoint(path, encoder, classifier, objection(path, encoder, classifier, backbone, allow_pickle))
+    return Checkpoint(path, encoder, classifier, objection(asked, encoder, classifier, backbone))
 
 
-def translate(path: Path, backbone: Backbone, allow_pickle: bool) -> Mapping[str, Tensor]:
+def translate(asked: Request, backbone: Backbone) -> tuple[Mapping[str, Tensor], Sequence[str]]:
     """Read a file as if it were the backbone's own checkpoint: other key styles, positions of another input size.
 
-    Weights of transformers need the config.json that lies beside them.
+    What is left out of it comes second. Weights of transformers need the config.json that lies beside them.
     """
-    asked = request_of(path, backbone, allow_pickle)
     state = FAMILIES[asked.kind].load(asked).state(backbone.module)
-    if rest := [key for key in (state.left_out if state else ()) if not key.startswith(CLASSIFIERS)]:
-        note(f"'{path}': left out {parts(rest)}")
-    return state.tensors if state else {}
+    return (state.tensors, state.left_out) if state else ({}, ())
 
 
-def request_of(path: Path, backbone: Backbone, allow_pickle: bool) -> Request:
-    """Return what asks for a file as if it were the backbone's own checkpoint."""
+def request_of(path: Path, part: str, backbone: Backbone, allow_pickle: bool) -> Request:
+    """Return what asks for a file, or a part of it, as if it were the backbone's own checkpoint."""
     family, options = backbone.architecture["family"], backbone.architecture["options"]
     name = str(path) if family == "hf" else options.get("name") or options.get("model") or "random"
     projection = bool(options.get("projection")) or None
-    return Request(f"{family}:{name}@{path}", family, name, str(path), options["size"], projection, allow_pickle)
+    address = f"{family}:{name}@{path}"
+    return Request(address, family, name, str(path), options["size"], projection, allow_pickle, key=part)
 
 
-def objection(
-    path: Path, encoder: Weights, classifier: Mapping[str, Tensor], backbone: Backbone, allow_pickle: bool
-) -> str:
+def objection(asked: Request, encoder: Weights, classifier: Mapping[str, Tensor], backbone: Backbone) -> str:
     """Say why a classifier is no head on the backbone's features: it is not linear, or its library's scores differ."""
     if not classifier:
         return ""
     rows, bias = linear(classifier)
     if rows is None:
         return f"its classifier ({', '.join(sorted(classifier)[:6])}) is not one linear layer"
-    asked = request_of(path, backbone, allow_pickle)
     make = FAMILIES[asked.kind].classifier if asked.kind in FAMILIES else None
     whole = make(asked, backbone.architecture["options"], len(rows)) if make else None
     if make and whole is None:
-        note(f"'{path}': its classifier is none that the library knows; it is taken to read the encoder's feature")
+        note(
+            f"'{asked.file}': its classifier is none that the library knows; it is taken to read the encoder's feature"
+        )
     return "" if whole is None or agree(whole, encoder, Head(rows, bias), backbone) else OTHER
 
 
@@ -186,7 +193,9 @@ def read_head(path: Path, given: Sequence[str], task: Task, width: int) -> Head:
     Of several heads the one with the task's name is taken. Its outputs are named by ``given``, or else by the file's
     metadata ``classes`` (JSON), the model.json or the config.json beside it, and brought into the order of the task's.
     """
-    source, tensors = f"'{path}'", read_checkpoint(path)
+    file, part = split_key(str(path))
+    path = Path(file)
+    source, tensors = f"'{path}'", read_checkpoint(path, key=part).tensors
     weights = [key for key in tensors if key.endswith("weight") and tensors[key].ndim == 2]
     named = f"{task.name}.weight"
     chosen = named if named in weights else weights[0] if len(weights) == 1 else None
@@ -276,6 +285,8 @@ def fitted(
     source: str,
 ) -> Head:
     """Make a head out of a linear layer's tensors, with its outputs in the order of the task's classes."""
+    layers = {key: tensors[key] for key in sorted(layer(weight)) if key in tensors}
+    check_kinds(layers, {key: torch.empty(0) for key in layers}, source)
     rows = tensors[weight].float()
     bias = tensors.get(weight.removesuffix("weight") + "bias", torch.zeros(len(rows))).float()
     if not all(tensors[key].is_floating_point() for key in layer(weight) if key in tensors):

@@ -275,7 +275,7 @@ TURNS = {
 def upright(image: Image.Image) -> Image.Image:
     """Read an image's pixels and turn them as its EXIF says; an EXIF that cannot be read says nothing."""
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    if image.format == "PNG" and deep:
+    if isinstance(image, ImageFile.ImageFile) and image.format == "PNG" and deep:
         image.info[BITS] = significant_bits(image.fp)
     image.load()
     orientation = 1

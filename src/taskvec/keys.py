@@ -27,7 +27,8 @@ FOREIGN = (
     (r"flat_param", "parameters that FSDP has flattened", "save them with StateDictType.FULL_STATE_DICT"),
     (r"(^|\.)parametrizations\.", "weights that torch's parametrizations compute",
      "call torch.nn.utils.parametrize.remove_parametrizations on them, and save again"),
-    (r"(^|\.)\w+_mask$", "weights with masks of torch's pruning", "call torch.nn.utils.prune.remove, and save again"),
+    (r"(^|\.)(weight|bias)_mask$", "weights with masks of torch's pruning",
+     "call torch.nn.utils.prune.remove, and save again"),
     (r"(^|\.)fc_norm\.", "a model whose feature is the normalised mean of its patches (fc_norm), as MAE is fine-tuned",
      "give one that was fine-tuned with the class token (MAE: --cls_token): it is another feature than this encoder's"),
 )  # fmt: skip

@@ -19,7 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from taskvec.errors import TaskvecError
+from taskvec.files import Checkpoint
+from taskvec.keys import foreign
 
+COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of numbers that weights may have."""
 Shape = tuple[int, ...]
 
 
@@ -129,6 +133,8 @@ def check_keys(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: 
     reshaped = [key for key in wanted if key in found and tuple(found[key]) != tuple(wanted[key])]
     if not (missing or extra or reshaped):
         return
+    if told := foreign(extra):
+        raise TaskvecError(f"{source} does not fit: it holds {told[0]} ({_some('', extra).strip()})", told[1])
     parts = [_some("is missing", missing), _some("has unexpected", extra)]
     if reshaped and not missing and not extra:
         fix += "; if it was made for another input size: give that size, or none where the architecture keeps its own"
@@ -152,12 +158,45 @@ def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
     shapes = {key: tuple(value.shape) for key, value in full.items()}
     wanted = {key: tuple(value.shape) for key, value in like.state().items()}
     check_keys(shapes, wanted, source, "give a checkpoint of that architecture, or name the one it was saved from")
+    check_kinds(full, like.state(), source)
     flat = torch.empty_like(like.flat)
     for entry in like.layout:
         view(flat, entry).copy_(full[entry.name])
     check_finite(Weights(like.layout, flat), source)
-    carried = {name: full[name].to(tensor.device, copy=True) for name, tensor in like.carried.items()}
+    carried = {name: full[name].to(tensor.device, tensor.dtype, copy=True) for name, tensor in like.carried.items()}
     return Weights(like.layout, flat, carried)
+
+
+def check_kinds(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
+    """Raise for tensors that are no plain numbers, or whose numbers cannot be those of the wanted one of their name."""
+    for name, tensor in state.items():
+        if why := _why_not(tensor, wanted.get(name)):
+            raise TaskvecError(
+                f"{source}: tensor '{name}' {why}",
+                "give the weights themselves, in floating-point numbers; of a quantised model those before that",
+            )
+
+
+def _why_not(tensor: Tensor, wanted: Tensor | None) -> str:
+    if tensor.is_meta:
+        return "holds no numbers: it is on the meta device"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"is no plain tensor ({'nested' if tensor.is_nested else tensor.layout})"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype})"
+    if wanted is not None and wanted.is_floating_point() and tensor.dtype not in COMPUTED:
+        return f"is of type {tensor.dtype}, which is none of weights"
+    if wanted is not None and not wanted.is_floating_point():
+        odd = tensor.is_complex() or not torch.equal(tensor.to(wanted.dtype).double(), tensor.double())
+        return f"is of type {tensor.dtype}, and its numbers are none of {wanted.dtype}" if odd else ""
+    return ""
+
+
+def check_filled(weights: Weights, source: str) -> None:
+    """Raise when all matrices of an encoder are zero: nothing was saved."""
+    matrices = [entry for entry in weights.layout if len(entry.shape) > 1 and entry.size]
+    if matrices and not any(bool(view(weights.flat, entry).any()) for entry in matrices):
+        raise TaskvecError(f"{source}: all its matrices are zero", "give a checkpoint that holds trained weights")
 
 
 def check_finite(weights: Weights, source: str, fix: str = "give a checkpoint whose training did not diverge") -> None:
@@ -191,10 +230,11 @@ def read(path: Path, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Read tensors of a safetensors file (all, or ``keys``); a missing or damaged file is a clear error."""
     if not path.is_file():
         raise TaskvecError(f"no weights file at '{path}'", "give the path of a .safetensors file")
+    Checkpoint(path).close()
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise TaskvecError(
             f"'{path}' cannot be read as safetensors: {error}", "is it complete? copy or convert it again"
         ) from None

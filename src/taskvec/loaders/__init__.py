@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taskvec.addresses import PAPER, Checkpoint, parse
+from taskvec.addresses import PAPER, Checkpoint, parse, split_key
 from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing
 from taskvec.loaders import lab, open_clip, saved, timm, transformers
@@ -43,8 +43,9 @@ def find(
         raise TaskvecError(f"'{address}': size is '{size}'", f"give a number of pixels, at most {LARGEST}")
     if kind == "paper":
         kind, name, file = resolve(PAPER[name], file)
+    file, key = split_key(file)
     hub = PAPER[parse(address)[1]].hub if address.startswith("paper:") and not file else None
-    return FAMILIES[kind], Request(address, kind, name, file, size, projection, allow_pickle, hub)
+    return FAMILIES[kind], Request(address, kind, name, file, size, projection, allow_pickle, hub, key)
 
 
 def resolve(checkpoint: Checkpoint, given: str) -> tuple[str, str, str]:
@@ -55,7 +56,7 @@ def resolve(checkpoint: Checkpoint, given: str) -> tuple[str, str, str]:
     kind, name, file = parse(checkpoint.address)
     if not given:
         return kind, name, file
-    path = Path(given).expanduser()
+    path = Path(split_key(given)[0]).expanduser()
     folder = path if path.is_dir() else path.parent
     own = kind == "open_clip" and (not path.is_dir() or any((folder / n).is_file() for n in open_clip.FILES))
     if not own and saved.is_folder(folder):

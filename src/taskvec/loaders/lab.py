@@ -11,7 +11,7 @@ from torch import nn
 from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing
 from taskvec.lab import encoders
-from taskvec.loaders.checkpoints import CLASSIFIERS, check_file, read_checkpoint, separate
+from taskvec.loaders.checkpoints import CLASSIFIERS, Reading, check_file, read_checkpoint, separate
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, no_projection
 from taskvec.store import file_digest
 
@@ -28,12 +28,18 @@ def load(request: Request) -> Loaded:
 
     def state(module: nn.Module) -> State | None:
         if step is None:
-            return None if path is None else State(*separate(read_checkpoint(path), module.state_dict(), CLASSIFIERS))
+            return None if path is None else state_for(module, read_checkpoint(path, module.state_dict(), request.key))
         from taskvec.lab.pretrain import snapshot
 
         return State(dict(snapshot(base, step).state_dict()))
 
     return Loaded({"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"]), state, dict)
+
+
+def state_for(module: nn.Module, found: Reading) -> State:
+    """Return the tensors of a file for the module, without a classifier and what stands beside the encoder."""
+    kept, dropped = separate(found.tensors, module.state_dict(), CLASSIFIERS)
+    return State(kept, (*dropped, *found.beside))
 
 
 def file_of(request: Request, base: str) -> Path | None:

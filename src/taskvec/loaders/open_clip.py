@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from taskvec.addresses import CLIP, is_file
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.images import RESAMPLING, Preprocessing
+from taskvec.keys import unwrapped
 from taskvec.loaders import hub
 from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate, stripped
 from taskvec.loaders.requests import (
@@ -71,7 +72,7 @@ def load(request: Request) -> Loaded:
     return Loaded(
         {"family": "open_clip", "options": options},
         lambda _: preprocessing(tag, pixels),
-        lambda module: state_for(module, path),
+        lambda module: state_for(module, path, request.key),
         lambda: origin_of(path, repo),
     )
 
@@ -238,11 +239,12 @@ def preprocessing(tag: dict[str, Any], size: int) -> Preprocessing:
     return Preprocessing(size, 1.0, tag.get("interpolation", "bicubic"), mean, std, squash)
 
 
-def state_for(module: nn.Module, path: Path) -> State:
+def state_for(module: nn.Module, path: Path, part: str = "") -> State:
     """Take the image tower out of a checkpoint, its position embeddings resampled by open_clip."""
     from open_clip.model import resize_pos_embed
 
-    raw = stripped(read_checkpoint(path), {VISUAL + key for key in module.state_dict()})
+    found = read_checkpoint(path, {VISUAL + key: value for key, value in module.state_dict().items()}, part)
+    raw = found.tensors
     if VISUAL + "positional_embedding" in raw and hasattr(module, "grid_size"):
         raw[VISUAL + "positional_embedding"] = raw[VISUAL + "positional_embedding"].float()  # half cannot be resampled
         try:
@@ -256,7 +258,7 @@ def state_for(module: nn.Module, path: Path) -> State:
     kept, dropped = separate(raw, wanted, unwanted)
     shapes = {key: tuple(value.shape) for key, value in kept.items()}
     check_keys(shapes, wanted, f"'{path}'", "give a checkpoint of that model of open_clip")
-    return State({key.removeprefix(VISUAL): value for key, value in kept.items()}, dropped)
+    return State({key.removeprefix(VISUAL): value for key, value in kept.items()}, (*dropped, *found.beside))
 
 
 def build(options: dict[str, Any]) -> nn.Module:
@@ -294,11 +296,11 @@ def identify_text(request: Request) -> str:
 
 
 @contextlib.contextmanager
-def plain(path: Path) -> Iterator[Path]:
+def plain(path: Path, part: str) -> Iterator[Path]:
     """Give a file that open_clip itself can read: the same, or a copy for the moment whose keys have no wrappers."""
-    state = read_checkpoint(path)
-    bare = stripped(state, ())
-    if bare.keys() == set(read_keys(path) if path.suffix == ".safetensors" else state):
+    state = stripped(read_checkpoint(path, key=part).tensors)
+    bare = {name: state[key] for key, name in unwrapped(state).items()}
+    if path.suffix == ".safetensors" and bare.keys() == set(read_keys(path)):
         yield path
         return
     with TemporaryDirectory() as folder:
@@ -317,7 +319,7 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     alone = not {"hf_model_name", "hf_tokenizer_name"} & set((config | own)["text_cfg"])
     words = f"local-dir:{path.parent}" if "text_cfg" in own else request.name
     try:
-        with asked_once(alone), plain(path) as file:
+        with asked_once(alone), plain(path, request.key) as file:
             model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu, **own).eval()
             open_clip.load_checkpoint(model, str(file))
             tokens = open_clip.get_tokenizer(words)(list(captions))

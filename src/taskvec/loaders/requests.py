@@ -35,7 +35,7 @@ class Request:
     """A backbone as it is asked for: its address, what it stands for, its input size in pixels, and what is allowed.
 
     ``projection`` says whether the features of a CLIP model are those after its projection, where it has one; ``hub``
-    is the repository and file of weights that have no name of their own.
+    is the repository and file of weights that have no name of their own, ``key`` the part of the file that is meant.
     """
 
     address: str
@@ -46,6 +46,7 @@ class Request:
     projection: bool | None = None
     allow_pickle: bool = False
     hub: tuple[str, str] | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True)

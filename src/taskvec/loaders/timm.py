@@ -18,13 +18,12 @@ from taskvec.loaders.checkpoints import (
     CLASSIFIERS,
     COUNTER,
     DECODERS,
-    MEMBERS,
-    WRAPPERS,
+    PROJECTORS,
+    Reading,
     find_file,
     first_line,
     read_checkpoint,
     separate,
-    stripped,
 )
 from taskvec.loaders.requests import (
     Family,
@@ -67,7 +66,7 @@ def load(request: Request) -> Loaded:
     return Loaded(
         {"family": "timm", "options": options},
         lambda module: preprocessing(module, options["size"]),
-        lambda module: state_for(module, raw_state(path, module), options),
+        lambda module: state_for(module, read_checkpoint(path, module.state_dict(), request.key), options),
         lambda: origin_of(path, repo),
     )
 
@@ -78,11 +77,6 @@ def options_of(request: Request) -> dict[str, Any]:
     about = configured(request)
     own = about["seen"]["input_size"][-1] if about else own_size(request.name)
     return {"name": request.name, "size": request.size or own} | projection_options(request) | about
-
-
-def raw_state(path: Path, module: nn.Module) -> dict[str, Tensor]:
-    """Read a file's tensors under the keys that they have without the classes that held the encoder."""
-    return stripped(read_checkpoint(path), module.state_dict(), (*WRAPPERS, *MEMBERS, "timm_model."))
 
 
 # ---------------------------------------------------------------- configurations
@@ -256,15 +250,15 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
     return Preprocessing(size, min(crop, 1.0), config["interpolation"], mean, std, mode == "squash")
 
 
-def state_for(module: nn.Module, raw: dict[str, Tensor], options: Mapping[str, Any]) -> State:
+def state_for(module: nn.Module, found: Reading, options: Mapping[str, Any]) -> State:
     """Translate a checkpoint for the module and leave out its classifier, or the decoder of masked pre-training."""
-    tensors, unused = translate(raw, module)
+    tensors, unused = translate(found.tensors, module)
     wanted = module.state_dict().keys()
-    kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS))
+    kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS, *PROJECTORS))
     if set(kept) - set(wanted):
         kept, more = separate(kept, wanted, heads_of(options, module))
         dropped = (*dropped, *more)
-    return State(kept, (*unused, *(key for key in dropped if key not in unused)))
+    return State(kept, tuple(dict.fromkeys((*unused, *dropped, *found.beside))))
 
 
 def heads_of(options: Mapping[str, Any], module: nn.Module) -> tuple[str, ...]:
@@ -355,7 +349,7 @@ def made(options: Mapping[str, Any], outputs: int) -> nn.Module:
 def classifier(request: Request, options: Mapping[str, Any], outputs: int) -> nn.Module | None:
     """Make timm's own classifier of a fine-tuned file, by what lies beside it; None where timm's has other tensors."""
     whole = made({**options, **configured(request)}, outputs)
-    tensors, _ = translate(raw_state(Path(request.file), whole), whole)
+    tensors, _ = translate(read_checkpoint(Path(request.file), whole.state_dict(), request.key).tensors, whole)
     wanted = {key: value.shape for key, value in whole.state_dict().items()}
     held = {key: value for key, value in tensors.items() if key in wanted and value.shape == wanted[key]}
     if any(key not in held and not key.endswith(COUNTER) for key in wanted):

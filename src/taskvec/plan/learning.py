@@ -6,6 +6,7 @@ from importlib import metadata
 from typing import Any
 
 from taskvec import backbones, brought
+from taskvec.addresses import split_key
 from taskvec.cells import LEARNING, LINEARISED, LORA, OPEN, Cell, Ground, Inputs
 from taskvec.errors import TaskvecError
 from taskvec.pipeline import Step
@@ -151,7 +152,11 @@ def import_finetuned(planner: Planner, task: str, cell: Cell, ground: Ground) ->
     read = files | brought.naming(files)
     digests = {key: file_digest(path) for key, path in read.items()}
     config: dict[str, Any] = {"source": digests, "name": task, "classes": list(choice.classes)}
-    aside = {"allow_pickle": pickle} | {key: str(path) for key, path in files.items()}
+    paths = {key: str(planner.sources.path(file)) for key, file in given.items()}
+    config |= (
+        {"parts": parts} if any(parts := {key: split_key(path)[1] for key, path in paths.items()}.values()) else {}
+    )
+    aside = {"allow_pickle": pickle} | paths
     inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
     if not choice.head and cell.regime not in LEARNING:
         inputs["head"] = [(cell.zero_shot or cell.head)[task]]
