@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -129,10 +130,16 @@ def stripped(
     return state
 
 
+def options_admitted() -> contextlib.AbstractContextManager[Any]:
+    """Admit what timm, DeiT and MAE keep their options in beside weights; torch before 2.5 cannot be told to."""
+    admitted = getattr(torch.serialization, "safe_globals", None)
+    return contextlib.nullcontext() if admitted is None else admitted([argparse.Namespace])
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Read a dictionary of tensors, or the one inside a training checkpoint, with ``weights_only=True``."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm, DeiT and MAE keep their options so
+        with options_admitted():
             state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors are many kinds
         why = re.search(r"Unsupported (?:global|class|operand)[^\n]*|GLOBAL \S+ was not an allowed", str(error))
