@@ -17,7 +17,7 @@ from taskvec.backbones import load_backbone, read_backbone, write_backbone
 from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing, normalise
-from taskvec.loaders.checkpoints import Reading
+from taskvec.loaders.checkpoints import Reading, read_pickle
 from taskvec.loaders.timm import preprocessing, state_for, translate
 from taskvec.weights import align, check_keys, pack
 
@@ -159,6 +159,12 @@ def test_pickles_load_only_when_asked_for(tmp_path: Path) -> None:
     pickled.write_bytes(b"rubbish")
     with pytest.raises(TaskvecError, match=r"weights\.pth"):
         load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
+
+
+def test_pickles_of_tensors_load_on_the_oldest_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.serialization, "safe_globals", raising=False)  # younger than torch 2.3
+    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "w.pth")
+    assert read_pickle(tmp_path / "w.pth")["w"].tolist() == [1, 1]
 
 
 def test_kernels_of_another_patch_size_are_refused_in_any_keys(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
 loaders.timm loaders.open_clip loaders.processors loaders.saved loaders.transformers loaders
 tangents backbones batch_norm heads surgery brought vectors agreement adapters finetuning
 merging.parts merging.ranks merging.averaging merging.sparsity merging.directions merging.spectral merging.adaptive
-merging.measuring merging.recipes merging merging.buffers matching merging.streaming differences
+merging.measuring merging.recipes merging merging.plugins merging.buffers matching merging.streaming differences
 evaluation search arithmetic disentangling model opening
 steps.loading steps.learning steps.merging steps.measuring steps paper study study_files cells absent sources
 plan.planner plan.loading plan.learning plan.merging plan.measuring plan anatomy workload forecast

@@ -206,15 +206,17 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="store as float32, bfloat16, ...; as the base by default")] = None,
     shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="largest file, such as 5GB")] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of methods that draw")] = 0,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="a Python file that registers methods; it is run")
+    ] = None,
 ) -> None:
     """Merge fine-tuned weights of any architecture in little memory; no model is built."""
     from taskvec import file_commands
     from taskvec.progress import passes
 
     begin = time.monotonic()
-    request = file_commands.Merge(
-        base, tuned, out, scale, method, settings or (), keep or (), dtype=dtype, shard_size=shard_size, seed=seed
-    )
+    given = (base, tuned, out, scale, method, settings or (), keep or (), dtype, shard_size, seed, plugin or ())
+    request = file_commands.Merge(*given)
     with passes("merging", Console(stderr=True)) as watch:
         lines = request.run(watch)
     typer.echo("\n".join([*lines, f"in {time.monotonic() - begin:.1f} s"]))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from taskvec.errors import TaskvecError
 from taskvec.files import Checkpoint, labels
 from taskvec.matching import SHOWN, Matched, match
-from taskvec.merging import ADDITION, Recipe, find_recipe
+from taskvec.merging import ADDITION, Recipe, find_recipe, plugins
 from taskvec.merging.parts import Kind
 from taskvec.merging.streaming import Streams, Watch, merge_files, plan_target, unwatched
 from taskvec.store import disk_errors
@@ -37,7 +37,7 @@ def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge of files as it is asked for; ``settings`` are key=value, ``keep`` patterns of names."""
+    """A merge of files as it is asked for; ``settings`` are key=value, ``keep`` patterns, ``plugins`` Python files."""
 
     base: Path
     tuned: Sequence[Path]
@@ -49,9 +49,11 @@ class Merge:
     dtype: str | None = None
     shard_size: str | None = None
     seed: int = 0
+    plugins: Sequence[Path] = ()
 
     def run(self, watch: Watch = unwatched) -> list[str]:
         """Merge, and return what to tell about it; mistakes raise before anything is written."""
+        plugins.use(self.plugins)
         recipe = find_recipe(self.method, parse_settings(self.settings))
         check_possible(recipe, self.scale)
         recipe.check_tasks(len(self.tuned))

@@ -18,6 +18,7 @@ from taskvec.cells import Cell
 from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import cores, open_executor
+from taskvec.merging import plugins
 from taskvec.merging.buffers import DIRECTIONS
 from taskvec.notes import library_warnings, listen, note_lines, some
 from taskvec.pipeline import Watcher
@@ -97,11 +98,13 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
             write_text(
                 out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n"
             )
+    digests = {str(one.path): one.digest for one in plugins.use(file.plugins)}
     steps = [step for cell in cells for step in cell.steps()]
     say_size(view_sizes(pipeline.ordered(steps)), store, watcher)
     executor = open_executor(workers or default_workers(device, file.study.threads))
     done = pipeline.run(steps, store, executor, counter)
-    lock = make_lock(file, cells, done, device, command) | {"notes": all_notes(planned, steps, done)}
+    lock = make_lock(file, cells, done, device, command)
+    lock |= {"notes": all_notes(planned, steps, done)} | ({"plugins": digests} if digests else {})
     fresh = not is_written(out, lock)
     if fresh:
         with disk_errors(out):

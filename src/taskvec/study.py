@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -212,6 +212,7 @@ class Study(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     backbones: Annotated[tuple[BackboneChoice, ...], Field(min_length=1)]
     tasks: Annotated[tuple[TaskChoice, ...], Field(min_length=1)]
+    plugins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     regimes: Annotated[tuple[RegimeChoice, ...], Field(min_length=1)] = (RegimeChoice(name="aligned"),)
     methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name=ADDITION),)
     heads: Annotated[tuple[Literal["kept", "reprobed", "surgery"], ...], Field(min_length=1)] = ("kept", "reprobed")
@@ -347,3 +348,13 @@ class StudyFile:
     study: Study
     text: str
     folder: Path
+
+    @property
+    def plugins(self) -> list[Path]:
+        """The files of its plugins."""
+        return plugin_files(self.study.plugins, self.folder)
+
+
+def plugin_files(names: Iterable[str], folder: Path) -> list[Path]:
+    """Return the files that a study names as its plugins; relative paths start from its folder."""
+    return [folder / Path(name).expanduser() for name in names]

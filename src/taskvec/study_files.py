@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.merging import plugins
 from taskvec.settings import Finetune, Heatmap, Lora, Negation, Probe, Subsets, Surgery
-from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, Study, StudyFile, TaskChoice
+from taskvec.study import BackboneChoice, MethodChoice, RegimeChoice, Study, StudyFile, TaskChoice, plugin_files
 
 
 def packaged() -> dict[str, str]:
@@ -34,7 +35,8 @@ def open_study(name: str) -> StudyFile:
             text = path.read_text("utf-8")
         except UnicodeDecodeError:
             raise TaskvecError(f"study file '{path}' is not UTF-8 text", "give a YAML file") from None
-        return StudyFile(parse_study(text, str(path)), text, path.resolve().parent)
+        folder = path.resolve().parent
+        return StudyFile(parse_study(text, str(path), folder), text, folder)
     known = packaged()
     if name not in known:
         if path.suffix in (".yaml", ".yml") or "/" in name:
@@ -45,8 +47,12 @@ def open_study(name: str) -> StudyFile:
     return StudyFile(parse_study(known[name], name), known[name], Path.cwd())
 
 
-def parse_study(text: str, source: str) -> Study:
-    """Validate a study's YAML; errors name the line, the key and what would be right."""
+def parse_study(text: str, source: str, folder: Path | None = None) -> Study:
+    """Validate a study's YAML; errors name the line, the key and what would be right.
+
+    Its plugins are run, so that their methods are known; relative paths start from ``folder``, or else from where one
+    is.
+    """
     try:
         data = yaml.safe_load(text)
         lines = dict(key_lines(yaml.compose(text, yaml.SafeLoader)))
@@ -61,10 +67,17 @@ def parse_study(text: str, source: str) -> Study:
     if not isinstance(data, dict):
         raise TaskvecError(f"{source}: a study is a mapping of keys to values", "see docs/study.md for an example")
     data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem).strip("-._") or "study")
+    use_plugins(data.get("plugins"), folder or Path.cwd())
     try:
         return Study.model_validate(data)
     except ValidationError as error:
         raise TaskvecError(*explain(error, lines, source)) from None
+
+
+def use_plugins(names: Any, folder: Path) -> None:
+    """Import the plugins that a study names; what is no list of names is left to its validation."""
+    if names is None or (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+        plugins.use(plugin_files(names or (), folder))
 
 
 def key_lines(node: yaml.Node | None, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:

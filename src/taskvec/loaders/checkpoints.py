@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -276,10 +277,16 @@ def choose(parts: Sequence[Part], key: str, path: Path) -> Part:
     return chosen
 
 
+def options_admitted() -> contextlib.AbstractContextManager[Any]:
+    """Admit what timm, DeiT and MAE keep their options in beside weights; torch before 2.5 cannot be told to."""
+    admitted = getattr(torch.serialization, "safe_globals", None)
+    return contextlib.nullcontext() if admitted is None else admitted([argparse.Namespace])
+
+
 def read_pickle(path: Path) -> Any:
     """Read what was pickled with ``weights_only=True``."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), options_admitted():
             warnings.simplefilter("ignore")  # timm, DeiT and MAE keep their options as a Namespace
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors are many kinds

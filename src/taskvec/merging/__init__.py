@@ -19,6 +19,7 @@ from taskvec.merging.recipes import (
 
 __all__ = [
     "ADDITION",
+    "BUILT_IN",
     "METHODS",
     "PER_TASK",
     "REESTIMATED",
@@ -284,3 +285,6 @@ register(
         laws=frozenset({"homogeneous"}),
     )
 )
+
+BUILT_IN = dict(METHODS)
+"""The package's own methods, which its version identifies."""

@@ -9,6 +9,7 @@ the others, written with + (``lines+dare+ties``); transforms alone are added up 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,12 +88,18 @@ REESTIMATED = "_reestimated"
 
 SURGERY = "_surgery"
 """What is added to a method's name in results where features were corrected and heads kept."""
+RESERVED = ("probing", "zero_shot", "fine_tuned", "joint", PER_TASK)
+"""Methods of results that merge nothing by a recipe."""
 
 
 def register(method: Method) -> None:
-    """Add a method to the registry; a second one of the same name raises, and so does a name with a +."""
+    """Add a method to the registry; a name that is taken, that results use otherwise, or that is no word raises."""
     if "+" in method.name:
         raise ValueError(f"'{method.name}': + joins methods and cannot be in a name")
+    if not re.fullmatch(r"\w[\w.-]*", method.name):
+        raise ValueError(f"'{method.name}' is no name of letters, digits and _ . -")
+    if method.name in RESERVED or method.name.endswith((REESTIMATED, SURGERY)):
+        raise ValueError(f"'{method.name}' names something else in results")
     if method.name in METHODS:
         raise ValueError(f"a method named '{method.name}' is registered already")
     METHODS[method.name] = method

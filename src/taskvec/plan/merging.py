@@ -7,7 +7,7 @@ from typing import Any
 
 from taskvec import batch_norm
 from taskvec.cells import LEARNING, Candidate, Cell, Ground
-from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe
+from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe, plugins
 from taskvec.pipeline import Step
 from taskvec.plan.planner import Planner
 from taskvec.settings import coarse
@@ -55,8 +55,11 @@ def merge(planner: Planner, cell: Cell, recipe: Recipe, ground: Ground) -> Step:
         inputs |= {"task": [ground.data[t] for t in cell.tasks]}
         config |= planner.device
         cost = 2000.0 * len(cell.tasks)
+    own = plugins.sources(recipe, planner.plugins)
+    config |= {"sources": own} if own else {}
+    aside = {"plugins": [str(one.path) for one in planner.plugins]} if own else {}
     told = "".join(f" {key}={value}" for key, value in recipe.settings().items())
-    return planner.step("merge", f"merge by {recipe.name}{told} {cell.where}", config, inputs, cost)
+    return planner.step("merge", f"merge by {recipe.name}{told} {cell.where}", config, inputs, cost, aside)
 
 
 def best_option(

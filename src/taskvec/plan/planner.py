@@ -7,6 +7,8 @@ from typing import Any
 from taskvec import steps
 from taskvec.cells import LINEARISED, Cell, Inputs
 from taskvec.compute import choose_device, has_fast_bfloat16
+from taskvec.merging import plugins
+from taskvec.notes import note
 from taskvec.pipeline import Step
 from taskvec.sources import Sources
 from taskvec.store import Store
@@ -20,7 +22,11 @@ class Planner:
     """
 
     def __init__(self, file: StudyFile, store: Store, estimate: bool = False) -> None:
-        self.study, self.sources = file.study, Sources(file, store, estimate)
+        self.study, self.plugins = file.study, plugins.use(file.plugins)
+        for one in self.plugins:
+            if not one.methods:
+                note(f"plugin '{one.path}' registers no merging method")
+        self.sources = Sources(file, store, estimate)
         device = file.study.device if estimate and file.study.device != "auto" else choose_device(file.study.device)
         self.device = {"device": device}
         self.training = {"device": device, "precision": file.study.precision, "fast_bfloat16": has_fast_bfloat16()}

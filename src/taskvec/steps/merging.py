@@ -23,7 +23,7 @@ from taskvec.heads import (
     save_heads,
 )
 from taskvec.kinds import KINDS
-from taskvec.merging import buffers, find_recipe
+from taskvec.merging import Recipe, buffers, find_recipe, plugins
 from taskvec.merging.parts import Data
 from taskvec.opening import (
     Config,
@@ -51,7 +51,7 @@ def merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None
     """Make a method's merged task vector out of the fine-tuned encoders, or one for each task."""
     backbone = open_backbone(inputs, config)
     tuned, seed = open_task_vectors(inputs, backbone), config.get("seed", 0)
-    recipe = find_recipe(config["method"], config.get("config"))
+    recipe = open_recipe(config)
     statistics: dict[str, torch.Tensor] = {}
     if recipe.measures:
         heads = [head.on(backbone.device) for head in open_heads(inputs, "finetuned")]
@@ -63,6 +63,14 @@ def merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None
         write_json(out / "merge.json", {"bytes_per_task": found.bytes_per_task})
     else:
         save(buffers.direction(recipe, entries), out / "direction.safetensors")
+
+
+def open_recipe(config: Config) -> Recipe:
+    """Return the recipe of a merge; methods of plugins must be what they were when it was planned."""
+    used = plugins.use(map(Path, config["plugins"])) if "sources" in config else []
+    recipe = find_recipe(config["method"], config.get("config"))
+    plugins.check_same(recipe, used, config.get("sources", {}))
+    return recipe
 
 
 def choose_option(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
