@@ -89,7 +89,8 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
         chosen = search.coarse_search(backbone, merged, few, heads, normal, config["grid"])
         progress(0.5)
         weights = vectors.add(backbone.pretrained, merged, chosen.scale)
-        test = list(evaluation.evaluate(backbone, weights, every, heads).values())
+        pairs = zip(every, heads, strict=True)
+        test = [float(evaluation.correct(backbone, weights, task.test, head).mean()) for task, head in pairs]
         found = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
         found["fine_tuned"] = normal
         progress(0.8)
