@@ -96,7 +96,7 @@ STUDY = """
 name: cnn
 backbones: [{address: "timm:test_resnet@test_resnet.safetensors", size: 32, batch_norm: reestimated}]
 tasks: ["folder:one", "folder:two"]
-methods: [{name: task_arithmetic, scales: "0:1:0.5"}]
+methods: [{name: task_arithmetic, scales: "0:1:0.5"}, {name: ties, scales: [0.0, 1.0], config: {keep: [0.3, 0.9]}}]
 heads: [kept]
 heatmap: {pairs: 0}
 probe: {steps: 5, batch_size: 8, warmup: 0, learning_rates: [0.01]}
@@ -115,6 +115,9 @@ def test_a_study_measures_merges_with_and_without(tmp_path: Path) -> None:
         own = rows[(rows.method == method) & (rows.metric == "accuracy") & (rows.task == "")]
         assert sorted(own[own.split == "validation"].scale) == [0, 0.5, 1]
         assert len(own[own.split == "test"]) == 1
+    tested = rows[(rows.split == "test") & (rows.metric == "accuracy") & (rows.task == "")].set_index("method").config
+    assert tested["ties_reestimated"] == tested["ties"] in ('{"keep":0.3}', '{"keep":0.9}')
+    assert set(rows[rows.method == "ties_reestimated"].config) == {tested["ties"]}
     assert "batch norm re-estimated" in (out / "tables.md").read_text("utf-8")
     assert load(out).predict([next((tmp_path / "one" / "test" / "ant").iterdir())])
 

@@ -98,7 +98,7 @@ def broken(folder: Path, how: str) -> list[str | Path]:
         ("unknown method", "unknown merging method 'task_aritmetic'; did you mean 'task_arithmetic'"),
         ("bad YAML", r"s\.yaml, line \d+: not valid YAML"),
         ("unknown key", r"s\.yaml, line 6: unknown key 'head'\ndid you mean 'heads'"),
-        ("same name twice", "two tasks are named 'one'"),
+        ("same name twice", "of the tasks, two are named 'one'"),
         ("not a run folder", r"'.*out' is not empty and not a run folder"),
         ("another architecture", r"supervised\.safetensors' does not fit: it is missing conv1\.0\.weight"),
         ("bad device", "device 'cuda:7' cannot be used"),

@@ -37,6 +37,8 @@ from taskvec.results import COLUMNS
 from taskvec.store import Store, read_json
 from taskvec.study import StudyFile
 from taskvec.study_files import parse_study
+from taskvec.texts import percent
+from taskvec.views import views
 
 METHODS = {"task_arithmetic": 0.05, "iso_c": 0.3, "ties": 0.2, "emr": 0.5}
 STUDY = """
@@ -131,6 +133,20 @@ def test_the_last_line_says_which_to_pick_in_plain_words() -> None:
     nothing = Board(found.view, tuple(one for one in found.options if not one.merged))
     assert "not worth merging" in advice(nothing)
     assert "individual models (8 encoders, 32.0 MB) are better on validation than linear probing" in advice(nothing)
+
+
+def test_a_fine_tuned_encoder_that_got_nothing_right_is_named() -> None:
+    rows = rows_with_joint()
+    rows = rows[~rows["metric"].str.startswith("normalised")]
+    none = (rows["method"] == "fine_tuned") & (rows["split"] == "validation") & (rows["task"] == "dtd")
+    rows = rows.assign(value=rows["value"].where(~none, 0.0))
+    found = Board(views(rows)[0], board().options)
+    assert found.view.unlearned == ["dtd"]
+    text = advice(found)
+    assert text.startswith("Which to pick, in test accuracy: The individual model of dtd got no validation image right")
+    assert f"linear probing reaches {percent(found.view.own('probing'))} %" in text
+    assert "–" not in text
+    assert board().view.unlearned == []
 
 
 def test_a_grid_that_ended_too_early_is_told() -> None:

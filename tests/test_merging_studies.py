@@ -15,6 +15,7 @@ from test_pipeline import Quiet
 
 from taskvec import heads, model, search, vectors
 from taskvec.backbones import load_backbone
+from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.finetuning import finetune
@@ -102,6 +103,50 @@ def test_hyperparameters_that_are_lists_are_searched(data: Path) -> None:
             assert {0, 1} <= set(group.scale)
             whole = kind == "kept" or config == chosen["config"]  # others are tried at coarse scales only
             assert (len(group) > 2) == whole
+
+
+def test_what_was_measured_of_an_option_holds_when_it_is_chosen(data: Path) -> None:
+    ties = {"name": "ties", "scales": "0:1:0.2", "config": {"keep": [0.2, 0.9]}}
+    masks = {"name": "tall_masks", "scales": [0.5, 1.0], "config": {"k": [0.2, 0.8]}}
+    store, watcher = Store(data / "store"), Quiet()
+    [cell] = plan(study_file(data, [ties, masks], "[kept, reprobed]"), store)
+    done = run(cell.steps(), store, open_executor(1), watcher)
+    assert not [label for label in watcher.ran if "round 1" in label and "chosen" in label]
+    for candidate in cell.candidates:
+        assert candidate.option is not None
+        best = candidate.options[done[candidate.option].json("option.json")["index"]]
+        assert done[candidate.merged].digest == done[best.merged].digest
+        assert all(done[candidate.rounds[0][t]] == done[best.rounds[0][t]] for t in cell.tasks)
+        assert (done[candidate.choice] == done[best.choice]) == (candidate.heads == "kept")
+    assert cell.model is not None
+    assert {"option0", "option1", "option2", "option3"} <= set(cell.model.inputs)
+    spent = costs([cell], done)
+    assert (spent[spent.method == "tall_masks"].bytes_per_task > 0).all()
+
+
+def test_one_data_set_under_two_names_is_two_tasks_in_sets_and_each_is_measured_once(data: Path) -> None:
+    text = study_file(data, [{"name": "task_arithmetic", "scales": [0.0, 0.5, 1.0]}]).text
+    text = text.replace('tasks: ["', f'tasks: [{{address: "folder:{data}/one", name: again}}, "')
+    text += "subsets: {sizes: [2, 3], samples: 2, points: 2, limit: 9}\nnegation: {forget: one, control: again}\n"
+    store, watcher = Store(data / "store"), Quiet()
+    [cell] = plan(StudyFile(parse_study(text, "many"), text, data), store)
+    done = run(cell.steps(), store, open_executor(1), watcher)
+    assert len(cell.subsets) == 4
+    assert sum("own accuracy" in label for label in watcher.ran) == 2  # the one of again is that of one
+    for names, step in cell.subsets.items():
+        own = [done[one].json("metrics.json")["validation"] for one in step.inputs.get("own", ())]
+        found = done[step].json("subset.json")
+        assert found.get("fine_tuned", []) == own
+        assert len(own) == (0 if len(names) == 3 else 2)
+    rows = results("many", [cell], done)
+    assert set(rows.tasks) == {"again+one+two", "again+one", "again+two", "one+two"}
+    test = rows[(rows.split == "test") & (rows.metric == "accuracy")]
+    assert (
+        test[test.tasks == "again+one"]
+        .pivot_table(index="method", columns="task", values="value")
+        .eval("again == one")
+        .all()
+    )
 
 
 def test_a_plain_study_plans_the_steps_that_it_always_had(data: Path) -> None:

@@ -25,9 +25,9 @@ Inputs = dict[str, list[Step]]
 class Candidate:
     """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales.
 
-    ``settings`` are its hyperparameters where they are not the authors'. ``options`` are what its hyperparameters were
-    chosen from, each tried at a few scales; then ``merged`` has copied the best one. ``per_task`` merges have a
-    direction for each task.
+    ``settings`` are its hyperparameters where they are not the authors'. ``options`` are what they were chosen from,
+    each tried at a few scales; then ``option`` is the step that chose them and ``merged`` has copied the best one.
+    ``per_task`` merges have a direction for each task.
     ``statistics`` is the step that estimated those of batch norm anew, where that was done; ``agreement`` has the steps
     that compared features with each task's fine-tuned encoder.
     """
@@ -41,6 +41,7 @@ class Candidate:
     settings: Mapping[str, Any] = field(default_factory=dict)
     per_task: bool = False
     options: list[Candidate] = field(default_factory=list)
+    option: Step | None = None
     statistics: Step | None = None
     agreement: dict[str, Step] = field(default_factory=dict)
 
@@ -53,7 +54,7 @@ class Candidate:
     def title(self) -> str:
         """Name it with its hyperparameters, for labels."""
         told = "".join(f" {key}={value}" for key, value in self.settings.items())
-        return f"{self.name}{told}{', chosen' if self.options else ''}, {self.heads} heads"
+        return f"{self.name}{told}{', chosen' if self.option else ''}, {self.heads} heads"
 
 
 @dataclass
@@ -112,6 +113,10 @@ class Cell:
     def statistics(self) -> Inputs:
         """Return the steps that estimated statistics of batch norm, by the number of their candidate."""
         return {f"statistics{i}": [c.statistics] for i, c in enumerate(self.candidates) if c.statistics is not None}
+
+    def chosen_options(self) -> Inputs:
+        """Return the steps that chose hyperparameters, by the number of their candidate."""
+        return {f"option{i}": [c.option] for i, c in enumerate(self.candidates) if c.option is not None}
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps whose results a report needs."""

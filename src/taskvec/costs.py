@@ -38,6 +38,7 @@ PARTS: Mapping[str, str] = MappingProxyType(
         "agreement": "search",
         "choose_scale": "search",
         "choose_option": "search",
+        "pick_merge": "search",
     }
 )
 """What the seconds of each kind of step are for; loading and decoding, which every option needs alike, are left out."""
@@ -67,7 +68,7 @@ def rows(cell: Cell, done: Done) -> Iterator[Row]:
             yield row(cell, done, method, "kept", {}, stored(cell, done, encoders), steps.values())
     for candidate in cell.candidates:
         config = Writer("", cell, done).config_of(candidate)
-        size = stored(cell, done, 1, per_task_file(candidate, done))
+        size = stored(cell, done, 1, done[candidate.merged] if candidate.per_task else None)
         size["parameters"] += corrections(candidate, done)
         yield row(cell, done, candidate.name, candidate.read_by, config, size, [candidate.choice])
         if candidate.agreement:
@@ -118,10 +119,3 @@ def corrections(candidate: Candidate, done: Done) -> int:
         with Checkpoint(done[step].folder / "heads.safetensors") as held:
             total += 2 * next(tensor.size for name, tensor in held.tensors.items() if name.endswith(".down"))
     return total
-
-
-def per_task_file(candidate: Candidate, done: Done) -> Artifact | None:
-    """Return the merge of a candidate that has a direction for each task, of several options the one chosen."""
-    if candidate.per_task and candidate.options:
-        return done[candidate.options[done[candidate.merged].json("option.json")["index"]].merged]
-    return done[candidate.merged] if candidate.per_task else None

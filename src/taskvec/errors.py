@@ -21,12 +21,16 @@ class TaskvecError(Exception):
         return type(self), (self.problem, self.fix)
 
 
+def near(given: str, known: Iterable[str]) -> list[str]:
+    """Return the at most three known names that are nearest to ``given``; none where nothing is near."""
+    return difflib.get_close_matches(given, sorted(known), n=3, cutoff=0.5)
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Say which known names are nearest to ``given``, or list what is known when nothing is near."""
     options = sorted(known)
-    near = difflib.get_close_matches(given, options, n=3, cutoff=0.5)
-    if near:
-        return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
+    if close := near(given, options):
+        return "did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
     shown = ", ".join(options[:20]) + (", ..." if len(options) > 20 else "")
     return f"known: {shown}" if options else "none is known"
 

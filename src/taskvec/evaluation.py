@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Shaped
 
 from taskvec.backbones import Backbone
+from taskvec.errors import TaskvecError
 from taskvec.heads import Head, features_of
 from taskvec.tasks import Split, Task
 from taskvec.weights import Weights
@@ -30,7 +31,14 @@ def correct(backbone: Backbone, weights: Weights, split: Split, head: Head) -> S
 def evaluate(
     backbone: Backbone, weights: Weights, tasks: Sequence[Task], heads: Sequence[Head], split: str = "test"
 ) -> dict[str, float]:
-    """Return the accuracy (or its kind's metric; a fraction) of each task under common weights, with its own head."""
+    """Return the accuracy (or its kind's metric; a fraction) of each task under common weights, with its own head.
+
+    They are by name, so two tasks of one name raise.
+    """
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskvecError(f"two tasks are named '{name}'", "give each a name: dataclasses.replace(task, name=...)")
     pairs = zip(tasks, heads, strict=True)
     return {task.name: float(correct(backbone, weights, getattr(task, split), head).mean()) for task, head in pairs}
 

@@ -101,8 +101,9 @@ class Board:
         return f"{short_backbone(self.view.backbone)}, {self.view.regime}"
 
     def reached(self, option: Option) -> Spread:
-        """Return the normalised value of an option on the test split."""
-        return self.view.cell(option.method, option.heads, self.view.normalised)
+        """Return the value of an option on the test split: normalised, where the individual models normalise it."""
+        normalised = self.view.cell(option.method, option.heads, self.view.normalised)
+        return self.view.own(option.method, option.heads) if math.isnan(normalised.mean) else normalised
 
     def find(self, method: str, heads: str = "kept") -> Option | None:
         """Return one option, None where it was not measured."""
@@ -281,8 +282,8 @@ def picks(board: Board) -> list[Option]:
 def advice(board: Board) -> str:
     """Say in plain words which option to pick at which budget: picked by validation, told by the test split."""
     chosen = picks(board)
-    parts = [_without_tuning(board), *_merges(board, chosen), *_alternatives(board, chosen)]
-    lead = "Which to pick, in test accuracy as a share of the individual models'"
+    parts = [_unlearned(board), _without_tuning(board), *_merges(board, chosen), *_alternatives(board, chosen)]
+    lead = "Which to pick, in test accuracy" + ("" if board.view.unlearned else " as a share of the individual models'")
     if board.view.mixed:
         lead = lead.replace("test accuracy", "each task's test metric")
     return f"{lead}: " + " ".join(f"{part[0].upper()}{part[1:]}." for part in parts if part)
@@ -294,6 +295,15 @@ def _level(board: Board, option: Option) -> str:
 
 def _named(option: Option) -> str:
     return f"{method_label(option.method)} with {HEADS.get(option.heads, option.heads)}"
+
+
+def _unlearned(board: Board) -> str:
+    """Say why nothing is a share of the individual models."""
+    names = board.view.unlearned
+    if not names:
+        return ""
+    whose = f"the individual model{'s' * (len(names) > 1)} of {', '.join(names)} got no validation image right"
+    return f"{whose}, so nothing can be normalised, and validation compared mean accuracies"
 
 
 def _without_tuning(board: Board) -> str:

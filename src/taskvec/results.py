@@ -68,8 +68,8 @@ class Writer:
 
     def config_of(self, candidate: Candidate) -> Mapping[str, Any]:
         """Return the hyperparameters of a candidate that are not the authors'; of several options those chosen."""
-        if candidate.options:
-            return cast("dict[str, Any]", self.done[candidate.merged].json("option.json")["settings"])
+        if candidate.option:
+            return cast("dict[str, Any]", self.done[candidate.option].json("option.json")["settings"])
         return candidate.settings
 
     def searched(self, candidate: Candidate) -> Iterator[Row]:

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Rate = Annotated[float, Field(gt=0, le=100)]
-Count = Annotated[int, Field(ge=1)]
+MOST = 10**9
+"""No count of steps, images or the like is larger."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
 STRIDE = 5
 """A coarse search looks at every fifth scale of the grid, then at neighbours two places and one place away."""
+
+
+MOST_SCALES = 1001
+"""How many scales are tried along one direction at most."""
+
+
+def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the values, or raise if one of them, or of their names, comes twice."""
+    counts = Counter(getattr(value, "name", value) for value in values)
+    if twice := [str(name) for name, count in counts.items() if name != "" and count > 1]:
+        raise ValueError("\n".join(f"{name} is given twice" for name in twice))
+    return values
+
+
+Rates = Annotated[tuple[Rate, ...], Field(max_length=64), AfterValidator(check_distinct)]
 
 
 class Settings(BaseModel):
@@ -24,9 +53,11 @@ class Settings(BaseModel):
     def _numbers(cls, data: Any) -> Any:
         """Refuse yes and no where a number belongs, which would be taken for 1 and 0."""
         for key, value in data.items() if isinstance(data, dict) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
-                raise ValueError(f"{key} is {str(value).lower()}, not of the kind that belongs there")
+            kind = str(cls.model_fields[key].annotation) if key in cls.model_fields else ""
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            wrong = [item for item in items if isinstance(item, bool)]
+            if wrong and ("int" in kind or "float" in kind):
+                raise ValueError(f"{key} is {str(wrong[0]).lower()}, where a number belongs")
         return data
 
 
@@ -38,14 +69,14 @@ class Probe(Settings):
 
     steps: Count = 2000
     batch_size: Count = 128
-    warmup: Annotated[int, Field(ge=0)] = 200
+    warmup: Annotated[int, Field(ge=0, le=MOST)] = 200
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.1
-    learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    learning_rates: Annotated[Rates, Field(min_length=1)] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     rate_per_task: bool = False
 
 
 class Finetune(Settings):
-    """How an encoder is fine-tuned; ``accumulate`` splits a batch into so many passes.
+    """How an encoder is fine-tuned; ``accumulate`` splits a batch into so many passes of equal size.
 
     With ``learning_rates`` one of them is chosen for each backbone and regime, on the validation split of the study's
     first task (paper, appendix C), and ``learning_rate`` is not used.
@@ -55,9 +86,19 @@ class Finetune(Settings):
     batch_size: Count = 128
     accumulate: Count = 1
     learning_rate: Rate = 1e-5
-    learning_rates: tuple[Rate, ...] = ()
-    warmup: Annotated[int, Field(ge=0)] = 200
+    learning_rates: Rates = ()
+    warmup: Annotated[int, Field(ge=0, le=MOST)] = 200
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.1
+
+    @model_validator(mode="after")
+    def _whole(self) -> Finetune:
+        if self.batch_size % self.accumulate:
+            near = [count for count in range(1, self.accumulate) if self.batch_size % count == 0][-1]
+            raise ValueError(
+                f"a batch of {self.batch_size} cannot be split evenly into {self.accumulate} passes; "
+                f"accumulate {near} can, or another batch_size"
+            )
+        return self
 
 
 class Lora(Settings):
@@ -85,7 +126,7 @@ class Negation(Settings):
     @field_validator("scales")
     @classmethod
     def _positive(cls, scales: str) -> str:
-        if min(parse_scales(scales)) < 0:
+        if min(parsed_scales(scales)) < 0:
             raise ValueError("scales of negation are 0 or more: negation puts the sign itself")
         return scales
 
@@ -109,15 +150,32 @@ class Surgery(Settings):
 class Heatmap(Settings):
     """Which disentanglement errors to measure: ``points`` coefficients in [-range, range] an axis, some pairs."""
 
-    pairs: Annotated[int, Field(ge=0)] = 2
-    points: Annotated[int, Field(ge=2, le=201)] = 11
+    pairs: Annotated[int, Field(ge=0, le=10_000)] = 2
+    points: Annotated[int, Field(ge=3, le=201)] = 11
     range: Annotated[FiniteFloat, Field(ge=1, le=100)] = 3.0
     samples: Count = 256
 
+    @field_validator("points")
+    @classmethod
+    def _odd(cls, points: int) -> int:
+        if points % 2 == 0:
+            raise ValueError(f"an even number of points leaves out 0; give {points - 1} or {points + 1}")
+        return points
+
     def scales(self) -> list[float]:
-        """Return the coefficients of one axis; an odd number of points includes 0."""
+        """Return the coefficients of one axis, with 0 in the middle."""
         step = 2 * self.range / (self.points - 1)
         return [round(-self.range + index * step, 10) + 0.0 for index in range(self.points)]
+
+
+def _kind_of_sizes(value: Any) -> str:
+    return "word" if isinstance(value, str) else "list"
+
+
+Sizes = Annotated[
+    Annotated[Literal["all"], Tag("word")] | Annotated[tuple[Annotated[int, Field(ge=2)], ...], Tag("list")],
+    Discriminator(_kind_of_sizes),
+]
 
 
 class Subsets(Settings):
@@ -127,10 +185,10 @@ class Subsets(Settings):
     [-1, 1]^T measure the disentanglement error of T tasks; 0 leaves it out.
     """
 
-    sizes: Literal["all"] | tuple[Annotated[int, Field(ge=2)], ...] = ()
-    limit: Count = 40
+    sizes: Sizes = ()
+    limit: Annotated[int, Field(ge=1, le=10_000)] = 40
     samples: Count = 256
-    points: Annotated[int, Field(ge=0)] = 8
+    points: Annotated[int, Field(ge=0, le=10_000)] = 8
 
     @field_validator("sizes")
     @classmethod
@@ -145,13 +203,25 @@ class Subsets(Settings):
 
 def parse_scales(text: str) -> list[float]:
     """Return the scales of ``start:stop:step``, both ends included, without rounding drift; at most 1001 of them."""
-    start, stop, step = (float(part) for part in text.split(":"))
-    if not all(map(math.isfinite, (start, stop, step))) or step <= 0 or stop < start or (stop - start) / step > 1000:
-        raise ValueError("want start <= stop, step > 0 and at most 1001 scales")
+    try:
+        start, stop, step = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise ValueError("want three numbers") from None
+    most = MOST_SCALES - 1
+    if not all(map(math.isfinite, (start, stop, step))) or step <= 0 or stop < start or (stop - start) / step > most:
+        raise ValueError(f"want start <= stop, step > 0 and at most {MOST_SCALES} scales")
     count = round((stop - start) / step)
     if abs(start + count * step - stop) > 1e-9:
         raise ValueError("the steps do not end at stop")
     return [round(start + index * step, 10) + 0.0 for index in range(count + 1)]
+
+
+def parsed_scales(text: str) -> list[float]:
+    """Return the scales of ``start:stop:step``, or raise as a validator does."""
+    try:
+        return parse_scales(text)
+    except ValueError as error:
+        raise ValueError(f"'{text}' is not start:stop:step, for example 0:1:0.05 ({error})") from None
 
 
 def coarse(grid: Sequence[float]) -> list[float]:

@@ -14,7 +14,7 @@ from taskvec.errors import TaskvecError, unknown
 from taskvec.kinds import CLASSIFICATION
 from taskvec.notes import listen
 from taskvec.store import Store
-from taskvec.study import BackboneChoice, StudyFile
+from taskvec.study import BackboneChoice, StudyFile, name_problem, told_twins, twins
 
 
 class Sources:
@@ -26,7 +26,9 @@ class Sources:
         self.regimes = {regime.name: regime for regime in file.study.regimes}
         addresses = [tasks.resolve(t.address, self.folder, file.study.data) for t in file.study.tasks]
         given = [t.name or tasks.default_name(a) for t, a in zip(file.study.tasks, addresses, strict=True)]
-        self.addresses = dict(zip(unique(given, "tasks"), addresses, strict=True))
+        self.addresses = dict(
+            zip(unique(given, [t.address for t in file.study.tasks], "tasks"), addresses, strict=True)
+        )
         self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
         self.brought = {name: task for name, task in zip(given, file.study.tasks, strict=True) if task.finetuned}
         self.sentences: dict[str, list[list[str]] | None] = {}
@@ -34,7 +36,8 @@ class Sources:
     def backbones(self) -> dict[str, BackboneChoice]:
         """Return the backbones by name; two of one name raise."""
         chosen = self.study.backbones
-        return dict(zip(unique([b.name or default_name(b.address) for b in chosen], "backbones"), chosen, strict=True))
+        names = [one.name or default_name(one.address) for one in chosen]
+        return dict(zip(unique(names, [one.address for one in chosen], "backbones"), chosen, strict=True))
 
     def describe(self, address: str) -> dict[str, Any]:
         """Return what identifies a task's images; an estimate reads none, and those published may be absent."""
@@ -132,16 +135,18 @@ class Sources:
                 raise unknown("task of negation", name, self.addresses)
 
 
-def unique(names: list[str], kind: str) -> list[str]:
-    """Return the names, or raise when two are the same or one cannot stand in a table."""
-    for name in names:
-        if names.count(name) > 1:
+def unique(names: Sequence[str], addresses: Sequence[str], kind: str) -> Sequence[str]:
+    """Return the names, or raise when two are the same or one cannot be a name."""
+    for name, address in zip(names, addresses, strict=True):
+        if problem := name_problem(name) or ("" if name else "is empty"):
             raise TaskvecError(
-                f"two {kind} are named '{name}'", f"give each a name of its own: {{address: ..., name: {name}-2}}"
+                f"'{address}' is one of the {kind}, and its name '{name}' {problem}",
+                f"give it another name: {{address: '{address}', name: ...}}",
             )
-        if name.startswith(".") or any(sign in name for sign in "+/\\\n\r\t"):
-            raise TaskvecError(
-                f"'{name}' cannot name one of the {kind}: it begins with a dot, or has a + or a slash or a line break",
-                "give it another name: key",
-            )
+    for pair in twins(names):
+        same = [address for name, address in zip(names, addresses, strict=True) if name in pair]
+        raise TaskvecError(
+            f"of the {kind}, {told_twins(*pair)}: {', '.join(same)}",
+            f"give each a name of its own: {{address: '{same[1]}', name: {pair[1]}-2}}",
+        )
     return names

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,8 @@ from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.merging import ADDITION, Recipe, find_recipe
 from taskvec.paper import MODELS
 from taskvec.settings import (
+    MOST,
+    MOST_SCALES,
     Count,
     Finetune,
     Heatmap,
@@ -24,29 +29,65 @@ from taskvec.settings import (
     Settings,
     Subsets,
     Surgery,
+    check_distinct,
     coarse,
     parse_scales,
+    parsed_scales,
 )
 
 MOST_OPTIONS = 64
 """How many combinations of a method's hyperparameters one study searches at most."""
 FEW = {"steps": 2, "examples": 8}
 """Hyperparameters of methods that cost time, and what a trial run gives them."""
+LONGEST_NAME = 100
+"""Bytes of a name: it becomes a part of file names."""
+NO_NAME = '+/\\:*?"<>|'
+UNPRINTED, JOINERS = ("Cc", "Cf", "Cs", "Zl", "Zp"), "\u200c\u200d"
+"""Categories of characters that show nothing, and those of them that scripts need."""
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 REGIMES = ("aligned", "full", "open", "open-full", "joint", "linearised", "lora")
 
 
-def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the values, or raise if one of them, or of their names, comes twice."""
-    names = [getattr(value, "name", value) for value in values]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} is given twice")
-    return values
-
-
 Seeds = Annotated[
-    tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(check_distinct)
+    tuple[Annotated[int, Field(ge=0, lt=2**63)], ...],
+    Field(min_length=1, max_length=100),
+    AfterValidator(check_distinct),
 ]
+
+
+def name_problem(name: str) -> str:
+    """Say why a name cannot stand in tables, which join names by +, and be a file's on every system; else nothing."""
+    unseen = {sign for sign in name if unicodedata.category(sign) in UNPRINTED and sign not in JOINERS}
+    if strange := [sign for sign in name if sign in NO_NAME or sign in unseen]:
+        return f"has {strange[0]!a}"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"has {len(name.encode())} bytes, more than {LONGEST_NAME}"
+    if name != name.strip(". "):
+        return "begins or ends with a dot or a space"
+    return "is kept for devices by Windows" if DEVICES.fullmatch(name) else ""
+
+
+def check_name(name: str) -> str:
+    """Return a name, or raise if it cannot be one; empty is none."""
+    if problem := name_problem(name):
+        raise ValueError(f"a name that {problem} cannot be a file's everywhere; give another")
+    return name
+
+
+def twins(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return pairs of names that are the same, or differ so little that some file systems take them for one."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
+    return [(first, second) for first, second, *_ in (same for same in alike.values() if len(same) > 1)]
+
+
+def told_twins(first: str, second: str) -> str:
+    """Say what is wrong with two names."""
+    return f"two are named '{first}'" if first == second else f"'{first}' and '{second}' are one name to some disks"
+
+
+Name = Annotated[str, AfterValidator(check_name)]
 
 
 class Choice(Settings):
@@ -88,7 +129,7 @@ class BackboneChoice(Choice):
 
     address: str
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
-    name: str = ""
+    name: Name = ""
     regimes: tuple[Regime, ...] = ()
     learning_rates: dict[Regime, Rate] = Field(default={})
     paper: Annotated[str, AfterValidator(check_paper)] = ""
@@ -130,7 +171,7 @@ class TaskChoice(Choice):
     """
 
     address: str
-    name: str = ""
+    name: Name = ""
     finetuned: str = ""
     head: str = ""
     classes: Annotated[tuple[str, ...], AfterValidator(check_distinct)] = ()
@@ -158,6 +199,7 @@ class MethodChoice(Choice):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
+        name = "+".join(part.strip() for part in name.split("+"))
         checked_recipe(name, {})
         return name
 
@@ -166,20 +208,21 @@ class MethodChoice(Choice):
         for key, value in self.config.items():
             if value == []:
                 raise ValueError(f"'{key}' is an empty list; give its values")
-        if len(self.recipes()) > MOST_OPTIONS:
-            raise ValueError(f"{len(self.recipes())} combinations of hyperparameters; give at most {MOST_OPTIONS}")
+        count = math.prod(len(value) for value in self.config.values() if isinstance(value, list))
+        if count > MOST_OPTIONS:
+            raise ValueError(f"{count:,} combinations of hyperparameters; give at most {MOST_OPTIONS}")
+        self.recipes()  # raises where one is not taken
         return self
 
     @field_validator("scales", mode="before")
     @classmethod
     def _parsed(cls, value: Any) -> Any:
         if isinstance(value, str):
-            try:
-                return tuple(parse_scales(value))
-            except ValueError as error:
-                raise ValueError(f"'{value}' is not start:stop:step, for example 0:1:0.05 ({error})") from None
+            return tuple(parsed_scales(value))
         if not isinstance(value, list | tuple) or not value:
             raise ValueError("scales are start:stop:step or a list of numbers")
+        if len(value) > MOST_SCALES:
+            raise ValueError(f"{len(value):,} scales; give at most {MOST_SCALES}")
         return value
 
     @field_validator("scales")
@@ -209,7 +252,7 @@ class MethodChoice(Choice):
 class Study(Settings):
     """A whole experiment; everything but backbones and tasks has a default."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[Name, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     backbones: Annotated[tuple[BackboneChoice, ...], Field(min_length=1)]
     tasks: Annotated[tuple[TaskChoice, ...], Field(min_length=1)]
     plugins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -219,7 +262,7 @@ class Study(Settings):
     scales: Literal["common", "per-task"] = "common"
     heatmap: Heatmap = Heatmap()
     subsets: Subsets = Subsets()
-    agreement: Annotated[int, Field(ge=0)] = 0
+    agreement: Annotated[int, Field(ge=0, le=MOST)] = 0
     surgery: Surgery = Surgery()
     seeds: Seeds = (0,)
     probe: Probe = Probe()
@@ -228,9 +271,9 @@ class Study(Settings):
     negation: Negation | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     allow_pickle: bool = False
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
     data: str | None = None
     skip_corrupt: bool = False
     notes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -245,11 +288,10 @@ class Study(Settings):
 
     @model_validator(mode="after")
     def _effective(self) -> Study:
-        """Raise for what could have no effect."""
+        """Raise for what could have no effect, or another than it says; a line for each."""
         idle = (*self._idle_backbones(), *self._idle_regimes(), *self._idle_measures(), *self._idle_checkpoints())
-        idle += (*self._idle_linearised(),)
-        for problem in idle:
-            raise ValueError(problem)
+        if problems := dict.fromkeys((*idle, *self._idle_linearised())):
+            raise ValueError("\n".join(problems))
         return self
 
     def _idle_backbones(self) -> Iterator[str]:
@@ -267,9 +309,11 @@ class Study(Settings):
 
     def _idle_regimes(self) -> Iterator[str]:
         seeds = {regime.name: regime.seeds or self.seeds for regime in self.regimes}
-        for seed in set(seeds.get("joint", ())) - set(seeds.get("aligned", ())):
+        for seed in sorted(set(seeds.get("joint", ())) - set(seeds.get("aligned", ()))):
             yield f"joint has seed {seed}, which aligned has not, whose heads it needs; add it there"
-
+        images = self.finetune.batch_size // self.finetune.accumulate
+        if "joint" in seeds and images < len(self.tasks):
+            yield f"joint needs an image of each of {len(self.tasks)} tasks in a pass of {images}: raise batch_size"
         if self.lora != Lora() and "lora" not in seeds:
             yield "lora has settings, but the study does not run the regime lora; add it to regimes"
 
@@ -300,6 +344,9 @@ class Study(Settings):
         for size in () if sizes == "all" else sizes:
             if size > len(self.tasks):
                 yield f"subsets has sets of {size} tasks, and there are {len(self.tasks)}; leave that size out"
+        pairs = math.comb(len(self.tasks), 2)
+        if self.heatmap.pairs > pairs and self.heatmap.pairs != Heatmap().pairs:
+            yield f"heatmap has {self.heatmap.pairs} pairs of tasks, of which there are at most {pairs}; give no more"
 
     def _idle_checkpoints(self) -> Iterator[str]:
         """Yield what is wrong with checkpoints that tasks bring: each is of one backbone, made in one regime."""
@@ -320,10 +367,22 @@ class Study(Settings):
     def _distinct(cls, chosen: tuple[Any, ...]) -> tuple[Any, ...]:
         return check_distinct(chosen)
 
+    @field_validator("backbones", "tasks")
+    @classmethod
+    def _named_apart(cls, chosen: tuple[Any, ...]) -> tuple[Any, ...]:
+        if twice := twins([one.name for one in chosen if one.name]):
+            raise ValueError("\n".join(told_twins(*pair) for pair in twice))
+        return chosen
+
     def smoke(self) -> Study:
-        """Return the same study with one seed, 2 steps of 4 images, 32 images a split and few scales: a trial run."""
+        """Return the same study with one seed, 2 steps of 4 images, 32 images a split and few scales: a trial run.
+
+        Joint fine-tuning has an image of every task in a batch.
+        """
+        images = max(4, len(self.tasks)) if "joint" in {regime.name for regime in self.regimes} else 4
         few: dict[str, Any] = {"steps": 2, "warmup": 0, "accumulate": 1}
-        few |= {"batch_size": min(self.finetune.batch_size, 4), "learning_rates": self.finetune.learning_rates[:2]}
+        few |= {"batch_size": min(self.finetune.batch_size, images)}
+        few |= {"learning_rates": self.finetune.learning_rates[:2]}
         return self.model_copy(
             update={
                 "name": f"{self.name}-smoke",

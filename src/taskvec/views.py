@@ -112,6 +112,16 @@ class View:
         """Name the metric by which validation chose: each task's own over that of its fine-tuned encoder."""
         return "normalised_metric" if self.mixed else "normalised_accuracy"
 
+    @cached_property
+    def unlearned(self) -> list[str]:
+        """Name the tasks whose fine-tuned encoder has, of some seed, nothing right on validation: none is normalised.
+
+        Validation chose by the mean of what is not normalised then.
+        """
+        own = self.rows[(self.rows["method"] == "fine_tuned") & (self.rows["split"] == "validation")]
+        own = own[own["metric"].isin(METRICS) & (own["config"] == "{}") & (own["value"] == 0)]
+        return [task for task in self.tasks if task in set(own["task"])]
+
     def own(self, method: str, heads: str = "kept", task: str = "") -> Spread:
         """Look up a task in its own metric; tasks that differ in theirs have no mean (NaN), but its scales are told."""
         metric = self.metrics.get(task, "accuracy") if task else self.metric

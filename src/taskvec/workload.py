@@ -263,11 +263,16 @@ def test(count: Counter, step: Step) -> Work:
     return count.passes(step, passes * count.read(step)[0].test)
 
 
+def own_accuracy(count: Counter, step: Step) -> Work:
+    """A sample of the validation images passes by the task's own encoder."""
+    return count.passes(step, min(step.config["samples"], count.read(step)[0].validation))
+
+
 def subset(count: Counter, step: Step) -> Work:
-    """A set's encoders and about nine scales on few validation images, its test images, and points of the box."""
+    """About nine scales on few validation images, a set's test images, and points of the box."""
     config, sizes = step.config, count.read(step)
     few = sum(min(config["samples"], size.validation) for size in sizes)
-    merged = config["merge"] * (few * (1 + min(9, len(config["grid"]))) + sum(size.test for size in sizes))
+    merged = config["merge"] * (few * min(9, len(config["grid"])) + sum(size.test for size in sizes))
     samples = [min(s.config["samples"], count.read(s)[0].test) for s in step.inputs.get("singles", ())]
     return count.passes(step, merged + config["points"] * sum(samples))
 
@@ -304,6 +309,7 @@ COUNTS: Mapping[str, Callable[[Counter, Step], Work]] = MappingProxyType(
         "finetune_joint": finetune,
         "import_finetuned": imported,
         "merge": merge,
+        "pick_merge": merge,
         "reestimate": reestimate,
         "reestimated_curve": kept,
         "kept_curve": kept,
@@ -312,6 +318,7 @@ COUNTS: Mapping[str, Callable[[Counter, Step], Work]] = MappingProxyType(
         "agreement": agreement,
         "per_task_scales": per_task,
         "test_task": test,
+        "own_accuracy": own_accuracy,
         "subset": subset,
         "single_task_predictions": axis,
         "heatmap": heatmap,

@@ -57,7 +57,7 @@ def keep_model(planner: Planner, cell: Cell, ground: Ground) -> None:
         for i, c in enumerate(cell.candidates)
         for k, t in enumerate(cell.tasks)
     }
-    inputs |= cell.statistics()
+    inputs |= cell.statistics() | cell.chosen_options()
     candidates: list[dict[str, Any]] = [{"method": c.name, "heads": c.heads} for c in cell.candidates]
     for candidate, about in zip(cell.candidates, candidates, strict=True):
         about |= {"config": dict(candidate.settings)} if candidate.settings else {}
@@ -79,10 +79,12 @@ def disentanglement(planner: Planner, cell: Cell, ground: Ground) -> None:
         cell.heatmaps[pair] = heatmap(planner, pair, cell, ground, singles)
     among = {t for one in sets for t in one if subsets.points}
     singles = {t: single_axis(planner, t, "box", list(BOX_AXIS), cell, ground) for t in cell.tasks if t in among}
+    merged = {t for one in sets for t in one if len(one) < len(cell.tasks)}
+    own = {t: own_accuracy(planner, t, cell, ground) for t in cell.tasks if t in merged}
     for one in sets:
         whole = len(one) == len(cell.tasks)
         if subsets.points or not whole:  # the merge of all tasks is measured elsewhere
-            cell.subsets[one] = subset(planner, one, cell, ground, singles, not whole)
+            cell.subsets[one] = subset(planner, one, cell, ground, singles, {} if whole else own)
 
 
 def merged_by_open(planner: Planner, cell: Cell) -> list[tuple[str, ...]]:
@@ -113,18 +115,32 @@ def heatmap(planner: Planner, pair: tuple[str, str], cell: Cell, ground: Ground,
     return planner.step("heatmap", f"heatmap of {' and '.join(pair)} {cell.where}", config, inputs, cost)
 
 
+def own_accuracy(planner: Planner, task: str, cell: Cell, ground: Ground) -> Step:
+    """Plan what a task's own fine-tuned encoder reaches on the sample on which all sets are tried."""
+    inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "finetuned": [cell.finetuned[task]]}
+    config = {"samples": planner.study.subsets.samples, **planner.on(cell)}
+    label = f"own accuracy of {task} on a sample {cell.where}"
+    return planner.step("own_accuracy", label, config, inputs, float(config["samples"]))
+
+
 def subset(
-    planner: Planner, names: tuple[str, ...], cell: Cell, ground: Ground, singles: dict[str, Step], merge: bool
+    planner: Planner,
+    names: tuple[str, ...],
+    cell: Cell,
+    ground: Ground,
+    singles: dict[str, Step],
+    own: dict[str, Step],
 ) -> Step:
-    """Plan to add a set of tasks, and to measure their error in the box."""
+    """Plan to add a set of tasks where ``own`` normalises it, and to measure their error in the box."""
     settings, axis = planner.study.subsets, planner.study.heatmap
     grids = [method.grid() for method in planner.study.methods if method.name == ADDITION]
     grid = grids[0] if grids else parse_scales(find_recipe(ADDITION).scales)
-    config = {"merge": merge, "grid": grid, "samples": settings.samples, **planner.on(cell)}
+    config = {"merge": bool(own), "grid": grid, "samples": settings.samples, **planner.on(cell)}
     config |= {"points": settings.points, "axis": list(BOX_AXIS), "seed": zlib.crc32("+".join(names).encode())}
     inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in names]}
     inputs |= {"finetuned": [cell.finetuned[t] for t in names]}
     inputs |= {"singles": [singles[t] for t in names]} if settings.points else {}
+    inputs |= {"own": [own[t] for t in names]} if own else {}
     images = sum(0.1 * planner.images[t] + 8 * min(settings.samples, 0.1 * planner.images[t]) for t in names)
-    cost = merge * images + settings.points * len(names) * axis.samples
+    cost = bool(own) * images + settings.points * len(names) * axis.samples
     return planner.step("subset", f"add {', '.join(names)} {cell.where}", config, inputs, cost)

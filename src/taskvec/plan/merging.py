@@ -69,15 +69,17 @@ def best_option(
 
     With kept heads the best scale is often a small one between coarse scales, where all options seem equal.
     """
-    for option in options:
-        option.rounds.append({t: curve(planner, t, cell, option, 0, ground, rates) for t in cell.tasks})
-        option.choice = choose_scale(planner, cell, option, 0)
+    for one in options:
+        one.rounds.append({t: curve(planner, t, cell, one, 0, ground, rates) for t in cell.tasks})
+        one.choice = choose_scale(planner, cell, one, 0)
     first = options[0]
-    inputs = {"merged": [one.merged for one in options], "choices": [one.choice for one in options]}
     about = {"options": [dict(one.settings) for one in options]}
-    label = f"choose hyperparameters: {first.name}, {first.heads} heads {cell.where}"
-    chosen = planner.step("choose_option", label, about, inputs)
-    return Candidate(first.name, first.grid, first.heads, chosen, [], chosen, {}, first.per_task, options)
+    what = f"{first.name}, {first.heads} heads {cell.where}"
+    choices = {"choices": [one.choice for one in options]}
+    option = planner.step("choose_option", f"choose hyperparameters: {what}", about, choices)
+    inputs = {"merged": [one.merged for one in options], "option": [option]}
+    merged = planner.step("pick_merge", f"merge with chosen hyperparameters: {what}", {}, inputs)
+    return Candidate(first.name, first.grid, first.heads, merged, [], merged, {}, first.per_task, options, option)
 
 
 def curve(

@@ -122,8 +122,18 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
         save(weights, out / "encoder.safetensors")
         save_head(head, out)
     right = evaluation.correct(backbone, weights, task.validation, head)
+    tell_unlearned(right)
     facts |= {} if head.kind == CLASSIFICATION else {"metric": head.rules.metric}
     write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
+
+
+def tell_unlearned(right: evaluation.Scores) -> None:
+    """Tell where a fine-tuned encoder has nothing right, so that no merge can be measured by it."""
+    if not right.any():
+        note(
+            "the fine-tuned encoder gets no validation image right: nothing can be normalised by it, and scales are "
+            "chosen by the mean of plain accuracies"
+        )
 
 
 def finetune_settings(config: Config, inputs: Inputs) -> Finetune:
@@ -165,6 +175,7 @@ def import_finetuned(config: Config, inputs: Inputs, out: Path, progress: Progre
     save(found.encoder, out / "encoder.safetensors")
     save_head(head, out)
     right = evaluation.correct(backbone, found.encoder, task.validation, head)
+    tell_unlearned(right)
     facts: Config = {"metric": head.rules.metric} if head.kind != CLASSIFICATION else {}
     if "head" in config and found.classifier:
         note(f"'{path}': left out {parts(sorted(found.classifier))}, since a head is given")

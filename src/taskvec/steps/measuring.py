@@ -77,6 +77,14 @@ def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     write_json(out / "test.json", {name: float(values.mean()) for name, values in right.items()})
 
 
+def own_accuracy(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Measure a task with its own fine-tuned encoder on a sample of validation images, for all sets that hold it."""
+    backbone, task, heads = open_backbone(inputs, config), open_task(inputs), open_heads(inputs, "finetuned")
+    few = replace(task, validation=task.validation.sample(config["samples"]))
+    [found] = search.own_accuracies(backbone, open_task_vectors(inputs, backbone), [few], heads)
+    write_json(out / "metrics.json", {"validation": found})
+
+
 def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Merge a set of tasks: choose lambda on a sample of validation images, then test; measure the error in the box."""
     backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs, "finetuned")
@@ -84,12 +92,13 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
     found: dict[str, Any] = {}
     if config["merge"]:
         few = [replace(task, validation=task.validation.sample(config["samples"])) for task in every]
-        normal = search.own_accuracies(backbone, tuned, few, heads)
+        normal = validations(inputs["own"])
         merged = search.direction(backbone.pretrained, tuned, ADDITION)
         chosen = search.coarse_search(backbone, merged, few, heads, normal, config["grid"])
         progress(0.5)
         weights = vectors.add(backbone.pretrained, merged, chosen.scale)
-        test = list(evaluation.evaluate(backbone, weights, every, heads).values())
+        pairs = zip(every, heads, strict=True)
+        test = [float(evaluation.correct(backbone, weights, task.test, head).mean()) for task, head in pairs]
         found = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
         found["fine_tuned"] = normal
         progress(0.8)
@@ -193,6 +202,6 @@ def best_candidate(config: Config, inputs: Inputs) -> dict[str, Any]:
             highest = choice["value"]
             best = {**candidate, "scale": choice["scale"], "validation": choice["accuracy"], "index": index}
             best |= {"scales": choice["scales"]} if "scales" in choice else {}
-            option = inputs["merged"][index] / "option.json"
-            best |= {"config": read_json(option)["settings"]} if option.exists() else {}
+            for folder in inputs.get(f"option{index}", []):
+                best |= {"config": read_json(folder / "option.json")["settings"]}
     return best

@@ -74,12 +74,18 @@ def open_recipe(config: Config) -> Recipe:
 
 
 def choose_option(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Choose the hyperparameters whose best scale so far is best on validation, and copy their merge."""
+    """Choose the hyperparameters whose best scale so far is best on validation."""
     choices = [read_json(folder / "choice.json") for folder in inputs["choices"]]
     best = max(range(len(choices)), key=lambda index: (choices[index]["value"], -index))
-    for file in inputs["merged"][best].glob("direction*.safetensors"):
-        shutil.copyfile(file, out / file.name)
     write_json(out / "option.json", {"index": best, "settings": config["options"][best]})
+
+
+def pick_merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Keep the merge of the chosen hyperparameters, and nothing else: what was measured of it holds for the copy."""
+    index = read_json(inputs["option"][0] / "option.json")["index"]
+    for name in ("direction.safetensors", buffers.DIRECTIONS, "merge.json"):
+        if (inputs["merged"][index] / name).exists():
+            shutil.copyfile(inputs["merged"][index] / name, out / name)
 
 
 def reestimate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
