@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import platform
 import time
@@ -28,6 +27,7 @@ from taskvec.lab.masked import MaskedAutoencoder
 from taskvec.lab.objective import WARMUP, WEIGHT_DECAY, Objective, mean_of_last
 from taskvec.lab.supervised import Supervised
 from taskvec.lab.vit import VisionTransformer
+from taskvec.locks import replacing
 from taskvec.notes import note
 from taskvec.store import disk_errors
 from taskvec.training import Progress, Schedule, make_optimizer, no_progress, train
@@ -132,9 +132,8 @@ class Checkpoint:
 
     def write(self, run: Run) -> None:
         """Replace the file as a whole."""
-        temporary = temporary_path(self.path)
-        torch.save({"key": self.key, **run.state()}, temporary)
-        temporary.replace(self.path)
+        with replacing(self.path) as new:
+            torch.save({"key": self.key, **run.state()}, new)
 
     def read(self) -> Facts | None:
         """Return the state that is kept, if it is whole and of this run."""
@@ -148,16 +147,10 @@ class Checkpoint:
         return None
 
 
-def temporary_path(path: Path) -> Path:
-    """Return where a file is written before it takes its name."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
 def replace(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    temporary = temporary_path(path)
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with replacing(path) as new:
+        new.write_bytes(data)
 
 
 def versions() -> dict[str, str]:

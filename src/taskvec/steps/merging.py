@@ -69,8 +69,9 @@ def choose_option(config: Config, inputs: Inputs, out: Path, progress: Progress)
     """Choose the hyperparameters whose best scale so far is best on validation, and copy their merge."""
     choices = [read_json(folder / "choice.json") for folder in inputs["choices"]]
     best = max(range(len(choices)), key=lambda index: (choices[index]["value"], -index))
-    for file in inputs["merged"][best].glob("direction*.safetensors"):
-        shutil.copyfile(file, out / file.name)
+    for name in ("direction.safetensors", buffers.DIRECTIONS):
+        if (file := inputs["merged"][best] / name).exists():
+            shutil.copyfile(file, out / name)
     write_json(out / "option.json", {"index": best, "settings": config["options"][best]})
 
 
