@@ -238,6 +238,8 @@ def diff(
     from taskvec import file_commands
     from taskvec.progress import passes
 
+    if out is not None:
+        file_commands.check_out(out, [base, *tuned])
     with passes("comparing", Console(stderr=True)) as watch:
         found = file_commands.compare(base, tuned, keep or (), watch)
     console = Console(width=max(100, Console().width))

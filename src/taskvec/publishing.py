@@ -24,25 +24,25 @@ def inside(path: Path, folder: Path) -> bool:
     """Say whether a path is a folder or lies in it, by whatever links, dots and case the two are written."""
     path, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     above = (path, *path.parents)
-    return folder in above or (folder.exists() and any(one.exists() and one.samefile(folder) for one in above))
+    with disk_errors(folder):
+        return folder in above or (folder.exists() and any(one.exists() and one.samefile(folder) for one in above))
 
 
 def check_outside(out: Path, inputs: Iterable[Path], option: str = "--out") -> None:
     """Raise if what is to be written would lie in a folder that is read."""
     for given in inputs:
-        with disk_errors(out):
-            if inside(out, given) and given.is_dir():
-                raise TaskvecError(f"'{out}' lies in '{given}', which is read", f"choose another {option}")
+        if inside(out, given) and given.is_dir():
+            raise TaskvecError(f"'{out}' lies in '{given}', which is read", f"choose another {option}")
 
 
-def check_place(out: Path) -> None:
+def check_place(out: Path, option: str = "--out") -> None:
     """Raise if a path cannot be a folder: it is another thing, a link to nothing, or no path at all."""
     if "\0" in str(out):
-        raise TaskvecError(f"{str(out)!r} is no path", "choose another with --out")
+        raise TaskvecError(f"{str(out)!r} is no path", f"choose another {option}")
     with disk_errors(out):
         if os.path.lexists(out) and not out.is_dir():
             what = "a link to nothing" if out.is_symlink() and not out.exists() else "no folder"
-            raise TaskvecError(f"'{out}' is {what}", "choose another with --out, or remove it")
+            raise TaskvecError(f"'{out}' is {what}", f"choose another {option}, or remove it")
 
 
 def owned(out: Path, marker: str, lock: str = "") -> Known:
@@ -119,14 +119,35 @@ def _take_away(out: Path, name: str, known: Iterable[str], replaced: bool) -> No
     if obstacle(out, name, [name]) or not (out / name).exists():
         return
     if _digest(out / name) not in known:
-        aside = move_aside(out / name, _kept(out) / name)
-        note(f"'{out / name}' was changed since it was written: kept as '{aside}'")
+        _keep(out, name, "was changed since it was written")
     elif not replaced:
         (out / name).unlink()
         for parent in [out / above for above in PurePosixPath(name).parents][:-1]:
             if any(parent.iterdir()):
                 break
             parent.rmdir()
+
+
+def settle(fresh: Path, out: Path, name: str) -> None:
+    """Move a new file to a folder without a marker; another one that has its name there is kept aside."""
+    if (out / name).exists() and _digest(out / name) != file_digest(fresh / name):
+        _keep(out, name, "was there already")
+    (fresh / name).replace(out / name)
+
+
+def check_names(out: Path, names: Iterable[str]) -> None:
+    """Raise if a folder cannot be written to, or something other than a file stands where one is to go."""
+    names = list(names)
+    check_place(out)
+    with disk_errors(out):
+        for found in (obstacle(out, name, names) for name in names):
+            if found:
+                raise refuse(found)
+
+
+def _keep(out: Path, name: str, why: str) -> None:
+    """Move a file aside and tell why."""
+    note(f"'{out / name}' {why}: kept as '{move_aside(out / name, _kept(out) / name)}'")
 
 
 def _digest(path: Path) -> str:

@@ -210,6 +210,7 @@ def is_folder(path: Path) -> bool:
 def check_inputs(file: StudyFile, out: Path, store: Path) -> None:
     """Raise if the store and the run folder lie in each other or in images, or outputs would replace what is read."""
     check_place(out)
+    check_place(store, "--store")
     if inside(out, store) or inside(store, out):
         problem = f"the run folder '{out}' and the store '{store}' lie one in the other"
         raise TaskvecError(problem, "choose another --out or --store")

@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,16 +188,26 @@ def _write(handle: int, data: memoryview, place: int) -> None:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``path`` to write into; another writer, or a full disk, raises.
-
-    The folder is removed after the block, as are those that killed processes have left.
-    """
+def alone(path: Path) -> Iterator[None]:
+    """Write ``path`` as the only process during a block; raise if another does."""
     busy = TaskvecError(f"another process is writing '{path}'", "wait for it to end, or choose another --out")
+    with ExitStack() as stack:
+        with disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(holding(path.with_name(f"{beside(path)}taskvec-lock"), busy))
+        yield
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` to write into, removed after the block; a full or closed disk raises.
+
+    Folders that killed processes have left beside ``path`` are removed as well.
+    """
     with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with holding(path.with_name(f"{beside(path)}taskvec-lock"), busy), workspace(path) as folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with workspace(path) as folder:
                 yield folder
         except OSError as error:
             if error.errno not in FULL:

@@ -82,6 +82,10 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk or a refused write into one clear message that says where and how to go on."""
     try:
         yield
+    except ValueError as error:
+        if "null byte" in str(error):
+            raise TaskvecError(f"{str(where)!r} is no path", "choose another") from None
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TaskvecError(

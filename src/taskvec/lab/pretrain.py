@@ -27,8 +27,9 @@ from taskvec.lab.masked import MaskedAutoencoder
 from taskvec.lab.objective import WARMUP, WEIGHT_DECAY, Objective, mean_of_last
 from taskvec.lab.supervised import Supervised
 from taskvec.lab.vit import VisionTransformer
-from taskvec.locks import replacing
+from taskvec.locks import replacing, workspace
 from taskvec.notes import note
+from taskvec.publishing import check_names, settle
 from taskvec.store import disk_errors
 from taskvec.training import Progress, Schedule, make_optimizer, no_progress, train
 
@@ -148,9 +149,10 @@ class Checkpoint:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    with replacing(path) as new:
-        new.write_bytes(data)
+    """Write a file that appears whole or not at all; another one of its name is kept aside."""
+    with workspace(path) as fresh:
+        (fresh / path.name).write_bytes(data)
+        settle(fresh, path.parent, path.name)
 
 
 def versions() -> dict[str, str]:
@@ -238,6 +240,7 @@ def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, prog
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
+    check_names(out, (f"{name}.safetensors", f"{name}.json", f"{name}.text.safetensors"))
     checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed), recipe.version)
     with disk_errors(out), one_thread():
         out.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,7 @@ def plan_target(
     """Check where a result is to go, before tensors are read: nothing is overwritten."""
     if dtype is not None and dtype not in DTYPES:
         raise TaskvecError(f"unknown type '{dtype}'", did_you_mean(dtype, DTYPES))
-    out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
+    out = Path(os.path.realpath(out)) if out.name in ("", "..") or out.is_symlink() else out
     target = Target(out, DTYPES[dtype] if dtype else None, limit)
     if os.path.ismount(out):
         raise TaskvecError(f"'{out}' is a mounted disk, which cannot be replaced", "give a folder in it")
@@ -191,7 +191,7 @@ def plan_target(
     if target.single and (limit is not None or recipe.per_task):
         why = "shards" if limit is not None else f"'{recipe.name}', which gives each task its own weights,"
         raise TaskvecError(f"'{out}' is one file, and {why} need a folder", "give --out a name without .safetensors")
-    if out.resolve() in {file.resolve() for one in inputs for file in one.files}:
+    if os.path.realpath(out) in {os.path.realpath(file) for one in inputs for file in one.files}:
         raise TaskvecError(f"'{out}' is one of the checkpoints that are merged", "choose another --out")
     check_outside(out, [one.path for one in inputs])
     check_new(target)
@@ -310,7 +310,6 @@ def _index(folder: Path, base: Checkpoint, layout: Sequence[Shard], target: Targ
 
 def _publish(folder: Path, base: Checkpoint, layouts: Sequence[Sequence[Shard]], target: Target) -> list[Path]:
     """Move finished files to their place: one file, or the whole folder with the base's configuration."""
-    check_new(target)
     if target.single:
         (folder / target.out.name).replace(target.out)
         return [target.out]
