@@ -56,6 +56,8 @@ def owned(out: Path, marker: str, lock: str = "") -> Known:
 
 def _named(record: Path) -> Known:
     """Return the digests of files by name that a marker or a lock tells, as far as it does."""
+    if not _is_plain(record):
+        return {}
     try:
         files = read_json(record)["files"]
         listed = {name: [found] if isinstance(found, str) else list(found) for name, found in files.items()}

@@ -282,8 +282,8 @@ class Store:
                     (gone / name).unlink(missing_ok=True)
                 aside = move_aside(gone, self.folder / FOREIGN / one.id)
                 note(f"{', '.join(foreign)} in '{one.folder}' is no part of it: kept in '{aside}'")
-            shutil.rmtree(gone.parent)
-        return found
+            shutil.rmtree(gone.parent, ignore_errors=True)
+        return found and not gone.exists()
 
     def sweep(self) -> None:
         """Remove temporary folders of processes that were killed: of those whose lock nobody holds any more."""
@@ -356,14 +356,14 @@ def is_within(name: str) -> bool:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record of an artifact; None where there is none such as a store writes."""
+    if not (folder / RECORD).is_file():
+        return None
     try:
         record = read_json(folder / RECORD)
         files, function, label = record["files"], record["about"]["function"], record["about"]["label"]
         texts = (*files, *files.values(), function, label)
         sound = all(isinstance(text, str) for text in texts) and all(map(is_within, files)) and ":" in function
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
-    except (TaskvecError, KeyError, TypeError, AttributeError, IndexError):
+    except (FileNotFoundError, TaskvecError, KeyError, TypeError, AttributeError, IndexError):
         return None
     return record if sound else None
 
