@@ -453,13 +453,35 @@ def test_the_store_is_listed_and_cleared(tmp_path: Path) -> None:
     assert store.find("cc" + "1" * 18) is not None
     assert "removed 1 steps" in say("--clear", "cc" + "1" * 18)
     assert "in all" in say()
-    (tmp_path / "store" / "dd" / ("dd" + "1" * 18)).mkdir(parents=True)
-    (tmp_path / "store" / "dd" / ("dd" + "1" * 18) / "x.npy").write_bytes(bytes(3_000_000))
+    for name in ("dd" + "1" * 18, "theses/thesis", "th/thesis", "th/ef" + "0" * 18, "ef/ef" + "0" * 17, "damaged/mine"):
+        place = tmp_path / "store" / name if "/" in name else tmp_path / "store" / "dd" / name
+        place.mkdir(parents=True)
+        (place / "x.npy").write_bytes(bytes(3_000_000))
     elsewhere = tmp_path / "store" / "tmp" / "othermachine-1-abc"
     elsewhere.mkdir(parents=True)
     (elsewhere / "x.npy").write_bytes(bytes(1_000_000))
-    assert "3 MB  damaged: 1 steps" in say() and "1 MB  unfinished: " in say()
+    mine = sorted((tmp_path / "store").rglob("x.npy"))
+    assert "damaged" not in say() and "1 MB  unfinished: " in say()
+    assert "removed 0 steps" in say("--clear", "all")
+    assert Store(tmp_path / "store").find("dd" + "1" * 18) is None
+    assert "3 MB  damaged: 1 steps" in say()
     assert "removed 1 steps, 3 MB" in say("--clear", "damaged")
+    assert len(mine) == 7 and sorted((tmp_path / "store").rglob("x.npy")) == [p for p in mine if "dd1" not in str(p)]
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
+    thesis = tmp_path / "ab" / "ab" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    for more in ([], ["--clear", "all"], ["--clear", "damaged"]):
+        found = CliRunner().invoke(app, ["store", "--store", str(tmp_path), *more])
+        assert found.exit_code == 2 and "is no store" in found.output
+    assert thesis.read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert CliRunner().invoke(app, ["store", "--store", str(tmp_path / "empty")]).exit_code == 0
+    Store(tmp_path).open()
+    assert "removed 0 steps" in CliRunner().invoke(app, ["store", "--store", str(tmp_path), "--clear", "all"]).output
+    assert thesis.read_text() == "mine"
 
 
 def test_much_room_is_told_before_the_work(tmp_path: Path) -> None:

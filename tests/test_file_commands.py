@@ -31,12 +31,14 @@ from taskvec import merging, vectors
 from taskvec.cli import app
 from taskvec.differences import in_order, layer_of
 from taskvec.errors import TaskvecError
-from taskvec.file_commands import Merge, compare, parse_settings, parse_size
+from taskvec.file_commands import Merge, check_out, compare, parse_settings, parse_size
+from taskvec.file_commands import write as write_tables
 from taskvec.files import Checkpoint, labels
 from taskvec.matching import match
 from taskvec.merging import METHODS, Method, buffers, find_recipe, register
 from taskvec.merging.parts import Masked
 from taskvec.merging.streaming import Streams, Target, merge_files
+from taskvec.notes import listen
 from taskvec.weights import pack
 
 State = dict[str, torch.Tensor]
@@ -675,6 +677,74 @@ def test_what_a_merge_under_way_has_written_is_not_removed_by_another(tmp_path: 
     alive.mkdir()
     Merge(tmp_path / "m0.safetensors", [tmp_path / "m1.safetensors"], tmp_path / "out.safetensors", 0.3).run()
     assert hidden(tmp_path) == [alive.name]
+
+
+def test_a_second_merge_to_one_file_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
+    simple(tmp_path)
+    base, tuned, out = (tmp_path / f"{name}.safetensors" for name in ("m0", "m1", "o"))
+    merges = [Merge(base, [tuned], out, scale) for scale in (0, 1)]
+    told: list[str] = []
+
+    def second(number: int, share: float) -> None:
+        with pytest.raises(TaskvecError, match="another process is writing '.*o.safetensors'"):
+            merges[1].run()
+        told.append("refused")
+
+    merges[0].run(second)
+    assert told
+    kept, found = load_file(base), load_file(out)
+    assert all(torch.equal(kept[name], found[name]) for name in kept)
+    assert hidden(tmp_path) == []
+    with pytest.raises(TaskvecError, match="exists already"):
+        merges[1].run()
+
+
+def test_results_inside_what_is_read_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    simple(tmp_path)
+    (tmp_path / "base" / "deep").mkdir(parents=True)
+    (tmp_path / "m0.safetensors").rename(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    for out in ("base/o.safetensors", "base/deep", "link/o.safetensors", "base/deep/../o", "link", "base"):
+        with pytest.raises(TaskvecError, match="which is read|exists already"):
+            Merge(tmp_path / "base", [tmp_path / "m1.safetensors"], tmp_path / out, 0.3).run()
+        with pytest.raises(TaskvecError, match="which is read"):
+            check_out(tmp_path / out, [tmp_path / "base"])
+    assert sorted(path.name for path in (tmp_path / "base").rglob("*")) == ["deep", "model.safetensors"]
+
+
+def test_a_comparison_keeps_files_of_its_names_and_refuses_what_is_no_file(tmp_path: Path) -> None:
+    base, *tuned = simple(tmp_path)
+    out = tmp_path / "d"
+    (out / "changed").mkdir(parents=True)
+    (out / "diff.csv").write_text("mine")
+    (out / "changed" / "diff.csv").write_text("older")
+    (out / "notes.txt").write_text("mine too")
+    check_out(out, [base, *tuned])
+    with listen() as heard:
+        write_tables(compare(base, tuned), out)
+    assert heard == [f"'{out}/diff.csv' was there already: kept as '{out}/changed/diff-2.csv'"]
+    assert (out / "changed" / "diff-2.csv").read_text() == "mine"
+    assert (out / "changed" / "diff.csv").read_text() == "older"
+    assert (out / "notes.txt").read_text() == "mine too"
+    assert hidden(out) == []
+    with listen() as heard:
+        write_tables(compare(base, tuned), out)
+    assert heard == []
+    (out / "diff.png").unlink()
+    (out / "diff.png").symlink_to(base)
+    with pytest.raises(TaskvecError, match="diff.png' was not written by this command"):
+        check_out(out, [base])
+
+
+@pytest.mark.parametrize("out", ["/proc/x/o", "/dev/null/o", "m0.safetensors/o", "x" * 300, "loop/o", "nul\0"])
+def test_places_that_cannot_be_written_to_are_clear_errors(tmp_path: Path, out: str) -> None:
+    base, *tuned = simple(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(TaskvecError, match="cannot use|is no path|is no folder"):
+        Merge(base, tuned, tmp_path / f"{out}.safetensors", 0.3).run()
+    with pytest.raises(TaskvecError, match="cannot use|is no path|is no folder"):
+        check_out(tmp_path / out, [base])
+        write_tables(compare(base, tuned), tmp_path / out)
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:

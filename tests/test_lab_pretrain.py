@@ -168,6 +168,24 @@ def test_what_is_made_already_is_known(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("quick")
+def test_other_files_of_an_encoders_name_are_kept(tmp_path: Path) -> None:
+    place = tmp_path / "supervised.safetensors"
+    place.write_text("mine")
+    assert pretrain.pretrain("supervised", tmp_path, steps=1) == place
+    assert (tmp_path / "changed" / "supervised.safetensors").read_text() == "mine"
+    first = place.read_bytes()
+    pretrain.pretrain("supervised", tmp_path, steps=1, seed=1)
+    assert pretrain.is_made("supervised", tmp_path, steps=1, seed=1)
+    assert (tmp_path / "changed" / "supervised-2.safetensors").read_bytes() == first
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(TaskvecError, match="supervised.safetensors' was not written by this command"):
+        pretrain.pretrain("supervised", tmp_path, steps=1)
+    with pytest.raises(TaskvecError, match="is no folder"):
+        pretrain.pretrain("supervised", tmp_path / "supervised.json", steps=1)
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_command_makes_what_a_folder_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "DESCRIPTIONS", {"supervised": "", "random": ""})
     call = ["lab", "pretrain", "all", "--steps", "1", "--out", str(tmp_path)]

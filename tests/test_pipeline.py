@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec import pipeline
+from taskvec import locks, pipeline
 from taskvec.errors import TaskvecError
 from taskvec.executors import Inline, Processes, decode, encode
+from taskvec.notes import listen
 from taskvec.pipeline import Job, Step
-from taskvec.store import RECORD, Store, canonical, disk_errors, fingerprint
+from taskvec.store import RECORD, Store, canonical, disk_errors, fingerprint, read_json
 
 HERE = "test_pipeline"
+PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+"""Where worker processes find the steps of these tests."""
 CALLS: list[str] = []
 
 
@@ -60,6 +66,13 @@ def slow(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progr
     (out / "n.txt").write_text(f"{os.getpid()}")
     progress(0.5)
     time.sleep(config["seconds"])
+
+
+def remove(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+    """Clear the store that it reads, as another process may."""
+    store = Store(out.parent.parent)
+    store.clear(store.held())
+    number(config, inputs, out, progress)
 
 
 def die(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
@@ -119,8 +132,8 @@ def test_two_steps_of_the_same_work_run_once(tmp_path: Path) -> None:
     assert len({artifact.id for artifact in done.values()}) == 1
 
 
-@pytest.mark.parametrize("damage", ["content", "missing", "record", "extra"])
-def test_a_damaged_artifact_is_made_again(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["content", "missing", "record", "about", "list", "no record", "outside"])
+def test_a_damaged_artifact_is_made_again_and_kept_aside(tmp_path: Path, damage: str) -> None:
     one = step("one", 1)
     done, _ = run(Store(tmp_path), one)
     folder = done[one].folder
@@ -128,13 +141,120 @@ def test_a_damaged_artifact_is_made_again(tmp_path: Path, damage: str) -> None:
         (folder / "n.txt").write_text("2")
     elif damage == "missing":
         (folder / "n.txt").unlink()
-    elif damage == "record":
-        (folder / RECORD).write_text("{")
+    elif damage == "no record":
+        (folder / RECORD).unlink()
     else:
-        (folder / "more.txt").write_text("")
+        record = read_json(folder / RECORD)
+        files = record["files"] | ({"../x": "0" * 64} if damage == "outside" else {})
+        about = {"about": {"label": 3}, "list": ["label", "function"]}.get(damage, record["about"])
+        (folder / RECORD).write_text("{" if damage == "record" else json.dumps({"about": about, "files": files}))
+    held = sorted(path.name for path in folder.iterdir())
     again, watcher = run(Store(tmp_path), one)
     assert watcher.ran == ["one"]
     assert (again[one].folder / "n.txt").read_text() == "1"
+    aside = tmp_path / "damaged" / folder.name
+    assert watcher.notes == [f"one: '{folder}' was damaged; it is made again, and what was there is kept in '{aside}'"]
+    assert sorted(path.name for path in aside.iterdir()) == held
+
+
+def test_files_that_others_put_into_an_artifact_do_not_damage_it_and_stay(tmp_path: Path) -> None:
+    one = step("one", 1)
+    done, _ = run(Store(tmp_path), one)
+    folder = done[one].folder
+    for name in (".DS_Store", ".nfs000001", "Thumbs.db", "n.txt~", "n (conflicted copy).txt"):
+        (folder / name).write_text("mine")
+    again, watcher = run(Store(tmp_path), one, step("two", 1, one))
+    assert watcher.ran == ["two"]
+    assert again[one].digest == done[one].digest
+    assert (folder / "Thumbs.db").read_text() == "mine"
+    store = Store(tmp_path)
+    with listen() as heard:
+        assert [held.label for held in store.clear(store.held())] == ["one", "two"]
+    assert len(heard) == 1
+    assert not folder.exists()
+    kept = sorted(path.name for path in (tmp_path / "foreign" / folder.name).iterdir())
+    assert kept == [".DS_Store", ".nfs000001", "Thumbs.db", "n (conflicted copy).txt", "n.txt~"]
+    assert run(Store(tmp_path), one)[1].ran == ["one"]
+
+
+@pytest.mark.parametrize("seconds", ["text", None, [1], 1e999, float("nan"), 10**400, -1])
+def test_a_record_of_odd_seconds_is_one_that_does_not_tell_them(tmp_path: Path, seconds: Any) -> None:
+    one = step("one", 1)
+    folder = run(Store(tmp_path), one)[0][one].folder
+    record = read_json(folder / RECORD)
+    record["about"]["seconds"] = seconds
+    (folder / RECORD).write_text(json.dumps(record))
+    done, watcher = run(Store(tmp_path), one)
+    assert watcher.ran == []
+    assert np.isnan(done[one].seconds())
+
+
+def test_a_store_that_is_cleared_during_a_run_is_one_clear_error(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = step("one", 1)
+    two = Step("two", f"{HERE}:remove", 1, {"value": 2}, {"numbers": [one]})
+    with pytest.raises(TaskvecError, match="two: '.*' was removed while a run needed it\nrun again"):
+        run(store, two)
+    assert run(Store(tmp_path), step("two", 2, one))[1].ran == ["one", "two"]
+
+
+@pytest.mark.parametrize("who", ["another", "an older version"])
+def test_what_others_left_in_tmp_stays_and_raises_nothing(tmp_path: Path, who: str) -> None:
+    name = "my-own-notes" if who == "another" else f"{socket.gethostname()}-999999-0123456789ab"
+    (tmp_path / "tmp" / name).mkdir(parents=True)
+    store = Store(tmp_path)
+    store.sweep()
+    run(store, step("one", 1))
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == [name]
+
+
+def test_a_folder_of_a_living_process_is_not_swept(tmp_path: Path) -> None:
+    living, code = (
+        Store(tmp_path),
+        "import sys, pathlib, taskvec.store as s; s.Store(pathlib.Path(sys.argv[1])).sweep()",
+    )
+    folder = living.begin()
+    living.sweep()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert folder.is_dir()
+    del living
+    assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_another_machines_folder_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import os, sys, pathlib, taskvec.store as s\n"
+        "store = s.Store(pathlib.Path(sys.argv[1])); store.begin(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    here = locks.machine()
+    monkeypatch.setattr(locks, "machine", lambda: {"elsewhere"})
+    Store(tmp_path).sweep()
+    assert len(list((tmp_path / "tmp").iterdir())) == 1
+    monkeypatch.setattr(locks, "machine", lambda: here)
+    monkeypatch.setattr(locks, "fcntl", None)
+    Store(tmp_path).sweep()
+    assert len(list((tmp_path / "tmp").iterdir())) == 1
+    monkeypatch.undo()
+    Store(tmp_path).sweep()
+    assert list((tmp_path / "tmp").iterdir()) == list((tmp_path / "locks").iterdir()) == []
+
+
+def test_a_killed_writer_leaves_a_hidden_folder_that_the_next_one_removes(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib, taskvec.locks as l\n"
+        "with l.replacing(pathlib.Path(sys.argv[1])) as new: new.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    place = tmp_path / ("ä" * 120)
+    place.write_text("whole")
+    subprocess.run([sys.executable, "-c", code, str(place)], check=False)
+    assert place.read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 2
+    with locks.replacing(place) as new:
+        new.write_text("new")
+        locks.sweep(place)
+    assert list(tmp_path.iterdir()) == [place]
+    assert place.read_text() == "new"
 
 
 def test_every_artifact_knows_what_made_it(tmp_path: Path) -> None:
@@ -149,7 +269,7 @@ def test_every_artifact_knows_what_made_it(tmp_path: Path) -> None:
 
 
 def test_worker_processes_give_what_this_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", PATHS)
     steps = [step(f"s{i}", i) for i in range(4)]
     last = step("last", 0, *steps)
     done = pipeline.run([last], Store(tmp_path / "a"), Processes(2), Quiet())
@@ -159,7 +279,7 @@ def test_worker_processes_give_what_this_process_gives(tmp_path: Path, monkeypat
 
 
 def test_errors_and_sudden_deaths_of_workers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", PATHS)
     with pytest.raises(TaskvecError, match="the step failed"):
         pipeline.run([step("bad", 1, fail=True)], Store(tmp_path), Processes(2), Quiet())
     with pytest.raises(TaskvecError, match="'gone' was ended by signal 9"):
@@ -175,7 +295,7 @@ def test_killing_the_parent_ends_its_workers_and_the_next_run_sweeps(tmp_path: P
         "pipeline.run([s], Store(Path(sys.argv[2])), Processes(2), Quiet())"
     )
     here = str(Path(__file__).parent)
-    env = os.environ | {"PYTHONPATH": here}
+    env = os.environ | {"PYTHONPATH": PATHS}
     parent = subprocess.Popen([sys.executable, "-c", code, here, str(tmp_path)], env=env)
     pid = wait_for_number(tmp_path / "tmp")
     parent.kill()
@@ -207,7 +327,7 @@ def running(pid: int) -> bool:
 
 
 def test_workers_do_not_import_from_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", PATHS)
     (tmp_path / "queue.py").write_text("raise RuntimeError('wrong file')")
     monkeypatch.chdir(tmp_path)
     one = step("one", 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,11 @@ from test_pipeline import Quiet
 
 import taskvec as tv
 from taskvec import runs
+from taskvec.locks import workspace
+from taskvec.notes import listen
+from taskvec.publishing import publish
 from taskvec.results import COLUMNS
-from taskvec.store import Store, read_json
+from taskvec.store import Store, file_digest, read_json
 from taskvec.study import StudyFile
 from taskvec.study_files import parse_study
 
@@ -69,15 +74,26 @@ def test_a_study_leaves_a_whole_run_folder_and_the_second_run_does_nothing(data:
     assert (again.ran, again.written, watcher.ran) == (0, False, [])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
     shutil.rmtree(out / "figures")
+    shutil.rmtree(out / "models")
     (out / "results.csv").write_text("damaged")
-    mended, _ = run(study_file(data), out, store)
+    (out / "notes.txt").write_text("mine")
+    (out / "link").symlink_to(data)
+    mended, watcher = run(study_file(data), out, store)
     assert (mended.ran, mended.written) == (0, True)
+    assert watcher.notes == [
+        f"run folder: '{out}/results.csv' was changed since it was written: kept as '{out}/changed/results.csv'"
+    ]
+    assert (out / "changed" / "results.csv").read_text() == "damaged"
+    assert run(study_file(data), out, store)[0].written is False
     assert (out / "figures").is_dir()
     assert tuple(rows_of(out).columns) == tuple(COLUMNS)
     assert (out / "disentanglement.csv").exists()
     text = study_file(data).text.replace("pairs: 1", "pairs: 0")
     run(StudyFile(parse_study(text, "small"), text, data), out, store)
     assert not (out / "disentanglement.csv").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "link" / "one").is_dir()
+    assert (out / "models" / "random" / "model.json").is_file()
 
 
 def test_test_rows_exist_only_for_what_validation_chose(data: Path) -> None:
@@ -171,6 +187,251 @@ def test_the_kept_model_predicts_what_the_study_measured(data: Path) -> None:
         tv.load(data)
 
 
+# ---------------------------------------------------------------- what is the user's
+
+
+def published(out: Path, texts: dict[str, str]) -> list[str]:
+    """Publish files of these texts to a folder, and return the notes."""
+    with listen() as heard, workspace(out / "run") as fresh:
+        for name, text in texts.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_text(text)
+        publish(fresh, out, runs.MARKER, runs.LOCK)
+    return heard
+
+
+def texts_of(out: Path) -> dict[str, str]:
+    names = sorted(path for path in out.rglob("*") if path.is_file() and path.name != runs.MARKER)
+    return {path.relative_to(out).as_posix(): path.read_text() for path in names}
+
+
+MINE = dict.fromkeys(("notes.txt", "figures/mine.png", "models/own/x.bin", ".hidden", "a/b.csv"), "mine")
+FIRST = {"results.csv": "1", "figures/a.png": "1", "figures/b.png": "1", "models/x/model.json": "1", runs.LOCK: "1"}
+SECOND = {"results.csv": "2", "figures/a.png": "2", "models/y/model.json": "2", runs.LOCK: "2"}
+
+
+def test_a_run_folder_replaces_its_own_files_and_no_others(tmp_path: Path) -> None:
+    assert published(tmp_path, FIRST) == []
+    for name, text in MINE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "figures" / "elsewhere").symlink_to("/usr")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    assert published(tmp_path, SECOND) == []
+    assert texts_of(tmp_path) == MINE | SECOND
+    assert not (tmp_path / "models" / "x").exists()
+    assert (tmp_path / "figures" / "elsewhere").is_symlink()
+    assert (tmp_path / "nowhere").is_symlink()
+
+
+def test_files_of_a_run_that_were_changed_are_kept(tmp_path: Path) -> None:
+    published(tmp_path, FIRST)
+    for name in ("results.csv", "figures/b.png"):
+        (tmp_path / name).write_text("edited")
+    (tmp_path / "changed").write_text("a file of the user's")
+    notes = published(tmp_path, SECOND)
+    kept = {f"changed-2/{name}": "edited" for name in ("results.csv", "figures/b.png")}
+    assert texts_of(tmp_path) == SECOND | kept | {"changed": "a file of the user's"}
+    assert sorted(notes, reverse=True) == [
+        f"'{tmp_path}/{n}' was changed since it was written: kept as '{tmp_path}/changed-2/{n}'"
+        for n in ("results.csv", "figures/b.png")
+    ]
+
+
+@pytest.mark.parametrize("how", ["file", "folder", "link", "linked folder", "file for a folder"])
+def test_what_stands_in_the_way_is_refused_and_nothing_is_touched(tmp_path: Path, how: str) -> None:
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.png").write_text("mine")
+    out.mkdir()
+    published(out, {"results.csv": "1", runs.LOCK: "1"})
+    place = out / "figures" / "a.png"
+    (out if "folder" in how and how != "folder" else place.parent).mkdir(exist_ok=True)
+    if how == "file":
+        place.write_text("mine")
+    elif how == "folder":
+        place.mkdir()
+    elif how == "link":
+        place.symlink_to(mine / "a.png")
+    elif how == "linked folder":
+        (out / "figures").symlink_to(mine)
+    else:
+        (out / "figures").write_text("mine")
+    before = texts_of(tmp_path)
+    with pytest.raises(tv.TaskvecError, match="figures.* was not written by this command"):
+        published(out, SECOND)
+    assert texts_of(tmp_path) == before
+
+
+def test_a_marker_or_lock_that_names_files_elsewhere_removes_nothing(tmp_path: Path) -> None:
+    out, thesis = tmp_path / "out", tmp_path / "thesis.txt"
+    out.mkdir()
+    thesis.write_text("mine")
+    for bad in ('{"files": {"../thesis.txt": "%s"}}', '{"files": ["thesis.txt"]}', "[1]", "{", '{"files": {"a": 3}}'):
+        (out / runs.MARKER).write_text(bad.replace("%s", file_digest(thesis)))
+        (out / "new.csv").unlink(missing_ok=True)
+        published(out, {"new.csv": bad})
+        assert thesis.read_text() == "mine"
+        assert texts_of(out) == {"new.csv": bad}
+
+
+def test_a_run_folder_of_an_older_version_names_its_files_in_the_lock(tmp_path: Path) -> None:
+    (tmp_path / runs.MARKER).write_text("a run folder of taskvec: report.html, tables.md and results.csv\n")
+    for name in ("results.csv", "old.csv", "notes.txt"):
+        (tmp_path / name).write_text("1")
+    files = {name: file_digest(tmp_path / name) for name in ("results.csv", "old.csv")}
+    (tmp_path / runs.LOCK).write_text(json.dumps({"fingerprint": "x", "files": files}))
+    assert published(tmp_path, SECOND) == []
+    assert texts_of(tmp_path) == SECOND | {"notes.txt": "1"}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from taskvec.locks import workspace
+from taskvec.publishing import publish
+out, texts, left = Path(sys.argv[1]), eval(sys.argv[2]), 0
+
+def counted(one):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), 9)
+        return one(*args, **kwargs)
+    return call
+
+for name in ("replace", "unlink", "rename", "rmdir", "mkdir"):
+    setattr(Path, name, counted(getattr(Path, name)))
+for moment in range(99):
+    child = os.fork()
+    if not child:
+        left = moment
+        with workspace(out / str(moment) / "run") as fresh:
+            for name, text in texts.items():
+                os.makedirs((fresh / name).parent, exist_ok=True)
+                (fresh / name).write_text(text)
+            publish(fresh, out / str(moment), ".taskvec", "study.lock.json")
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+print(moment)
+"""
+
+
+def test_a_run_folder_ends_right_whenever_it_was_killed(tmp_path: Path) -> None:
+    for moment in range(40):
+        (tmp_path / str(moment)).mkdir()
+        published(tmp_path / str(moment), FIRST)
+        (tmp_path / str(moment) / "notes.txt").write_text("mine")
+        (tmp_path / str(moment) / "figures" / "b.png").write_text("edited")
+    call = [sys.executable, "-c", KILLED, tmp_path, repr(SECOND)]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    moments = int(done.stdout)
+    assert 10 < moments < 40
+    third = SECOND | {"results.csv": "3"}
+    for moment in range(moments + 1):
+        published(tmp_path / str(moment), third)
+        kept = {"notes.txt": "mine", "changed/figures/b.png": "edited"}
+        assert texts_of(tmp_path / str(moment)) == third | kept
+        assert {path.name for path in (tmp_path / str(moment)).glob(".*")} == {runs.MARKER}
+
+
+def test_the_second_run_into_one_folder_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
+    with runs.writing(tmp_path / "out"):
+        (tmp_path / "out" / ".fresh-12345").mkdir()
+        with pytest.raises(tv.TaskvecError, match="another run is writing to"), runs.writing(tmp_path / "out"):
+            pass
+    with runs.writing(tmp_path / "out"):
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{runs.MARKER}-lock"]
+    (tmp_path / "out").rmdir()
+    with runs.writing(tmp_path / "out" / "deep"):
+        pass
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{runs.MARKER}-lock").write_text("of a killed run")
+    with runs.writing(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "store"),
+    [
+        ("out", "out"),
+        ("out", "out/store"),
+        ("all/out", "all"),
+        ("out", "link/../out/deep"),
+        ("link/out", "real/out/store"),
+        ("out", "data/one/train/store"),
+        ("data/one/train/ant/out", "store"),
+        ("data/two", "store"),
+        ("flat/ant", "store"),
+        ("flat/runs/x", "store"),
+    ],
+)
+def test_places_in_each_other_are_refused_before_any_work(data: Path, out: str, store: str) -> None:
+    (data / "real").mkdir()
+    (data / "link").symlink_to(data / "real")
+    (data / "data").mkdir()
+    for name in ("one", "two"):
+        (data / name).rename(data / "data" / name)
+    shutil.copytree(data / "data" / "one" / "train", data / "flat")
+    text = study_file(data / "data").text.replace(f"{data}/data/two", f"{data}/flat")
+    before = sorted(data.rglob("*"))
+    with pytest.raises(tv.TaskvecError, match="lie one in the other|which is read|not empty and not a run folder"):
+        run(StudyFile(parse_study(text, "small"), text, data), data / out, data / store)
+    assert sorted(data.rglob("*")) == before
+
+
+@pytest.mark.parametrize("where", ["tasks", "finetuned", "backbone"])
+def test_results_never_replace_what_the_study_reads(data: Path, where: str) -> None:
+    out = data / "out"
+    out.mkdir()
+    published(out, {"results.csv": "1", "models/x/encoder.safetensors": "1", runs.LOCK: "1"})
+    (data / "one").rename(out / "figures")
+    text = study_file(data).text.replace(f"{data}/one", f"{out}/figures" if where == "tasks" else f"{data}/two")
+    text = text.replace(f'"folder:{data}/two"]', f'{{address: "folder:{data}/two", name: b}}]')
+    if where == "finetuned":
+        text = text.replace("name: b", f"name: b, finetuned: {out}/models/x/encoder.safetensors")
+    if where == "backbone":
+        text = text.replace("lab:random", "timm:vit_tiny_patch16_224@out/models/x/encoder.safetensors")
+    before = sorted(data.rglob("*"))
+    with pytest.raises(tv.TaskvecError, match="the study reads '.*', where '.*' has results"):
+        run(StudyFile(parse_study(text, "small"), text, data), out, data / "store")
+    assert sorted(data.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "out", ["/proc/x", "/dev/null", "file", "file/out", "x" * 300, "nul\0", "loop", "gone", "socket"]
+)
+def test_run_folders_that_cannot_be_are_clear_errors_before_any_work(data: Path, out: str) -> None:
+    (data / "file").write_text("mine")
+    (data / "loop").symlink_to(data / "loop")
+    (data / "gone").symlink_to(data / "disk that is not there")
+    os.mkfifo(data / "socket")
+    before = sorted(data.rglob("*"))
+    for place, store in ((data / out, data / "store"), (data / "out", data / out)):
+        with pytest.raises(tv.TaskvecError, match="cannot use|is no folder|is no path|link to nothing"):
+            run(study_file(data), place, store)
+    assert sorted(data.rglob("*")) == before
+
+
+def test_what_is_in_the_way_of_a_run_is_refused_before_any_work(data: Path) -> None:
+    out = data / "out"
+    inside = ("models/random/model.json", "figures/lambda--random--aligned.png", "tables/table1.tex")
+    for name in (*runs.FILES, "models", "figures", *inside, "figures/mine--of-june.png", "models/own/model.json"):
+        out.mkdir()
+        published(out, {"other.csv": "1"})
+        (out / name).parent.mkdir(exist_ok=True, parents=True)
+        (out / name).write_text("mine")
+        refused = pytest.raises(tv.TaskvecError, match=f"{name}' was not written by this command")
+        with nullcontext() if "mine" in name or "own" in name else refused:
+            runs.check_free(study_file(data), out)
+        assert (out / name).read_text() == "mine"
+        shutil.rmtree(out)
+
+
 def command(data: Path, out: str, store: str) -> list[str]:
     (data / "small.yaml").write_text(study_file(data, steps=100).text)
     arguments = [
@@ -220,5 +481,14 @@ def test_an_interrupted_study_resumes_to_the_same_results(data: Path, how: signa
     assert before > 0
     for out, store in (("out", "store"), ("undisturbed", "store2")):
         subprocess.run(command(data, out, store), check=True, capture_output=True)
-    assert (data / "out" / "results.csv").read_bytes() == (data / "undisturbed" / "results.csv").read_bytes()
+    same = (
+        "results.csv",
+        "tables.md",
+        "report.html",
+        "models/random/model.json",
+        "figures/lambda--random--aligned.png",
+    )
+    for name in same:
+        assert (data / "out" / name).read_bytes() == (data / "undisturbed" / name).read_bytes(), name
+    assert [path.name for path in (data / "out").glob(".*")] == [runs.MARKER]
     assert os.listdir(data / "store" / "tmp") == []  # noqa: PTH208

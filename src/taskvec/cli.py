@@ -81,7 +81,7 @@ def run(
 
     if smoke:
         file = replace(file, study=file.study.smoke())
-    folder = out or Path("runs") / file.study.name
+    folder = (out or Path("runs") / file.study.name).expanduser()
     command = f"taskvec run {shlex.quote(study)}" + (" --smoke" if smoke else "")
     console, begin = Console(stderr=True), time.monotonic()
     watcher = Terminal(console)
@@ -236,6 +236,8 @@ def diff(
     from taskvec import file_commands
     from taskvec.progress import passes
 
+    if out is not None:
+        file_commands.check_out(out, [base, *tuned])
     with passes("comparing", Console(stderr=True)) as watch:
         found = file_commands.compare(base, tuned, keep or (), watch)
     console = Console(width=max(100, Console().width))
@@ -261,14 +263,16 @@ def store_(
     place = Store((store or default_store()).expanduser())
     if store is not None and not place.folder.is_dir():
         raise TaskvecError(f"no store at '{store}'", "give the folder that taskvec run was given as --store")
-    place.sweep()
+    if place.folder.exists() and not place.is_store():
+        raise TaskvecError(f"'{place.folder}' is no store", "give the folder that taskvec run was given as --store")
     every = place.held()
     if clear:
+        place.sweep()
         chosen = [one for one in every if clear in ("all", one.kind, one.id, DECODED.get(one.kind))]
         if not chosen and clear != "all":
             raise unknown("part of the store", clear, {"all", "decoded", *(one.kind for one in every)})
-        place.clear(one.id for one in chosen)
-        typer.echo(f"removed {len(chosen)} steps, {gigabytes(sum(one.size for one in chosen))}, from {place.folder}")
+        gone = place.clear(chosen)
+        typer.echo(f"removed {len(gone)} steps, {gigabytes(sum(one.size for one in gone))}, from {place.folder}")
         return
     for one in (one for one in every if one.kind in DECODED):
         typer.echo(f"{gigabytes(one.size):>9}  {one.id}  {one.label}")

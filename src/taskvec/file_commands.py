@@ -13,17 +13,22 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from taskvec.errors import TaskvecError
 from taskvec.files import Checkpoint, labels
+from taskvec.locks import workspace
 from taskvec.matching import SHOWN, Matched, match
 from taskvec.merging import ADDITION, Recipe, find_recipe, plugins
 from taskvec.merging.parts import Kind
-from taskvec.merging.streaming import Streams, Watch, merge_files, plan_target, unwatched
-from taskvec.store import disk_errors
+from taskvec.merging.streaming import Streams, Watch, check_new, merge_files, plan_target, unwatched
+from taskvec.publishing import check_names, check_outside, settle
+from taskvec.shards import alone
+from taskvec.store import disk_errors, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from taskvec.differences import Differences
 
+FILES = ("diff.csv", "cosines.csv", "diff.png", "diff.pdf")
+"""What a comparison writes into a folder."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -72,7 +77,9 @@ class Merge:
                 self.seed,
                 watch=watch,
             )
-            written = merge_files(recipe, streams, self.scale, target)
+            with alone(target.out):
+                check_new(target)
+                written = merge_files(recipe, streams, self.scale, target)
             count = f"{len(tuned)} checkpoint{'s' if len(tuned) > 1 else ''}"
             return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams, recipe), *map(str, written)]
 
@@ -212,15 +219,26 @@ def _named(heading: str, frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+def check_out(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise, before any work, if the files of a comparison cannot go to a folder."""
+    check_names(out, FILES)
+    check_outside(out, inputs)
+
+
 def write(found: Differences, out: Path) -> list[str]:
-    """Write diff.csv (a row a tensor and checkpoint), cosines.csv, and the figure; return their names."""
+    """Write diff.csv (a row a tensor and checkpoint), cosines.csv, and the figure; return their names.
+
+    Other files of these names are kept aside.
+    """
     from taskvec import figures
     from taskvec.figures.differences import differences
-    from taskvec.store import disk_errors, write_text
 
-    frames = {"diff.csv": found.tensors, "cosines.csv": found.cosines()}
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        for name, frame in frames.items():
-            write_text(out / name, frame.to_csv(index=False, lineterminator="\n"))
-        return [*frames, *figures.save(differences(found.by_layer(), found.cosines()), out, "diff")]
+        with workspace(out / "diff") as fresh:
+            for name, frame in {"diff.csv": found.tensors, "cosines.csv": found.cosines()}.items():
+                write_text(fresh / name, frame.to_csv(index=False, lineterminator="\n"))
+            figures.save(differences(found.by_layer(), found.cosines()), fresh, "diff")
+            for name in FILES:
+                settle(fresh, out, name)
+    return list(FILES)

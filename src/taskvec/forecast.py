@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from taskvec.backbones import to_download
 from taskvec.cells import Cell
 from taskvec.pipeline import Step, ordered, step_id
 from taskvec.store import Artifact, Store, fingerprint, json_text
+from taskvec.store import seconds as recorded
 from taskvec.workload import Counter, Work, memory, total
 
 STARTING = 0.005
@@ -113,7 +115,7 @@ def forecast(name: str, cells: Sequence[Cell], store: Store) -> Forecast:
         known = store.look(id)
         seen[step] = Artifact(id, store.folder, known[0] if known else expected_digest(step, id, count))
         if id not in found:
-            took = float(known[1]["seconds"]) if known else None
+            took = (told if math.isfinite(told := recorded(known[1])) else 0.0) if known else None
             found[id] = Planned(step, count.work(step), memory(count, step), took)
     planned = tuple(found.values())
     return Forecast(name, planned, tuple(unknown_shapes(count)), tuple(downloads(planned)))

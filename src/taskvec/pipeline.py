@@ -9,6 +9,7 @@ workers are not part of it.
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 import shutil
 import time
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 from taskvec.errors import TaskvecError
 from taskvec.notes import library_warnings, listen
-from taskvec.store import NOTES, Artifact, Store, disk_errors, fingerprint, write_json
+from taskvec.store import NOTES, Artifact, Store, disk_errors, fingerprint, present, write_json
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
 
@@ -151,7 +152,7 @@ def run(steps: Iterable[Step], store: Store, executor: Executor, watcher: Watche
                         _tell(step, artifact, watcher)
     finally:
         executor.close()
-    return done
+    return {step: done[step] for step in plan}
 
 
 def _ready(waiting: list[Step], done: dict[Step, Artifact]) -> bool:
@@ -173,7 +174,7 @@ def _advance(
     if id in running:
         running[id].append(step)
         waiting.remove(step)
-    elif (artifact := store.find(id)) is not None:
+    elif (artifact := _find(id, step, store, watcher)) is not None:
         done[step] = artifact
         waiting.remove(step)
         watcher.reused(step)
@@ -185,6 +186,14 @@ def _advance(
         waiting.remove(step)
         watcher.started(step)
         executor.start(job, lambda share: watcher.advanced(step, share), lambda text: watcher.noted(step.label, text))
+
+
+def _find(id: str, step: Step, store: Store, watcher: Watcher) -> Artifact | None:
+    with listen() as heard:
+        artifact = store.find(id)
+    for line in heard:
+        watcher.noted(step.label, line)
+    return artifact
 
 
 def _tell(step: Step, artifact: Artifact, watcher: Watcher) -> None:
@@ -223,7 +232,8 @@ def perform(
     start = time.perf_counter()
     inputs = {role: [Path(folder) for folder in folders] for role, folders in job.inputs.items()}
     try:
-        with disk_errors(job.folder), listen(noted) as heard, library_warnings():
+        reading = present(itertools.chain(*inputs.values()), job.folder)
+        with disk_errors(job.folder), reading, listen(noted) as heard, library_warnings():
             function({**job.step.config, **job.step.aside}, inputs, job.folder, progress)
             if heard:
                 write_json(job.folder / NOTES, heard)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,19 +21,50 @@ from taskvec.cells import Cell
 from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import cores, open_executor
+from taskvec.folders import SPELT
+from taskvec.locks import holding, sweep, workspace
 from taskvec.merging import plugins
 from taskvec.merging.buffers import DIRECTIONS
 from taskvec.notes import library_warnings, listen, note_lines, some
 from taskvec.pipeline import Watcher
 from taskvec.plan import plan, view_sizes
+from taskvec.publishing import Known, check_outside, check_place, inside, mark, obstacle, owned, publish, refuse
 from taskvec.results import Done, heatmaps, negations, results
-from taskvec.store import Store, digests, disk_errors, fingerprint, gigabytes, read_json, write_json, write_text
+from taskvec.store import (
+    Store,
+    digests,
+    disk_errors,
+    file_digest,
+    fingerprint,
+    gigabytes,
+    present,
+    read_json,
+    write_json,
+    write_text,
+)
 from taskvec.study import StudyFile
+from taskvec.tasks import parse, resolve
 
 LOCK = "study.lock.json"
+"""The file that is written last: a run folder that has it is whole."""
 MARKER = ".taskvec"
-PLANNING, FIGURES = "plan", "figures"
-"""Who tells what is noted while a study is planned, and while its figures are drawn."""
+PLANNING, FIGURES, FOLDER = "plan", "figures", "run folder"
+"""Who tells what is noted while a study is planned, while its figures are drawn, and while its folder is written."""
+FRESH = "run"
+FILES = (
+    "study.yaml",
+    "results.csv",
+    "disentanglement.csv",
+    "negation.csv",
+    "costs.csv",
+    "tables.md",
+    "leaderboard.md",
+    "report.html",
+    LOCK,
+)
+FOLDERS = ("tables", "figures", "models")
+MODEL = ("encoder.safetensors", "heads.safetensors", AROUND, DIRECTIONS, "model.json")
+"""What a run folder may hold of ours, and each folder of a model."""
 LARGE = 1e9
 """Bytes of decoded images from which their size is said."""
 
@@ -84,35 +118,67 @@ def default_workers(device: str, threads: int) -> int:
 
 def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, watcher: Watcher, command: str) -> Outcome:
     """Run what is not done yet and write the run folder; a run with nothing to do leaves the folder as it is."""
+    check_inputs(file, out, store.folder)
+    with writing(out):
+        check_free(file, out)
+        store.open()
+        store.sweep()
+        return _run(file, out, store, workers, watcher, command)
+
+
+def _run(file: StudyFile, out: Path, store: Store, workers: int | None, watcher: Watcher, command: str) -> Outcome:
+    """Run the steps, and write the run folder where it is not written yet."""
     from taskvec.compute import choose_device
 
-    check_folder(out)
-    store.sweep()
     device = choose_device(file.study.device)
     counter = Counter(watcher)
     with listen(lambda text: counter.noted(PLANNING, text)) as planned, library_warnings():
         cells = plan(file, store)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / MARKER).exists():
-            write_text(
-                out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n"
-            )
-    digests = {str(one.path): one.digest for one in plugins.use(file.plugins)}
+    if not (out / MARKER).exists():
+        mark(out, MARKER, {})
+    sources = {str(one.path): one.digest for one in plugins.use(file.plugins)}
     steps = [step for cell in cells for step in cell.steps()]
     say_size(view_sizes(pipeline.ordered(steps)), store, watcher)
     executor = open_executor(workers or default_workers(device, file.study.threads))
     done = pipeline.run(steps, store, executor, counter)
-    lock = make_lock(file, cells, done, device, command)
-    lock |= {"notes": all_notes(planned, steps, done)} | ({"plugins": digests} if digests else {})
-    fresh = not is_written(out, lock)
-    if fresh:
-        with disk_errors(out):
+    with present(artifact.folder for artifact in done.values()), listen(lambda text: counter.noted(FOLDER, text)):
+        lock = make_lock(file, cells, done, device, command)
+        lock |= {"notes": all_notes(planned, steps, done)} | ({"plugins": sources} if sources else {})
+        fresh = not is_written(out, lock)
+        if fresh:
             write_run(file, cells, done, out, lock)
     for one in of_figures(read_json(out / LOCK)["notes"]):
         counter.noted(one["label"], one["text"])
     counter.repeat()
     return Outcome(out, len(done), counter.ran, fresh)
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Make a run folder this process's own during a block; what killed runs left in it goes, and it goes if empty."""
+    check_folder(out)
+    busy = TaskvecError(f"another run is writing to '{out}'", "wait for it to end, or choose another with --out")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with contextlib.ExitStack() as stack:
+            with disk_errors(out):
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(holding(out / f"{MARKER}-lock", busy))
+                tidy(out)
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def tidy(out: Path) -> None:
+    """Remove what killed runs have left in a run folder."""
+    for name in (FRESH, MARKER):
+        sweep(out / name)
+    for left in out.glob(".fresh-*"):  # as runs of an older version called it
+        if left.name.removeprefix(".fresh-").isdecimal():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def say_size(views: float, store: Store, watcher: Watcher) -> None:
@@ -140,11 +206,77 @@ def of_figures(notes: list[dict[str, str]], figures: bool = True) -> list[dict[s
 
 
 def check_folder(out: Path) -> None:
-    """Raise if the run folder holds anything that is not ours: it stays as it is."""
+    """Raise if the run folder cannot be one, or holds anything and was none before: it stays as it is."""
+    check_place(out)
     with disk_errors(out):
         held = [path.name for path in out.iterdir()] if out.exists() else []
     if MARKER not in held and any(not name.startswith(".") for name in held):
         raise TaskvecError(f"'{out}' is not empty and not a run folder", "choose another with --out")
+
+
+def check_free(file: StudyFile, out: Path) -> None:
+    """Raise, before any work, if something of the user's stands in a run folder where a file of ours may have to go."""
+    own = owned(out, MARKER, LOCK)
+    backbones = [choice.name or default_name(choice.address) for choice in file.study.backbones]
+    names = [*FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, own)]
+    found = [out / name for name in FOLDERS if os.path.lexists(out / name) and not is_folder(out / name)]
+    found += [place for name in names if (place := obstacle(out, name, own))]
+    if found:
+        raise refuse(found[0])
+
+
+def beside(out: Path, own: Known) -> Iterator[str]:
+    """Yield what others have put among the figures and tables under a name that could be one of ours."""
+    others = [p for folder in ("figures", "tables") if is_folder(out / folder) for p in (out / folder).iterdir()]
+    names = [name for path in others if (name := path.relative_to(out).as_posix()) not in own]
+    if names:
+        from taskvec.page import READING  # slow, and seldom needed
+
+        kinds = "|".join(READING)
+        form = re.compile(rf"figures/({kinds})--.*\.(png|pdf)|tables/table.*\.tex")
+        yield from filter(form.fullmatch, names)
+
+
+def is_folder(path: Path) -> bool:
+    """Say whether there is a folder itself, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def check_inputs(file: StudyFile, out: Path, store: Path) -> None:
+    """Raise if the store and the run folder lie in each other or in images, or outputs would replace what is read."""
+    check_place(out)
+    check_place(store, "--store")
+    if inside(out, store) or inside(store, out):
+        problem = f"the run folder '{out}' and the store '{store}' lie one in the other"
+        raise TaskvecError(problem, "choose another --out or --store")
+    folders = image_folders(file)
+    check_outside(out, folders)
+    check_outside(store, folders, "--store")
+    for given in (*folders, *weights(file)):
+        for name in (*FILES, *FOLDERS):
+            if inside(given, out / name):
+                raise TaskvecError(f"the study reads '{given}', where '{out}' has results", "choose another --out")
+
+
+def image_folders(file: StudyFile) -> list[Path]:
+    """Return the folders of images that a study reads all of: a task's splits, or the task's own folder."""
+    found = []
+    for task in file.study.tasks:
+        kind, rest = parse(resolve(task.address, file.folder, file.study.data))
+        root = Path(rest if kind == "folder" else rest.partition("@")[0])
+        below = root.iterdir() if kind == "folder" and root.is_dir() else ()
+        splits = [path for path in below if path.name.casefold() in SPELT and path.is_dir()]
+        found += splits or ([root] if kind in ("folder", "hf") and root.is_dir() else [])
+    return found
+
+
+def weights(file: StudyFile) -> list[Path]:
+    """Return the files of weights, and folders with them, that a study names."""
+    given = [name for task in file.study.tasks for name in (task.finetuned, task.head) if name]
+    for choice in file.study.backbones:
+        kind, _, rest = choice.address.partition(":")
+        given.append(rest if kind == "hf" else rest.partition("@")[2])
+    return [path for name in given if name and (path := file.folder / Path(name).expanduser()).exists()]
 
 
 def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, command: str) -> dict[str, Any]:
@@ -170,25 +302,20 @@ def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, comma
 
 
 def is_written(out: Path, lock: dict[str, Any]) -> bool:
-    """Say whether the folder holds exactly this run, whole and undamaged."""
+    """Say whether the folder holds all files of exactly this run, undamaged; others may lie beside them."""
     try:
         written = read_json(out / LOCK)
-        same = written["fingerprint"] == lock["fingerprint"] and of_figures(written["notes"], False) == lock["notes"]
-        return bool(same and written["files"] == held(out))
-    except (OSError, TaskvecError, KeyError, TypeError):
+        files = written["files"].items()
+        same = (not obstacle(out, name, [name]) and file_digest(out / name) == digest for name, digest in files)
+        known = written["fingerprint"] == lock["fingerprint"] and of_figures(written["notes"], False) == lock["notes"]
+        return bool(known and all(same))
+    except (OSError, TaskvecError, KeyError, TypeError, AttributeError):
         return False
-
-
-def held(out: Path) -> dict[str, str]:
-    """Return the digests of the files of a run folder, but for its lock and hidden files."""
-    return {name: digest for name, digest in digests(out).items() if name != LOCK and not name.startswith(".")}
 
 
 def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: dict[str, Any]) -> None:
     """Write the whole run into a hidden folder, then move it into place; a failure leaves the old run as it was."""
-    fresh = out / f".fresh-{os.getpid()}"
-    try:
-        fresh.mkdir()
+    with disk_errors(out), workspace(out / FRESH) as fresh:
         write_text(fresh / "study.yaml", file.text)
         rows, heat = results(file.study.name, cells, done), heatmaps(cells, done)
         write_text(fresh / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
@@ -201,19 +328,8 @@ def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: d
         write_models(cells, done, fresh / "models")
         lock = lock | {"notes": lock["notes"] + draw_figures(rows, heat, spent, fresh / "figures", file)}
         write_report(rows, heat, spent, fresh, lock, file)
-        write_json(fresh / LOCK, lock | {"files": held(fresh)})
-        swap(fresh, out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def swap(fresh: Path, out: Path) -> None:
-    """Replace what the run folder shows by what is in ``fresh``: the lock, which says that it is whole, comes last."""
-    (out / LOCK).unlink(missing_ok=True)
-    for old in [path for path in out.iterdir() if not path.name.startswith(".")]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    for new in sorted(fresh.iterdir(), key=lambda path: path.name == LOCK):
-        new.rename(out / new.name)
+        write_json(fresh / LOCK, lock | {"files": digests(fresh)})
+        publish(fresh, out, MARKER, LOCK)
 
 
 def roles_of(file: StudyFile) -> dict[str, str]:
@@ -260,6 +376,6 @@ def write_models(cells: list[Cell], done: Done, out: Path) -> None:
                 best[cell.backbone] = *value, artifact.folder
     for backbone, (*_, source) in best.items():
         (out / backbone).mkdir(parents=True)
-        for name in ("encoder.safetensors", "heads.safetensors", AROUND, DIRECTIONS, "model.json"):
+        for name in MODEL:
             if (source / name).exists():
                 shutil.copyfile(source / name, out / backbone / name)

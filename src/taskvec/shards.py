@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import math
 import os
 import shutil
-import socket
 import threading
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,8 @@ from numpy import ndarray
 
 from taskvec.errors import TaskvecError
 from taskvec.files import FLOATS, Checkpoint, Metadata, Shape, Stored, bits, open_file
-from taskvec.store import alive, disk_errors
+from taskvec.locks import beside, holding, workspace
+from taskvec.store import disk_errors
 
 LARGEST = {"F64": math.inf} | {
     dtype: float.fromhex(limit)
@@ -190,22 +188,27 @@ def _write(handle: int, data: memoryview, place: int) -> None:
 
 
 @contextmanager
-def workspace(path: Path) -> Iterator[Path]:
+def alone(path: Path) -> Iterator[None]:
+    """Write ``path`` as the only process during a block; raise if another does."""
+    busy = TaskvecError(f"another process is writing '{path}'", "wait for it to end, or choose another --out")
+    with ExitStack() as stack:
+        with disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(holding(path.with_name(f"{beside(path)}taskvec-lock"), busy))
+        yield
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` to write into, removed after the block; a full or closed disk raises.
 
-    Folders that killed processes of this host have left beside ``path`` are removed as well.
+    Folders that killed processes have left beside ``path`` are removed as well.
     """
-    start = f".{os.fsencode(path.name)[:100].decode(errors='ignore')}.{socket.gethostname()}-"
-    temporary = path.with_name(f"{start}{os.getpid()}-{uuid.uuid4().hex[:6]}.tmp")
     with disk_errors(path.parent):
-        for left in path.parent.glob(f"{glob.escape(start)}*-*.tmp"):
-            process = left.name.removeprefix(start).partition("-")[0]
-            if process.isdecimal() and not alive(int(process)):
-                shutil.rmtree(left, ignore_errors=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
-            yield temporary
+            with workspace(path) as folder:
+                yield folder
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -213,5 +216,3 @@ def workspace(path: Path) -> Iterator[Path]:
                 f"no space left for '{path}' ({error.strerror}); nothing was written",
                 "free some, or choose another disk",
             ) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)

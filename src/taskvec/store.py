@@ -5,25 +5,37 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import math
 import os
+import re
 import reprlib
 import shutil
-import socket
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskvec.errors import TaskvecError
+from taskvec.locks import abandoned, claim, replacing
+from taskvec.notes import note
 
 Kind = TypeVar("Kind", bound="Record")
 RECORD = "record.json"
 NOTES = "notes.json"
 """What a step tells the user about its work: with the record, no part of an artifact's content."""
+MARKER = ".taskvec-store"
+"""The file that tells a store from other folders."""
+DAMAGED, FOREIGN = "damaged", "foreign"
+"""Folders of a store: damaged artifacts, and what others had put into artifacts that were cleared."""
+ID = re.compile("[0-9a-f]{20}")
+ASIDE = re.compile(r"[0-9a-f]{20}(-\d+)?")
+SESSION = re.compile("[0-9a-f]{12}")
 
 
 def canonical(value: Any) -> str:
@@ -50,13 +62,23 @@ REFUSED = (
     errno.EACCES,
     errno.EROFS,
     errno.EPERM,
+    errno.ENOENT,
     errno.ENOTDIR,
+    errno.EISDIR,
     errno.EEXIST,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EIO,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.EBUSY,
+    errno.ESTALE,
+    errno.EOPNOTSUPP,
     errno.ENAMETOOLONG,
     errno.EMFILE,
     errno.ENFILE,
 )
-"""What a user can mend about a path: permissions, its kind or length, too many open files."""
+"""What a user can mend about a path: permissions, its kind or length, its disk, too many open files."""
 
 
 @contextlib.contextmanager
@@ -64,6 +86,10 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full disk or a refused write into one clear message that says where and how to go on."""
     try:
         yield
+    except ValueError as error:
+        if "null byte" in str(error):
+            raise TaskvecError(f"{str(where)!r} is no path", "choose another") from None
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TaskvecError(
@@ -85,12 +111,8 @@ def file_digest(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -143,15 +165,15 @@ class Artifact:
         return read_json(self.folder / name)
 
     def seconds(self) -> float:
-        """Return the seconds that its step took, where and when it was run."""
-        return float(read_json(self.folder / RECORD)["about"]["seconds"])
+        """Return the seconds that its step took, where and when it was run; NaN where its record does not tell."""
+        return seconds(read_json(self.folder / RECORD)["about"])
 
     def notes(self) -> list[str]:
         """Return what the step had to tell the user; damaged notes are told as such."""
         place = self.folder / NOTES
         try:
             notes = read_json(place) if place.exists() else []
-        except TaskvecError:
+        except (OSError, TaskvecError):
             notes = None
         if isinstance(notes, list) and all(isinstance(one, str) for one in notes):
             return notes
@@ -160,63 +182,84 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Held:
-    """What a store holds of one artifact: its id, its kind (the name of its step's function), label and bytes."""
+    """What a store holds of one artifact: its id, its kind (the name of its step's function), label, bytes, folder."""
 
     id: str
     kind: str
     label: str
     size: int
+    folder: Path
 
 
 class Store:
-    """Artifacts by id under one folder; several processes may write to it at once."""
+    """Artifacts by id under one folder; several processes may write to it at once.
+
+    What is in the folder and is not of a store's own form is never touched.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._checked: dict[str, Artifact] = {}
+        self._session = ""
 
     def find(self, id: str) -> Artifact | None:
-        """Return a finished artifact after checking its files against the record; a damaged one is removed."""
+        """Return a finished artifact after checking its files against the record; a damaged one is moved aside."""
         if id in self._checked:
             return self._checked[id]
         folder = self._place(id)
-        if not folder.is_dir():
-            return None
-        artifact = _checked(id, folder)
-        if artifact is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            return None
+        with disk_errors(folder):
+            if not os.path.lexists(folder):
+                return None
+            artifact = _checked(id, folder)
+            if artifact is None:
+                with contextlib.suppress(FileNotFoundError):  # another process was first
+                    aside = move_aside(folder, self.folder / DAMAGED / id)
+                    note(f"'{folder}' was damaged; it is made again, and what was there is kept in '{aside}'")
+                return None
         self._checked[id] = artifact
         return artifact
 
     def look(self, id: str) -> tuple[str, dict[str, Any]] | None:
         """Return an artifact's digest and what made it, by its record alone: for estimates, nothing is checked."""
-        try:
-            record = read_json(self._place(id) / RECORD)
-            return fingerprint(record["files"]), record["about"]
-        except (OSError, TaskvecError, KeyError, TypeError):
-            return None
+        record = self._record(self._place(id))
+        return (fingerprint(record["files"]), record["about"]) if record else None
+
+    def _record(self, folder: Path) -> dict[str, Any] | None:
+        """Return an artifact's record, if it can be read."""
+        with contextlib.suppress(OSError):
+            return artifact_record(folder)
+        return None
 
     def begin(self) -> Path:
-        """Return a new temporary folder to write an artifact into; its name says which process made it."""
-        folder = self.folder / "tmp" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        """Return a new temporary folder to write an artifact into, which is this store's until its process ends."""
         with disk_errors(self.folder):
+            folder = self.folder / "tmp" / f"{self.open()}-{uuid.uuid4().hex[:12]}"
             folder.mkdir(parents=True)
         return folder
+
+    def open(self) -> str:
+        """Make the store where there is none; return the name of the lock that says which folders are being written."""
+        if not self._session:
+            locks, session = self.folder / "locks", uuid.uuid4().hex[:12]
+            with disk_errors(self.folder):
+                locks.mkdir(parents=True, exist_ok=True)
+                if not (self.folder / MARKER).exists():
+                    write_text(self.folder / MARKER, "a store of taskvec: taskvec store lists and clears it\n")
+                weakref.finalize(self, _end, locks / session, claim(locks / session))
+            self._session = session
+        return self._session
 
     def finish(self, id: str, folder: Path, about: dict[str, Any]) -> Artifact:
         """Write the record last, then rename the temporary folder into place; who comes second gives way."""
         place = self._place(id)
         try:
             with disk_errors(self.folder):
-                write_json(folder / RECORD, {"about": about, "files": digests(folder)})
+                with present([], folder):
+                    write_json(folder / RECORD, {"about": about, "files": digests(folder)})
                 place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    folder.rename(place)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                    shutil.rmtree(folder)
+                while not _renamed(folder, place) and self.find(id) is None:
+                    pass  # what was damaged there has been moved aside
+                shutil.rmtree(folder, ignore_errors=True)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -226,35 +269,56 @@ class Store:
         return artifact
 
     def held(self) -> list[Held]:
-        """Say what is kept, in the order of kind and label; a folder without a readable record is of kind damaged."""
+        """Say what is kept, in the order of kind and label, and what was damaged and moved aside."""
         found = []
-        for folder in (path for path in self.folder.glob("??/*") if path.is_dir()):
-            kind, label = "damaged", folder.name
-            with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
-                about = read_json(folder / RECORD)["about"]
-                kind, label = str(about["function"]).rpartition(":")[2], str(about["label"])
-            found.append(Held(folder.name, kind, label, _size(folder)))
+        for folder in (path for path in self.folder.glob("[0-9a-f][0-9a-f]/*") if not path.is_symlink()):
+            if ID.fullmatch(folder.name) and folder == self._place(folder.name) and (record := self._record(folder)):
+                kind, label = record["about"]["function"].rpartition(":")[2], record["about"]["label"]
+                found.append(Held(folder.name, kind, label, _size(folder), folder))
+        for folder in (path for path in (self.folder / DAMAGED).glob("*") if not path.is_symlink()):
+            if ASIDE.fullmatch(folder.name):
+                found.append(Held(folder.name, DAMAGED, folder.name, _size(folder), folder))
         return sorted(found, key=lambda one: (one.kind, one.label, one.id))
+
+    def is_store(self) -> bool:
+        """Say whether a folder is a store: it says so itself, or holds an artifact, or nothing at all."""
+        with disk_errors(self.folder):
+            return (self.folder / MARKER).is_file() or not any(self.folder.iterdir()) or bool(self.held())
 
     def unfinished(self) -> int:
         """Return the bytes of steps that are under way, or that another machine left when it was stopped."""
         return _size(self.folder / "tmp")
 
-    def clear(self, ids: Iterable[str]) -> None:
-        """Remove artifacts, each at once; what reads one now keeps its open files, and a run makes it again."""
-        for id in ids:
-            gone = self.begin()
-            with contextlib.suppress(FileNotFoundError), disk_errors(self.folder):
-                self._place(id).rename(gone / id)
-            shutil.rmtree(gone, ignore_errors=True)
-            self._checked.pop(id, None)
+    def clear(self, chosen: Iterable[Held]) -> list[Held]:
+        """Remove artifacts, each at once, and return those that were there; what reads one keeps its open files.
+
+        A file that an artifact does not know is another's: it is kept among the foreign ones, and a note says so.
+        """
+        return [one for one in chosen if self._clear(one)]
+
+    def _clear(self, one: Held) -> bool:
+        self._checked.pop(one.id, None)
+        with disk_errors(self.folder):
+            gone = self.begin() / one.id
+            with contextlib.suppress(FileNotFoundError):
+                one.folder.rename(gone)
+            found = gone.exists()
+            record = artifact_record(gone) if one.kind != DAMAGED else None
+            if record and (foreign := _foreign(gone, record)):
+                for name in (*record["files"], RECORD, NOTES):
+                    (gone / name).unlink(missing_ok=True)
+                aside = move_aside(gone, self.folder / FOREIGN / one.id)
+                note(f"{', '.join(foreign)} in '{one.folder}' is no part of it: kept in '{aside}'")
+            shutil.rmtree(gone.parent, ignore_errors=True)
+        return found and not gone.exists()
 
     def sweep(self) -> None:
-        """Remove temporary folders that processes of this host left behind when they were killed."""
-        for folder in (self.folder / "tmp").glob("*-*-*"):
-            host, pid, _ = folder.name.rsplit("-", 2)
-            if host == socket.gethostname() and not alive(int(pid)):
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove temporary folders of processes that were killed: of those whose lock nobody holds any more."""
+        for lock in (self.folder / "locks").glob("*"):
+            if SESSION.fullmatch(lock.name) and abandoned(lock):
+                for folder in (self.folder / "tmp").glob(f"{lock.name}-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
 
     def tree_digest(self, root: Path, files: Sequence[str]) -> str:
         """Return a digest of the content of ``files``, read again only when one of them may have changed."""
@@ -296,31 +360,103 @@ def _size(folder: Path) -> int:
     """Return the bytes of all files in a folder; what another process takes away meanwhile counts nothing."""
     total = 0
     for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             total += file.stat().st_size if file.is_file() else 0
     return total
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the digest of every file in a folder but its record and notes, by relative path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (RECORD, NOTES))
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    """Return the digest of every file in a folder by relative path, but of record, notes and hidden files."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (RECORD, NOTES))
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files if not path.name.startswith(".")}
+
+
+def seconds(about: Mapping[str, Any]) -> float:
+    """Return the seconds that a record tells; NaN where they are missing or no number."""
+    told = about.get("seconds")
+    with contextlib.suppress(OverflowError):
+        return float(told) if isinstance(told, int | float) and 0 <= told < math.inf else math.nan
+    return math.nan
+
+
+def is_within(name: str) -> bool:
+    """Say whether a name is that of a file in a folder, by a path that does not leave it."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
+
+
+def artifact_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of an artifact; None where there is none such as a store writes."""
+    if not (folder / RECORD).is_file():
+        return None
+    try:
+        record = read_json(folder / RECORD)
+        files, function, label = record["files"], record["about"]["function"], record["about"]["label"]
+        texts = (*files, *files.values(), function, label)
+        sound = all(isinstance(text, str) for text in texts) and all(map(is_within, files)) and ":" in function
+    except (FileNotFoundError, TaskvecError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    return record if sound else None
 
 
 def _checked(id: str, folder: Path) -> Artifact | None:
-    try:
-        files = read_json(folder / RECORD)["files"]
-    except (OSError, TaskvecError, KeyError, TypeError):
+    """Return an artifact whose recorded files are as they were written, whatever else lies beside them."""
+    record = artifact_record(folder)
+    if record is None:
         return None
-    return Artifact(id, folder, fingerprint(files)) if files == digests(folder) else None
+    same = ((folder / name).is_file() and file_digest(folder / name) == sha for name, sha in record["files"].items())
+    return Artifact(id, folder, fingerprint(record["files"])) if all(same) else None
 
 
-def alive(pid: int) -> bool:
-    """Say whether a process of this number may be running on this host."""
+def _foreign(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """List the files in an artifact that are not its own."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in files if name not in (*record["files"], RECORD, NOTES))
+
+
+def _renamed(folder: Path, place: Path) -> bool:
+    """Rename a folder, or say that something is there already."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
         return False
-    except PermissionError:
-        return True
     return True
+
+
+def move_aside(path: Path, place: Path) -> Path:
+    """Move what is at a path to a new place, whose name gets a number where it is taken; return where it is now."""
+    names = itertools.chain([place.name], (f"{place.stem}-{n}{place.suffix}" for n in itertools.count(2)))
+    free = next(place.with_name(name) for name in names if not os.path.lexists(place.with_name(name)))
+    free.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(free)
+    return free
+
+
+@contextlib.contextmanager
+def present(folders: Iterable[Path], out: Path | None = None) -> Iterator[None]:
+    """Tell apart work that failed because what it reads or writes in the store was removed meanwhile."""
+    try:
+        yield
+    except Exception:
+        gone = [folder for folder in folders if not _is_whole(folder)]
+        if out is not None and not out.is_dir():
+            gone.append(out)
+        if not gone:
+            raise
+        problem, fix = f"'{gone[0]}' was removed while a run needed it", "run again: what is missing is made again"
+        raise TaskvecError(problem, fix) from None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Say whether an artifact has all its files."""
+    record = artifact_record(folder)
+    return record is not None and all((folder / name).is_file() for name in record["files"])
+
+
+def _end(lock: Path, handle: int) -> None:
+    """Give a lock file up."""
+    with contextlib.suppress(OSError):
+        lock.unlink()
+    os.close(handle)

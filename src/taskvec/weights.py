@@ -6,7 +6,6 @@ A model's parameters can be *bound* to such a buffer, so that moving to other we
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from taskvec.errors import TaskvecError
 from taskvec.files import Checkpoint
 from taskvec.keys import foreign
+from taskvec.locks import replacing
 
 COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Types of numbers that weights may have."""
@@ -215,15 +215,12 @@ def save(weights: Weights, path: Path, metadata: Mapping[str, str] | None = None
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, which appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, str(temporary), metadata=dict(metadata or {}))
-        temporary.replace(path)
+        with replacing(path) as new:
+            save_file(tensors, str(new), metadata=dict(metadata or {}))
     except SafetensorError as error:  # its writer hides the system's error number in the text
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number.group(1)), str(error), str(path)) if number else error from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, keys: Iterable[str] | None = None) -> dict[str, Tensor]:

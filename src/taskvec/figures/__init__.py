@@ -30,6 +30,7 @@ from taskvec.figures.emergence import emergence, snapshots
 from taskvec.figures.maps import by_backbone, heatmaps
 from taskvec.figures.style import STYLE
 from taskvec.leaderboard import boards
+from taskvec.locks import replacing
 from taskvec.merging import PER_TASK
 from taskvec.notes import library_warnings, listen, note
 from taskvec.texts import short_backbone
@@ -253,7 +254,6 @@ def _encode(figure: Figure, ending: str) -> bytes:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Write beside the file and rename, so that no reader meets half a figure."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    beside.replace(path)
+    """Write a figure so that no reader meets half of it."""
+    with replacing(path) as new:
+        new.write_bytes(data)

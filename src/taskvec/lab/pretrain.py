@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import platform
 import time
@@ -28,7 +27,9 @@ from taskvec.lab.masked import MaskedAutoencoder
 from taskvec.lab.objective import WARMUP, WEIGHT_DECAY, Objective, mean_of_last
 from taskvec.lab.supervised import Supervised
 from taskvec.lab.vit import VisionTransformer
+from taskvec.locks import replacing, workspace
 from taskvec.notes import note
+from taskvec.publishing import check_names, settle
 from taskvec.store import disk_errors
 from taskvec.training import Progress, Schedule, make_optimizer, no_progress, train
 
@@ -132,9 +133,8 @@ class Checkpoint:
 
     def write(self, run: Run) -> None:
         """Replace the file as a whole."""
-        temporary = temporary_path(self.path)
-        torch.save({"key": self.key, **run.state()}, temporary)
-        temporary.replace(self.path)
+        with replacing(self.path) as new:
+            torch.save({"key": self.key, **run.state()}, new)
 
     def read(self) -> Facts | None:
         """Return the state that is kept, if it is whole and of this run."""
@@ -148,16 +148,11 @@ class Checkpoint:
         return None
 
 
-def temporary_path(path: Path) -> Path:
-    """Return where a file is written before it takes its name."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
 def replace(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = temporary_path(path)
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    """Write a file that appears whole or not at all; another one of its name is kept aside."""
+    with workspace(path) as fresh:
+        (fresh / path.name).write_bytes(data)
+        settle(fresh, path.parent, path.name)
 
 
 def versions() -> dict[str, str]:
@@ -245,6 +240,7 @@ def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, prog
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
+    check_names(out, (f"{name}.safetensors", f"{name}.json", f"{name}.text.safetensors"))
     checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed), recipe.version)
     with disk_errors(out), one_thread():
         out.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ from taskvec.matching import Matched
 from taskvec.merging import Recipe
 from taskvec.merging.parts import Kind, Masked, Part, describe
 from taskvec.merging.recipes import prepare
-from taskvec.shards import LARGEST, Shard, Writer, check_space, narrow, peak, shards, workspace
+from taskvec.publishing import check_outside
+from taskvec.shards import LARGEST, Shard, Writer, appearing, check_space, narrow, peak, shards
 from taskvec.store import write_json
 
 SLICE = 1 << 20
@@ -181,7 +182,7 @@ def plan_target(
     """Check where a result is to go, before tensors are read: nothing is overwritten."""
     if dtype is not None and dtype not in DTYPES:
         raise TaskvecError(f"unknown type '{dtype}'", did_you_mean(dtype, DTYPES))
-    out = out.resolve() if out.name in ("", "..") or out.is_symlink() else out
+    out = Path(os.path.realpath(out)) if out.name in ("", "..") or out.is_symlink() else out
     target = Target(out, DTYPES[dtype] if dtype else None, limit)
     if os.path.ismount(out):
         raise TaskvecError(f"'{out}' is a mounted disk, which cannot be replaced", "give a folder in it")
@@ -190,12 +191,19 @@ def plan_target(
     if target.single and (limit is not None or recipe.per_task):
         why = "shards" if limit is not None else f"'{recipe.name}', which gives each task its own weights,"
         raise TaskvecError(f"'{out}' is one file, and {why} need a folder", "give --out a name without .safetensors")
-    if out.resolve() in {file.resolve() for one in inputs for file in one.files}:
+    if os.path.realpath(out) in {os.path.realpath(file) for one in inputs for file in one.files}:
         raise TaskvecError(f"'{out}' is one of the checkpoints that are merged", "choose another --out")
+    check_outside(out, [one.path for one in inputs])
+    check_new(target)
+    return target
+
+
+def check_new(target: Target) -> None:
+    """Raise if something is already where a result is to go."""
+    out = target.out
     if out.exists() and (target.single or not out.is_dir() or any(out.iterdir())):
         what = "is a folder" if target.single and out.is_dir() else "exists already"
         raise TaskvecError(f"'{out}' {what}", "choose another --out, or remove it")
-    return target
 
 
 def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) -> list[Path]:
@@ -208,7 +216,7 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
     np.empty(4 * SLICE, np.float32)  # freed at once: glibc keeps smaller blocks from now on, which saves page faults
     layouts = lay_out(recipe, streams, target)
     check_space(target.out, sum(shard.length for layout in layouts for shard in layout))
-    with workspace(target.out) as folder, ExitStack() as stack:
+    with appearing(target.out) as folder, ExitStack() as stack:
         writers = [stack.enter_context(closing(Writer(folder, layout))) for layout in layouts]
         for writer in writers:
             _carry(streams, writer, target.dtype)
