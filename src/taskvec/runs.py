@@ -22,11 +22,24 @@ from taskvec.merging.buffers import DIRECTIONS
 from taskvec.pipeline import Watcher
 from taskvec.plan import plan, view_sizes
 from taskvec.results import Done, heatmaps, negations, results
-from taskvec.store import Store, digests, disk_errors, fingerprint, gigabytes, read_json, write_json, write_text
+from taskvec.store import (
+    Artifact,
+    Store,
+    digests,
+    disk_errors,
+    fingerprint,
+    gigabytes,
+    read_json,
+    write_json,
+    write_text,
+)
 from taskvec.study import StudyFile
+from taskvec.verdict import SMOKE
 
 LOCK = "study.lock.json"
 MARKER = ".taskvec"
+KEPT = ("method", "config", "heads", "scale", "scales")
+"""What the lock says of a model, as model.json does."""
 LARGE = 1e9
 """Bytes of decoded images from which their size is said."""
 
@@ -126,6 +139,8 @@ def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, comma
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
     records = {cell.backbone: done[cell.encoder].json("backbone.json") for cell in cells}
+    lock |= {"models": {backbone: about for backbone, (about, _) in best_models(cells, done).items()}}
+    lock |= {"smoke": True} if file.smoke else {}
     if weights := {name: record["sha256"] for name, record in records.items() if "sha256" in record}:
         lock["weights"] = weights
     return lock | {"fingerprint": fingerprint(lock)}
@@ -183,28 +198,38 @@ def write_report(
     from taskvec import comparison, figures, leaderboard, page, tables  # matplotlib is slow, and not always needed
 
     roles = {b.name or default_name(b.address): b.paper for b in file.study.backbones if b.paper}
-    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes))
+    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, spent, lock))
     if found := leaderboard.boards(rows, spent):
-        write_text(out / "leaderboard.md", leaderboard.markdown_boards(found))
+        write_text(out / "leaderboard.md", leaderboard.markdown_boards(found, file.smoke))
+    banner = f"% {SMOKE}\n" if file.smoke else ""
     for name, text in comparison.latex_tables(rows, heat, roles).items():
         (out / "tables").mkdir(exist_ok=True)
-        write_text(out / "tables" / f"{name}.tex", text)
+        write_text(out / "tables" / f"{name}.tex", banner + text)
     (out / "figures").mkdir()
-    figures.write(rows, heat, out / "figures", roles, spent)
+    figures.write(rows, heat, out / "figures", roles, spent, file.smoke)
     how = (lock, file.text, roles, spent, file.study.notes)
     write_text(out / "report.html", page.render(rows, heat, out / "figures", *how))
 
 
-def write_models(cells: list[Cell], done: Done, out: Path) -> None:
-    """Copy the best model of every backbone, by validation, into its folder: of the regimes with the most tasks."""
-    best: dict[str, tuple[int, float, Path]] = {}
+def best_models(cells: list[Cell], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:
+    """Return the best model of every backbone, by validation, of the regimes with the most tasks, and what it is."""
+    best: dict[str, tuple[int, float]] = {}
+    found: dict[str, tuple[dict[str, Any], Artifact]] = {}
     for cell in cells:
         if cell.model is not None:
             artifact = done[cell.model]
-            value = len(cell.tasks), float(artifact.json("model.json")["validation"])
-            if cell.backbone not in best or value > best[cell.backbone][:2]:
-                best[cell.backbone] = *value, artifact.folder
-    for backbone, (*_, source) in best.items():
+            record = artifact.json("model.json")
+            value = len(cell.tasks), float(record["validation"])
+            if cell.backbone not in best or value > best[cell.backbone]:
+                about = {"regime": cell.regime, "seed": cell.seed} | {key: record[key] for key in KEPT if key in record}
+                best[cell.backbone], found[cell.backbone] = value, (about, artifact)
+    return found
+
+
+def write_models(cells: list[Cell], done: Done, out: Path) -> None:
+    """Copy the best model of every backbone into its folder."""
+    for backbone, (_, artifact) in best_models(cells, done).items():
+        source = artifact.folder
         (out / backbone).mkdir(parents=True)
         for name in ("encoder.safetensors", "heads.safetensors", AROUND, DIRECTIONS, "model.json"):
             if (source / name).exists():

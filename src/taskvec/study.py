@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -347,3 +347,8 @@ class StudyFile:
     study: Study
     text: str
     folder: Path
+    smoke: bool = False
+
+    def shortened(self) -> StudyFile:
+        """Return its trial run, marked as one."""
+        return replace(self, study=self.study.smoke(), smoke=True)

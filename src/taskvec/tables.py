@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 
@@ -15,6 +17,7 @@ from taskvec.texts import (
     escape_markdown,
     gain_text,
     markdown_table,
+    measured,
     method_label,
     metric_label,
     one_line,
@@ -23,7 +26,7 @@ from taskvec.texts import (
     short_backbone,
     shown,
 )
-from taskvec.verdict import headline
+from taskvec.verdict import headline, usage
 from taskvec.views import HEADS, View, box_error, view, views
 
 __all__ = ["definitions", "headline", "markdown", "per_task", "summary", "task_table", "title", "views"]
@@ -150,21 +153,28 @@ def markdown(
     heatmap: pd.DataFrame | None = None,
     roles: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    costs: pd.DataFrame | None = None,
+    lock: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Write tables.md: verdict, notes, the paper's claims and tables, a table for each merge, what words mean."""
-    verdicts = [escape_markdown(line) for line in headline(results).splitlines()]
+    """Write tables.md: verdict, notes, the paper's claims and tables, a table for each merge, what words mean.
+
+    A trial run has measured values only: nothing in it can be compared.
+    """
+    smoke = bool(lock.get("smoke"))
+    verdicts = [escape_markdown(line) for line in headline(results, costs, lock).splitlines()]
     top = verdicts[0] if len(verdicts) == 1 else "\n".join(f"- {line}" for line in verdicts)
+    top += f"\n\nUse the model that was kept: `{command}`" if (command := usage(lock)) else ""
     told = ["## Before you compare", "\n".join(f"- {escape_markdown(note)}" for note in notes)] if notes else []
-    parts = ["# Results", top, *told, *_claims(results, heatmap, roles or {})]
-    for table in comparisons(results, heatmap, roles or {}):
+    parts = ["# Results", top, *told, *([] if smoke else _claims(results, heatmap, roles or {}))]
+    for table in [] if smoke else comparisons(results, heatmap, roles or {}):
         parts += [f"## {table.title}", f"{table.shown}. {OF_PAPER if table.has_paper else ''}"]
         parts[-1] = parts[-1].rstrip()
         parts.append(markdown_comparison(table))
-    parts += ["## Summary", f"{shown(views(results))}.", markdown_table(summary(results, heatmap))]
+    parts += ["## Summary", f"{shown(views(results))}.", markdown_table(measured(summary(results, heatmap), smoke))]
     for one in views(results):
         for method in one.methods:
             parts.append(f"## {escape_markdown(title(one, method))}")
-            parts.append(markdown_table(task_table(one, method), bold=[-1]))
+            parts.append(markdown_table(measured(task_table(one, method), smoke), bold=[-1]))
     meanings = "\n".join(f"- {note}" for note in definitions(results, heatmap))
     return "\n\n".join([*parts, "## What the words mean", meanings]) + "\n"
 

@@ -62,7 +62,7 @@ MEANINGS = {
     agreement: 1,
     choose_scale: 1,
     test_task: 2,
-    gains: 1,
+    gains: 2,
     subset: 3,
     single_task_predictions: 2,
     heatmap: 2,
