@@ -91,15 +91,9 @@ class Negation(Settings):
 
     def shortened(self) -> Negation:
         """Return what a trial run tries: the ends of the scales."""
-        first, *_, last = [*parse_scales(self.scales), parse_scales(self.scales)[-1]]
-        return self if first == last else self.model_copy(update={"scales": f"{first}:{last}:{last - first}"})
-
-    @field_validator("control")
-    @classmethod
-    def _another(cls, control: str, info: ValidationInfo) -> str:
-        if control == info.data.get("forget"):
-            raise ValueError(f"'{control}' cannot be forgotten and be the control task; name another")
-        return control
+        scales = parse_scales(self.scales)
+        first, last = scales[0], scales[-1]
+        return self.model_copy(update={"scales": f"{first}:{last}:{round(last - first, 10) or 1}"})
 
 
 class Surgery(Settings):
