@@ -295,7 +295,8 @@ def _unbroken(text: str) -> str:
 
 def _facts(lock: dict[str, Any]) -> dict[str, str]:
     """Pick the settings that the numbers depend on, as text; what a lock lacks is left out."""
-    shown = {name: lock[name] for name in ("seeds", "threads", "device", "precision", "fingerprint") if name in lock}
+    facts = ("seeds", "threads", "device", "processor", "precision", "fingerprint")
+    shown = {name: lock[name] for name in facts if name in lock}
     return {
         name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in shown.items()
     }

@@ -15,12 +15,14 @@ from taskvec import pipeline
 from taskvec.addresses import default_name
 from taskvec.backbones import AROUND
 from taskvec.cells import Cell
+from taskvec.compute import choose_device, processor
 from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import cores, open_executor
+from taskvec.forecast import decoded_bytes
 from taskvec.merging.buffers import DIRECTIONS
 from taskvec.pipeline import Watcher
-from taskvec.plan import plan, view_sizes
+from taskvec.plan import plan
 from taskvec.results import Done, heatmaps, negations, results
 from taskvec.store import (
     Artifact,
@@ -78,8 +80,6 @@ def default_workers(device: str, threads: int) -> int:
 
 def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, watcher: Watcher, command: str) -> Outcome:
     """Run what is not done yet and write the run folder; a run with nothing to do leaves the folder as it is."""
-    from taskvec.compute import choose_device
-
     check_folder(out)
     store.sweep()
     device = choose_device(file.study.device)
@@ -92,7 +92,7 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
             )
     counter = Counter(watcher)
     steps = [step for cell in cells for step in cell.steps()]
-    say_size(view_sizes(pipeline.ordered(steps)), store, watcher)
+    say_size(decoded_bytes(steps, store), store, watcher)
     executor = open_executor(workers or default_workers(device, file.study.threads))
     done = pipeline.run(steps, store, executor, counter)
     lock = make_lock(file, cells, done, device, command)
@@ -143,7 +143,7 @@ def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, comma
     lock |= {"smoke": True} if file.smoke else {}
     if weights := {name: record["sha256"] for name, record in records.items() if "sha256" in record}:
         lock["weights"] = weights
-    return lock | {"fingerprint": fingerprint(lock)}
+    return lock | {"fingerprint": fingerprint(lock), "processor": processor(device)}  # tells, and decides nothing
 
 
 def is_written(out: Path, lock: dict[str, Any]) -> bool:

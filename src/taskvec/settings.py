@@ -95,6 +95,13 @@ class Negation(Settings):
         first, last = scales[0], scales[-1]
         return self.model_copy(update={"scales": f"{first}:{last}:{round(last - first, 10) or 1}"})
 
+    @field_validator("control")
+    @classmethod
+    def _another(cls, control: str, info: ValidationInfo) -> str:
+        if control == info.data.get("forget"):
+            raise ValueError(f"'{control}' cannot be forgotten and be the control task; name another")
+        return control
+
 
 class Surgery(Settings):
     """How features are corrected by representation surgery, with its authors' values as defaults (arXiv 2402.02705)."""

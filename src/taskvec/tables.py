@@ -119,8 +119,8 @@ def _numbers(one: View, method: str, task: str) -> dict[str, str]:
         if method == PER_TASK and heads == "kept" and task in one.own_scales:
             absolute = absolute._replace(low=one.own_scales[task].min(), high=one.own_scales[task].max())
         normalised = one.cell(method, heads, one.normalised, task)
-        cells = {"absolute": percent(absolute), "normalised": percent(normalised), "λ": scale_text(absolute)}
-        cells["gain (95 % interval)"] = gain_text(one.gain(method, heads, task))
+        cells = {"absolute": percent(absolute), "gain (95 % interval)": gain_text(one.gain(method, heads, task))}
+        cells |= {"normalised": percent(normalised), "λ": scale_text(absolute)}
         out |= {f"{label.capitalize()}: {name}": text for name, text in cells.items()}
     return out
 

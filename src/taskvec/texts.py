@@ -23,6 +23,9 @@ NAMES = (
 )  # fmt: skip
 LATEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    **{
+        letter: f"{{{letter}}}" for letter in "[]*"
+    },  # a row that begins with one would give it to the line break before
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
