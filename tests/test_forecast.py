@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from test_pipeline import Quiet
 from typer.testing import CliRunner
 
 from taskvec import backbones, finetuning, pipeline
-from taskvec.anatomy import PAPER, Transformer, anatomy, counted
+from taskvec.anatomy import PAPER, Transformer, anatomy, counted, input_size
 from taskvec.cli import app
 from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
-from taskvec.forecast import DEVICES, Forecast, forecast, report, seconds, size_text, time_text
+from taskvec.forecast import DEVICES, Forecast, decoded_bytes, forecast, report, seconds, size_text, time_text
 from taskvec.lab import encoders
 from taskvec.paper import MODELS
 from taskvec.papertasks import TASKS
@@ -304,3 +305,29 @@ def test_numbers_are_written_for_people() -> None:
     assert [size_text(n) for n in (12, 3456, 2.5e9, 3e12)] == ["12 B", "3.5 kB", "2.5 GB", "3.0 TB"]
     assert [time_text(n) for n in (3, 150, 7300, 3.6e6)] == ["3 seconds", "2.5 minutes", "2.0 hours", "1,000 hours"]
     assert total([Work(1, 2), Work(3, 4)]) == Work(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("address", "size", "pixels"),
+    [
+        ("lab:supervised", None, 32),
+        ("lab:supervised", 48, 48),
+        ("timm:vit_small_patch14_dinov2@none.safetensors", None, 518),
+        ("timm:test_vit@none.safetensors", None, 160),
+        ("timm:test_vit@none.safetensors", 64, 64),
+        ("paper:vit-b16-in1k", None, 224),
+    ],
+)
+def test_decoded_images_count_at_the_size_that_the_encoder_sees(address: str, size: int | None, pixels: int) -> None:
+    assert input_size(address, size) == pixels
+
+
+def test_decoded_images_are_not_announced_again_once_they_are_there(tmp_path: Path) -> None:
+    text = "name: s\nbackbones: ['lab:random']\ntasks: ['lab:greek']\nlimit: 12\nheatmap: {pairs: 0}\n"
+    file, store = StudyFile(parse_study(text, "s"), text, tmp_path).shortened(), Store(tmp_path / "store")
+    file = dataclasses.replace(file, study=file.study.model_copy(update={"limit": 4}))
+    steps = [step for cell in plan(file, store) for step in cell.steps()]
+    assert decoded_bytes(steps, store) == pytest.approx(12 * 3 * 32**2, rel=0.01)
+    wanted = [step for step in pipeline.ordered(steps) if step.function.endswith(":decode_task")]
+    pipeline.run(wanted, store, open_executor(1), Quiet())
+    assert decoded_bytes(steps, store) == 0

@@ -376,7 +376,9 @@ def test_scales_have_both_ends_and_no_drift() -> None:
 def test_smoke_shortens_any_study() -> None:
     study = parse_study(SMALL, "s.yaml").smoke()
     assert (study.probe.steps, study.finetune.steps, study.limit, study.name) == (2, 2, 32, "s-smoke")
-    assert (study.finetune.batch_size, study.methods[0].grid()) == (4, [0.0, 0.25, 0.5, 0.75, 1.0])
+    assert (study.finetune.batch_size, study.methods[0].grid()) == (4, [0.0, 0.5, 1.0])
+    heat, sets = study.heatmap, study.subsets
+    assert (heat.pairs, heat.points, heat.samples, sets.limit, sets.samples, sets.points) == (2, 3, 8, 3, 8, 1)
     methods = "methods: [adamerging, fisher, {name: wudi, config: {learning_rate: [1.0e-4, 1.0e-3]}}]"
     regimes = "seeds: [3, 4]\nregimes: [aligned, {name: full, seeds: [3, 4]}]\nagreement: 512"
     costly = f"{methods}\n{regimes}\nbackbones: ['lab:mae']\ntasks: ['lab:greek', 'lab:street']"

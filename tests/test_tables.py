@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import report_fixture as fixture
 
-from taskvec import tables
+from taskvec import tables, verdict
 from taskvec.errors import TaskvecError
 from taskvec.kinds import KINDS
 from taskvec.texts import MISSING, escape_markdown, short_backbone
@@ -24,57 +24,129 @@ def _value(rows: pd.DataFrame, method: str, heads: str, metric: str, task: str =
     return float(found["value"].iloc[0])
 
 
-def test_headline_is_one_sentence_with_the_numbers_of_the_rows() -> None:
+def test_the_verdict_compares_one_encoder_with_separate_ones_and_with_probing() -> None:
     rows = fixture.results()
     kept, again = (100 * _value(rows, "task_arithmetic", h, "gain_over_probing") for h in ("kept", "reprobed"))
     assert tables.headline(rows) == (
+        "One encoder for all eight tasks (addition with re-probed heads, lambda 0.30) reaches 80.5 %, 96.0 % of eight "
+        "separate fine-tuned encoders (83.8 %), and beats linear probing (75.6 %) by "
+        f"{again:.1f} points, 95 % interval {again - 0.7:.1f} to {again + 0.7:.1f}. "
         f"Adding the eight task vectors gained {kept:.1f} points over linear probing with kept heads "
-        f"(95 % interval {kept - 0.7:.1f} to {kept + 0.7:.1f}, lambda 0.10) and {again:.1f} points "
-        f"with re-probed heads ({again - 0.7:.1f} to {again + 0.7:.1f}, lambda 0.30)."
+        f"({kept - 0.7:.1f} to {kept + 0.7:.1f}, lambda 0.10)."
+    )
+
+
+def test_the_verdict_tells_what_is_stored_how_far_separate_encoders_are_and_how_to_use_the_model() -> None:
+    rows = fixture.results()
+    ours = rows[rows["metric"].str.startswith("gain_over_probing")]
+    away = ours.assign(metric=ours["metric"].str.replace("probing", "fine_tuned"), value=ours["value"] - 0.08)
+    text = tables.headline(pd.concat([rows, away]), fixture.costs(rows))
+    assert "(83.8 %; -3.1 points, 95 % interval -3.8 to -2.4)" in text
+    stored, separate = ((count * fixture.ENCODER + 1000) * 4 / 1e6 for count in (1, 8))
+    assert f"It stores one encoder and eight heads, {stored:.1f} MB in place of {separate:.1f} MB." in text
+    about = {"regime": "aligned", "seed": 0, "method": "probing", "heads": "kept", "scale": 0.0}
+    lock = {"study": {"name": "my"}, "models": {"lab:supervised": about}}
+    assert "`taskvec predict runs/my image.jpg`" in tables.markdown(rows, lock=lock)
+    assert verdict.usage(lock, "a folder") == "taskvec predict 'a folder' image.jpg"
+    several = tables.headline(fixture.results(seeds=(0, 1)), lock=lock)
+    assert several.endswith(
+        "Kept in models/, the best on validation: lab:supervised: linear probing (aligned, seed 0)."
     )
 
 
 @pytest.mark.parametrize(
-    ("width", "kept", "reprobed"),
+    ("width", "answer", "kept"),
     [
-        (0.007, "gained 1.2 points over linear probing with kept", " and 4.9 points with re-probed"),
-        (0.0123, "did not beat linear probing with kept", " but gained 4.9 points with re-probed"),
-        (0.06, "did not beat linear probing with kept", ", nor with re-probed"),
+        (0.007, "beats linear probing (75.6 %) by 4.9 points", "gained 1.2 points over"),
+        (0.0123, "beats linear probing (75.6 %) by 4.9 points", "did not beat linear probing with kept"),
+        (0.06, "is no better than linear probing (75.6 %): +4.9 points", "did not beat linear probing with kept"),
     ],
 )
-def test_headline_claims_no_gain_when_the_interval_reaches_zero(width: float, kept: str, reprobed: str) -> None:
+def test_the_verdict_claims_no_gain_when_the_interval_reaches_zero(width: float, answer: str, kept: str) -> None:
     text = tables.headline(fixture.results(width=width))
+    assert answer in text
     assert kept in text
-    assert reprobed in text
 
 
-def test_headline_says_did_not_beat_for_a_loss_with_its_sign() -> None:
+def test_the_verdict_calls_a_loss_a_loss() -> None:
     rows = fixture.results(heads=("kept",))
     gains = rows["metric"].str.startswith("gain_over_probing")
     rows.loc[gains, "value"] -= 0.05
-    assert "did not beat linear probing with kept heads (-3.8 points, 95 % interval -4.5 to -3.1" in tables.headline(
-        rows
-    )
+    text = tables.headline(rows)
+    assert "is worse than linear probing (75.6 %): -3.8 points, 95 % interval -4.5 to -3.1." in text
 
 
-def test_headline_says_when_zero_was_chosen() -> None:
+def test_the_verdict_says_when_probing_is_kept() -> None:
     rows = fixture.results(methods={"task_arithmetic": -0.1}, heads=("kept",), width=0.0)
     assert tables.headline(rows) == (
-        "Adding the eight task vectors did not beat linear probing with kept heads "
-        "(validation chose lambda 0, which is probing itself)."
+        "Linear probing, one encoder for all eight tasks, reaches 75.6 %, 89.9 % of eight separate fine-tuned encoders "
+        "(83.8 %): no merge was better on validation. Adding the eight task vectors did not beat linear probing with "
+        "kept heads (validation chose lambda 0, which is probing itself)."
     )
 
 
-def test_headline_names_backbones_regimes_seeds_and_other_methods() -> None:
+def test_the_verdict_names_backbones_regimes_and_seeds() -> None:
     names = {"task_arithmetic": 0.1, "iso_c": 0.3, "ties": 0.2}
     rows = fixture.results(backbones=("a", "b"), regimes=("aligned", "full"), seeds=(0, 1), methods=names)
     lines = tables.headline(rows).splitlines()
     assert len(lines) == 4
-    assert lines[1].startswith("On a in the full regime over 2 seeds, adding the eight task vectors gained")
-    assert "iso_c, the best of 2 other methods on validation, gained" in lines[1]
-    assert "mean 95 % interval" in lines[1]
+    assert lines[1].startswith("On a in the full regime over 2 seeds, one encoder for all eight tasks (iso_c with re-")
+    assert "Adding the eight task vectors gained" in lines[1]
     alone = tables.headline(fixture.results(methods={"iso_c": 0.3}, tasks=("only",)))
-    assert alone.startswith("Merging the one task vector with iso_c gained")
+    assert alone.startswith("One encoder for the one task (iso_c with re-probed heads, lambda 0.30) reaches")
+    assert "of a fine-tuned encoder" in alone
+    assert "Merging the one task vector with iso_c gained" in alone
+
+
+def test_a_confirmed_merge_is_named_where_what_validation_chose_is_not() -> None:
+    """One answer: the leaderboard must not pick what the verdict does not know."""
+    rows = fixture.results(methods={"task_arithmetic": 0.02, "iso_c": 0.3, "ties": 0.2}, heads=("kept",))
+    lost = (rows["method"] == "iso_c") & rows["metric"].str.startswith("gain_over_probing")
+    rows.loc[lost, "value"] -= 0.03
+    text = tables.headline(rows)
+    assert "iso_c with kept heads, lambda 0.10) reaches" in text
+    assert "and is no better than linear probing" in text
+    assert "Of the others, ties gained 1.6 points over linear probing with kept heads" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(8, "on all tasks ("), (5, "on 5 of 8 tasks ("), (2, "failed on cars, dtd:")]
+)
+def test_the_verdict_says_that_fine_tuning_itself_failed(count: int, said: str) -> None:
+    rows = fixture.results()
+    low = rows["method"].eq("fine_tuned") & rows["task"].isin(fixture.EIGHT[:count]) & rows["metric"].eq("accuracy")
+    rows.loc[low, "value"] -= 0.4
+    text = tables.headline(rows)
+    assert "Fine-tuning itself failed" in text
+    assert said in text
+    assert "Fine-tuning" not in tables.headline(fixture.results())
+
+
+def test_the_verdict_says_that_nothing_was_learned_that_rates_diverged_and_that_a_grid_was_too_short() -> None:
+    rows = fixture.results(heads=("kept",), scales=(0.0, 0.05, 0.1))
+    same = rows["method"].eq("fine_tuned") & rows["task"].eq("dtd") & rows["metric"].eq("accuracy")
+    rows.loc[same, "value"] = rows.loc[rows["method"].eq("probing") & rows["task"].eq("dtd"), "value"].to_numpy()[::2]
+    tried = rows[rows["method"].eq("fine_tuned") & rows["split"].eq("validation") & rows["task"].eq("cars")].iloc[:1]
+    rates = [
+        tried.assign(config=f'{{"learning_rate":{rate}}}', value=value) for rate, value in ((0.1, 0.0), (0.01, 0.5))
+    ]
+    text = tables.headline(pd.concat([rows, *rates]))
+    assert "Fine-tuning changed no result on dtd: its task vector may be zero." in text
+    assert "Training diverged, or learned nothing, at learning rate 0.1." in text
+    assert "Its lambda is the largest that was tried: a wider grid (scales) may give more." in text
+
+
+def test_where_nothing_can_be_normalised_the_plain_mean_chooses_as_the_search_did() -> None:
+    rows = fixture.results()
+    bare = rows[~(rows["metric"].eq("normalised_accuracy") & rows["split"].eq("validation"))]
+    assert view(bare, "lab:supervised", "aligned").kept == ("task_arithmetic", "reprobed")
+
+
+def test_a_trial_run_has_a_banner_and_says_nothing_of_gains() -> None:
+    text = tables.markdown(fixture.results(), fixture.heatmap(), lock={"smoke": True})
+    assert text.splitlines()[2] == verdict.SMOKE
+    before = text.split("## What the words mean")[0]
+    assert not re.search("gain|normalised|beat", before.replace(verdict.SMOKE, ""), re.IGNORECASE)
 
 
 def test_many_backbones_and_regimes_are_summed_up_in_a_line_a_regime() -> None:
@@ -83,8 +155,8 @@ def test_many_backbones_and_regimes_are_summed_up_in_a_line_a_regime() -> None:
     assert len(lines) == 5
     assert lines[0] == (
         "In the aligned regime, adding the eight task vectors beat linear probing on 2 of 3 backbones with kept heads, "
-        "gains from +0.0 (self-distilled) to +2.5 (clip-small) points; clip-small ends highest, at 78.0 % "
-        "(probing 75.6, kept heads)."
+        "gains from +0.0 (self-distilled) to +2.5 (clip-small) points; clip-small is the best on validation and "
+        "reaches 78.0 %, 92.9 % of separate fine-tuned encoders (probing 75.6, kept heads)."
     )
     assert lines[2].startswith(
         "In the open regime, adding the eight task vectors beat linear probing on 0 of 1 backbone "
@@ -95,13 +167,25 @@ def test_many_backbones_and_regimes_are_summed_up_in_a_line_a_regime() -> None:
     )
     bare = rows[~rows["metric"].str.startswith("gain")]
     assert tables.headline(bare).startswith("In the aligned regime, merging was not compared with linear probing.")
+    low = rows["method"].eq("fine_tuned") & rows["backbone"].eq("sup-1k") & rows["metric"].eq("accuracy")
+    rows.loc[low, "value"] -= 0.4
+    assert tables.headline(rows).splitlines()[5] == (
+        "Fine-tuning ends below its own probe on some tasks: sup-1k, aligned, sup-1k, full."
+    )
+
+
+def test_the_best_backbone_is_chosen_on_validation() -> None:
+    rows, _ = fixture.full_run(backbones=("sup-1k", "self-distilled", "clip-small"), seeds=(0,))
+    high = rows["backbone"].eq("sup-1k") & rows["regime"].eq("aligned") & rows["split"].eq("test")
+    rows.loc[high & rows["metric"].eq("accuracy"), "value"] += 0.2  # the best on the test split only
+    assert "clip-small is the best on validation" in tables.headline(rows).splitlines()[0]
 
 
 def test_nothing_added_is_probing_only_where_the_heads_are_probes() -> None:
     rows, _ = fixture.full_run(backbones=("self-distilled",), seeds=(0,))
     aligned, full = tables.headline(rows).splitlines()
     assert "validation chose lambda 0, which is probing itself" in aligned
-    assert "-36.3 points, 95 % interval -37.0 to -35.6, lambda 0.00" in full
+    assert "(-36.3 points, -37.0 to -35.6, lambda 0.00)" in full
 
 
 def test_joint_and_zero_shot_are_baselines_and_not_merges() -> None:
@@ -144,7 +228,7 @@ def test_numbers_in_the_markdown_are_those_in_the_rows() -> None:
         assert numbers[4] == "0.10"
         assert numbers[6] == f"{100 * _value(rows, 'task_arithmetic', 'reprobed', 'accuracy', task):.1f}"
         assert numbers[8] == "0.30"
-    assert text.index("Adding the eight") < text.index("## Summary") < text.index("## What the words mean")
+    assert text.index("One encoder for all eight") < text.index("## Summary") < text.index("## What the words mean")
 
 
 def test_all_rows_of_a_table_have_the_same_number_of_cells() -> None:
@@ -288,17 +372,20 @@ def test_the_words_fit_tasks_of_several_kinds() -> None:
     assert "test accuracy" not in text.lower()
     assert "| **Mean** | **–** " in text
     assert tables.headline(fixture.mixed()) == (
-        "Adding the four task vectors gained 8.9 normalised points over linear probing with kept heads "
-        "(95 % interval 7.9 to 9.9, lambda 0.20)."
+        "One encoder for all four tasks (addition with kept heads, lambda 0.20) reaches 82.0 % of fine-tuned, and "
+        "beats linear probing (73.1 % of fine-tuned) by 8.9 normalised points, 95 % interval 7.9 to 9.9."
     )
 
 
 def test_headlines_compare_mixed_cells_by_normalised_metrics() -> None:
     rows = fixture.mixed(backbones=[f"b{i}" for i in range(5)])
-    assert tables.headline(rows).endswith("b0 ends highest, at 82.0 % of fine-tuned (probing 73.1, kept heads).")
+    said = "b0 is the best on validation and reaches 82.0 % of fine-tuned (probing 73.1, kept heads)."
+    assert tables.headline(rows).endswith(said)
     bare = fixture.mixed()
     bare = bare[bare["method"].isin(["probing", "fine_tuned"])]
-    assert tables.headline(bare) == "Linear probing reaches 73.1 % of fine-tuned and nothing was merged."
+    assert tables.headline(bare) == (
+        "Linear probing, one encoder for all four tasks, reaches 73.1 % of fine-tuned: nothing was merged."
+    )
 
 
 def test_tasks_of_one_other_kind_have_a_mean() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -32,7 +33,13 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command ``taskvec``; an interruption decides its exit code, also where a library has caught it."""
+    """Run the command ``taskvec``; an interruption decides its exit code, also where a library has caught it.
+
+    What a terminal's encoding lacks is written as an escape, whatever that encoding is.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for one in SIGNALS:
         signal.signal(one, interrupt)
     try:

@@ -20,6 +20,8 @@ from taskvec.lab import encoders
 from taskvec.loaders import timm
 
 Seen = Callable[[Any], Preprocessing]
+UNKNOWN_SIZE = 224
+"""Pixels that a backbone is taken to see where no file here tells."""
 KEPT = 18
 """Numbers that a transformer block keeps of every channel of every token for its backward pass, with fused attention:
 two norms, queries, keys and values, attention and its projection, four times the width twice, and three sums."""
@@ -94,6 +96,17 @@ def anatomy(address: str, size: int | None, projection: bool | None = None) -> A
     except (TaskvecError, OSError):
         return None
     return counted(record, seen, address, size)
+
+
+def input_size(address: str, size: int | None, projection: bool | None = None) -> int:
+    """Return the pixels that a backbone sees: what is asked for, or its own by its configuration; no weight is read."""
+    kind, name, _ = parse(address)
+    if size or kind == "lab":
+        return size or int(encoders.options(encoders.split_step(name)[0])["size"])
+    try:
+        return int(architecture(address, size, projection)[0]["options"]["size"])
+    except (TaskvecError, OSError):
+        return UNKNOWN_SIZE
 
 
 def lab_anatomy(name: str, size: int | None) -> Anatomy:

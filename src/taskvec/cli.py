@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import shlex
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from taskvec.errors import TaskvecError, unknown
-from taskvec.notes import listen, print_note
+from taskvec.notes import listen, print_note, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,15 +32,90 @@ DECODED = {"decode_task": "decoded", "decode_training": "decoded"}
 MANY = 4
 """Backbones and regimes above which the terminal shows one line for each instead of a table of tasks."""
 
+EXIT_CODES = "exit codes: 0 done; 1 an error of this program; 2 a mistake to mend; 130, 143 interrupted"
+SIGNS = {"λ": "lambda", "±": "+-", "–": "-", "ξ": "xi", "°": " degrees", "…": "~", "₁": "1", "₂": "2", "≤": "<="}
+"""What stands for our own signs on a terminal that has them not."""
+
+WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "expand_tabs": False}
+
+
+# ---------------------------------------------------------------- what reaches the terminal
+
+
+def plain(text: str, stream: TextIO) -> str:
+    """Return text that a stream can take: no control characters, no signs that its encoding lacks."""
+    text, encoding = printable(text), stream.encoding or "utf-8"
+    with contextlib.suppress(UnicodeEncodeError):
+        text.encode(encoding)
+        return text
+    text = "".join(SIGNS.get(letter, letter) for letter in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def width() -> int:
+    """Return the columns of the terminal, 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def say(text: str = "", file: TextIO | None = None, hang: int = 0, wrap: bool = False) -> None:
+    """Print lines without what the stream cannot take; on a terminal, or asked to, they break between words only.
+
+    What does not fit a line goes on ``hang`` columns from the left.
+    """
+    stream = file or sys.stdout
+    lines = plain(text, stream).split("\n")
+    if wrap or stream.isatty():
+        lines = [textwrap.fill(line, width(), subsequent_indent=" " * hang, **WHOLE_WORDS) for line in lines]
+    print("\n".join(lines), file=stream, flush=True)
+
+
+class Group(TyperGroup):
+    """A group of commands; what is told of a wrong option or argument has no control characters of the user's."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command; a mistake in its options is told and exits with 2."""
+        try:
+            code = super().main(*args, **extra | {"standalone_mode": False})
+        except Exception as error:
+            show = getattr(error, "show", None)  # typer's own click, or the package
+            if show is None:
+                raise
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                show()
+            say(told.getvalue().rstrip("\n"), sys.stderr)
+            code = getattr(error, "exit_code", 2)
+        return sys.exit(code or 0) if standalone_mode else code
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        from importlib import metadata
+
+        say(f"taskvec {metadata.version('taskvec')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     help="Edit pre-trained image classifiers in weight space.",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog=EXIT_CODES,
 )
 lab = typer.Typer(help="The embedded miniature: its encoders.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(lab, name="lab")
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    """Edit pre-trained image classifiers in weight space."""
 
 
 Given = ParamSpec("Given")
@@ -50,7 +130,7 @@ def guarded(command: Callable[Given, None]) -> Callable[Given, None]:
             with listen(print_note):
                 command(*args, **kwargs)
         except TaskvecError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", sys.stderr)
             raise typer.Exit(2) from None
 
     return wrapped
@@ -72,15 +152,18 @@ def run(
     ] = None,
 ) -> None:
     """Run a study, or what is not done of it yet, and write tables, figures, a page and models."""
+    say(f"{'SMOKE RUN: ' if smoke else ''}reading {study}", sys.stderr)
     from taskvec.study_files import open_study
 
     file = open_study(study)
+    counts = f"backbones: {len(file.study.backbones)}, tasks: {len(file.study.tasks)}"
+    say(f"planning {file.study.name} ({counts})", sys.stderr)
     from taskvec.progress import Terminal, clock
     from taskvec.runs import run_study
     from taskvec.store import Store, default_store
 
     if smoke:
-        file = replace(file, study=file.study.smoke())
+        file = file.shortened()
     folder = (out or Path("runs") / file.study.name).expanduser()
     command = f"taskvec run {shlex.quote(study)}" + (" --smoke" if smoke else "")
     console, begin = Console(stderr=True), time.monotonic()
@@ -94,54 +177,59 @@ def run(
 
 def _tell(outcome: Outcome, duration: str) -> None:
     """Say what a run did, its results, and where its page is."""
-    folder, reused = outcome.folder, outcome.steps - outcome.ran
-    if outcome.ran:
-        kept = f", {reused} were done before" if reused else ""
-        typer.echo(f"{outcome.ran} steps run in {duration}{kept}")
-    else:
+    from taskvec.store import read_json
+    from taskvec.verdict import SMOKE
+
+    folder, lock = outcome.folder, read_json(outcome.folder / "study.lock.json")
+    if lock.get("smoke"):
+        say(SMOKE, wrap=True)
+    say(_done(outcome, duration))
+    if not lock.get("smoke"):
+        _show(folder, lock)
+    say(f"page: {(folder / 'report.html').resolve()}")
+
+
+def _done(outcome: Outcome, duration: str) -> str:
+    """Say how many steps were run."""
+    if not outcome.ran:
         again = "the run folder was written again" if outcome.written else "nothing to do"
-        typer.echo(f"all {outcome.steps} steps were done before: {again}")
-    _show(folder)
-    typer.echo(f"page: {(folder / 'report.html').resolve()}")
+        return f"all {outcome.steps} steps were done before: {again}"
+    reused = outcome.steps - outcome.ran
+    return f"{outcome.ran} steps run in {duration}" + (f", {reused} were done before" if reused else "")
 
 
-def _show(folder: Path) -> None:
+def _show(folder: Path, lock: dict[str, Any]) -> None:
     """Print the verdict, and the tasks of every merge, or one line for each where there are many."""
     import pandas as pd
 
     from taskvec import tables
+    from taskvec.verdict import usage
 
     results = pd.read_csv(folder / "results.csv", keep_default_na=False)
-    console = Console(width=max(100, Console().width))
-    console.print("", tables.headline(results), "", sep="\n", markup=False, highlight=False)
+    say()
+    say(tables.headline(results, pd.read_csv(folder / "costs.csv"), lock), wrap=True)
+    if command := usage(lock, str(folder)):
+        say(f"Use it: {command}")
+    say()
     found = tables.views(results)
     if len(found) > MANY:
-        _print(console, "test split, %, mean over tasks", _without_gains(tables.summary(results)))
+        _print("test split, %, mean over tasks", tables.summary(results))
         return
     for view in found:
         for method in view.methods:
             what = "test split, each task's own metric, %" if view.mixed else "test accuracy, %"
-            _print(console, f"{tables.title(view, method)}: {what}", _without_gains(tables.task_table(view, method)))
+            _print(f"{tables.title(view, method)}: {what}", tables.task_table(view, method))
 
 
-def _without_gains(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave out gains and their intervals, which are wide and stand on the page."""
-    return frame[[name for name in frame.columns if "gain" not in name]]
+def _print(title: str, frame: pd.DataFrame) -> None:
+    """Print a table that fits the terminal."""
+    from taskvec.texts import text_table
 
-
-def _print(console: Console, title: str, frame: pd.DataFrame) -> None:
-    """Print a table."""
-    from rich.table import Table
-
-    from taskvec.texts import NAMES
-
-    shown = Table(title=title, title_justify="left", box=None)
-    for name in frame.columns:
-        head = name.replace("Kept heads: ", "kept\n").replace("Re-probed heads: ", "re-probed\n")
-        shown.add_column(head, justify="left" if name in NAMES else "right", no_wrap=name in NAMES)
-    for row in frame.itertuples(index=False, name=None):
-        shown.add_row(*map(str, row))
-    console.print(shown, "", sep="\n", markup=False)
+    shown = frame.map(lambda cell: plain(str(cell), sys.stdout))
+    shown.columns = [plain(str(name), sys.stdout) for name in frame.columns]
+    say(title, wrap=True)
+    say(text_table(shown, width()))
+    say()
 
 
 @app.command("plan")
@@ -171,7 +259,7 @@ def plan_(
     held, chosen = Store((store or default_store()).expanduser()), file.study.smoke() if smoke else file.study
     found = forecast(chosen.name, plan(replace(file, study=chosen), held, estimate=True), held)
     for line in report(found, [device] if device else list(DEVICES), workers or default_workers("cpu", chosen.threads)):
-        typer.echo(line)
+        say(line, hang=10, wrap=True)
 
 
 @app.command()
@@ -183,10 +271,12 @@ def predict(
 ) -> None:
     """Classify images with a study's best model, by every task's head or by one."""
     from taskvec.model import load
+    from taskvec.texts import one_line
 
     found = load(model)
     for answer in found.predict(list(images), task):
-        typer.echo(f"{answer.image}\t{answer.task}\t{answer.label}\t{answer.probability:.3f}")
+        names = (one_line(name) for name in (answer.image, answer.task, answer.label))
+        say("\t".join([*names, f"{answer.probability:.3f}"]))
 
 
 @app.command()
@@ -219,7 +309,8 @@ def merge(
     request = file_commands.Merge(*given)
     with passes("merging", Console(stderr=True)) as watch:
         lines = request.run(watch)
-    typer.echo("\n".join([*lines, f"in {time.monotonic() - begin:.1f} s"]))
+    for line in (*lines, f"in {time.monotonic() - begin:.1f} s"):
+        say(line, hang=4)
 
 
 @app.command()
@@ -240,11 +331,10 @@ def diff(
         file_commands.check_out(out, [base, *tuned])
     with passes("comparing", Console(stderr=True)) as watch:
         found = file_commands.compare(base, tuned, keep or (), watch)
-    console = Console(width=max(100, Console().width))
     for title, frame in file_commands.tables(found).items():
-        _print(console, title, frame)
+        _print(title, frame)
     if out is not None:
-        typer.echo(f"written to {out}: {', '.join(file_commands.write(found, out))}")
+        say(f"written to {out}: {', '.join(file_commands.write(found, out))}", hang=4)
 
 
 @app.command("store")
@@ -272,16 +362,16 @@ def store_(
         if not chosen and clear != "all":
             raise unknown("part of the store", clear, {"all", "decoded", *(one.kind for one in every)})
         gone = place.clear(chosen)
-        typer.echo(f"removed {len(gone)} steps, {gigabytes(sum(one.size for one in gone))}, from {place.folder}")
+        say(f"removed {len(gone)} steps, {gigabytes(sum(one.size for one in gone))}, from {place.folder}")
         return
     for one in (one for one in every if one.kind in DECODED):
-        typer.echo(f"{gigabytes(one.size):>9}  {one.id}  {one.label}")
+        say(f"{gigabytes(one.size):>9}  {one.id}  {one.label}")
     for kind in sorted({one.kind for one in every} - set(DECODED)):
         sizes = [one.size for one in every if one.kind == kind]
-        typer.echo(f"{gigabytes(sum(sizes)):>9}  {kind}: {len(sizes)} steps")
+        say(f"{gigabytes(sum(sizes)):>9}  {kind}: {len(sizes)} steps")
     if (left := place.unfinished()) > 0:
-        typer.echo(f"{gigabytes(left):>9}  unfinished: being written now, or left in {place.folder / 'tmp'} by others")
-    typer.echo(f"{gigabytes(sum(one.size for one in every)):>9}  in all, in {place.folder}")
+        say(f"{gigabytes(left):>9}  unfinished: being written now, or left in {place.folder / 'tmp'} by others")
+    say(f"{gigabytes(sum(one.size for one in every)):>9}  in all, in {place.folder}")
 
 
 @app.command("list")
@@ -292,7 +382,7 @@ def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones 
     if kind not in listings:
         raise unknown("kind of list", kind, listings)
     for name, text in listings[kind]().items():
-        typer.echo(f"{name:<24} {text}")
+        say(f"{name:<24} {text}", hang=25)
 
 
 def _studies() -> dict[str, str]:
@@ -352,9 +442,9 @@ def pretrain(
 
     for name in pretrained() if encoder == "all" else (encoder,):
         if is_made(name, out, steps, seed):
-            typer.echo(f"{name} is there already")
+            say(f"{name} is there already")
             continue
         with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(f"pre-training {name}", total=1.0)
             path = make(name, out, steps, seed, lambda share: bar.update(task, completed=share))  # noqa: B023
-        typer.echo(f"{path} and its record {path.with_suffix('.json').name}")
+        say(f"{path} and its record {path.with_suffix('.json').name}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +18,17 @@ Use = Literal["training", "evaluation"]
 
 WIDE = 128
 """Feature width from which bfloat16 pays off in training on a CPU with AMX tiles (benchmarks/precision.py)."""
+
+
+def processor(device: str = "cpu") -> str:
+    """Name the processor that computes: another one may give other last digits, and so other choices."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def choose_device(setting: str = "auto") -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from taskvec.absent import UNKNOWN_IMAGES, absent_task
+from taskvec.anatomy import input_size
 from taskvec.backbones import to_download
 from taskvec.cells import Cell
+from taskvec.decoded import view_bytes
 from taskvec.pipeline import Step, ordered, step_id
-from taskvec.store import Artifact, Store, fingerprint, json_text
+from taskvec.store import Artifact, Store, canonical, fingerprint, json_text
 from taskvec.store import seconds as recorded
 from taskvec.workload import Counter, Work, memory, total
 
@@ -154,6 +156,31 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
         yield f"{address}: its images{unknown}"
 
 
+def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
+    """Return about how many bytes of evaluation views the store lacks for a study; no weight and no image is read."""
+    done, sizes = dict[Step, Artifact](), dict[str, float]()
+    for step in ordered(steps):
+        kind = step.function.rpartition(":")[2]
+        if kind not in ("load_backbone", "preprocessing", "decode_task"):
+            continue
+        if all(read in done for read in step.dependencies()):
+            id = step_id(step, {role: [done[one] for one in read] for role, read in step.inputs.items()})
+            if known := store.look(id):
+                done[step] = Artifact(id, store.folder, known[0])
+                continue
+        if kind == "decode_task":
+            size, source = size_of(step.inputs["preprocessing"][0].inputs["backbone"][0]), step.config["source"]
+            images = min(source["images"], 3 * (step.config["limit"] or source["images"]))
+            sizes[canonical([source, size])] = view_bytes(images, size)
+    return sum(sizes.values())
+
+
+def size_of(encoder: Step) -> int:
+    """Return the pixels that the backbone of a step sees."""
+    config = encoder.config
+    return input_size(config["address"], config["size"], config.get("projection"))
+
+
 def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:
     """Return for every kind of step how many there are, how many are done, and the work of those that are not."""
     names = dict.fromkeys(one.kind for one in forecast.planned)
@@ -209,12 +236,12 @@ def report(found: Forecast, devices: Sequence[str], workers: int) -> Iterator[st
 
 def table(found: Forecast) -> Iterator[str]:
     """Yield a line for every kind of step, and one for all; images and FLOPs are those still to come."""
-    yield f"{'step':<24}{'steps':>7}{'done':>7}{'images forward':>17}{'trained on':>15}{'FLOPs':>14}"
+    yield f"{'step':<24}{'steps':>6}{'done':>6}{'images forward':>16}{'trained on':>14}{'FLOPs':>13}"
     rows = kinds(found)
     rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows), total(r[3] for r in rows)))
     for name, steps, done, work in rows:
-        images = f"{work.forward:>17,.0f}{work.trained:>15,.0f}"
-        yield f"{name:<24}{steps:>7}{done:>7}{images}{flops_text(work.flops):>14}"
+        images = f"{work.forward:>16,.0f}{work.trained:>14,.0f}"
+        yield f"{name:<24}{steps:>6}{done:>6}{images}{flops_text(work.flops):>13}"
 
 
 def device_lines(name: str, found: Forecast, workers: int) -> Iterator[str]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import pandas as pd
 
@@ -16,13 +15,15 @@ from taskvec.texts import (
     escape_markdown,
     gain_text,
     markdown_table,
+    measured,
     method_label,
     percent,
     plain_scale,
     points,
     short_backbone,
 )
-from taskvec.views import HEADS, Spread, View, views
+from taskvec.verdict import SMOKE, ended_early
+from taskvec.views import HEADS, Spread, View, own_costs, views
 
 ALONE = {"probing": "linear probing", "joint": "joint fine-tuning", "fine_tuned": "individual models"}
 """The options that merge nothing, as the leaderboard calls them."""
@@ -30,8 +31,6 @@ STEP = 0.001
 """By how much (a fraction) an option must be better on validation than a cheaper one to be worth naming."""
 SAME_BUDGET = 2
 """How many times as long two merges may take, one and the other, to count as one budget."""
-NUMBER = 4
-"""Bytes of a float32."""
 HOW_IT_READS = (
     "Test split; normalised to the individual models, in %. *Stored* is what must be kept to answer all tasks, heads "
     "included. *Training* is the time of probes and fine-tuning, *merging and search* that of the merge, of trying "
@@ -126,21 +125,17 @@ def boards(results: pd.DataFrame, costs: pd.DataFrame | None) -> list[Board]:
 
 def options(one: View, costs: pd.DataFrame) -> list[Option]:
     """Return the options of a view, in the order of its costs; those without a validation value are left out."""
-    tried = one.rows[(one.rows["split"] == "validation") & (one.rows["task"] == "")]
-    tried = tried[tried["metric"] == one.normalised]
-    best = tried.groupby(["method", "heads", "seed"])["value"].max().groupby(["method", "heads"]).mean()
-    own = costs[(costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)]
-    own = own[own["tasks"] == one.rows["tasks"].iloc[0]]
+    own = own_costs(one, costs)
     sums = own.assign(
-        stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"],
         training=own["probing_seconds"] + own["training_seconds"],
         extra=own["merging_seconds"] + own["search_seconds"],
     )
     means = sums.groupby(["method", "heads"], sort=False)[["encoders", "stored", "training", "extra"]].mean()
+    rows = zip(means.index, means.to_numpy(), strict=True)
     return [
-        Option(str(method), str(heads), float(best[method, heads]), *(float(value) for value in row))
-        for (method, heads), row in zip(means.index, means.to_numpy(), strict=True)
-        if (method, heads) in best.index
+        Option(str(method), str(heads), one.tried[method, heads], *(float(value) for value in row))
+        for (method, heads), row in rows
+        if (method, heads) in one.tried
     ]
 
 
@@ -269,14 +264,25 @@ def frontier(found: Sequence[Option]) -> list[Option]:
 def picks(board: Board) -> list[Option]:
     """Return the merges worth picking: better than probing, on the frontier, first those that keep one encoder.
 
-    Merges that keep more than one must be better than all that keep one.
+    Better is: on validation, and by the interval on the test split where there is one. Merges that keep more than one
+    encoder must be better than all that keep one.
     """
-    probing = board.find("probing")
-    floor = probing.validation if probing else 0.0
-    able = [one for one in board.options if one.merged and one.validation >= floor + STEP]
+    able = [one for one in rivals(board) if _beats(board, one)]
     small = frontier([one for one in able if one.encoders == 1])
-    top = max((one.validation for one in small), default=floor)
-    return small + frontier([one for one in able if one.encoders > 1 and one.validation >= top + STEP])
+    top = max((one.validation + STEP for one in small), default=0.0)
+    return small + frontier([one for one in able if one.encoders > 1 and one.validation >= top])
+
+
+def rivals(board: Board) -> list[Option]:
+    """Return the merges that are better than probing on validation, the best first."""
+    probing = board.find("probing")
+    found = [one for one in board.options if one.merged and (probing is None or one.validation > probing.validation)]
+    return sorted(found, key=lambda one: -one.validation)
+
+
+def _beats(board: Board, option: Option) -> bool:
+    gain = board.view.gain(option.method, option.heads)
+    return gain.beats or math.isnan(gain.low)
 
 
 def advice(board: Board) -> str:
@@ -316,7 +322,7 @@ def _without_tuning(board: Board) -> str:
 def _merges(board: Board, chosen: Sequence[Option]) -> list[str]:
     """Write a clause on each pick, the quickest first; where there is none, say so."""
     if not chosen:
-        return ["no merge is better than that on validation, so fine-tuned encoders are not worth merging here"]
+        return [_no_merge(board)]
     lead = f"with {len(board.view.tasks)} fine-tuned encoders at hand and one to be kept,"
     small = [one for one in chosen if one.encoders == 1]
     large = [one for one in chosen if one.encoders > 1]
@@ -330,6 +336,16 @@ def _merges(board: Board, chosen: Sequence[Option]) -> list[str]:
         f"{_level(board, one)}"
         for one in large[-1:]
     ]
+
+
+def _no_merge(board: Board) -> str:
+    """Say why nothing is picked: validation prefers probing, or the test split does not confirm what it prefers."""
+    best = next(iter(rivals(board)), None)
+    if best is None:
+        return "no merge is better than that on validation, so fine-tuned encoders are not worth merging here"
+    gain = gain_text(board.view.gain(best.method, best.heads))
+    found = f"{_named(best)} is the best on validation and no better than that on the test split ({gain} points)"
+    return f"{found}, so fine-tuned encoders are not worth merging here"
 
 
 def _least(board: Board) -> float:
@@ -357,12 +373,9 @@ def _against(other: Option, best: Option) -> str:
 
 def short_grids(board: Board) -> str:
     """Name the merges that chose, in some seed, the largest of several scales, where a wider grid may give more."""
-    rows = board.view.rows
-    tried = rows[(rows["split"] == "validation") & (rows["metric"] == board.view.normalised) & (rows["task"] == "")]
     found: dict[str, list[str]] = {}
-    for key, scales in tried.groupby(["method", "heads"], sort=False)["scale"]:
-        method, heads = map(str, cast("tuple[str, str]", key))
-        if scales.nunique() > 1 and board.view.cell(method, heads, board.view.normalised).high >= scales.max():
+    for method, heads in board.view.tried:
+        if ended_early(board.view, method, heads):
             found.setdefault(HEADS.get(heads, heads), []).append(method_label(method))
     if not found:
         return ""
@@ -370,11 +383,16 @@ def short_grids(board: Board) -> str:
     return f"The largest scale that was tried was chosen by {named}: a wider grid (scales) may give more."
 
 
-def markdown_boards(found: Sequence[Board]) -> str:
-    """Write leaderboard.md: for each board a table and, as the last line, which option to pick."""
-    parts = ["# Leaderboard", HOW_IT_READS]
+def markdown_boards(found: Sequence[Board], smoke: bool = False) -> str:
+    """Write leaderboard.md: for each board a table and, as the last line, which option to pick.
+
+    Of a trial run it has what was measured, and no advice.
+    """
+    parts = ["# Leaderboard", *([SMOKE] if smoke else []), HOW_IT_READS]
     for board in found:
-        parts += [f"## {escape_markdown(board.title)}", markdown_table(board_table(board))]
+        parts += [f"## {escape_markdown(board.title)}", markdown_table(measured(board_table(board), smoke))]
+        if smoke:
+            continue
         parts += [escape_markdown(note)] if (note := short_grids(board)) else []
         if len(guessed := guess_table(board)):
             parts += [f"### {GUESSING}", HOW_GUESSES_READ, markdown_table(guessed)]

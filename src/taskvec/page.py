@@ -32,8 +32,8 @@ from taskvec.leaderboard import (
     short_grids,
 )
 from taskvec.notes import note_lines
-from taskvec.texts import NAMES, method_label, one_line, short_backbone, shown
-from taskvec.verdict import headline
+from taskvec.texts import NAMES, measured, method_label, one_line, short_backbone, shown
+from taskvec.verdict import headline, usage
 from taskvec.views import View, views
 
 FIGURES = {  # of the paper, by kind and regime
@@ -192,26 +192,28 @@ def render(
 ) -> str:
     """Write the whole report of a run as one HTML file, with the PNG figures of folder ``figures`` inside."""
     planned = plan(results, heatmap, roles, costs)
-    found = views(results)
+    found, smoke = views(results), bool(lock.get("smoke"))
     reading = READING_OF_KINDS if any(view.mixed for view in found) else READING
     pictures = {one.stem: _picture(one, figures, *reading[one.kind]) for one in planned}
-    sections = [_section(view, planned, pictures) for view in found]
-    compared = comparisons(results, heatmap, roles or {})
+    sections = [_section(view, planned, pictures, smoke) for view in found]
+    compared = [] if smoke else comparisons(results, heatmap, roles or {})
     page: str = _template().render(
         study=one_line(str(results["study"].iloc[0])) if "study" in results else "study",
-        verdicts=headline(results).splitlines(),
+        smoke=smoke,
+        verdicts=headline(results, costs, lock).splitlines(),
+        usage=usage(lock),
         study_notes=study_notes,
         told=note_lines(lock.get("notes", [])),
-        claims=claims(results, heatmap, roles or {}),
+        claims=[] if smoke else claims(results, heatmap, roles or {}),
         how_claims=HOW_CLAIMS_ARE_DECIDED,
         comparisons=compared,
         of_paper=any(table.has_paper for table in compared),
-        boards=[_board(board, planned, pictures) for board in boards(results, costs)],
+        boards=[_board(board, planned, pictures, smoke) for board in boards(results, costs)],
         how_it_reads=_emphasis(HOW_IT_READS),
         guessing=GUESSING,
         how_guesses_read=_emphasis(HOW_GUESSES_READ),
         shown=shown(found),
-        summary=tables.summary(results, heatmap),
+        summary=measured(tables.summary(results, heatmap), smoke),
         regimes=_regimes(planned, pictures),
         sections=sections,
         notes=[_emphasis(note) for note in tables.definitions(results, heatmap)],
@@ -245,18 +247,20 @@ def _template() -> Any:
     return environment.from_string(text)
 
 
-def _board(board: Board, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:
-    """Gather what belongs to one leaderboard."""
+def _board(board: Board, planned: list[Planned], pictures: dict[str, Picture], smoke: bool) -> dict[str, Any]:
+    """Gather what belongs to one leaderboard; a trial run has no advice."""
     place = ("leaderboard", board.view.backbone, board.view.regime)
     picture = next(pictures[one.stem] for one in planned if (one.kind, one.backbone, one.regime) == place)
-    shown = {"title": board.title, "table": board_table(board), "advice": advice(board), "picture": picture}
-    return shown | {"guesses": guess_table(board), "note": short_grids(board)}
+    shown = {"title": board.title, "table": measured(board_table(board), smoke), "picture": picture}
+    if smoke:
+        return shown | {"advice": "", "guesses": [], "note": ""}
+    return shown | {"advice": advice(board), "guesses": guess_table(board), "note": short_grids(board)}
 
 
-def _section(view: View, planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, Any]:
+def _section(view: View, planned: list[Planned], pictures: dict[str, Picture], smoke: bool) -> dict[str, Any]:
     """Gather what belongs to one backbone in one regime."""
     own = [one for one in planned if (one.backbone, one.regime) == (view.backbone, view.regime)]
-    merges = [(method_label(method), tables.task_table(view, method)) for method in view.methods]
+    merges = [(method_label(method), measured(tables.task_table(view, method), smoke)) for method in view.methods]
     return {
         "title": f"{short_backbone(view.backbone)}, {one_line(view.regime)}",
         "pictures": [pictures[one.stem] for one in own if one.kind not in ("heatmap", "leaderboard")],
@@ -293,7 +297,8 @@ def _unbroken(text: str) -> str:
 
 def _facts(lock: dict[str, Any]) -> dict[str, str]:
     """Pick the settings that the numbers depend on, as text; what a lock lacks is left out."""
-    shown = {name: lock[name] for name in ("seeds", "threads", "device", "precision", "fingerprint") if name in lock}
+    facts = ("seeds", "threads", "device", "processor", "precision", "fingerprint")
+    shown = {name: lock[name] for name in facts if name in lock}
     return {
         name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in shown.items()
     }

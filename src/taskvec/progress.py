@@ -11,7 +11,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Column
 from rich.text import Text
 
+from taskvec.notes import printable
 from taskvec.pipeline import Step
+from taskvec.texts import one_line, shorten
 
 FIRST = 0.02
 """Share of the work before which there is no estimate of the time left."""
@@ -41,11 +43,13 @@ class Terminal:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.begin = time.monotonic()
+        self.begin, self.base = 0.0, -1.0
         self.total, self.count, self.number = 0.0, 0, 0
         self.reused_cost, self.cost = 0.0, 0.0
         self.shares: dict[Step, float] = {}
-        what = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        what = TextColumn(
+            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        )
         columns = (BarColumn(20), what, TimeElapsedColumn(), Left(table_column=Column(no_wrap=True, min_width=22)))
         self.bar = Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal)
         self.task = self.bar.add_task("starting")
@@ -70,42 +74,56 @@ class Terminal:
         """Move the bar within a step."""
         if step in self.shares:
             self.shares[step] = share
+            self._measure_from(time.monotonic(), self.done())
             self._show()
 
     def finished(self, step: Step, seconds: float) -> None:
         """Count a step that was done now; without a terminal, write a line."""
-        if not self.cost:
-            self.begin = time.monotonic() - seconds  # what came before, such as starting workers, is no measure
+        self._measure_from(time.monotonic() - seconds, 0.0)
         self.shares.pop(step, None)
         self.cost += step.cost
         self.number += 1
         self._show()
         if not self.console.is_terminal:
-            left = self.left()
-            ahead = f", about {clock(left)} left" if left is not None and self.number < self.count else ""
-            self.console.print(
-                f"[{self.number}/{self.count}] {step.label}: {seconds:.1f} s{ahead}", markup=False, highlight=False
-            )
+            self._say(step.label, seconds)
+
+    def _say(self, label: str, seconds: float) -> None:
+        """Write one line, which fits a terminal's width: names that are too long lose their middle."""
+        left = self.left() if self.number < self.count else None
+        count, took = f"[{self.number}/{self.count}] ", f": {seconds:.1f} s"
+        took += "" if left is None else f", about {clock(left)} left"
+        name = shorten(one_line(label), self.console.width - len(count) - len(took))
+        self.console.print(count + name + took, markup=False, highlight=False, soft_wrap=True)
 
     def noted(self, label: str, note: str) -> None:
         """Write what a step has to tell."""
-        self.console.print(f"{label}: {note}", markup=False, highlight=False, soft_wrap=True)
+        whole = not self.console.is_terminal
+        self.console.print(printable(f"{label}: {note}"), markup=False, highlight=False, soft_wrap=whole)
+
+    def _measure_from(self, begin: float, base: float) -> None:
+        """Take the first sign of progress as the start: what came before, such as starting workers, is no measure."""
+        if self.base < 0:
+            self.begin, self.base = begin, base
+
+    def done(self) -> float:
+        """Return the cost that was done now, of steps under way their share."""
+        return self.cost + sum(step.cost * share for step, share in self.shares.items())
 
     def left(self) -> float | None:
         """Return the seconds left, from the cost done now and the time it took; None before anything is done."""
-        done = self.cost + sum(step.cost * share for step, share in self.shares.items())
+        ahead, moved = self.total - self.reused_cost, self.done() - self.base
         elapsed = time.monotonic() - self.begin
-        if not self.cost or elapsed < 3 or done < FIRST * (self.total - self.reused_cost):
+        if self.base < 0 or elapsed < 3 or moved < FIRST * ahead:
             return None
-        return elapsed * (self.total - self.reused_cost - done) / done
+        return elapsed * (ahead - self.done()) / moved
 
     def close(self) -> None:
         """Take the bar away."""
         self.bar.stop()
 
     def _show(self) -> None:
-        under_way = ", ".join(step.label for step in self.shares)
-        done = self.reused_cost + self.cost + sum(step.cost * share for step, share in self.shares.items())
+        under_way = ", ".join(one_line(step.label) for step in self.shares)
+        done = self.reused_cost + self.done()
         text = f"{self.number}/{self.count} {under_way[:70]}"
         self.bar.update(self.task, total=max(self.total, 1), completed=done, description=text, left=self.left())
 
@@ -116,7 +134,7 @@ def passes(title: str, console: Console) -> Iterator[Callable[[int, float], None
 
     What it yields is told the pass (from 1) and the share of it that is done.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), Left())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn(), Left())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task, begin, current = bar.add_task(title, total=1.0), time.monotonic(), 1
 

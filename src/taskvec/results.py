@@ -127,9 +127,11 @@ class Writer:
             values = {t: found[str(index)] for t, found in measured.items()}
             name, heads = candidate.name, candidate.read_by
             yield from self.measured(name, heads, scale, "test", values, made_by, config)
-            for task, gain in gains[str(index)].items():
-                for part, metric in GAINS.items():
-                    yield self.row(name, heads, scale, task, "test", metric, gain[part], made_by[task], config)
+            for baseline, gained in gains.items():
+                for task, gain in gained[str(index)].items():
+                    for part, end in ENDS.items():
+                        metric = f"gain_over_{baseline}{end}"
+                        yield self.row(name, heads, scale, task, "test", metric, gain[part], made_by[task], config)
 
     def subset_rows(self, names: tuple[str, ...], step: Step) -> Iterator[Row]:
         """Yield the rows of one set of tasks: scales tried, the test of the chosen one, and the error in the box."""
@@ -245,7 +247,8 @@ class Writer:
         return self.done[step].id if step is not None else ""
 
 
-GAINS = {"mean": "gain_over_probing", "low": "gain_over_probing_low", "high": "gain_over_probing_high"}
+ENDS = {"mean": "", "low": "_low", "high": "_high"}
+"""The parts of a gain, and how the names of their metrics end."""
 
 
 def results(study: str, cells: list[Cell], done: Done) -> pd.DataFrame:

@@ -18,19 +18,22 @@ from taskvec import pipeline
 from taskvec.addresses import default_name
 from taskvec.backbones import AROUND
 from taskvec.cells import Cell
+from taskvec.compute import choose_device, processor
 from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import cores, open_executor
 from taskvec.folders import SPELT
+from taskvec.forecast import decoded_bytes
 from taskvec.locks import holding, sweep, workspace
 from taskvec.merging import plugins
 from taskvec.merging.buffers import DIRECTIONS
 from taskvec.notes import library_warnings, listen, note_lines, some
 from taskvec.pipeline import Watcher
-from taskvec.plan import plan, view_sizes
+from taskvec.plan import plan
 from taskvec.publishing import Known, check_outside, check_place, inside, mark, obstacle, owned, publish, refuse
 from taskvec.results import Done, heatmaps, negations, results
 from taskvec.store import (
+    Artifact,
     Store,
     digests,
     disk_errors,
@@ -44,6 +47,7 @@ from taskvec.store import (
 )
 from taskvec.study import StudyFile
 from taskvec.tasks import parse, resolve
+from taskvec.verdict import SMOKE
 
 LOCK = "study.lock.json"
 """The file that is written last: a run folder that has it is whole."""
@@ -65,6 +69,8 @@ FILES = (
 FOLDERS = ("tables", "figures", "models")
 MODEL = ("encoder.safetensors", "heads.safetensors", AROUND, DIRECTIONS, "model.json")
 """What a run folder may hold of ours, and each folder of a model."""
+KEPT = ("method", "config", "heads", "scale", "scales")
+"""What the lock says of a model, as model.json does."""
 LARGE = 1e9
 """Bytes of decoded images from which their size is said."""
 
@@ -128,8 +134,6 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
 
 def _run(file: StudyFile, out: Path, store: Store, workers: int | None, watcher: Watcher, command: str) -> Outcome:
     """Run the steps, and write the run folder where it is not written yet."""
-    from taskvec.compute import choose_device
-
     device = choose_device(file.study.device)
     counter = Counter(watcher)
     with listen(lambda text: counter.noted(PLANNING, text)) as planned, library_warnings():
@@ -138,7 +142,7 @@ def _run(file: StudyFile, out: Path, store: Store, workers: int | None, watcher:
         mark(out, MARKER, {})
     sources = {str(one.path): one.digest for one in plugins.use(file.plugins)}
     steps = [step for cell in cells for step in cell.steps()]
-    say_size(view_sizes(pipeline.ordered(steps)), store, watcher)
+    say_size(decoded_bytes(steps, store), store, watcher)
     executor = open_executor(workers or default_workers(device, file.study.threads))
     done = pipeline.run(steps, store, executor, counter)
     with present(artifact.folder for artifact in done.values()), listen(lambda text: counter.noted(FOLDER, text)):
@@ -296,9 +300,11 @@ def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, comma
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
     records = {cell.backbone: done[cell.encoder].json("backbone.json") for cell in cells}
+    lock |= {"models": {backbone: about for backbone, (about, _) in best_models(cells, done).items()}}
+    lock |= {"smoke": True} if file.smoke else {}
     if weights := {name: record["sha256"] for name, record in records.items() if "sha256" in record}:
         lock["weights"] = weights
-    return lock | {"fingerprint": fingerprint(lock)}
+    return lock | {"fingerprint": fingerprint(lock), "processor": processor(device)}  # tells, and decides nothing
 
 
 def is_written(out: Path, lock: dict[str, Any]) -> bool:
@@ -344,7 +350,7 @@ def draw_figures(
     from taskvec import figures  # matplotlib is slow, and not always needed
 
     with listen() as heard:
-        figures.write(rows, heat, out, roles_of(file), spent)
+        figures.write(rows, heat, out, roles_of(file), spent, file.smoke)
     return [{"label": FIGURES, "text": text} for text in heard]
 
 
@@ -355,26 +361,36 @@ def write_report(
     from taskvec import comparison, leaderboard, page, tables
 
     roles, told = roles_of(file), note_lines(lock["notes"])
-    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, told))
+    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, spent, lock, told))
     if found := leaderboard.boards(rows, spent):
-        write_text(out / "leaderboard.md", leaderboard.markdown_boards(found))
+        write_text(out / "leaderboard.md", leaderboard.markdown_boards(found, file.smoke))
+    banner = f"% {SMOKE}\n" if file.smoke else ""
     for name, text in comparison.latex_tables(rows, heat, roles).items():
         (out / "tables").mkdir(exist_ok=True)
-        write_text(out / "tables" / f"{name}.tex", text)
+        write_text(out / "tables" / f"{name}.tex", banner + text)
     how = (lock, file.text, roles, spent, file.study.notes)
     write_text(out / "report.html", page.render(rows, heat, out / "figures", *how))
 
 
-def write_models(cells: list[Cell], done: Done, out: Path) -> None:
-    """Copy the best model of every backbone, by validation, into its folder: of the regimes with the most tasks."""
-    best: dict[str, tuple[int, float, Path]] = {}
+def best_models(cells: list[Cell], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:
+    """Return the best model of every backbone, by validation, of the regimes with the most tasks, and what it is."""
+    best: dict[str, tuple[int, float]] = {}
+    found: dict[str, tuple[dict[str, Any], Artifact]] = {}
     for cell in cells:
         if cell.model is not None:
             artifact = done[cell.model]
-            value = len(cell.tasks), float(artifact.json("model.json")["validation"])
-            if cell.backbone not in best or value > best[cell.backbone][:2]:
-                best[cell.backbone] = *value, artifact.folder
-    for backbone, (*_, source) in best.items():
+            record = artifact.json("model.json")
+            value = len(cell.tasks), float(record["validation"])
+            if cell.backbone not in best or value > best[cell.backbone]:
+                about = {"regime": cell.regime, "seed": cell.seed} | {key: record[key] for key in KEPT if key in record}
+                best[cell.backbone], found[cell.backbone] = value, (about, artifact)
+    return found
+
+
+def write_models(cells: list[Cell], done: Done, out: Path) -> None:
+    """Copy the best model of every backbone into its folder."""
+    for backbone, (_, artifact) in best_models(cells, done).items():
+        source = artifact.folder
         (out / backbone).mkdir(parents=True)
         for name in MODEL:
             if (source / name).exists():

@@ -130,6 +130,12 @@ class Negation(Settings):
             raise ValueError("scales of negation are 0 or more: negation puts the sign itself")
         return scales
 
+    def shortened(self) -> Negation:
+        """Return what a trial run tries: the ends of the scales."""
+        scales = parse_scales(self.scales)
+        first, last = scales[0], scales[-1]
+        return self.model_copy(update={"scales": f"{first}:{last}:{round(last - first, 10) or 1}"})
+
     @field_validator("control")
     @classmethod
     def _another(cls, control: str, info: ValidationInfo) -> str:
@@ -167,6 +173,11 @@ class Heatmap(Settings):
         step = 2 * self.range / (self.points - 1)
         return [round(-self.range + index * step, 10) + 0.0 for index in range(self.points)]
 
+    def shortened(self) -> Heatmap:
+        """Return what a trial run measures: few pairs, points and images."""
+        least = {"pairs": min(self.pairs, 2), "points": min(self.points, 3), "samples": min(self.samples, 8)}
+        return self.model_copy(update=least)
+
 
 def _kind_of_sizes(value: Any) -> str:
     return "word" if isinstance(value, str) else "list"
@@ -199,6 +210,11 @@ class Subsets(Settings):
         """Return the sizes wanted among those that ``count`` tasks allow."""
         possible = range(2, count + 1)
         return tuple(possible) if self.sizes == "all" else tuple(size for size in self.sizes if size in possible)
+
+    def shortened(self) -> Subsets:
+        """Return what a trial run measures: few sets, images and points."""
+        least = {"limit": min(self.limit, 3), "samples": min(self.samples, 8), "points": min(self.points, 1)}
+        return self.model_copy(update=least)
 
 
 def parse_scales(text: str) -> list[float]:

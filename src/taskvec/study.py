@@ -6,8 +6,8 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,7 +30,6 @@ from taskvec.settings import (
     Subsets,
     Surgery,
     check_distinct,
-    coarse,
     parse_scales,
     parsed_scales,
 )
@@ -177,6 +176,11 @@ class TaskChoice(Choice):
     classes: Annotated[tuple[str, ...], AfterValidator(check_distinct)] = ()
 
 
+def few_scales(grid: Sequence[float]) -> tuple[float, ...]:
+    """Return the first, the middle and the last scale of a grid."""
+    return tuple(dict.fromkeys((grid[0], grid[len(grid) // 2], grid[-1])))
+
+
 def checked_recipe(name: str, config: dict[str, Any]) -> Recipe:
     """Return the recipe of a name and hyperparameters, or raise as a validator does."""
     try:
@@ -239,7 +243,7 @@ class MethodChoice(Choice):
         first = {key: value[0] if isinstance(value, list) else value for key, value in self.config.items()}
         known = {key for method, _ in self.recipes()[0].stages for key in method.config.model_fields}
         few = {key: least for key, least in FEW.items() if key in known}
-        return self.model_copy(update={"scales": tuple(coarse(self.grid())), "config": first | few})
+        return self.model_copy(update={"scales": few_scales(self.grid()), "config": first | few})
 
     def recipes(self) -> list[Recipe]:
         """Return the recipe of every combination of the listed hyperparameters, the last one changing fastest."""
@@ -393,7 +397,9 @@ class Study(Settings):
                 "regimes": tuple(regime.shortened() for regime in self.regimes),
                 "seeds": self.seeds[:1],
                 "agreement": min(self.agreement, 8),
-                "subsets": self.subsets.model_copy(update={"limit": min(self.subsets.limit, 8)}),
+                "heatmap": self.heatmap.shortened(),
+                "subsets": self.subsets.shortened(),
+                "negation": self.negation and self.negation.shortened(),
                 "limit": 32,
                 "backbones": tuple(choice.shortened() for choice in self.backbones),
             }
@@ -407,11 +413,16 @@ class StudyFile:
     study: Study
     text: str
     folder: Path
+    smoke: bool = False
 
     @property
     def plugins(self) -> list[Path]:
         """The files of its plugins."""
         return plugin_files(self.study.plugins, self.folder)
+
+    def shortened(self) -> StudyFile:
+        """Return its trial run, marked as one."""
+        return replace(self, study=self.study.smoke(), smoke=True)
 
 
 def plugin_files(names: Iterable[str], folder: Path) -> list[Path]:

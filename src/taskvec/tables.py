@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 
@@ -15,6 +17,7 @@ from taskvec.texts import (
     escape_markdown,
     gain_text,
     markdown_table,
+    measured,
     method_label,
     metric_label,
     one_line,
@@ -23,7 +26,7 @@ from taskvec.texts import (
     short_backbone,
     shown,
 )
-from taskvec.verdict import headline
+from taskvec.verdict import headline, usage
 from taskvec.views import HEADS, View, box_error, view, views
 
 __all__ = ["definitions", "headline", "markdown", "per_task", "summary", "task_table", "title", "views"]
@@ -116,8 +119,8 @@ def _numbers(one: View, method: str, task: str) -> dict[str, str]:
         if method == PER_TASK and heads == "kept" and task in one.own_scales:
             absolute = absolute._replace(low=one.own_scales[task].min(), high=one.own_scales[task].max())
         normalised = one.cell(method, heads, one.normalised, task)
-        cells = {"absolute": percent(absolute), "normalised": percent(normalised), "λ": scale_text(absolute)}
-        cells["gain (95 % interval)"] = gain_text(one.gain(method, heads, task))
+        cells = {"absolute": percent(absolute), "gain (95 % interval)": gain_text(one.gain(method, heads, task))}
+        cells |= {"normalised": percent(normalised), "λ": scale_text(absolute)}
         out |= {f"{label.capitalize()}: {name}": text for name, text in cells.items()}
     return out
 
@@ -150,25 +153,30 @@ def markdown(
     heatmap: pd.DataFrame | None = None,
     roles: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    costs: pd.DataFrame | None = None,
+    lock: Mapping[str, Any] = MappingProxyType({}),
     told: Sequence[str] = (),
 ) -> str:
     """Write tables.md: verdict, notes, the paper's claims and tables, a table for each merge, what words mean.
 
-    ``notes`` are the study's own, ``told`` what its steps noted.
+    ``notes`` are the study's own, ``told`` what its steps noted. A trial run has measured values only: nothing in it
+    can be compared.
     """
-    verdicts = [escape_markdown(line) for line in headline(results).splitlines()]
+    smoke = bool(lock.get("smoke"))
+    verdicts = [escape_markdown(line) for line in headline(results, costs, lock).splitlines()]
     top = verdicts[0] if len(verdicts) == 1 else "\n".join(f"- {line}" for line in verdicts)
+    top += f"\n\nUse the model that was kept: `{command}`" if (command := usage(lock)) else ""
     parts = ["# Results", top, *_listed("Before you compare", notes), *_listed("What was noted", told)]
-    parts += _claims(results, heatmap, roles or {})
-    for table in comparisons(results, heatmap, roles or {}):
+    parts += [] if smoke else _claims(results, heatmap, roles or {})
+    for table in [] if smoke else comparisons(results, heatmap, roles or {}):
         parts += [f"## {table.title}", f"{table.shown}. {OF_PAPER if table.has_paper else ''}"]
         parts[-1] = parts[-1].rstrip()
         parts.append(markdown_comparison(table))
-    parts += ["## Summary", f"{shown(views(results))}.", markdown_table(summary(results, heatmap))]
+    parts += ["## Summary", f"{shown(views(results))}.", markdown_table(measured(summary(results, heatmap), smoke))]
     for one in views(results):
         for method in one.methods:
             parts.append(f"## {escape_markdown(title(one, method))}")
-            parts.append(markdown_table(task_table(one, method), bold=[-1]))
+            parts.append(markdown_table(measured(task_table(one, method), smoke), bold=[-1]))
     meanings = "\n".join(f"- {note}" for note in definitions(results, heatmap))
     return "\n\n".join([*parts, "## What the words mean", meanings]) + "\n"
 

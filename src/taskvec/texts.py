@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import pandas as pd
+from rich.cells import cell_len
 
 from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY
+from taskvec.notes import printable
 from taskvec.views import METRICS, Gained, Spread, View
 
 MISSING = "–"
@@ -20,6 +23,9 @@ NAMES = (
 )  # fmt: skip
 LATEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    **{
+        letter: f"{{{letter}}}" for letter in "[]*"
+    },  # a row that begins with one would give it to the line break before
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -35,8 +41,8 @@ LATEX = {
 
 
 def one_line(text: str) -> str:
-    """Put a user's name on one line."""
-    return " ".join(str(text).split())
+    """Put a user's name on one line, its control characters as escapes."""
+    return printable(" ".join(str(text).split()))
 
 
 def short_backbone(address: str) -> str:
@@ -105,6 +111,11 @@ def gain_text(gain: Gained) -> str:
     return points(gain.mean, "+") + spread + ends
 
 
+def measured(frame: pd.DataFrame, smoke: bool) -> pd.DataFrame:
+    """Leave out of a trial run's table what compares one number with another: normalised values and gains."""
+    return frame[[name for name in frame.columns if not smoke or not re.search("normalised|gain", name, re.IGNORECASE)]]
+
+
 # ---------------------------------------------------------------- Markdown and LaTeX
 
 
@@ -133,3 +144,112 @@ def _column(head: str, *cells: str, left: bool) -> list[str]:
 def escape_latex(text: str) -> str:
     """Escape what LaTeX would read as a command, and write Greek letters and signs as mathematics."""
     return "".join(LATEX.get(letter, letter) for letter in one_line(text))
+
+
+# ---------------------------------------------------------------- tables of plain text
+
+GAP = "  "
+SHORTEST = 12
+"""Characters of a name that stay in a table that is too wide."""
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut the middle out of text that is wider than ``width`` columns of a terminal."""
+    if cell_len(text) <= width:
+        return text
+    tail = max(0, width - 1) // 3
+    head = text
+    while head and cell_len(head) + 1 + cell_len(text[len(text) - tail :]) > width:
+        head = head[:-1]
+    return head + "…" + text[len(text) - tail :]
+
+
+def text_table(frame: pd.DataFrame, width: int) -> str:
+    """Write a table for a terminal of ``width`` columns; what is too wide loses columns by rule, and no word breaks."""
+    for less in REDUCTIONS if frame.columns.is_unique else ():
+        if table_width(frame) > width:
+            frame = less(frame)
+    return "\n\n".join(_draw(block) for block in _blocks(_with_short_names(frame, width), width))
+
+
+def table_width(frame: pd.DataFrame) -> int:
+    """Return the columns of a terminal that a table takes."""
+    return max(map(cell_len, _draw(frame).splitlines()), default=0)
+
+
+def _without(pattern: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """Return what leaves out the columns whose names match."""
+    return lambda frame: frame[[name for name in frame.columns if not re.search(pattern, name)]]
+
+
+def _only(pattern: str, heading: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """Return what keeps of every number what comes before a match, and leaves that out of its heading."""
+
+    def less(frame: pd.DataFrame) -> pd.DataFrame:
+        numbers = [name for name in frame.columns if name not in NAMES]
+        cut = frame.assign(**{name: frame[name].map(lambda cell: re.split(pattern, cell)[0]) for name in numbers})
+        return cut.rename(columns=lambda name: re.sub(heading, "", name))
+
+    return less
+
+
+REDUCTIONS = (
+    _only(r" \(", r" \(95 % interval\)"),  # a gain without its interval, which the page has
+    _without("^(Kept|Re-probed) heads: normalised"),
+    _only(" ±", "$^"),
+    _without("λ|ξ"),
+    _without("^Normalised|^Zero-shot|^Joint|^Metric"),
+)
+"""What a table that is too wide does without, in this order."""
+
+
+def _with_short_names(frame: pd.DataFrame, width: int) -> pd.DataFrame:
+    """Shorten the names in the cells, and then in the headings, of a table that is too wide."""
+    for place, name in enumerate(frame.columns):
+        over = table_width(frame) - width
+        if over > 0 and name in NAMES:
+            longest = max(map(cell_len, frame.iloc[:, place]), default=0)
+            frame = frame.copy()
+            frame.isetitem(place, [shorten(cell, max(SHORTEST, longest - over)) for cell in frame.iloc[:, place]])
+    if table_width(frame) > width:
+        frame = frame.set_axis([shorten(name, SHORTEST + len(_head(name)[0])) for name in frame.columns], axis=1)
+    return frame
+
+
+def _blocks(frame: pd.DataFrame, width: int) -> Iterator[pd.DataFrame]:
+    """Split a table that is still too wide into several below each other, the first column in each."""
+    start = 1
+    while start < frame.shape[1] or start == 1:
+        stop = frame.shape[1]
+        while stop > start + 1 and table_width(frame.iloc[:, [0, *range(start, stop)]]) > width:
+            stop -= 1
+        yield frame.iloc[:, [0, *range(start, stop)]]
+        start = stop if stop > start else start + 1
+
+
+def _head(name: str) -> tuple[str, str]:
+    """Split a heading into the group of its column, empty for none, and its own name."""
+    group, _, own = name.rpartition(": ")
+    return group, own
+
+
+def _draw(frame: pd.DataFrame) -> str:
+    """Write a table in columns, names to the left and numbers to the right, groups once over their columns."""
+    heads = [_head(str(name)) for name in frame.columns]
+    cells = [[own, *map(str, frame.iloc[:, place])] for place, (_, own) in enumerate(heads)]
+    widths = [max(map(cell_len, column)) for column in cells]
+    over = []
+    for group, same in groupby(range(len(heads)), lambda place: heads[place][0]):
+        first, *others = same
+        beside = sum(len(GAP) + widths[place] for place in others)
+        widths[first] = max(widths[first], cell_len(group) - beside)
+        over.append(_pad(group, widths[first] + beside))
+    columns = zip(cells, widths, heads, strict=True)
+    padded = [[_pad(cell, width, own in NAMES) for cell in column] for column, width, (_, own) in columns]
+    lines = [over] if any(group for group, _ in heads) else []
+    return "\n".join(GAP.join(line).rstrip() for line in [*lines, *map(list, zip(*padded, strict=True))])
+
+
+def _pad(text: str, width: int, left: bool = False) -> str:
+    room = " " * (width - cell_len(text))
+    return text + room if left else room + text

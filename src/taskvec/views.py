@@ -22,6 +22,8 @@ HEADS = {"kept": "kept heads", "reprobed": "re-probed heads"}
 METRICS = {"accuracy": "accuracy", "patch_accuracy": "patch accuracy", "within_15_degrees": "within 15°"}
 BOX = 1.0  # half the width of the red box of the paper's Figure 1
 NEEDED = ("backbone", "regime", "seed", "tasks", "method", "heads", "scale", "task", "split", "metric", "value")
+NUMBER = 4
+"""Bytes of a float32."""
 OF_SETS = ("accuracy", "normalised_accuracy", "disentanglement_error")  # the columns of ``task_sets``
 
 
@@ -61,6 +63,11 @@ class Gained(NamedTuple):
     def beats(self) -> bool:
         """Say whether the whole interval, as it is printed, lies above zero."""
         return round(100 * self.low, 1) > 0
+
+    @property
+    def loses(self) -> bool:
+        """Say whether the whole interval, as it is printed, lies below zero."""
+        return round(100 * self.high, 1) < 0
 
     @property
     def stays(self) -> bool:
@@ -133,9 +140,9 @@ class View:
         """Look up the mean over tasks by which backbones compare: of accuracies, or of normalised metrics if mixed."""
         return self.cell(method, heads, self.normalised if self.mixed else "accuracy")
 
-    def gain(self, method: str, heads: str = "kept", task: str = "") -> Gained:
-        """Look up what a merge adds to probing."""
-        middle, low, high = (self.cell(method, heads, f"gain_over_probing{end}", task) for end in ("", "_low", "_high"))
+    def gain(self, method: str, heads: str = "kept", task: str = "", over: str = "probing") -> Gained:
+        """Look up what a merge adds to probing, or to the separate fine-tuned encoders."""
+        middle, low, high = (self.cell(method, heads, f"gain_over_{over}{end}", task) for end in ("", "_low", "_high"))
         return Gained(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
 
     @cached_property
@@ -146,12 +153,60 @@ class View:
         return pd.DataFrame([json.loads(config).get("scales", {}) for config in configs], dtype=float).dropna(how="all")
 
     @cached_property
-    def validation(self) -> dict[str, float]:
-        """Score each method by the best mean normalised metric on validation, over seeds, of its better heads."""
+    def tried(self) -> dict[tuple[str, str], float]:
+        """Score each method and kind of heads by its best on validation, as the search did, mean over seeds.
+
+        Where a fine-tuned metric is zero nothing can be normalised by it, and the search looks at the plain mean.
+        """
         rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
-        rows = rows[rows["metric"] == self.normalised]
-        best = rows.groupby(["method", "heads", "seed"])["value"].max().groupby(["method", "heads"]).mean()
-        return {str(method): float(value) for method, value in best.groupby("method").max().items()}
+        normal = rows[rows["metric"] == self.normalised]
+        plain = rows[rows["metric"].isin(METRICS) & ~rows["seed"].isin(normal["seed"])]
+        rows = pd.concat([normal, plain])
+        best = rows.groupby(["method", "heads", "seed"], sort=False)["value"].max()
+        means = best.groupby(["method", "heads"], sort=False).mean()
+        return {(str(method), str(heads)): float(means[method, heads]) for method, heads in means.index}
+
+    @cached_property
+    def validation(self) -> dict[str, float]:
+        """Score each method by its better kind of heads on validation."""
+        methods = dict.fromkeys(method for method, _ in self.tried)
+        return {name: max(value for (method, _), value in self.tried.items() if method == name) for name in methods}
+
+    @cached_property
+    def kept(self) -> tuple[str, str]:
+        """Name the method and heads that are best on validation: probing, or a merge of all seeds that is better."""
+        rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
+        seeds = rows.groupby(["method", "heads"])["seed"].nunique()
+        able = [key for key in self.tried if key[0] not in BASELINES and seeds[key] == self.seeds]
+        floor = ("probing", "kept")
+        return max([floor, *able], key=lambda key: self.tried.get(key, -math.inf))
+
+    def foreseen(self, method: str, heads: str) -> float:
+        """Return the level on validation by which backbones compare, at the scales that validation chose."""
+        metric = self.normalised if self.mixed else "accuracy"
+        rows = self.rows[(self.rows["method"] == method) & (self.rows["heads"] == heads) & (self.rows["task"] == "")]
+        chosen = rows.loc[rows["split"] == "test", ["seed", "scale", "config"]].drop_duplicates()
+        tried = rows[(rows["split"] == "validation") & (rows["metric"] == metric)]
+        value = tried.merge(chosen, on=["seed", "scale", "config"])["value"].mean()
+        return -1.0 if math.isnan(value) else float(value)
+
+    @cached_property
+    def tried_rates(self) -> dict[float, float]:
+        """Return what each learning rate of fine-tuning that was searched reached on validation."""
+        rows = self.rows[(self.rows["method"] == "fine_tuned") & (self.rows["split"] == "validation")]
+        rows = rows[rows["config"].str.contains("learning_rate", regex=False)]
+        return {
+            json.loads(config)["learning_rate"]: value
+            for config, value in zip(rows["config"], rows["value"], strict=True)
+        }
+
+    def unmoved(self, task: str) -> bool:
+        """Say whether a fine-tuned encoder has, on every split and seed, exactly the result of its probe."""
+        own = self.rows[(self.rows["task"] == task) & self.rows["metric"].isin(METRICS) & (self.rows["config"] == "{}")]
+        values = [
+            own[own["method"] == method].set_index(["seed", "split"])["value"] for method in ("probing", "fine_tuned")
+        ]
+        return bool(len(values[0]) and values[0].sort_index().equals(values[1].sort_index()))
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -179,6 +234,13 @@ class View:
     def seeds(self) -> int:
         """Count the seeds."""
         return int(self.rows["seed"].nunique())
+
+
+def own_costs(one: View, costs: pd.DataFrame) -> pd.DataFrame:
+    """Take the costs of one backbone in one regime on its largest set of tasks, with the bytes that are ``stored``."""
+    place = (costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)
+    own: pd.DataFrame = costs[place & (costs["tasks"] == one.rows["tasks"].iloc[0])]
+    return own.assign(stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"])
 
 
 def views(results: pd.DataFrame) -> list[View]:

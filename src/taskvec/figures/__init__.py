@@ -184,19 +184,21 @@ def write(
     folder: Path,
     roles: Mapping[str, str] | None = None,
     costs: pd.DataFrame | None = None,
+    smoke: bool = False,
 ) -> list[str]:
     """Write every figure of a run as PNG (200 dpi) and PDF, the same bytes for the same rows; return the file names.
 
-    Many are drawn by several processes at once. What libraries warn of, such as letters that no font has, is noted.
+    Many are drawn by several processes at once; those of a trial run say in their titles that they are. What libraries
+    warn of, such as letters that no font has, is noted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = (results, heatmap, roles, costs)
     planned = plan(*rows)
     others = min(cores(), len(planned) // SHARE) - 1
-    jobs = [(rows, folder, place, others + 1) for place in range(1, others + 1)]
+    jobs = [(rows, folder, place, others + 1, smoke) for place in range(1, others + 1)]
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(_begin(job)) for job in jobs]
-        noted = draw_share(rows, folder, 0, max(1, others + 1))
+        noted = draw_share(rows, folder, 0, max(1, others + 1), smoke)
         for process in running:
             noted += _end(process)
     for _, text in sorted(noted, key=lambda one: one[0]):  # in the order of figures, whoever drew them
@@ -204,18 +206,22 @@ def write(
     return [f"{one.stem}.{ending}" for one in planned for ending in UNDATED]
 
 
-def draw_share(rows: Rows, folder: Path, place: int, of: int) -> list[tuple[int, str]]:
+def draw_share(rows: Rows, folder: Path, place: int, of: int, smoke: bool) -> list[tuple[int, str]]:
     """Draw every ``of``-th figure of a run, from the one at ``place`` on; return what was noted, by figure."""
     noted: list[tuple[int, str]] = []
     for number, planned in list(enumerate(plan(*rows)))[place::of]:
         with listen() as heard, library_warnings():
-            save(planned.draw(), folder, planned.stem)
+            figure = planned.draw()
+            if smoke:
+                with matplotlib.rc_context(STYLE):
+                    figure.suptitle(f"SMOKE RUN: {figure.get_suptitle()}", x=0.01, ha="left")
+            save(figure, folder, planned.stem)
         noted += [(number, text) for text in heard]
     return noted
 
 
 @contextlib.contextmanager
-def _begin(job: tuple[Rows, Path, int, int]) -> Iterator[subprocess.Popen[bytes]]:
+def _begin(job: tuple[Rows, Path, int, int, bool]) -> Iterator[subprocess.Popen[bytes]]:
     """Let another process draw its share (``taskvec.figures.__main__``); it does not outlive this one's block."""
     command = [sys.executable, "-P", "-m", "taskvec.figures"]  # -P: no import from the folder one happens to be in
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -20,7 +20,7 @@ from taskvec.figures.style import (
     STYLE,
     WIDTH,
     heading,
-    legend_columns,
+    legend_below,
     safe_name,
 )
 from taskvec.leaderboard import ALONE, Board, Option, picks
@@ -50,7 +50,7 @@ def cost_panels(board: Board) -> Figure:
         _levels(axes[2], board)
         _name_picks(axes[2], board)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns(labels))
+        legend_below(figure, handles, labels)
         figure.suptitle(heading(board.view), x=0.01, ha="left")
     return figure
 

@@ -87,7 +87,7 @@ def _by_heads(curves: list[_Line], heads: list[str], heading: str, levels: Calla
     """Draw one panel for each kind of heads, with a line for each entry, told apart by colour, marker and dashes."""
     metric = _metric([line.one for line in curves])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.2 + 0.17 * math.ceil(len(curves) / 3)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axes = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
         for ax, head in zip(axes, heads, strict=True):
             levels(ax)

@@ -24,7 +24,7 @@ from taskvec.figures.style import (
     WIDTH,
     heading,
     legend,
-    legend_columns,
+    legend_below,
     merged_by,
     safe_name,
 )
@@ -181,7 +181,7 @@ def _finish_dots(figure: Figure, axes: list[Axes], tasks: int, heading: str) -> 
     axes[1].set_xlabel("gain over probing\n(points, 95 % interval)")
     handles, labels = axes[0].get_legend_handles_labels()
     with matplotlib.rc_context(STYLE):
-        figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns(labels))
+        legend_below(figure, handles, labels)
         figure.suptitle(heading, x=0.01, ha="left")
 
 

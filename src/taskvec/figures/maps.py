@@ -74,7 +74,7 @@ def _draw_panels(panels: list[_Panel], named: str) -> Figure:
     columns = math.ceil(len(panels) / lines)
     side = (WIDTH - 0.7) / max(columns, 2)
     with matplotlib.rc_context(STYLE):
-        size = (side * columns + 0.7, (side + 0.12) * lines + (0.3 if columns > 1 else 0.4))
+        size = (side * columns + 0.7, (side + 0.2) * lines + (0.3 if columns > 1 else 0.4))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for ax, panel in zip(axes, panels, strict=False):

@@ -23,19 +23,24 @@ from taskvec.views import View
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-CYCLE = (BLUE, VERMILLION, PURPLE, ORANGE, SKY)  # without those of probing and fine-tuned
-WIDE_CYCLE = (*CYCLE, BLACK, "#7F7F7F")  # for figures in which probing has no line
+GREY, WINE, OLIVE, BROWN = "#7F7F7F", "#882255", "#999933", "#8C564B"  # two of Tol's, and two between them
+CYCLE = (BLUE, VERMILLION, PURPLE, ORANGE, SKY, WINE, OLIVE, GREY, BROWN)  # without those of probing and fine-tuned
+WIDE_CYCLE = (*CYCLE[:5], BLACK, GREY, WINE, OLIVE, BROWN)  # for figures in which probing has no line
 HEAD_COLOUR = {"kept": BLUE, "reprobed": VERMILLION}
 HEAD_MARKER = {"kept": "o", "reprobed": "s"}
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.2, 1.2, 1.2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SNAPSHOT = re.compile(r"(.+)@(\d+)")
 """The name of an encoder on its way: NAME@STEP."""
-WIDTH = 7.2  # inches, the width of a page
+WIDTH = 6.4  # inches: at 200 dots an inch, type of 9 points stays legible where a page is 400 pixels wide
+CHARACTERS = 14
+"""How many characters of a legend fit an inch, with room to spare."""
+ROW = 0.19
+"""Inches that a row of a legend takes."""
 STYLE: Any = {
     "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -49,7 +54,7 @@ STYLE: Any = {
     "legend.handletextpad": 0.5,
     "legend.handlelength": 3.5,
     "legend.columnspacing": 1.6,
-    "figure.titlesize": 9.5,
+    "figure.titlesize": 10.5,
     "figure.titleweight": "bold",
     "pdf.fonttype": 42,
     "text.usetex": False,
@@ -71,13 +76,20 @@ def legend(figure: Figure, ax: Axes) -> None:
     rings = chosen_rings(ax)
     if rings:
         handles, labels = [*handles, rings[0]], [*labels, "chosen on validation"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns(labels))
+    legend_below(figure, handles, labels)
 
 
-def legend_columns(labels: list[str]) -> int:
-    """Choose as many columns, four at most, as fit on the width of a page (about 116 characters)."""
+def legend_below(figure: Figure, handles: list[Any], labels: list[str]) -> None:
+    """Put a legend below the panels, in as many columns as fit; the figure grows by its rows after the first."""
+    columns = legend_columns(labels, figure.get_figwidth())
+    figure.set_figheight(figure.get_figheight() + ROW * (math.ceil(len(labels) / max(1, columns)) - 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def legend_columns(labels: list[str], width: float = WIDTH) -> int:
+    """Choose as many columns, four at most, as fit on the width of a figure in inches."""
     columns = min(4, len(labels))
-    while columns > 1 and _legend_width(labels, columns) > 116:
+    while columns > 1 and _legend_width(labels, columns) > CHARACTERS * width:
         columns -= 1
     return columns
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from taskvec.cells import OPEN, Cell, Ground
-from taskvec.decoded import view_bytes
-from taskvec.pipeline import Step
 from taskvec.plan.learning import finetune_all, make_heads
 from taskvec.plan.loading import lay_ground
 from taskvec.plan.measuring import disentanglement, keep_model, negate, test_all
 from taskvec.plan.merging import scale_per_task, try_method
 from taskvec.plan.planner import Planner
-from taskvec.store import Store, canonical
+from taskvec.store import Store
 from taskvec.study import RegimeChoice, StudyFile
-
-USUAL_SIZE = 224
-"""Pixels that an encoder is taken to see where a study does not say."""
 
 
 def plan(file: StudyFile, store: Store, estimate: bool = False) -> list[Cell]:
@@ -54,15 +47,3 @@ def plan_cell(planner: Planner, ground: Ground, regime: RegimeChoice, seed: int)
     if first and regime.disentanglement:
         disentanglement(planner, cell, ground)
     return cell
-
-
-def view_sizes(steps: Iterable[Step]) -> float:
-    """Return about how many bytes the evaluation views of a study take; an encoder's own size counts as 224 pixels."""
-    sizes = {}
-    for step in steps:
-        if step.function.endswith(":decode_task"):
-            encoder = step.inputs["preprocessing"][0].inputs["backbone"][0]
-            size, source = encoder.config["size"] or USUAL_SIZE, step.config["source"]
-            images = min(source["images"], 3 * (step.config["limit"] or source["images"]))
-            sizes[canonical([source, size])] = view_bytes(images, size)
-    return sum(sizes.values())

@@ -65,7 +65,7 @@ MEANINGS = {
     agreement: 1,
     choose_scale: 1,
     test_task: 2,
-    gains: 1,
+    gains: 2,
     own_accuracy: 1,
     subset: 3,
     single_task_predictions: 2,

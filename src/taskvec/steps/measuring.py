@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,26 +112,29 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
 
 
 def gains(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Bootstrap what every merge gained over probing, for all tasks together and for each (paired over test images).
-
-    Tasks of several kinds have a common gain only as shares of what is fine-tuned, and none where that is zero.
-    """
+    """Bootstrap what every merge gained over probing and over fine-tuned encoders (paired over test images)."""
     right = {
         name: np.load(folder / "correct.npz") for name, folder in zip(config["tasks"], inputs["tests"], strict=True)
     }
-    tuned = {name: float(arrays["fine_tuned"].mean()) for name, arrays in right.items()}
     found: dict[str, dict[str, Any]] = {}
-    for index in range(len(config["candidates"])):
-        ours = {name: arrays[str(index)] for name, arrays in right.items()}
-        base = {name: arrays["probing"] for name, arrays in right.items()}
-        found[str(index)] = {
-            name: vars(evaluation.paired_gain({name: ours[name]}, {name: base[name]})) for name in right
-        }
-        if not config.get("normalised"):
-            found[str(index)][""] = vars(evaluation.paired_gain(ours, base))
-        elif all(tuned.values()):
-            found[str(index)][""] = vars(evaluation.paired_gain(ours, base, of=tuned))
+    units, candidates = units_of(config, right), [str(index) for index in range(len(config["candidates"]))]
+    for baseline in ("probing", "fine_tuned"):
+        base = {name: arrays[baseline] for name, arrays in right.items()}
+        ours = {index: {name: arrays[index] for name, arrays in right.items()} for index in candidates}
+        found[baseline] = {index: gains_over(base, ours[index], units) for index in candidates}
     write_json(out / "gains.json", found)
+
+
+def units_of(config: Config, right: Mapping[str, Any]) -> dict[str, float]:
+    """Return what each task's change is divided by: 1, or its fine-tuned value where tasks are of several kinds."""
+    normalised = config.get("normalised")
+    return {name: float(arrays["fine_tuned"].mean()) if normalised else 1.0 for name, arrays in right.items()}
+
+
+def gains_over(base: Mapping[str, Any], ours: Mapping[str, Any], units: Mapping[str, float]) -> dict[str, Any]:
+    """Return the gain of each task, and of all together unless a unit is zero."""
+    found = {name: vars(evaluation.paired_gain({name: ours[name]}, {name: base[name]})) for name in base}
+    return found | ({"": vars(evaluation.paired_gain(ours, base, of=units))} if all(units.values()) else {})
 
 
 def single_task_predictions(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
