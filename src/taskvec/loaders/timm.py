@@ -157,9 +157,8 @@ def tell_view(request: Request) -> None:
     model, _, tag = request.name.partition(".")
     taken = timm.get_pretrained_cfg(model)
     tagged = [] if tag or taken is None else timm.list_models(f"{model}.*", pretrained=True)
-    unlike = [
-        name for name in tagged if any(getattr(timm.get_pretrained_cfg(name), k) != getattr(taken, k) for k in VIEW)
-    ]
+    views = {name: [getattr(timm.get_pretrained_cfg(name), key) for key in VIEW] for name in tagged}
+    unlike = [name for name, view in views.items() if view != [getattr(taken, key) for key in VIEW]]
     if taken and unlike:
         note(
             f"'{request.address}': nothing says how it sees images: taking mean {list(taken.mean)}, std "
