@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from taskvec.backbones import load_backbone, read_backbone, write_backbone
 from taskvec.brought import read_finetuned
 from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing, normalise
+from taskvec.loaders import timm as timm_loader
 from taskvec.loaders.checkpoints import Reading, read_pickle
+from taskvec.loaders.requests import Request
 from taskvec.loaders.timm import preprocessing, state_for, translate
 from taskvec.weights import align, check_keys, pack
 
@@ -394,3 +398,109 @@ def test_adapters_and_global_pooling_say_what_to_do(tmp_path: Path) -> None:
         save_file(state, tmp_path / "x.safetensors")
         with pytest.raises(TaskvecError, match=told):
             load_backbone(f"timm:test_vit@{tmp_path / 'x.safetensors'}", size=32)
+def timm_folder(folder: Path, change: dict[str, Any] | None = None, **options: Any) -> torch.nn.Module:
+    """Let timm write a folder whose configuration is not its architecture's, and return the model that it reads."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3, **options)
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    seen = {"mean": [0.485, 0.456, 0.406], "std": [0.2, 0.3, 0.4], "crop_pct": 0.8, "interpolation": "bilinear"}
+    config["pretrained_cfg"] |= seen | {"input_size": [3, 96, 96]} | (change or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False, "act_layer": "relu"}, {"img_size": 96}],
+)
+@pytest.mark.parametrize("address", ["timm:test_vit@{}", "timm:test_vit.r160_in1k@{}/model.safetensors"])
+def test_a_folder_of_timm_means_what_timm_reads(tmp_path: Path, address: str, options: dict[str, Any]) -> None:
+    model = timm_folder(tmp_path / "hub", **options)
+    backbone = load_backbone(address.format(tmp_path / "hub"), device="cpu")
+    seen, want = backbone.preprocessing, timm.data.resolve_data_config({}, model=model)
+    found = (seen.mean, seen.std, seen.crop, seen.interpolation, seen.size)
+    assert found == (tuple(want["mean"]), tuple(want["std"]), want["crop_pct"], "bilinear", want["input_size"][1])
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 96), dtype=np.uint8)
+    with torch.inference_mode():
+        scores = model(normalise(torch.from_numpy(images), seen, "cpu"))
+        assert torch.allclose(model.head(backbone.features(images)), scores, atol=1e-4)
+    write_backbone(backbone, tmp_path)
+    assert torch.equal(read_backbone(tmp_path).features(images), backbone.features(images))
+
+
+def test_a_folder_of_another_architecture_or_library_is_refused_with_its_address(tmp_path: Path) -> None:
+    timm_folder(tmp_path)
+    with pytest.raises(TaskvecError, match="is of 'test_vit', not of 'test_vit2'\nwrite timm:test_vit@"):
+        load_backbone(f"timm:test_vit2@{tmp_path}")
+    with pytest.raises(TaskvecError, match="is a folder of timm\nwrite timm:test_vit@"):
+        load_backbone(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(TaskvecError, match="is a folder of transformers\nwrite hf:"):
+        load_backbone(f"timm:test_vit@{tmp_path}")
+
+
+def test_a_configuration_beside_weights_is_in_their_fingerprint(tmp_path: Path) -> None:
+    timm_folder(tmp_path)
+    before, config = backbones.describe(f"timm:test_vit@{tmp_path}", None), tmp_path / "config.json"
+    config.write_text(config.read_text().replace("0.485", "0.585"))
+    assert backbones.describe(f"timm:test_vit@{tmp_path}", None) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"std": [0.5, 0, 0.5]}, "with std above 0"),
+        ({"mean": [float("nan")] * 3}, "no other program may read"),
+        ({"mean": [0.5]}, "not three numbers each"),
+        ({"mean": "grey"}, "mean is 'grey'"),
+        ({"crop_pct": 0}, "crop_pct is '0'"),
+        ({"input_size": [3, 96, 64]}, "images must be square"),
+        ({"in_chans": 1}, "in colour"),
+        ({"input_size": 96}, "is no configuration of timm"),
+        ({"input_size": [3, 10**6, 10**6]}, "input_size is 1000000"),
+        ({"interpolation": ["bicubic"]}, "no images can be seen"),
+        ({"depth": 10**7}, "depth is 10000000, and at most"),
+        ({"embed_dim": 10**9}, "asks for [0-9]+ weights|cannot be made"),
+        ({"act_layer": "gelux"}, "cannot be made for .*gelux'\nmend model_args"),
+        ({"patch_size": 0}, "cannot be made"),
+    ],
+)
+def test_a_configuration_of_timm_that_cannot_be_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    timm_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    part = (
+        "model_args"
+        if set(change) & {"depth", "embed_dim", "act_layer", "patch_size", "in_chans"}
+        else "pretrained_cfg"
+    )
+    config[part] = config.get(part, {}) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TaskvecError, match=message):
+        load_backbone(f"timm:test_vit@{tmp_path}")
+
+
+def test_a_file_that_nothing_tells_of_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timm_loader.tell_view(Request("timm:vit_small_patch16_224@x.safetensors", "timm", "vit_small_patch16_224"))
+    told = capsys.readouterr().err
+    assert "nothing says how it sees images: taking mean [0.5, 0.5, 0.5]" in told
+    assert "timm:vit_small_patch16_224.dino@" in told
+    timm_loader.tell_view(Request("timm:vit_small_patch16_224.dino@x", "timm", "vit_small_patch16_224.dino"))
+    path, _ = timm_file(tmp_path, "test_vit")
+    load_backbone(f"timm:test_vit@{path}", size=32)  # all weights of that name see them alike
+    assert "nothing says" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "patch"), [("test_vit", 16), (VIT, 16), ("test_resnet", 1), ("test_convnext", 1)])
+def test_a_size_is_a_multiple_of_the_patch(tmp_path: Path, name: str, patch: int) -> None:
+    path, _ = timm_file(tmp_path, name)
+    if patch == 1:
+        assert load_backbone(f"timm:{name}@{path}", size=57).preprocessing.size == 57
+        return
+    with pytest.raises(TaskvecError, match="57 px leave 9 px that no patch sees\n.*: 48 or 64;"):
+        load_backbone(f"timm:{name}@{path}", size=57)
+    for size in (0, -16, 10**6, "32"):
+        with pytest.raises(TaskvecError, match="size is"):
+            load_backbone(f"timm:{name}@{path}", size=size)  # type: ignore[arg-type]

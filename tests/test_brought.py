@@ -332,3 +332,46 @@ def test_names_beside_a_checkpoint_are_in_its_fingerprint(data: Path) -> None:
     assert list(source()) == ["finetuned"]
     (data / "config.json").write_text(json.dumps({"label_names": ["cow", "ant", "bee"]}))
     assert list(source()) == ["finetuned", "finetuned, config.json"]
+
+
+def test_timms_classifier_that_reads_another_pool_is_not_taken(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(1)
+    start = timm.create_model("test_vit", num_classes=3, img_size=32)
+    write(start, data / "pre.safetensors")
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    tuned = timm.create_model("test_vit", num_classes=3, img_size=32, global_pool="avg", fc_norm=False)
+    tuned.load_state_dict(moved(start).state_dict())
+    torch.nn.init.normal_(tuned.head.weight)
+    timm.models.save_for_hf(tuned, data / "avg", safe_serialization=True)
+    probed = Head(torch.zeros(3, 64), torch.zeros(3))
+    found = read_finetuned(data / "avg" / "model.safetensors", backbone)
+    assert head_of(found, (), make_task(CLASSES), 64, probed) is probed
+    assert "reads another feature than this backbone gives; the head of 'one'" in capsys.readouterr().err
+    with pytest.raises(tv.TaskvecError, match="another feature .*, and the regime has no head of its own\ngive"):
+        head_of(found, (), make_task(CLASSES), 64, None)
+    (data / "avg" / "config.json").unlink()  # then it is what the architecture says
+    found = read_finetuned(data / "avg" / "model.safetensors", backbone)
+    assert torch.equal(head_of(found, (), make_task(CLASSES), 64, probed).weight, tuned.head.weight)
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_a_classifier_that_is_no_linear_layer_leaves_the_encoder_to_the_probed_head(data: Path, model: str) -> None:
+    torch.manual_seed(0)
+    size = {"img_size": 32} if "deit" in model else {}
+    write(timm.create_model(model, num_classes=3, **size), data / "pre.safetensors")
+    backbone = tv.load_backbone(f"timm:{model}@{data / 'pre.safetensors'}", size=size.get("img_size"), device="cpu")
+    found = read_finetuned(data / "pre.safetensors", backbone)
+    probed = Head(torch.zeros(3, backbone.width), torch.zeros(3))
+    assert head_of(found, (), make_task(CLASSES), backbone.width, probed) is probed
+    assert torch.equal(found.encoder.flat, backbone.pretrained.flat)
+    with pytest.raises(tv.TaskvecError, match="is not one linear layer, and the regime has no head"):
+        head_of(found, (), make_task(CLASSES), backbone.width, None)
+
+
+def test_a_classifier_that_no_library_knows_is_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned = prepare(data)
+    state = {key.replace("head.", "classifier."): value.contiguous() for key, value in tuned.state_dict().items()}
+    save_file(state, data / "own.safetensors")
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    found = read_finetuned(data / "own.safetensors", backbone)
+    assert not found.objection and "none that the library knows" in capsys.readouterr().err

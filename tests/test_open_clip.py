@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import write_folder_task
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_pipeline import Quiet
 
@@ -22,7 +23,7 @@ from taskvec import backbones, heads, runs, tasks, templates
 from taskvec.addresses import PAPER, parse
 from taskvec.backbones import load_backbone
 from taskvec.errors import TaskvecError
-from taskvec.images import normalise
+from taskvec.images import normalise, resize_and_crop
 from taskvec.listing import Listing
 from taskvec.loaders.checkpoints import TEXTS, separate
 from taskvec.loaders.open_clip import build, preprocessing, tag_config
@@ -303,3 +304,55 @@ def test_the_papers_rows_see_images_as_their_libraries_say() -> None:
             seen = timm.get_pretrained_cfg(checkpoint.timm or name)
             want = seen.mean, seen.std
         assert (checkpoint.mean, checkpoint.std) == tuple(map(tuple, want)), row
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quick_gelu": True},
+        {"vision_cfg": {"no_ln_pre": True}},
+        {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}},
+    ],
+)
+def test_a_folder_means_what_open_clip_reads(tiny: tuple[Path, Any], tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / "open_clip_model.safetensors").write_bytes(tiny[0].read_bytes())
+    model_cfg = TINY | change | {"vision_cfg": TINY["vision_cfg"] | change.get("vision_cfg", {})}  # type: ignore[operator]
+    if "no_ln_pre" in model_cfg["vision_cfg"]:
+        state = load_file(tmp_path / "open_clip_model.safetensors")
+        save_file({k: v for k, v in state.items() if "ln_pre" not in k}, tmp_path / "open_clip_model.safetensors")
+    seen = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "resize_mode": "squash"}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": seen | {"size": 64}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    model, view = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
+    backbone = load_backbone(f"open_clip:ViT-Tiny@{tmp_path}")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    pixels = resize_and_crop(picture, backbone.preprocessing)[None]
+    with torch.inference_mode():
+        want = model.eval().encode_image(view(picture)[None])
+    assert torch.allclose(backbone.features(pixels), want, atol=1e-4)
+    texts, scale = backbones.text_features(f"open_clip:ViT-Tiny@{tmp_path}", ["a cat"])
+    words = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(["a cat"])
+    with torch.inference_mode():
+        assert torch.allclose(texts, model.encode_text(words, normalize=True), atol=1e-5)
+    assert scale == pytest.approx(model.logit_scale.exp().item())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embed_dim": 32}, r"of another model than 'ViT-Tiny' \(embed_dim\)"),
+        ({"vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8}}, r"\(width, layers\)"),
+        ({"vision_cfg": {"image_size": 32, "layers": 10**7, "width": 64, "patch_size": 8}}, "layers is 10000000"),
+        ({"vision_cfg": "large"}, "vision_cfg is 'large'"),
+        ({"vision_cfg": TINY["vision_cfg"] | {"mlp_ratio": 1e9}}, "asks for [0-9]+ weights|cannot be made"),  # type: ignore[operator]
+        ({"vision_cfg": TINY["vision_cfg"] | {"image_size": "wide"}}, "'wide' is no size in pixels"),  # type: ignore[operator]
+    ],
+)
+def test_a_folder_of_another_model_is_refused(
+    tiny: tuple[Path, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "open_clip_model.safetensors").write_bytes(tiny[0].read_bytes())
+    config = {"model_cfg": TINY | change, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(TaskvecError, match=message):
+        load_backbone(f"open_clip:ViT-Tiny@{tmp_path}")

@@ -114,7 +114,7 @@ def check_bounds(about: Any, source: str, key: str = "") -> None:
     if isinstance(about, dict):
         for name, value in about.items():
             check_bounds(value, source, str(name))
-    elif isinstance(about, list):
+    elif isinstance(about, list | tuple):
         for value in about:
             check_bounds(value, source, key)
     elif isinstance(about, int | float):

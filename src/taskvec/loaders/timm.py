@@ -149,14 +149,15 @@ def tell_view(request: Request) -> None:
     import timm
 
     model, _, tag = request.name.partition(".")
-    tagged = [] if tag else timm.list_models(f"{model}.*", pretrained=True)
-    views = {str([getattr(timm.get_pretrained_cfg(name), key) for key in VIEW]): name for name in tagged}
-    if len(views) > 1:
-        taken = timm.get_pretrained_cfg(model)
-        said = f"mean {list(taken.mean)}, std {list(taken.std)} and crop {taken.crop_pct}" if taken else "its default"
+    taken = timm.get_pretrained_cfg(model)
+    tagged = [] if tag or taken is None else timm.list_models(f"{model}.*", pretrained=True)
+    views = {name: [getattr(timm.get_pretrained_cfg(name), key) for key in VIEW] for name in tagged}
+    unlike = [name for name, view in views.items() if view != [getattr(taken, key) for key in VIEW]]
+    if taken and unlike:
         note(
-            f"'{request.address}': nothing says how it sees images: taking {said}, as timm:{model} has by default; "
-            f"timm:{next(iter(views.values()))}@... takes another's"
+            f"'{request.address}': nothing says how it sees images: taking mean {list(taken.mean)}, std "
+            f"{list(taken.std)} and crop {taken.crop_pct}, as timm:{model} has by default; timm:{unlike[0]}@... sees "
+            "them otherwise"
         )
 
 
