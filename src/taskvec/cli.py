@@ -187,10 +187,11 @@ def predict(
 ) -> None:
     """Classify images with a study's best model, by every task's head or by one."""
     from taskvec.model import load
+    from taskvec.notes import printable
 
-    found = load(model)
-    for answer in found.predict(list(images), task):
-        typer.echo(f"{answer.image}\t{answer.task}\t{answer.label}\t{answer.probability:.3f}")
+    for answer in load(model).predict(images, task):
+        shown = (answer.image, answer.task, answer.label, f"{answer.probability:.3f}")
+        typer.echo("\t".join(map(printable, shown)))
 
 
 @app.command()
