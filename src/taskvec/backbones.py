@@ -309,11 +309,11 @@ class View(Record):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     size: int = Field(ge=1, le=4096)
-    crop: float = Field(1.0, ge=0.01, le=1)
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
+    crop: float = Field(ge=0.01, le=1)
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"]
     mean: Annotated[tuple[Mean, Mean, Mean], pydantic.Strict(False)]
     std: Annotated[tuple[Deviation, Deviation, Deviation], pydantic.Strict(False)]
-    squash: bool = False
+    squash: bool
 
 
 class Architecture(Record):
