@@ -242,13 +242,21 @@ def load_backbone(
 
 
 def assemble(
-    name: str, module: nn.Module, preprocessing: Preprocessing, architecture: dict[str, Any], device: str
+    name: str,
+    module: nn.Module,
+    preprocessing: Preprocessing,
+    architecture: dict[str, Any],
+    device: str,
+    weights: Path | None = None,
 ) -> Backbone:
-    """Bind a module to a flat buffer and find its feature width by one forward pass."""
+    """Bind a module to a flat buffer, take the weights of a file, and find its feature width by one forward pass."""
     module = module.to(device).float().eval()
     bound = bind(module)
-    width = feature_width(module, preprocessing, device, name)
-    return Backbone(name, module, width, preprocessing, architecture, bound.clone(), bound, device)
+    backbone = Backbone(name, module, 0, preprocessing, architecture, bound.clone(), bound, device)
+    if weights is not None:
+        fill(backbone, read(weights), f"'{weights}'")
+    backbone.width = feature_width(module, preprocessing, device, name)
+    return backbone
 
 
 @torch.inference_mode()
@@ -327,11 +335,11 @@ class View(Record):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     size: int = Field(ge=1, le=4096)
-    crop: float = Field(1.0, ge=0.01, le=1)
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
+    crop: float = Field(ge=0.01, le=1)
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"]
     mean: Annotated[tuple[Mean, Mean, Mean], pydantic.Strict(False)]
     std: Annotated[tuple[Deviation, Deviation, Deviation], pydantic.Strict(False)]
-    squash: bool = False
+    squash: bool
 
 
 class Architecture(Record):
@@ -373,9 +381,7 @@ def restore(about: Path, weights: Path, device: str) -> Backbone:
     except Exception as error:  # modules of many libraries, which raise errors of many kinds
         what = f"no encoder can be made of its architecture: {first_line(error)}"
         raise TaskvecError(f"'{about}': {what}", "restore the file, or make it again") from None
-    backbone = assemble(record.name, module, preprocessing, architecture, device)
-    fill(backbone, read(weights), f"'{weights}'")
-    return backbone
+    return assemble(record.name, module, preprocessing, architecture, device, weights)
 
 
 def read_weights(path: Path, like: Weights) -> Weights:

@@ -274,7 +274,7 @@ def predict(
     from taskvec.texts import one_line
 
     found = load(model)
-    for answer in found.predict(list(images), task):
+    for answer in found.predict(images, task):
         names = (one_line(name) for name in (answer.image, answer.task, answer.label))
         say("\t".join([*names, f"{answer.probability:.3f}"]))
 

@@ -60,6 +60,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, size: int = 32, patch: int = 8, width: int = 128, depth: int = 4, heads: int = 4) -> None:
         """Draw Xavier-uniform weights and zero biases; ``size`` and ``patch`` are in pixels."""
         super().__init__()
+        for number, most in ((size, 4096), (patch, 64), (width, 2048), (depth, 48), (heads, 64)):
+            if not isinstance(number, int) or not 0 < number <= most:
+                raise ValueError(f"size, patch, width, depth or heads of {str(number)[:20]}, and not 1 to {most}")
         if size % patch or width % heads or width % 4:
             raise ValueError(f"{patch} must divide {size}, and {heads} and 4 must divide {width}")
         self.architecture = {"size": size, "patch": patch, "width": width, "depth": depth, "heads": heads}

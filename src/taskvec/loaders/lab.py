@@ -79,6 +79,9 @@ def build(options: dict[str, Any]) -> nn.Module:
     """Make the lab's small ViT."""
     from taskvec.lab.vit import VisionTransformer
 
+    if set(options) != {"size", "patch", "width", "depth", "heads"}:
+        what = f"the lab's encoder has size, patch, width, depth and heads, not {', '.join(sorted(options))}"
+        raise TaskvecError(what, "restore the file that says so, or make it again")
     try:
         return VisionTransformer(**options)
     except ValueError as error:

@@ -70,7 +70,7 @@ MEANINGS = {
     subset: 3,
     single_task_predictions: 2,
     heatmap: 2,
-    build_model: 2,
+    build_model: 3,
     negate: 1,
 }
 """Every step and the version of its meaning: raise it when the same configuration would give another result."""
