@@ -36,8 +36,8 @@ for order in (TiffImagePlugin.II, TiffImagePlugin.MM):  # kinds of grey that Pil
         TiffImagePlugin.OPEN_INFO.setdefault((order, white, (1,), 1, (12,), ()), ("I;16", "I;12"))
 TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 PIXELS = 100_000_000
-"""Pixels of files that all threads together hold open at once, at up to sixteen bytes each; one image may have them all."""
-Image.core.set_block_size(2**26)  # parts of this size go back to the system; smaller ones stay with their thread
+"""Pixels of files that all threads together hold at once, at up to sixteen bytes each; one image may have them all."""
+Image.core.set_block_size(2**26)  # type: ignore[attr-defined]  # larger parts go back to the system when freed
 PEAK = "taskvec-peak"
 """Where an opened image has the highest value of its file, which had 16 bits of unknown use."""
 BITS = "taskvec-bits"
