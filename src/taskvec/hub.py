@@ -361,7 +361,22 @@ def opened(path: Path) -> Any:
     found = path.stat()
     version = f"{found.st_ino}-{found.st_ctime_ns}"
     files = {"train": str(linked(path))}
-    return library().load_dataset(path.suffix.removeprefix("."), version, data_files=files, split="train")
+    try:
+        if path.suffix == ".parquet" and (empty := without_rows(path)) is not None:
+            return empty
+        return library().load_dataset(path.suffix.removeprefix("."), version, data_files=files)["train"]
+    except problems() as error:
+        raise TaskvecError(
+            f"'{path}' cannot be read as a data set: {first_line(error)}", "is it whole? write it again, or remove it"
+        ) from None
+
+
+def without_rows(path: Path) -> Any:
+    """Return a parquet file that has no rows, which ``datasets`` takes for no data at all; None where it has some."""
+    from pyarrow.parquet import read_metadata, read_table
+
+    with path.open("rb") as file:
+        return None if read_metadata(file).num_rows else library().Dataset(read_table(file))
 
 
 def image_column(parts: list[Part], column: str) -> Any:
@@ -397,7 +412,7 @@ def labelled(splits: dict[str, list[Part]], column: str, address: str) -> tuple[
     without = [
         split
         for split, parts in splits.items()
-        if split != "train" and all(is_empty(value) for part in parts for value in part.values(column))
+        if split != "train" and rows(parts) and all(is_empty(value) for part in parts for value in part.values(column))
     ]
     notes = tuple(f"'{address}': the {split} split has no labels and is left out" for split in without)
     return {split: parts for split, parts in splits.items() if split not in without}, notes
