@@ -250,3 +250,18 @@ def test_tables_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(TaskvecError, match=r"cannot be read at '.*more': Permission denied"):
         tasks.list_task(address)
+
+
+def test_an_empty_file_among_others_counts_nothing(tmp_path: Path) -> None:
+    empty = named([], ["cow"])
+    task = check(write(tmp_path / "t", train_0=empty, train_1=named(MANY, THREE), test_0=named(FEW, TWO), test_1=empty))
+    assert (len(task.train), len(task.test)) == (14, 6)
+    with pytest.raises(TaskvecError, match="has no images in its test split"):
+        tasks.list_task(write(tmp_path / "two", train=named(MANY, THREE), test=empty))
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    address = write(tmp_path / "t", train=named(MANY, THREE), test=named(FEW, TWO))
+    (tmp_path / "t" / "test.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(TaskvecError, match=r"test\.parquet' cannot be read as a data set"):
+        tasks.list_task(address)

@@ -14,7 +14,7 @@ import numpy as np
 
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.images import SUFFIXES
-from taskvec.listing import Listing, split_classes, test_on_validation
+from taskvec.listing import Listing, split_classes, validation_as_test
 
 LAYOUT = "expected train/, test/ and perhaps val/ in it, each with one folder a class, or the class folders themselves"
 SPELT = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
@@ -42,7 +42,7 @@ def list_folder(path: str) -> Listing:
         listing = list_splits(root, {split: name for split, name in FOLDERS.items() if has(root, name)})
         notes = ()
         if "test" not in listing.labels:
-            listing = test_on_validation(listing, f"'{root}'")
+            listing = validation_as_test(listing, f"'{root}'")
     inner = (f"'{given}' holds one folder only: the task is read from '{root}'",) if root != given else ()
     return replace(listing, notes=inner + notes + listing.notes)
 
@@ -72,7 +72,8 @@ def is_image(name: str) -> bool:
 
 def folders_in(folder: Path) -> list[Path]:
     """Return the folders in a folder that are not hidden, in the order of names."""
-    return sorted(p for p in folder.iterdir() if not hidden(p.name) and p.is_dir())
+    with os.scandir(folder) as entries:  # which knows folders without asking for each file
+        return sorted(folder / entry.name for entry in entries if not hidden(entry.name) and entry.is_dir())
 
 
 def holds_images(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from taskvec.listing import (
     check_trained,
     rename_classes,
     split_classes,
-    test_on_validation,
+    validation_as_test,
 )
 from taskvec.network import asked_once, endpoint
 from taskvec.store import fingerprint
@@ -147,17 +148,11 @@ def checked(builder: Any, found: Any) -> Any:
 
     ``datasets`` reads the numbers of all files by the names of its card, or of its first file.
     """
-    import fsspec
-
     for split, files in (builder.config.data_files or {}).items():
         for file in (file for file in files if split in found and file.endswith(".parquet")):
-            with fsspec.open(file, block_size=FOOTER) as opened:
-                own = named_classes(features_of_file(opened))
-            other = [
-                column
-                for column, names in named_classes(found[split].features).items()
-                if own.get(column, names) != names
-            ]
+            own = classes_in(file)
+            names = named_classes(found[split].features)
+            other = [column for column in names if own.get(column, names[column]) != names[column]]
             if other:
                 raise TaskvecError(
                     f"'{file}' names the classes of column '{other[0]}' otherwise than the data set does",
@@ -166,11 +161,14 @@ def checked(builder: Any, found: Any) -> Any:
     return found
 
 
-def features_of_file(source: Any) -> Any:
-    """Return the features that a parquet file has in its schema."""
+@functools.cache
+def classes_in(file: str) -> dict[str, list[str]]:
+    """Return the class names in the schema of a parquet file of the Hub; its address holds its revision."""
+    import fsspec
     from pyarrow.parquet import read_schema
 
-    return library().Features.from_arrow_schema(read_schema(source))
+    with fsspec.open(file, block_size=FOOTER) as opened:
+        return named_classes(library().Features.from_arrow_schema(read_schema(opened)))
 
 
 def named_classes(features: Any) -> dict[str, list[str]]:
@@ -201,7 +199,7 @@ def list_hub(address: str) -> Listing:
     if set(listing.labels) == {"train"}:
         listing = split_classes(listing)
     elif "test" not in listing.labels:
-        listing = test_on_validation(listing, f"'{address}'")
+        listing = validation_as_test(listing, f"'{address}'")
     check_trained(listing, f"hf:{address}")
     return listing
 
@@ -284,15 +282,29 @@ def local_parts(folder: Path, config: str) -> dict[str, list[Part]]:
         if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return saved_parts(folder)
         declared, splits = split_files(folder, config)
-        return {
-            split: [Part.of(opened(path), f"'{path.relative_to(folder)}'", declared) for path in paths]
-            for split, paths in splits.items()
-        }
+        with without_bars():
+            return {
+                split: [Part.of(opened(path), f"'{path.relative_to(folder)}'", declared) for path in paths]
+                for split, paths in splits.items()
+            }
     except problems() as error:
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         fix = "expected parquet files such as train-00000-of-00001.parquet and test-00000-of-00001.parquet"
         message = f"'{folder}' cannot be read as a data set: {first_line(error)} (it holds {held})"
         raise TaskvecError(message, fix) from None
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Let ``datasets`` draw no progress bar, of which each file would have one."""
+    datasets = library()
+    before = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            datasets.enable_progress_bars()
 
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json", "dataset_info.json")
@@ -349,7 +361,22 @@ def opened(path: Path) -> Any:
     found = path.stat()
     version = f"{found.st_ino}-{found.st_ctime_ns}"
     files = {"train": str(linked(path))}
-    return library().load_dataset(path.suffix.removeprefix("."), version, data_files=files, split="train")
+    try:
+        if path.suffix == ".parquet" and (empty := without_rows(path)) is not None:
+            return empty
+        return library().load_dataset(path.suffix.removeprefix("."), version, data_files=files)["train"]
+    except problems() as error:
+        raise TaskvecError(
+            f"'{path}' cannot be read as a data set: {first_line(error)}", "is it whole? write it again, or remove it"
+        ) from None
+
+
+def without_rows(path: Path) -> Any:
+    """Return a parquet file that has no rows, which ``datasets`` takes for no data at all; None where it has some."""
+    from pyarrow.parquet import read_metadata, read_table
+
+    with path.open("rb") as file:
+        return None if read_metadata(file).num_rows else library().Dataset(read_table(file))
 
 
 def image_column(parts: list[Part], column: str) -> Any:
@@ -385,7 +412,7 @@ def labelled(splits: dict[str, list[Part]], column: str, address: str) -> tuple[
     without = [
         split
         for split, parts in splits.items()
-        if split != "train" and all(is_empty(value) for part in parts for value in part.values(column))
+        if split != "train" and rows(parts) and all(is_empty(value) for part in parts for value in part.values(column))
     ]
     notes = tuple(f"'{address}': the {split} split has no labels and is left out" for split in without)
     return {split: parts for split, parts in splits.items() if split not in without}, notes

@@ -37,7 +37,8 @@ for order in (TiffImagePlugin.II, TiffImagePlugin.MM):  # kinds of grey that Pil
         TiffImagePlugin.OPEN_INFO.setdefault((order, white, (1,), 1, (12,), ()), ("I;16", "I;12"))
 TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 PIXELS = 100_000_000
-"""Pixels of files that all threads together hold open at once, at about ten bytes each; one image may have them all."""
+"""Pixels of files that all threads together hold at once, at up to sixteen bytes each; one image may have them all."""
+Image.core.set_block_size(2**26)  # type: ignore[attr-defined]  # larger parts go back to the system when freed
 PEAK = "taskvec-peak"
 """Where an opened image has the highest value of its file, which had 16 bits of unknown use."""
 BITS = "taskvec-bits"
@@ -144,6 +145,7 @@ def opened(source: Path | Encoded, to: Preprocessing | None = None) -> Iterator[
     file = source if isinstance(source, Path) else io.BytesIO(source.data)
     with corrupt(source), Image.open(file, formats=FORMATS) as image:
         check_size(image.size)
+        check_size((tag(image, TILE_WIDTH, 1), tag(image, TILE_HEIGHT, 1)))
         if to is not None:
             check_size(resized(image.size, to))
         with ROOM.taken(math.prod(image.size)):
@@ -330,6 +332,8 @@ def grey(image: Image.Image, source: Image.Image) -> Image.Image:
 
 PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT, LOWEST, HIGHEST = 262, 258, 339, 340, 341
 """Tags of a TIFF: whether zero is white, what its numbers are, and their range."""
+TILE_WIDTH, TILE_HEIGHT = 322, 323
+"""Tags of a TIFF: the size of a part, which may be larger than the image."""
 
 
 def tag(image: Image.Image, number: int, default: Any) -> Any:

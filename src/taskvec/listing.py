@@ -135,7 +135,7 @@ def _divide(listing: Listing, split: str, parts: dict[str, Int64[np.ndarray, " p
     )
 
 
-def test_on_validation(listing: Listing, source: str) -> Listing:
+def validation_as_test(listing: Listing, source: str) -> Listing:
     """Return a listing whose validation split is the test split, with a note that says so."""
     own = {"train": "train", "test": "validation"}
     note = f"{source} has no test split: its validation split is tested on"
