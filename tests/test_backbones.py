@@ -234,7 +234,7 @@ WHOLE = ENCODER | {key: value for key, value in TENSORS.items() if key.startswit
 
 
 def under(prefix: str, state: dict[str, torch.Tensor] = ENCODER, offset: float = 0.0) -> dict[str, torch.Tensor]:
-    return {prefix + key: value + offset for key, value in state.items()}
+    return {prefix + key: value + offset if offset else value for key, value in state.items()}
 
 
 def inner(part: str, state: dict[str, torch.Tensor] = WHOLE) -> dict[str, torch.Tensor]:
@@ -245,13 +245,15 @@ def inner(part: str, state: dict[str, torch.Tensor] = WHOLE) -> dict[str, torch.
 
 LAYER = {"weight": torch.ones(2, 2)}
 CONTAINERS = {
-    "tutorial": {"epoch": 3, "model_state_dict": WHOLE, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+    "tutorial": {"model_state_dict": WHOLE, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3)}}}},
     "cifar": {"net": under("module.", WHOLE), "acc": 91.0},
     "deepspeed": {"module": WHOLE, "optimizer": None, "args": argparse.Namespace(a=1)},
     "deep": {"a": {"b": [{"c": {"weights": WHOLE}}]}},
-    "mmpretrain": {"meta": {}, "state_dict": under("backbone.") | under("head.fc.", LAYER) | {"data_preprocessor.mean": LAYER["weight"]}},
+    "mmpretrain": {
+        "meta": {}, "state_dict": under("backbone.") | under("head.fc.", LAYER) | under("data_preprocessor.", LAYER),
+    },
     "lightning": {"state_dict": under("model.encoder.") | under("loss.", LAYER) | under("model.head.", LAYER)},
-    "simclr": {"state_dict": under("module.online_network.encoder.") | under("module.online_network.projector.0.", LAYER)},
+    "simclr": {"state_dict": under("module.online.encoder.") | under("module.online.projector.0.", LAYER)},
     "any name": {"my_weights": under("wrapper.thing.")},
     "compiled": under("_orig_mod.module.", WHOLE),
     "compiled blocks": inner("_orig_mod"), "recomputed": inner("_checkpoint_wrapped_module"),
@@ -273,8 +275,13 @@ def test_weights_are_found_wherever_training_scripts_put_them(tmp_path: Path, na
 CHOICES = {
     "dino": ({"student": under("module.backbone.", offset=1), "teacher": under("backbone.")}, "teacher", "student"),
     "moco": (under("module.encoder_k.", offset=1) | under("module.encoder_q."), "encoder_q", "encoder_k"),
-    "moco v3": (under("module.base_encoder.") | under("module.momentum_encoder.", offset=1), "base_encoder", "momentum_encoder"),
-    "byol": ({"state_dict": under("online_network.") | under("target_network.", offset=1)}, "online_network", "target_network"),
+    "moco v3": (
+        under("module.momentum_encoder.", offset=1) | under("module.base_encoder."), "base_encoder", "momentum_encoder",
+    ),
+    "byol": (
+        {"state_dict": under("target_network.", offset=1) | under("online_network.")}, "online_network",
+        "target_network",
+    ),
     "ema": ({"model_ema": under("", offset=1), "model": ENCODER}, "model", "model_ema"),
     "timm": ({"state_dict_ema": under("", offset=1), "state_dict": ENCODER}, "state_dict", "state_dict_ema"),
     "net": ({"net_ema": under("", offset=1), "net": ENCODER}, "net", "net_ema"),
@@ -291,7 +298,7 @@ def test_of_several_parts_one_is_taken_with_a_note_and_others_by_name(
     address = f"timm:test_vit@{tmp_path / 'c.pth'}"
     taken = load_backbone(address, size=32, allow_pickle=True)
     said = capsys.readouterr().err
-    assert f"took '" in said and usual in said and other in said
+    assert "took '" in said and usual in said and other in said
     chosen = {part: load_backbone(f"{address}#{part}", size=32, allow_pickle=True) for part in (usual, other)}
     for key, value in ENCODER.items():
         assert torch.equal(taken.pretrained[key], value)
@@ -338,7 +345,7 @@ ODD = {
 def test_tensors_that_are_no_weights_are_refused_by_name_and_type(tmp_path: Path, kind: str, key: str) -> None:
     change, told = ODD[kind]
     torch.save(under("module.", WHOLE | {key: change(WHOLE[key])}), tmp_path / "c.pth")
-    with pytest.raises(TaskvecError, match=rf"tensor '{key}' .*{told}"):
+    with pytest.raises(TaskvecError, match=f"tensor '{key}' .*{told}"):
         load_backbone(f"timm:test_vit@{tmp_path / 'c.pth'}", size=32, allow_pickle=True)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from taskvec.errors import TaskvecError
+from taskvec.files import FLOATS, Checkpoint, read_index
+from taskvec.keys import counterparts, shifts
 from taskvec.loaders import hub, processors
-from taskvec.loaders.checkpoints import check_pickle
+from taskvec.loaders.checkpoints import check_pickle, dictionaries, read_pickle
 from taskvec.loaders.requests import Request
 from taskvec.store import file_digest, fingerprint, read_json
-from taskvec.weights import read_keys
+from taskvec.weights import COMPUTED, read_keys
 
 CONFIG = "config.json"
 WEIGHTS = (
@@ -107,10 +111,7 @@ def shards(weights: Path) -> list[Path]:
     """Return the files that hold the tensors."""
     if weights.suffix != ".json":
         return [weights]
-    try:
-        return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError):
-        raise TaskvecError(f"'{weights}' is no index of weights", "copy the whole folder again") from None
+    return [weights.parent / name for name in sorted(set(read_index(weights)["weight_map"].values()))]
 
 
 def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -126,6 +127,23 @@ def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
         if file.suffix == ".safetensors":
             read_keys(file)
     return files
+
+
+def check_types(files: Sequence[Path], wanted: Mapping[str, Tensor]) -> None:
+    """Raise for tensors of files that are no weights where a model's are floating-point numbers: the library casts."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            with Checkpoint(file) as held:
+                types = {name: stored.dtype for name, stored in held.tensors.items()}
+        else:
+            state = dictionaries(read_pickle(file)).get("", {})
+            types = {name: "F32" if tensor.dtype in COMPUTED else str(tensor.dtype) for name, tensor in state.items()}
+        for name, key in counterparts(wanted, types, shifts(wanted, types)[0]).items():
+            if wanted[key].is_floating_point() and types[name] not in FLOATS:
+                raise TaskvecError(
+                    f"'{file}': tensor '{name}' is of type {types[name]}, which is none of weights",
+                    "give the weights in floating-point numbers; of a quantised model those before that",
+                )
 
 
 def digest(folder: Path, allow_pickle: bool, more: Sequence[str] = ()) -> str:

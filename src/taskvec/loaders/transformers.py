@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from taskvec.addresses import Checkpoint
 from taskvec.errors import TaskvecError, did_you_mean
+from taskvec.files import tell_other
 from taskvec.loaders import processors, saved
 from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, DECODERS, first_line
 from taskvec.loaders.requests import Family, Loaded, Request, State, Texts, extra, library, no_projection
@@ -130,6 +131,7 @@ def load(request: Request) -> Loaded:
     seen = processors.preprocessing(folder, kind, own)
     seen = replace(seen, size=request.size or seen.size)
     files = saved.checked_files(folder, request.allow_pickle)
+    tell_other(files[0] if len(files) == 1 else folder)
     projects = TYPES[kind].feature == "clip" and saved.holds(files, "visual_projection.", config)
     options = options_of(request, config, vision_of(config, folder), kind, seen.size, projects)
     where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
@@ -262,6 +264,7 @@ def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
 def state_for(folder: Path, options: dict[str, Any]) -> State:
     """Let transformers read and translate the weights of a folder; what is missing or not known raises."""
     model, info = read_model(folder, options)
+    saved.check_types(saved.checked_files(folder, True), model.state_dict())
     allowed = (*HEADS, *TEXTS) if TYPES[options["type"]].feature == "clip" or "siglip" in options["type"] else HEADS
     unexpected = sorted(info["unexpected_keys"])
     dropped = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
