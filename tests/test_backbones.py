@@ -340,6 +340,7 @@ ODD = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("kind", sorted(ODD))
 @pytest.mark.parametrize("key", ["blocks.1.attn.qkv.weight", "norm.bias"])
 def test_tensors_that_are_no_weights_are_refused_by_name_and_type(tmp_path: Path, kind: str, key: str) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from taskvec.errors import TaskvecError
 from taskvec.files import FLOATS, Checkpoint, read_index
-from taskvec.keys import counterparts, shifts
+from taskvec.keys import counterparts, shifts, unwrapped
 from taskvec.loaders import hub, processors
 from taskvec.loaders.checkpoints import check_pickle, dictionaries, read_pickle
 from taskvec.loaders.requests import Request
 from taskvec.store import file_digest, fingerprint, read_json
-from taskvec.weights import COMPUTED, read_keys
+from taskvec.weights import COMPUTED, read, read_keys
 
 CONFIG = "config.json"
 WEIGHTS = (
@@ -102,7 +102,7 @@ def weights_in(folder: Path, allow_pickle: bool = True) -> Path | None:
 def holds(files: Sequence[Path], prefix: str, config: dict[str, Any]) -> bool:
     """Say whether weights hold tensors of a part, by their keys, or of pickles by the class that wrote them."""
     if all(file.suffix == ".safetensors" for file in files):
-        return any(key.startswith(prefix) for file in files for key in read_keys(file))
+        return any(key.startswith(prefix) for file in files for key in unwrapped(read_keys(file)).values())
     names = " ".join(map(str, config.get("architectures") or ()))
     return "CLIPModel" in names or (prefix == "visual_projection." and "WithProjection" in names)
 
@@ -127,6 +127,16 @@ def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
         if file.suffix == ".safetensors":
             read_keys(file)
     return files
+
+
+def bare_state(files: Sequence[Path]) -> dict[str, Tensor] | None:
+    """Return the tensors of files by names without what wrappers add to them; None where these are plain."""
+    if any(file.suffix != ".safetensors" for file in files):
+        return None
+    names = unwrapped([name for file in files for name in read_keys(file)])
+    if all(name == bare for name, bare in names.items()):
+        return None
+    return {names[name]: tensor for file in files for name, tensor in read(file).items()}
 
 
 def check_types(files: Sequence[Path], wanted: Mapping[str, Tensor]) -> None:

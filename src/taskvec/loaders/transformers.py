@@ -287,10 +287,12 @@ def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, An
     made, more = model_class(options)
     weights = saved.weights_in(folder)
     safe = weights is not None and weights.name.startswith("model.")
+    state = saved.bare_state(saved.checked_files(folder, True))
     try:
         with quiet():
             model, info = made.from_pretrained(
-                folder,
+                folder if state is None else None,
+                state_dict=state,
                 config=make_config(options),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
