@@ -449,3 +449,10 @@ def test_wrappers_in_a_folders_names_and_types_that_are_none_of_weights(tmp_path
     save_file({name: 0 * t for name, t in state.items()}, file, {"format": "pt"})
     with pytest.raises(TaskvecError, match="all its matrices are zero"):
         load_backbone(address, device="cpu")
+
+
+def test_a_folder_of_adapters_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TaskvecError, match="holds adapters such as LoRA.*\\n.*merge_and_unload"):
+        load_backbone(f"hf:{tmp_path}", device="cpu")

@@ -34,6 +34,11 @@ def locate(request: Request) -> Path | None:
     if folder.is_file():
         folder = folder_of(folder)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / CONFIG).is_file():
+            raise TaskvecError(
+                f"folder '{folder}' holds adapters such as LoRA, not a whole model",
+                "merge them into their base first (peft: merge_and_unload()), and save_pretrained() that model",
+            )
         if not (folder / CONFIG).is_file():
             raise TaskvecError(f"folder '{folder}' has no {CONFIG}", "give a folder that save_pretrained wrote")
         return folder
