@@ -215,6 +215,9 @@ def test_a_classifier_in_a_checkpoint_is_mapped_by_the_names_that_are_known(
         ({"weight": torch.zeros(3, 6)}, {}, "reads 6 features, and the encoder gives 4"),
         ({"weight": torch.zeros(4, 3)}, {}, r"\[features, classes\]\ntranspose"),
         ({"weight": torch.full((3, 4), torch.nan)}, {}, "NaN or infinity"),
+        ({"weight": torch.ones(3, 4, dtype=torch.int8)}, {}, "tensor 'weight' is of type torch.int8"),
+        ({"weight": torch.ones(3, 4), "bias": torch.ones(3) > 0}, {}, "tensor 'bias' is of type torch.bool"),
+        ({"weight": torch.ones(3, 4).to(torch.complex64)}, {}, "tensor 'weight' is of type torch.complex64"),
         ({"weight": torch.zeros(3, 4), "bias": torch.zeros(2)}, {}, "3 outputs and 2 biases"),
         ({"a.weight": torch.zeros(3, 4), "b.weight": torch.zeros(3, 4)}, {}, "heads of a, b, none of them named 'one'"),
         ({"weight": torch.zeros(3, 4), "scale": torch.zeros(1)}, {}, "not one linear layer: it holds scale"),
@@ -375,3 +378,24 @@ def test_a_classifier_that_no_library_knows_is_told(data: Path, capsys: pytest.C
     backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
     found = read_finetuned(data / "own.safetensors", backbone)
     assert not found.objection and "none that the library knows" in capsys.readouterr().err
+
+
+def test_a_part_of_a_file_is_named_in_the_study_and_in_the_fingerprint(data: Path) -> None:
+    tuned = prepare(data)
+    state = tuned.state_dict()
+    torch.save({"student": {key: value + 1 for key, value in state.items()}, "teacher": state}, data / "both.pth")
+
+    def step(part: str) -> tuple[str, dict[str, object]]:
+        file = study(data, f'finetuned: "both.pth{part}"', tail="allow_pickle: true\n")
+        (cell,) = plan(file, Store(data / "store"))
+        found = next(s for s in cell.steps() if s.function.endswith("import_finetuned"))
+        return dict(found.config), dict(found.aside)
+
+    (student, aside), (teacher, _) = step("#student"), step("#teacher")
+    assert student["source"] == teacher["source"] and student != teacher
+    assert aside["finetuned"] == str(data / "both.pth#student")
+    assert "parts" not in step("")[0]
+    backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
+    found = read_finetuned(data / "both.pth#student", backbone, allow_pickle=True)
+    assert torch.equal(found.encoder["norm.weight"], state["norm.weight"] + 1)
+    assert torch.equal(found.classifier["head.weight"], state["head.weight"] + 1)

@@ -874,6 +874,15 @@ def test_a_base_of_zeros_and_an_unmoved_checkpoint_are_told(tmp_path: Path) -> N
     assert "same does not differ from the base: its task vector is zero" in lines
 
 
+def test_files_of_zeros_are_refused(tmp_path: Path) -> None:
+    full = write(tmp_path / "full.safetensors", {"w": torch.ones(3, 3), "b": torch.ones(3)})
+    zero = write(tmp_path / "zero.safetensors", {"w": torch.zeros(3, 3) * -1, "b": torch.ones(3)})
+    for base, tuned in ((zero, full), (full, zero)):
+        with pytest.raises(TaskvecError, match="zero.safetensors': all its matrices are zero"):
+            Merge(base, [tuned], tmp_path / "o.safetensors", 1.0).run()
+    assert not (tmp_path / "o.safetensors").exists()
+
+
 def test_layers_are_named_and_ordered_from_input_to_output() -> None:
     names = ["blocks.10.a", "blocks.2.a", "head.weight", "norm.weight", "patch_embed.proj.bias", "blocks.2.mlp.0.b"]
     assert [layer_of(name) for name in names] == [

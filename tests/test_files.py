@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from taskvec.errors import TaskvecError
 from taskvec.files import Checkpoint, labels, same, widen
+from taskvec.loaders.saved import shards as loaded_shards
 from taskvec.matching import match, patterns
 from taskvec.shards import LARGEST, Shard, Writer, narrow, peak, shards
+from taskvec.weights import read
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 bits = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40)
@@ -361,6 +365,140 @@ def test_tensors_that_are_alike_by_chance_are_no_twins(tmp_path: Path) -> None:
 
 def test_patterns_name_a_module_once() -> None:
     assert patterns(["head.weight", "head.bias", "norm.weight", "cls"]) == ["head.*", "norm.weight", "cls"]
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+def headed(folder: Path, header: bytes, body: int = 4) -> Path:
+    path = folder / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(body))
+    return path
+
+
+def entry(dtype: str = '"F32"', shape: str = "[1]", offsets: str = "[0, 4]") -> bytes:
+    return f'{{"a": {{"dtype": {dtype}, "shape": {shape}, "data_offsets": {offsets}}}}}'.encode()
+
+
+HEADERS = {
+    "thousands of digits": entry(offsets=f"[0, {'4' * 5000}]"),
+    "many digits in a shape": entry(shape=f"[{'9' * 4000}]"),
+    "an overflowing product": entry(shape="[4294967296, 4294967296, 4294967296]"),
+    "an overflowing product of nothing": entry(shape=f"[0, {2**70}]", offsets="[0, 0]"),
+    "64 dimensions": entry(shape=str([1] * 64)),
+    "a million dimensions": entry(shape=str([1] * 1_000_000)),
+    "digits in a type": entry(dtype=f'"F{"9" * 5000}"'),
+    "a type that is none": entry(dtype='{"F32": 1}'),
+    "a shape that is an object": entry(shape="{}"),
+    "a shape that is a text": entry(shape='"1"'),
+    "a negative shape": entry(shape="[-1]"),
+    "three offsets": entry(offsets="[0, 2, 4]"),
+    "offsets the wrong way": entry(offsets="[4, 0]"),
+    "NaN": entry(offsets="[0, NaN]"),
+    "a name twice": entry()[:-1] + b", " + entry()[1:],
+    "a field twice": entry(dtype='"I32", "dtype": "F32"'),
+    "metadata twice": b'{"__metadata__": {"a": "1"}, "__metadata__": {"a": "2"}, ' + entry()[1:],
+    "UTF-16": entry().decode().encode("utf-16"),
+    "a list": b"[1, 2]",
+    "nothing": b"",
+    "a deep list": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(HEADERS))
+def test_hostile_headers_are_clear_errors_wherever_they_are_read(tmp_path: Path, kind: str) -> None:
+    path = headed(tmp_path, HEADERS[kind])
+    for open_it in (Checkpoint, read):
+        with pytest.raises(TaskvecError, match=r"odd\.safetensors' cannot be read as safetensors"):
+            open_it(path)
+
+
+def test_mutated_headers_end_in_errors_or_open(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", {"a": torch.ones(2, 3), "b": torch.arange(4)}, {"format": "pt"})
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    size, odd = int.from_bytes(whole[:8], "little"), 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in rng.integers(0, 8 + size, rng.integers(1, 4)):
+            data[place] = rng.choice(np.frombuffer(b'0123456789[]{}",:-eE\\u\0\xff', np.uint8))
+        path.write_bytes(data)
+        try:
+            Checkpoint(path).close()
+        except TaskvecError as error:
+            odd += 1
+            assert "m.safetensors" in str(error)
+    assert odd > 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"metadata": {"total_size": NaN}, "weight_map": {"w": "FILE"}}',
+        '{"metadata": {"total_size": -Infinity}, "weight_map": {"w": "FILE"}}',
+        '{"metadata": {"x": "\\ud800"}, "weight_map": {"w": "FILE"}}',
+        '{"metadata": {"total_size": ' + "9" * 5000 + '}, "weight_map": {"w": "FILE"}}',
+        '{"metadata": {"x": ' + "[" * 900 + "]" * 900 + '}, "weight_map": {"w": "FILE"}}',
+        '{"metadata": {}, "weight_map": {"w": "other.safetensors", "w": "FILE"}}',
+        '{"weight_map": {"w": "../FILE"}}',
+        '{"weight_map": {"w": "a/FILE"}}',
+        '{"weight_map": {"w": "\\u0000"}}',
+        '{"weight_map": {"w": ""}}',
+    ],
+)
+def test_an_index_that_could_not_be_written_is_refused_when_it_is_read(tmp_path: Path, text: str) -> None:
+    folder = write_shards(tmp_path / "a", {"w": torch.ones(2)})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(text.replace("FILE", "model-00001-of-00001.safetensors"))
+    for open_it in (Checkpoint, lambda _: loaded_shards(index)):
+        with pytest.raises(TaskvecError, match="model.safetensors.index.json"):
+            open_it(folder)
+
+
+def test_of_two_sets_of_weights_the_whole_model_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path / "a", {"w": torch.ones(2)}, {"v": torch.ones(2)})
+    write(folder / "model.safetensors", {"w": torch.zeros(2), "v": torch.zeros(2)})
+    with Checkpoint(folder) as found:
+        assert [file.name for file in found.files] == ["model.safetensors"]
+        assert found.stem == "model" and not found.sharded
+    said = capsys.readouterr().err
+    assert "took 'model.safetensors', not those of 'model.safetensors.index.json'" in said
+    with Checkpoint(folder / "model.safetensors.index.json") as found:
+        assert found.read("w", 0, 2).tolist() == [1, 1]
+
+
+def test_many_tensors_that_look_alike_take_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = torch.randn(64, 64)
+    state = {f"x{i}": torch.cat([same, torch.full((1, 64), float(i // 2))]) for i in range(300)}
+    base, tuned = pair(tmp_path, state, state)
+    reads = []
+    inner = Checkpoint._fill
+    monkeypatch.setattr(Checkpoint, "_fill", lambda self, *args: (reads.append(1), inner(self, *args))[1])
+    matched = match(base, [tuned])
+    assert len(reads) <= 2 * 2 * 300
+    assert matched.tied == {f"x{i + 1}": f"x{i}" for i in range(0, 300, 2)}
+    fewer, _ = pair(tmp_path / "f", {name: t for name, t in state.items() if int(name[1:]) % 2 == 0}, state)
+    assert len(match(fewer, [tuned]).merged) == 150
+
+
+def exact(value: float, bits: int, lowest: int) -> Fraction:
+    """Round to so many significant bits, ties to even, none below 2 ** lowest."""
+    whole = Fraction(value)
+    if not whole:
+        return whole
+    unit = Fraction(2) ** max(math.frexp(value)[1] - bits, lowest)
+    return round(whole / unit) * unit
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.floats(-6e4, 6e4), st.integers(-3, 3))
+def test_float64_is_rounded_once(value: float, offset: int) -> None:
+    pattern = int(np.float32(value).view(np.uint32)) & 0xFFFF0000 | 0x8000  # halfway between two numbers of bfloat16
+    halfway = float(np.array([pattern], np.uint32).view(np.float32)[0])
+    for one in (value, halfway * (1 + offset * 2.0**-40), value * 1e-38):
+        values = np.array([one], np.float64)
+        for dtype, bits, lowest in (("BF16", 8, -133), ("F16", 11, -24)):
+            if abs(one) < 6e4:
+                assert Fraction(float(widen(narrow(values, dtype), dtype)[0])) == exact(one, bits, lowest)
 
 
 # ---------------------------------------------------------------- names

@@ -594,3 +594,29 @@ def test_clips_older_way_to_describe_its_image_tower_counts_as_in_the_library(tm
     images, x = inputs_for(backbone)
     with torch.inference_mode():
         assert torch.allclose(backbone.features(images), model.get_image_features(x).pooler_output, atol=1e-5)
+
+
+def test_wrappers_in_a_folders_names_and_types_that_are_none_of_weights(tmp_path: Path) -> None:
+    config = T.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32
+    )
+    T.ViTModel(config).save_pretrained(tmp_path)
+    file, address = tmp_path / "model.safetensors", f"hf:{tmp_path}"
+    state, plain = load_file(file), load_backbone(address, device="cpu")
+    wrapped = {f"_orig_mod.{name.replace('.0.', '.0._checkpoint_wrapped_module.')}": t for name, t in state.items()}
+    save_file(wrapped, file, {"format": "pt"})
+    assert torch.equal(load_backbone(address, device="cpu").pretrained.flat, plain.pretrained.flat)
+    for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn):
+        save_file({name: (9 * t).to(dtype) for name, t in state.items()}, file, {"format": "pt"})
+        with pytest.raises(TaskvecError, match="tensor 'embeddings.cls_token' is of type .*, which is none of weights"):
+            load_backbone(address, device="cpu")
+    save_file({name: 0 * t for name, t in state.items()}, file, {"format": "pt"})
+    with pytest.raises(TaskvecError, match="all its matrices are zero"):
+        load_backbone(address, device="cpu")
+
+
+def test_a_folder_of_adapters_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TaskvecError, match="holds adapters such as LoRA.*\\n.*merge_and_unload"):
+        load_backbone(f"hf:{tmp_path}", device="cpu")

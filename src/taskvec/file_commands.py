@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from taskvec.errors import TaskvecError
-from taskvec.files import Checkpoint, labels
+from taskvec.files import FLOATS, Checkpoint, labels
 from taskvec.locks import workspace
 from taskvec.matching import SHOWN, Matched, match
 from taskvec.merging import ADDITION, Recipe, find_recipe, plugins
 from taskvec.merging.parts import Kind
-from taskvec.merging.streaming import Streams, Watch, check_new, merge_files, plan_target, unwatched
+from taskvec.merging.streaming import SLICE, Streams, Watch, check_new, merge_files, plan_target, unwatched
 from taskvec.publishing import check_names, check_outside, settle
 from taskvec.shards import alone
 from taskvec.store import disk_errors, write_text
@@ -66,6 +66,7 @@ class Merge:
         with ExitStack() as stack:
             base, *tuned = open_all([self.base, *self.tuned], stack)
             check_different([base, *tuned])
+            check_filled([base, *tuned])
             with disk_errors(self.out):
                 target = plan_target(self.out, self.dtype, limit, [base, *tuned], recipe)
             streams = Streams(
@@ -93,6 +94,18 @@ def check_different(checkpoints: Sequence[Checkpoint]) -> None:
             told = "the base and a fine-tuned checkpoint" if first == 0 else "given twice"
             raise TaskvecError(
                 f"'{one.path}' is {told}", "name every file once; a pattern such as * may have the base too"
+            )
+
+
+def check_filled(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise for files whose matrices are all zero: nothing was saved in them."""
+    for one in checkpoints:
+        floats = {name: stored for name, stored in one.tensors.items() if stored.dtype in FLOATS and stored.size}
+        matrices = {name: stored.size for name, stored in floats.items() if len(stored.shape) > 1}
+        slices = ((name, i, min(size, i + SLICE)) for name, size in matrices.items() for i in range(0, size, SLICE))
+        if matrices and not any(one.read(*place).any() for place in slices):
+            raise TaskvecError(
+                f"'{one.path}': all its matrices are zero", "give a checkpoint that holds trained weights"
             )
 
 

@@ -21,7 +21,9 @@ from jaxtyping import Float, Float32, Shaped
 from numpy import ndarray
 
 from taskvec.errors import TaskvecError
-from taskvec.store import disk_errors
+from taskvec.keys import format_of
+from taskvec.notes import note
+from taskvec.store import disk_errors, json_text
 
 INDEX = ".safetensors.index.json"
 FLOATS: dict[str, np.dtype[Any]] = {
@@ -33,6 +35,10 @@ FLOATS: dict[str, np.dtype[Any]] = {
 """Types that can be computed with, and how numpy holds their bytes (it has no bfloat16)."""
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 HEADER_LIMIT = 100_000_000
+NESTED = 50
+"""Levels that an index has at most."""
+DIMENSIONS = 60
+"""Dimensions that a tensor may have; numpy and torch know no more than 64, some for all checkpoints together."""
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 PIECE = 1 << 22
 """Bytes that are copied or compared at once."""
@@ -244,38 +250,91 @@ def _speaking(path: Path) -> tuple[str, ...]:
 
 def _find(path: Path) -> tuple[tuple[Path, ...], dict[str, Any] | None, str]:
     """Return the files of a checkpoint, and its index and the name of that if it has one."""
-    if path.is_dir():
-        indices = sorted(path.glob(f"*{INDEX}"))
-        found = indices or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            names = ", ".join(one.name for one in found[:4]) or "none"
-            raise TaskvecError(
-                f"'{path}' holds no single model: there should be one *{INDEX} or *.safetensors (found: {names})",
-                "name the file itself; pickled weights must be saved as safetensors first",
-            )
-        path = found[0]
+    path = _single(path) if path.is_dir() else path
     if not path.is_file():
         raise TaskvecError(f"no weights at '{path}'", "give a .safetensors file, or a folder with a model in it")
     return (*_indexed(path), path.name) if path.name.endswith(INDEX) else ((path,), None, "")
 
 
-def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
-    """Read an index; every file it names lies beside it."""
+def _single(folder: Path) -> Path:
+    """Return the file of a folder's weights, or its index; as transformers does, a whole model goes before an index."""
+    indices, files = sorted(folder.glob(f"*{INDEX}")), sorted(folder.glob("*.safetensors"))
+    whole = [one for one in files if one.with_name(one.stem + INDEX) in indices]
+    found = whole or indices or files
+    if len(found) == 1:
+        tell_other(found[0])
+        return found[0]
+    others = [(one.name, told) for one in sorted(folder.iterdir()) if (told := format_of(one.name))]
+    if not found and others:
+        raise TaskvecError(f"'{folder}' holds {others[0][1][0]} ('{others[0][0]}')", others[0][1][1])
+    names = ", ".join(one.name for one in found[:4]) or "none"
+    raise TaskvecError(
+        f"'{folder}' holds no single model: there should be one *{INDEX} or *.safetensors (found: {names})",
+        "name the file itself; pickled weights must be saved as safetensors first",
+    )
+
+
+def tell_other(weights: Path) -> None:
+    """Tell of an index beside a whole model: its parts are other weights, which are not read."""
+    index = weights.with_name(weights.stem + INDEX)
+    if weights.suffix == ".safetensors" and index.is_file():
+        note(f"'{weights.parent}' holds two sets of weights: took '{weights.name}', not those of '{index.name}'")
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read an index of weights in several files, whose names are plain: they lie beside it."""
     try:
-        index = json.loads(path.read_text("utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+        index = parse_json(path.read_bytes())
         if not _texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
             raise TypeError("weight_map is to map names to files, and metadata to be a mapping")
+        if _nested(index):
+            raise ValueError(f"more than {NESTED} levels")
+        json_text(index).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"no index of shards ({error})") from None
-    for name in names:
-        if Path(name).name != name or not (path.parent / name).is_file():
+    for name in set(index["weight_map"].values()):
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise TaskvecError(f"'{path}' names the shard '{name}', which is not beside it", "copy the missing shard")
-    return tuple(path.parent / name for name in names), index
+    return dict(index)
+
+
+def _nested(value: Any, levels: int = NESTED) -> bool:
+    """Say whether containers are nested more than so many levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_nested(one, levels - 1) for one in inner)
+
+
+def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
+    """Read an index; every file it names lies beside it."""
+    index = read_index(path)
+    files = tuple(path.parent / name for name in sorted(set(index["weight_map"].values())))
+    for file in files:
+        if not file.is_file():
+            raise TaskvecError(
+                f"'{path}' names the shard '{file.name}', which is not beside it", "copy the missing shard"
+            )
+    return files, index
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON as the standard has it: UTF-8, each key once, no NaN and infinity; else a ValueError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
 
 
 def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, Stored]]:
     """Read and check a safetensors header: ranges of bytes follow one another and fill the file."""
+    if other := format_of(path.name):
+        raise TaskvecError(f"'{path}' is {other[0]}", other[1])
     if path.suffix in PICKLES:
         raise TaskvecError(
             f"'{path}' is a pickle by its name, and unpickling can run code",
@@ -286,7 +345,7 @@ def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, S
     if size < 8 or length > min(size - 8, HEADER_LIMIT):
         raise _damaged(path, "it has no header, or was cut short")
     try:
-        header = json.loads(os.pread(handle, length, 8))
+        header = parse_json(os.pread(handle, length, 8))
         metadata = header.pop("__metadata__", None)
         if not _texts({} if metadata is None else metadata):
             raise TypeError("__metadata__ is no mapping of texts")
@@ -298,8 +357,7 @@ def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, S
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].length)))
     for name, stored in tensors.items():
         each = bits(stored.dtype)
-        unlike = each and (stored.size * each + 7) // 8 != stored.length
-        if stored.start != end or stored.length < 0 or min(stored.shape, default=0) < 0 or unlike:
+        if stored.start != end or stored.length < 0 or (each and (stored.size * each + 7) // 8 != stored.length):
             raise _damaged(path, f"the bytes of '{name}' are not where they should be")
         end += stored.length
     if end != size:
@@ -314,16 +372,25 @@ def _texts(found: Any) -> bool:
 
 def bits(dtype: str) -> int:
     """Return the bits of an element by its type's name (F8_E4M3: 8), 0 where it does not say."""
-    found = re.search(r"\d+", dtype)
+    found = re.search(r"\d{1,4}", dtype)
     return 8 if dtype == "BOOL" else int(found.group()) if found else 0
 
 
 def _stored(info: Mapping[str, Any], number: int, origin: int) -> Stored:
     start, stop = info["data_offsets"]
-    for count in (start, stop, *info["shape"]):
+    shape, dtype = info["shape"], info["dtype"]
+    if not isinstance(shape, list) or len(shape) > DIMENSIONS:
+        raise TypeError(f"a shape is a list of at most {DIMENSIONS} whole numbers")
+    if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{1,15}", dtype):
+        raise TypeError("a type has a name such as F32")
+    for count in (start, stop, *shape):
         if type(count) is not int:
             raise TypeError(f"{count} is no whole number")
-    return Stored(str(info["dtype"]), tuple(info["shape"]), number, origin + start, stop - start)
+    if math.prod(max(1, count) for count in shape) >= 2**63 or not all(
+        0 <= count < 2**63 for count in (*shape, start, stop)
+    ):
+        raise ValueError("a number is negative, or larger than any file")
+    return Stored(dtype, tuple(shape), number, origin + start, stop - start)
 
 
 def _damaged(path: Path, why: str) -> TaskvecError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float32, Float64, Shaped
 from numpy import ndarray
 
 from taskvec.errors import TaskvecError
@@ -35,7 +35,7 @@ def narrow(values: Shaped[ndarray, " count"], dtype: str) -> Shaped[ndarray, " c
     """Return float32 or float64 numbers as a type stores them, rounded to nearest (ties to even); NaN stays NaN."""
     if dtype != "BF16":
         return values.astype(FLOATS[dtype], copy=False)
-    bits = values.astype(np.float32, copy=False).view(np.uint32)
+    bits = to_odd(values).view(np.uint32) if values.dtype == np.float64 else values.view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
     rounded += 0x7FFF
@@ -45,6 +45,19 @@ def narrow(values: Shaped[ndarray, " count"], dtype: str) -> Shaped[ndarray, " c
     if lost.any():
         rounded[lost] = 0x7FC0
     return rounded.astype(np.uint16)
+
+
+def to_odd(values: Float64[ndarray, " count"]) -> Float32[ndarray, " count"]:
+    """Return float64 numbers as float32, inexact ones as the neighbour with an odd last bit.
+
+    Rounding that to nearest again, at two bits less or fewer, gives what rounding once would give.
+    """
+    near = values.astype(np.float32)
+    exact = near.astype(np.float64)
+    bits = near.view(np.uint32)
+    bits -= np.abs(exact) > np.abs(values)
+    bits |= exact != values
+    return near
 
 
 def peak(values: Shaped[ndarray, " count"]) -> float:

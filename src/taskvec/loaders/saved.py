@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from taskvec.errors import TaskvecError
+from taskvec.files import FLOATS, Checkpoint, read_index
+from taskvec.keys import counterparts, shifts, unwrapped
 from taskvec.loaders import hub, processors
-from taskvec.loaders.checkpoints import check_pickle
+from taskvec.loaders.checkpoints import check_pickle, dictionaries, read_pickle
 from taskvec.loaders.requests import Request, read_object
 from taskvec.store import file_digest, fingerprint
-from taskvec.weights import read_keys
+from taskvec.weights import COMPUTED, read, read_keys
 
 CONFIG = "config.json"
 WEIGHTS = (
@@ -30,6 +34,11 @@ def locate(request: Request) -> Path | None:
     if folder.is_file():
         folder = folder_of(folder)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / CONFIG).is_file():
+            raise TaskvecError(
+                f"folder '{folder}' holds adapters such as LoRA, not a whole model",
+                "merge them into their base first (peft: merge_and_unload()), and save_pretrained() that model",
+            )
         if not (folder / CONFIG).is_file():
             raise TaskvecError(f"folder '{folder}' has no {CONFIG}", "give a folder that save_pretrained wrote")
         return folder
@@ -118,7 +127,7 @@ def weights_in(folder: Path, allow_pickle: bool = True) -> Path | None:
 def holds(files: Sequence[Path], prefix: str, config: dict[str, Any]) -> bool:
     """Say whether weights hold tensors of a part, by their keys, or of pickles by the class that wrote them."""
     if all(file.suffix == ".safetensors" for file in files):
-        return any(key.startswith(prefix) for file in files for key in read_keys(file))
+        return any(key.startswith(prefix) for file in files for key in unwrapped(read_keys(file)).values())
     names = " ".join(map(str, config.get("architectures") or ()))
     return "CLIPModel" in names or (prefix == "visual_projection." and "WithProjection" in names)
 
@@ -127,10 +136,7 @@ def shards(weights: Path) -> list[Path]:
     """Return the files that hold the tensors."""
     if weights.suffix != ".json":
         return [weights]
-    names = read_object(weights).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise TaskvecError(f"'{weights}' is no index of weights", "copy the whole folder again")
-    return sorted({inside(name, weights) for name in names.values()})
+    return sorted({inside(name, weights) for name in read_index(weights)["weight_map"].values()})
 
 
 def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -146,6 +152,33 @@ def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
         if file.suffix == ".safetensors":
             read_keys(file)
     return files
+
+
+def bare_state(files: Sequence[Path]) -> dict[str, Tensor] | None:
+    """Return the tensors of files by names without what wrappers add to them; None where these are plain."""
+    if any(file.suffix != ".safetensors" for file in files):
+        return None
+    names = unwrapped([name for file in files for name in read_keys(file)])
+    if all(name == bare for name, bare in names.items()):
+        return None
+    return {names[name]: tensor for file in files for name, tensor in read(file).items()}
+
+
+def check_types(files: Sequence[Path], wanted: Mapping[str, Tensor]) -> None:
+    """Raise for tensors of files that are no weights where a model's are floating-point numbers: the library casts."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            with Checkpoint(file) as held:
+                types = {name: stored.dtype for name, stored in held.tensors.items()}
+        else:
+            state = dictionaries(read_pickle(file)).get("", {})
+            types = {name: "F32" if tensor.dtype in COMPUTED else str(tensor.dtype) for name, tensor in state.items()}
+        for name, key in counterparts(wanted, types, shifts(wanted, types)[0]).items():
+            if wanted[key].is_floating_point() and types[name] not in FLOATS:
+                raise TaskvecError(
+                    f"'{file}': tensor '{name}' is of type {types[name]}, which is none of weights",
+                    "give the weights in floating-point numbers; of a quantised model those before that",
+                )
 
 
 def digest(folder: Path, allow_pickle: bool, more: Sequence[str] = ()) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from taskvec.addresses import Checkpoint
 from taskvec.errors import TaskvecError, did_you_mean
+from taskvec.files import tell_other
 from taskvec.loaders import processors, saved
 from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, DECODERS, first_line
 from taskvec.loaders.requests import (
@@ -150,6 +151,7 @@ def load(request: Request) -> Loaded:
     seen = processors.preprocessing(folder, kind, own)
     seen = replace(seen, size=request.size or seen.size)
     files = saved.checked_files(folder, request.allow_pickle)
+    tell_other(files[0] if len(files) == 1 else folder)
     projects = TYPES[kind].feature == "clip" and saved.holds(files, "visual_projection.", config)
     options = options_of(request, config, vision_of(config, folder), kind, seen.size, projects)
     check_affordable(lambda: build(options), files, f"'{folder / saved.CONFIG}'")
@@ -280,6 +282,7 @@ def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
 def state_for(folder: Path, options: dict[str, Any]) -> State:
     """Let transformers read and translate the weights of a folder; what is missing or not known raises."""
     model, info = read_model(folder, options)
+    saved.check_types(saved.checked_files(folder, True), model.state_dict())
     allowed = (*HEADS, *TEXTS) if TYPES[options["type"]].feature == "clip" or "siglip" in options["type"] else HEADS
     unexpected = sorted(info["unexpected_keys"])
     dropped = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
@@ -310,10 +313,14 @@ def read_as(made: Any, folder: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
     """Read a folder into a model of a class of transformers, which also says which keys did not fit."""
     weights = saved.weights_in(folder)
     safe = weights is not None and ".safetensors" in weights.name
+    state = saved.bare_state(saved.checked_files(folder, True))
+    if state is not None and "config" not in more:
+        more["config"] = made.config_class.from_pretrained(folder, local_files_only=True)
     try:
         with quiet():
             model, info = made.from_pretrained(
-                folder,
+                folder if state is None else None,
+                state_dict=state,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 local_files_only=True,

@@ -76,7 +76,14 @@ class Streams:
 
     def names_of(self, name: str) -> list[str]:
         """Return a merged entry's name and those of the tensors tied to it."""
-        return [name, *(twin for twin, first in self.matched.tied.items() if first == name)]
+        return [name, *self._twins.get(name, ())]
+
+    @cached_property
+    def _twins(self) -> dict[str, list[str]]:
+        twins: dict[str, list[str]] = {}
+        for twin, first in self.matched.tied.items():
+            twins.setdefault(first, []).append(twin)
+        return twins
 
     def __iter__(self) -> Iterator[tuple[Part, Any]]:
         """Yield parts and their vectors in order, as ``read`` gives them."""
@@ -218,6 +225,8 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
     check_space(target.out, sum(shard.length for layout in layouts for shard in layout))
     with appearing(target.out) as folder, ExitStack() as stack:
         writers = [stack.enter_context(closing(Writer(folder, layout))) for layout in layouts]
+        for layout in layouts:
+            _index(folder, streams.base, layout, target)
         for writer in writers:
             _carry(streams, writer, target.dtype)
         stages = prepare(recipe, streams)
@@ -233,8 +242,6 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
         streams.each(merge)
         for writer in writers:
             writer.finish()
-        for layout in layouts:
-            _index(folder, streams.base, layout, target)
         return _publish(folder, streams.base, layouts, target)
 
 
