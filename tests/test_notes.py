@@ -189,6 +189,7 @@ def test_what_a_worker_prints_at_its_start_is_passed_on_and_stops_nothing(
     assert done[one].notes() == TOLD
     assert {"hello", "17", "no end of line"} <= set(capfd.readouterr().err.splitlines())
     assert message_of('{"seconds": 1}\n') == {"seconds": 1}
+    assert message_of('{"odd": 1}') == {"said": '{"odd": 1}'}
     assert message_of('{"seco') == {"said": '{"seco'}
 
 

@@ -57,7 +57,7 @@ def given_file(path: Path, key: str, task: str, allow_pickle: bool) -> Path:
 def read_finetuned(path: Path, backbone: Backbone, allow_pickle: bool = False) -> Checkpoint:
     """Read a fine-tuned encoder of a backbone: in the backbone's own keys, or in any that its kind of address reads.
 
-    Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is told on stderr.
+    Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is noted.
     """
     if path.name == "encoder.safetensors" and (path.parent / AROUND).exists():
         raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
@@ -88,7 +88,7 @@ def translate(path: Path, backbone: Backbone, allow_pickle: bool) -> Mapping[str
 
 
 def warn_of(encoder: Weights, backbone: Backbone, source: str) -> None:
-    """Say on stderr when a task vector is zero, or too long to come from this pre-training."""
+    """Note when a task vector is zero, or too long to come from this pre-training."""
     start = backbone.pretrained.flat
     length = float(torch.dist(encoder.flat, start) / start.norm())
     if length == 0:

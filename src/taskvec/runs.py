@@ -98,7 +98,8 @@ def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, wat
             write_text(
                 out / MARKER, "a run folder of taskvec: report.html, tables.md and results.csv are the results\n"
             )
-    digests = {str(one.path): one.digest for one in plugins.use(file.plugins)}
+    used = {one.path: one.digest for one in plugins.use(file.plugins)}
+    digests = {name: used[path.resolve()] for name, path in zip(file.study.plugins, file.plugins, strict=True)}
     steps = [step for cell in cells for step in cell.steps()]
     say_size(view_sizes(pipeline.ordered(steps)), store, watcher)
     executor = open_executor(workers or default_workers(device, file.study.threads))
