@@ -22,7 +22,9 @@ from taskvec.errors import TaskvecError
 from taskvec.executors import Inline, Processes, message_of
 from taskvec.notes import library_warnings, listen, note, note_lines
 from taskvec.pipeline import Step
-from taskvec.store import NOTES, RECORD, Store, read_json
+from taskvec.plan import plan
+from taskvec.steps.merging import choose_scale
+from taskvec.store import NOTES, RECORD, Store, read_json, write_json
 from taskvec.study import StudyFile
 from taskvec.study_files import parse_study
 
@@ -189,6 +191,7 @@ def test_what_a_worker_prints_at_its_start_is_passed_on_and_stops_nothing(
     assert done[one].notes() == TOLD
     assert {"hello", "17", "no end of line"} <= set(capfd.readouterr().err.splitlines())
     assert message_of('{"seconds": 1}\n') == {"seconds": 1}
+    assert message_of('{"odd": 1}') == {"said": '{"odd": 1}'}
     assert message_of('{"seco') == {"said": '{"seco'}
 
 
@@ -282,3 +285,38 @@ def test_commands_tell_each_note_once_on_standard_error(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("left out 1 files that are no images, such as Thumbs.db in train/ant") == 1
     assert "left out" not in done.stdout
+
+
+# ---------------------------------------------------------------- what steps and plans note
+
+
+def choice(folder: Path, scales: list[float], values: list[float], refine: int) -> list[str]:
+    """Choose a scale by one curve, and return what is noted."""
+    for name, content in (
+        ("curve.json", {"scales": scales, "validation": values}),
+        ("metrics.json", {"validation": 1.0}),
+    ):
+        write_json(folder / name, content)
+    with listen() as heard:
+        config = {"grid": scales, "refine": refine}
+        choose_scale(config, {"round0": [folder], "finetuned": [folder]}, folder, lambda _: None)
+    return heard
+
+
+def test_a_grid_that_ended_too_early_is_noted(tmp_path: Path) -> None:
+    told = "the largest scale that was tried, 1, is the best: a wider grid (scales) may give more"
+    assert choice(tmp_path, [0.0, 0.5, 1.0], [0.1, 0.2, 0.3], 0) == [told]
+    assert choice(tmp_path, [0.0, 0.5, 1.0], [0.1, 0.3, 0.3], 0) == []
+    assert choice(tmp_path, [0.0, 0.5, 1.0], [0.1, 0.2, 0.3], 1) == []  # another round follows
+    assert choice(tmp_path, [1.0], [0.3], 0) == []
+
+
+def test_what_an_open_regime_leaves_out_is_noted(tmp_path: Path) -> None:
+    write_folder_task(tmp_path / "one")
+    text = 'backbones: ["lab:contrastive", "lab:mae"]\ntasks: ["lab:greek", "folder:one"]\nregimes: [aligned, open]\n'
+    with listen() as heard:
+        plan(StudyFile(parse_study(text, "s"), text, tmp_path), Store(tmp_path / "store"))
+    assert heard == [
+        "regime 'open' leaves out one for backbone contrastive: their classes have no captions",
+        "regime 'open' leaves out backbone mae, which has no text tower",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -98,6 +99,10 @@ def test_a_plugin_is_known_while_it_is_used_and_may_be_named_and_imported_twice(
     part = replace(Part("w", torch.zeros(3), "vector"), whole=1)
     assert method.function(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]), part, config).tolist() == [4, 4, 4]
     assert not (tmp_path / "__pycache__").exists()
+    measuring = MINE.replace("elementwise=True", "measure=f'{__name__}:survey'")
+    [method] = plugins.use([write(tmp_path / "measuring.py", measuring)])[0].methods.values()
+    module, _, name = method.measure.partition(":")
+    assert getattr(importlib.import_module(module), name) is method.survey
 
 
 def test_what_is_wrong_with_a_plugin_is_told_with_its_line(tmp_path: Path) -> None:
@@ -194,7 +199,7 @@ def test_a_plugin_that_changes_during_a_run_or_registers_nothing_is_told(tasks: 
     assert watcher.notes[0] == f"plan: plugin '{empty}' registers no merging method"
     lock = read_json(tasks / "out" / runs.LOCK)
     assert [one["label"] for one in lock["notes"] if "registers no" in one["text"]] == ["plan"]
-    assert lock["plugins"] == {str(one): hashlib.sha256(one.read_bytes()).hexdigest() for one in (path, empty)}
+    assert lock["plugins"] == {f"own/{one.name}": hashlib.sha256(one.read_bytes()).hexdigest() for one in (path, empty)}
     board = (tasks / "out" / "leaderboard.md").read_text()
     assert "| mine " in board and "| lines+mine " in board
 

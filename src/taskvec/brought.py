@@ -70,7 +70,7 @@ def given_file(given: Path, key: str, task: str, allow_pickle: bool) -> Path:
 def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) -> Checkpoint:
     """Read a fine-tuned encoder of a backbone: in the backbone's own keys, or in any that its kind of address reads.
 
-    Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is told.
+    Every key and shape must be the backbone's, but for a classifier; one whose vector looks wrong is noted.
     ``FILE#NAME`` is a part of a file.
     """
     file, part = split_key(str(given))
@@ -152,7 +152,7 @@ def linear(tensors: Mapping[str, Tensor]) -> tuple[Float[Tensor, "outputs width"
 
 
 def warn_of(encoder: Weights, backbone: Backbone, source: str) -> None:
-    """Say on stderr when a task vector is zero, or too long to come from this pre-training."""
+    """Note when a task vector is zero, or too long to come from this pre-training."""
     start = backbone.pretrained.flat
     length = float(torch.dist(encoder.flat, start) / start.norm())
     if length == 0:

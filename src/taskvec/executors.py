@@ -31,6 +31,8 @@ MOMENT = 0.5
 """Seconds between looks at what workers wrote on standard error."""
 LAST = 500
 """Bytes of a dead worker's last words that its error repeats."""
+ANSWERS = {"progress", "note", "seconds", "problem", "traceback"}
+"""What a worker may answer: one of these a line."""
 PATIENCE = 5.0
 """Seconds that a worker which no longer answers has to end."""
 
@@ -116,8 +118,9 @@ class _Worker:
         return whole.decode("utf-8", "replace")
 
     def last_words(self) -> str:
-        """Return the last of what it wrote on standard error."""
-        return os.pread(self.log.fileno(), LAST, max(0, self._size() - LAST)).decode("utf-8", "replace").strip()
+        """Return the last of what it wrote on standard error, which is then not passed on as well."""
+        self.shown = self._size()
+        return os.pread(self.log.fileno(), LAST, max(0, self.shown - LAST)).decode("utf-8", "replace").strip()
 
     def _size(self) -> int:
         return os.fstat(self.log.fileno()).st_size
@@ -223,8 +226,8 @@ class Processes:
 
 def message_of(line: str) -> dict[str, Any]:
     """Read what a worker answers; a line that is no answer was printed by something that it loads at its start."""
-    with contextlib.suppress(ValueError):
-        if isinstance(found := json.loads(line), dict):
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(line), dict) and found.keys() & ANSWERS:
             return found
     return {"said": line.rstrip("\n")}
 

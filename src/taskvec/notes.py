@@ -76,6 +76,8 @@ def library_warnings() -> Iterator[None]:
         else:
             note(f"{record.name}: {record.getMessage()}")
 
+    if once := getattr(logging.Logger, "warning_once", None):  # of transformers
+        once.cache_clear()
     with warnings.catch_warnings():  # it also forgets which warnings were shown, so that every step hears its own
         warnings.showwarning = warned
         logging.Logger.callHandlers = logged  # type: ignore[method-assign,assignment]  # some libraries' loggers reach no root

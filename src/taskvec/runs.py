@@ -140,7 +140,8 @@ def _run(file: StudyFile, out: Path, store: Store, workers: int | None, watcher:
         cells = plan(file, store)
     if not (out / MARKER).exists():
         mark(out, MARKER, {})
-    sources = {str(one.path): one.digest for one in plugins.use(file.plugins)}
+    used = {one.path: one.digest for one in plugins.use(file.plugins)}
+    sources = {name: used[path.resolve()] for name, path in zip(file.study.plugins, file.plugins, strict=True)}
     steps = [step for cell in cells for step in cell.steps()]
     say_size(decoded_bytes(steps, store), store, watcher)
     executor = open_executor(workers or default_workers(device, file.study.threads))

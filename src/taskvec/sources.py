@@ -12,7 +12,7 @@ from taskvec.addresses import default_name, is_file
 from taskvec.cells import OPEN
 from taskvec.errors import TaskvecError, unknown
 from taskvec.kinds import CLASSIFICATION
-from taskvec.notes import listen
+from taskvec.notes import listen, note
 from taskvec.store import Store
 from taskvec.study import BackboneChoice, StudyFile, name_problem, told_twins, twins
 
@@ -126,6 +126,16 @@ class Sources:
                     f"regime '{name}' needs tasks whose classes have captions, and there is none",
                     "add one (lab:greek), or leave the regime out",
                 )
+            self._note_left_out(name)
+
+    def _note_left_out(self, regime: str) -> None:
+        """Note which backbones and tasks a regime that starts from zero-shot heads does without."""
+        for one in (one for one in self.study.backbones if not one.regimes or regime in one.regimes):
+            name = one.name or default_name(one.address)
+            if not self._has_text(one):
+                note(f"regime '{regime}' leaves out backbone {name}, which has no text tower")
+            elif lacking := ", ".join(task for task, found in self.captions_for(one).items() if not found):
+                note(f"regime '{regime}' leaves out {lacking} for backbone {name}: their classes have no captions")
 
     def check_negation(self) -> None:
         """Raise if negation names a task that the study does not have."""

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 import subprocess

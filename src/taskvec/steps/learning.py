@@ -147,6 +147,8 @@ def finetune_settings(config: Config, inputs: Inputs) -> Finetune:
 def training_facts(config: Config, settings: Finetune, backbone: Backbone) -> dict[str, Any]:
     """Return what a fine-tuned encoder's record says of its training."""
     precision = finetuning.training_precision(backbone, config["precision"])
+    if config["precision"] not in ("auto", precision):
+        note(f"trained in {precision}, not in {config['precision']} as asked: a linearised encoder needs it")
     return {"precision": precision, "learning_rate": settings.learning_rate}
 
 

@@ -25,6 +25,7 @@ from taskvec.heads import (
 from taskvec.kinds import KINDS
 from taskvec.merging import Recipe, buffers, find_recipe, plugins
 from taskvec.merging.parts import Data
+from taskvec.notes import note
 from taskvec.opening import (
     Config,
     Inputs,
@@ -206,6 +207,8 @@ def choose_scale(config: Config, inputs: Inputs, out: Path, progress: Progress) 
         rows += zip(*(curve["validation"] for curve in curves), strict=True)
     values = [search.value_of(row, tuned) for row in rows]
     best = search.choose(scales, values)
+    if not config["refine"] and best == max(config["grid"]) > min(config["grid"]):
+        note(f"the largest scale that was tried, {best:g}, is the best: a wider grid (scales) may give more")
     after = search.refine(config["grid"], scales, best, config["refine"]) if config["refine"] else []
     chosen = {"scale": best, "value": values[scales.index(best)], "accuracy": float(np.mean(rows[scales.index(best)]))}
     write_json(out / "choice.json", chosen | {"next": after})
