@@ -14,6 +14,7 @@ import taskvec as tv
 from taskvec import heads, search, settings, vectors
 from taskvec.backbones import Backbone
 from taskvec.disentangling import choose_pairs, disentanglement
+from taskvec.errors import TaskvecError
 from taskvec.evaluation import correct, normalised_accuracy, paired_gain
 from taskvec.finetuning import finetune_full, training_batches
 from taskvec.heads import Head
@@ -107,6 +108,13 @@ def test_addition_is_a_sum_whatever_the_order_and_linear_in_the_scale(backbone: 
     twice = tv.merge(pre, taus, scale=0.8).flat - pre.flat
     assert torch.allclose(twice, 2 * (merged.flat - pre.flat), atol=1e-6)
     assert torch.equal(tv.merge(pre, taus, scale=0.0).flat, pre.flat)
+
+
+def test_two_tasks_of_one_name_are_not_measured_as_one(backbone: Backbone) -> None:
+    alike = [colour_task("same", 3, 1), colour_task("same", 3, 2)]
+    own = [heads.random_head(backbone.width, 3, seed) for seed in (0, 1)]
+    with pytest.raises(TaskvecError, match="two tasks are named 'same'"):
+        tv.evaluate(backbone, backbone.pretrained, alike, own)
 
 
 def test_an_unknown_method_names_the_nearest(backbone: Backbone) -> None:

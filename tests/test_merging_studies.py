@@ -179,6 +179,35 @@ def test_a_study_says_what_a_method_cannot_do(data: Path) -> None:
         plan(StudyFile(parse_study(text, "many"), text, data), Store(data / "store"))
 
 
+@pytest.mark.parametrize(
+    ("tasks", "backbones", "message"),
+    [
+        (
+            "['folder:a/pets', 'folder:b/Pets']",
+            "['lab:random']",
+            "'pets' and 'Pets' are one name to some disks: folder:a/",
+        ),
+        ("['folder:a/pets', 'folder:c/pets']", "['lab:random']", "two are named 'pets'.*name: pets-2"),
+        ("['folder:a/pets', {address: 'lab:greek', name: pets}]", "['lab:random']", "two are named 'pets'"),
+        ("['folder:a+b']", "['lab:random']", "'folder:a[+]b' is one of the tasks, and its name 'a[+]b' has '[+]'"),
+        (
+            "['folder:a/pets']",
+            "['lab:random', {address: 'lab:mae', name: Random}]",
+            "'random' and 'Random' are one name",
+        ),
+        ("['folder:a/pets']", "['hf:one/vit', 'hf:two/vit']", "two are named 'vit': hf:one/vit, hf:two/vit"),
+    ],
+)
+def test_names_that_come_from_addresses_are_checked_before_any_work(
+    tmp_path: Path, tasks: str, backbones: str, message: str
+) -> None:
+    for name in ("a/pets", "b/Pets", "c/pets", "a+b"):
+        (tmp_path / name).mkdir(parents=True)
+    text = f"tasks: {tasks}\nbackbones: {backbones}"
+    with pytest.raises(TaskvecError, match=f"(?s){message}"):
+        plan(StudyFile(parse_study(text, "s"), text, tmp_path), Store(tmp_path / "store"))
+
+
 def tuned(data: Path) -> tuple[Data, list[Weights]]:
     """Fine-tune the lab's random encoder on two tasks for a moment."""
     from taskvec.tasks import load_task

@@ -60,6 +60,8 @@ def test_every_packaged_study_is_valid_and_says_what_to_expect() -> None:
         (SMALL + "device: meta", "line 3: 'device'"),
         (SMALL + "heads: [both]", "line 3: 'heads.0'"),
         (SMALL + "name: a/b", "line 3: 'name'"),
+        (SMALL + "name: con", "line 3: 'name': a name that is kept for devices by Windows"),
+        (SMALL + f"name: {'x' * 300}", "line 3: 'name': a name that has 300 bytes, more than 100"),
         (SMALL + "seeds: []", "line 3: 'seeds'"),
         (SMALL + "regimes: [{name: aligned, seeds: [0, 0]}]", "0 is given twice"),
         (SMALL + "regimes: [aligned, {name: joint, seeds: [3]}]", "joint has seed 3, which aligned has not"),
@@ -119,10 +121,10 @@ HUGE = ", ".join(f"0.{index:04}" for index in range(1, 200))
     ],
 )
 def test_study_files_are_read_within_bounds(text: str, message: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(TaskvecError, match=message):
         parse_study(text, "s.yaml")
-    assert time.monotonic() - began < 5  # a bomb takes minutes
+    assert time.process_time() - began < 5  # a bomb takes minutes
 
 
 def test_yaml_is_read_as_it_is_written() -> None:
@@ -253,9 +255,7 @@ def test_names_that_a_file_system_takes_for_one_are_refused() -> None:
             with pytest.raises(TaskvecError, match=message):
                 parse_study(json.dumps({kind: chosen, other: ["lab:mae"]}), "s.yaml")
     for name in ("bird songs", "Vögel", "نمی\u200cخواهم", "🦜", "vit-b16@400", "a.b"):
-        text = json.dumps(
-            {"tasks": [{"address": "lab:greek", "name": name}], "backbones": ["lab:mae"]}, ensure_ascii=False
-        )
+        text = json.dumps({"tasks": [{"address": "lab:greek", "name": name}], "backbones": ["lab:mae"]})
         assert parse_study(text, "s.yaml").tasks[0].name == name
 
 

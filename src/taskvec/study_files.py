@@ -106,6 +106,8 @@ class Loader(yaml.SafeLoader):
             raise refused(event, f"nested more than {DEEPEST} deep")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, yaml.ScalarNode):  # JSON writes some characters as pairs of surrogates
+            node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
         return node
 
 
