@@ -47,7 +47,6 @@ from taskvec.tasks import parse, resolve
 LOCK = "study.lock.json"
 """The file that is written last: a run folder that has it is whole."""
 MARKER = ".taskvec"
-FRESH = "run"
 FILES = (
     "study.yaml",
     "results.csv",
@@ -152,8 +151,7 @@ def writing(out: Path) -> Iterator[None]:
 
 def tidy(out: Path) -> None:
     """Remove what killed runs have left in a run folder."""
-    for name in (FRESH, MARKER):
-        sweep(out / name)
+    sweep(out)
     for left in out.glob(".fresh-*"):  # as runs of an older version called it
         if left.name.removeprefix(".fresh-").isdecimal():
             shutil.rmtree(left, ignore_errors=True)
@@ -198,7 +196,7 @@ def beside(out: Path, own: Known) -> Iterator[str]:
         from taskvec.page import READING  # slow, and seldom needed
 
         kinds = "|".join(READING)
-        form = re.compile(rf"figures/({kinds})--.*\.(png|pdf)|tables/table.*\.tex")
+        form = re.compile(rf"figures/({kinds})--.*\.(png|pdf)|tables/table\d+\.tex")
         yield from filter(form.fullmatch, names)
 
 
@@ -278,7 +276,7 @@ def is_written(out: Path, lock: dict[str, Any]) -> bool:
 
 def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: dict[str, Any]) -> None:
     """Write the whole run into a hidden folder, then move it into place; a failure leaves the old run as it was."""
-    with disk_errors(out), workspace(out / FRESH) as fresh:
+    with disk_errors(out), workspace(out / "run") as fresh:
         write_text(fresh / "study.yaml", file.text)
         rows, heat = results(file.study.name, cells, done), heatmaps(cells, done)
         write_text(fresh / "results.csv", rows.to_csv(index=False, lineterminator="\n"))

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from taskvec.errors import TaskvecError
-from taskvec.locks import abandoned, claim, replacing
+from taskvec.locks import abandoned, claim, replacing, sweep
 from taskvec.notes import note
 
 RECORD = "record.json"
@@ -286,7 +286,9 @@ class Store:
         return found and not gone.exists()
 
     def sweep(self) -> None:
-        """Remove temporary folders of processes that were killed: of those whose lock nobody holds any more."""
+        """Remove what processes that were killed have left: folders whose lock nobody holds any more."""
+        for folder in (self.folder, self.folder / "digests"):
+            sweep(folder)
         for lock in (self.folder / "locks").glob("*"):
             if SESSION.fullmatch(lock.name) and abandoned(lock):
                 for folder in (self.folder / "tmp").glob(f"{lock.name}-*"):
