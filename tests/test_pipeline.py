@@ -252,7 +252,7 @@ def test_a_killed_writer_leaves_a_hidden_folder_that_the_next_one_removes(tmp_pa
     assert len(list(tmp_path.iterdir())) == 2
     with locks.replacing(place) as new:
         new.write_text("new")
-        locks.sweep(place)
+        locks.sweep(tmp_path)
     assert list(tmp_path.iterdir()) == [place]
     assert place.read_text() == "new"
 

@@ -22,6 +22,8 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
+HIDDEN = re.compile(r"\..*\.[0-9a-f]{12}\.tmp", re.DOTALL)
+"""What a hidden folder to write in is called."""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 """What tells a running system from all others: containers on it share it, and its locks."""
 
@@ -102,11 +104,10 @@ def beside(path: Path) -> str:
     return f".{os.fsencode(path.name)[:100].decode(errors='ignore')}."
 
 
-def sweep(path: Path) -> None:
-    """Remove what killed writers of ``path`` have left beside it."""
-    form = re.compile(re.escape(beside(path)) + r"[0-9a-f]{12}\.tmp")
+def sweep(folder: Path) -> None:
+    """Remove the hidden folders that killed writers have left in a folder."""
     with contextlib.suppress(FileNotFoundError):
-        for left in [Path(entry) for entry in os.scandir(path.parent) if form.fullmatch(entry.name)]:
+        for left in [Path(entry) for entry in os.scandir(folder) if HIDDEN.fullmatch(entry.name)]:
             if abandoned(left / "lock"):
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -114,7 +115,7 @@ def sweep(path: Path) -> None:
 @contextlib.contextmanager
 def workspace(path: Path) -> Iterator[Path]:
     """Yield a new hidden folder beside ``path`` to write into; after the block it is removed with what is in it."""
-    sweep(path)
+    sweep(path.parent)
     place = path.with_name(f"{beside(path)}{uuid.uuid4().hex[:12]}.tmp")
     place.mkdir()
     with contextlib.ExitStack() as stack:

@@ -42,7 +42,7 @@ def check_place(out: Path, option: str = "--out") -> None:
     with disk_errors(out):
         if os.path.lexists(out) and not out.is_dir():
             what = "a link to nothing" if out.is_symlink() and not out.exists() else "no folder"
-            raise TaskvecError(f"'{out}' is {what}", f"choose another {option}, or remove it")
+            raise TaskvecError(f"'{out}' is {what}", f"choose another {option}")
 
 
 def owned(out: Path, marker: str, lock: str = "") -> Known:

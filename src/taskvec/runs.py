@@ -54,7 +54,6 @@ LOCK = "study.lock.json"
 MARKER = ".taskvec"
 PLANNING, FIGURES, FOLDER = "plan", "figures", "run folder"
 """Who tells what is noted while a study is planned, while its figures are drawn, and while its folder is written."""
-FRESH = "run"
 FILES = (
     "study.yaml",
     "results.csv",
@@ -179,8 +178,7 @@ def writing(out: Path) -> Iterator[None]:
 
 def tidy(out: Path) -> None:
     """Remove what killed runs have left in a run folder."""
-    for name in (FRESH, MARKER):
-        sweep(out / name)
+    sweep(out)
     for left in out.glob(".fresh-*"):  # as runs of an older version called it
         if left.name.removeprefix(".fresh-").isdecimal():
             shutil.rmtree(left, ignore_errors=True)
@@ -238,7 +236,7 @@ def beside(out: Path, own: Known) -> Iterator[str]:
         from taskvec.page import READING  # slow, and seldom needed
 
         kinds = "|".join(READING)
-        form = re.compile(rf"figures/({kinds})--.*\.(png|pdf)|tables/table.*\.tex")
+        form = re.compile(rf"figures/({kinds})--.*\.(png|pdf)|tables/table\d+\.tex")
         yield from filter(form.fullmatch, names)
 
 
@@ -322,7 +320,7 @@ def is_written(out: Path, lock: dict[str, Any]) -> bool:
 
 def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: dict[str, Any]) -> None:
     """Write the whole run into a hidden folder, then move it into place; a failure leaves the old run as it was."""
-    with disk_errors(out), workspace(out / FRESH) as fresh:
+    with disk_errors(out), workspace(out / "run") as fresh:
         write_text(fresh / "study.yaml", file.text)
         rows, heat = results(file.study.name, cells, done), heatmaps(cells, done)
         write_text(fresh / "results.csv", rows.to_csv(index=False, lineterminator="\n"))

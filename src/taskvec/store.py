@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskvec.errors import TaskvecError
-from taskvec.locks import abandoned, claim, replacing
+from taskvec.locks import abandoned, claim, replacing, sweep
 from taskvec.notes import note
 
 Kind = TypeVar("Kind", bound="Record")
@@ -313,7 +313,9 @@ class Store:
         return found and not gone.exists()
 
     def sweep(self) -> None:
-        """Remove temporary folders of processes that were killed: of those whose lock nobody holds any more."""
+        """Remove what processes that were killed have left: folders whose lock nobody holds any more."""
+        for folder in (self.folder, self.folder / "digests"):
+            sweep(folder)
         for lock in (self.folder / "locks").glob("*"):
             if SESSION.fullmatch(lock.name) and abandoned(lock):
                 for folder in (self.folder / "tmp").glob(f"{lock.name}-*"):
