@@ -37,6 +37,7 @@ from taskvec.results import COLUMNS
 from taskvec.store import Store, read_json
 from taskvec.study import StudyFile
 from taskvec.study_files import parse_study
+from taskvec.verdict import SMOKE, headline
 
 METHODS = {"task_arithmetic": 0.05, "iso_c": 0.3, "ties": 0.2, "emr": 0.5}
 STUDY = """
@@ -131,6 +132,28 @@ def test_the_last_line_says_which_to_pick_in_plain_words() -> None:
     nothing = Board(found.view, tuple(one for one in found.options if not one.merged))
     assert "not worth merging" in advice(nothing)
     assert "individual models (8 encoders, 32.0 MB) are better on validation than linear probing" in advice(nothing)
+
+
+def test_what_the_test_split_does_not_confirm_is_not_picked_and_the_verdict_agrees() -> None:
+    rows = rows_with_joint()
+    gains = rows["metric"].str.startswith("gain_over_probing")
+    rows.loc[gains, "value"] -= 0.2
+    spent = fixture.costs(rows)
+    [found] = boards(rows, spent)
+    assert picks(found) == []
+    assert "is the best on validation and no better than that on the test split" in advice(found)
+    assert "not worth merging here" in advice(found)
+    assert "is worse than linear probing" in headline(rows, spent)
+    low = rows["metric"].isin(["normalised_accuracy"]) & rows["split"].eq("validation")
+    [without] = boards(rows[~low], spent)  # a fine-tuned accuracy was zero
+    assert len(without.options) == len(found.options)
+
+
+def test_a_trial_run_has_a_board_and_no_advice() -> None:
+    text = markdown_boards([board()], smoke=True)
+    assert text.splitlines()[2] == SMOKE
+    assert "Which to pick" not in text
+    assert "normalised |" not in text
 
 
 def test_a_grid_that_ended_too_early_is_told() -> None:
