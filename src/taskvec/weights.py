@@ -178,7 +178,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
     """Write tensors to a safetensors file, which appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, str(temporary), metadata=dict(metadata or {}))
+        about = dict(metadata or {}) if tensors else None  # a file of no tensors but metadata would be no valid JSON
+        save_file(tensors, str(temporary), metadata=about)
         temporary.replace(path)
     except SafetensorError as error:  # its writer hides the system's error number in the text
         number = re.search(r"os error (\d+)", str(error))
