@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import write_folder_task
 from PIL import Image
+
+from taskvec import cli
 
 SMALL = "name: s\nbackbones: ['lab:random']\ntasks: ['folder:one']\nprobe: {steps: 2}\nfinetune: {steps: 2}\n"
 
@@ -126,6 +130,13 @@ def test_a_small_study_runs_and_predicts(tmp_path: Path) -> None:
     done = taskvec("run", study(tmp_path), "--smoke", "--out", out, "--store", tmp_path / "store", "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert f"page: {out / 'report.html'}" in done.stdout
+    assert done.stdout.startswith("SMOKE RUN: 2 steps")
+    assert done.stderr.startswith(f"SMOKE RUN: reading {tmp_path / 's.yaml'}\nplanning s (backbones: 1, tasks: 1)\n")
+    assert max(map(len, done.stderr.splitlines()[1:])) <= 80
+    page = (out / "report.html").read_text("utf-8")
+    assert page.index('class="smoke"') < page.index("<h1>")
+    for text in (done.stdout, page.split('id="words"')[0], (out / "tables.md").read_text("utf-8").split("## What")[0]):
+        assert not re.search("gained|beats linear|normalised</th>|normalised \\|", text)
     image = tmp_path / "one" / "test" / "bee" / "000.png"
     answer = taskvec("predict", out, image, "--task", "one")
     assert answer.returncode == 0, answer.stderr
@@ -213,3 +224,41 @@ def test_the_lab_can_be_pre_trained_again_and_the_result_loaded(tmp_path: Path) 
     )
     assert run.returncode == 0, run.stderr
     assert taskvec("predict", out, image).returncode == 0
+
+
+def test_the_version_is_told_without_torch() -> None:
+    assert not loads_torch("--version")
+    assert re.fullmatch(r"taskvec \d+\.\d+\S*\n", taskvec("--version").stdout)
+
+
+def test_exit_codes_are_documented() -> None:
+    text = " ".join(taskvec("--help").stdout.split())
+    assert "exit codes: 0 done; 1 an error of this program; 2 a mistake to mend; 130, 143 interrupted" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "\x1b[31mred"), ("run", "--\x1b[31mred"), ("\x1b[31mred",),
+        ("plan", "quickstart", "--device", "\x1b[31mred"),
+        ("predict", "\x1b[31mred", "\x1b[31mred"), ("merge", "\x1b[31m", "\x1b[31m", "--scale", "1", "--out", "x"),
+        ("diff", "\x1b[31m", "\x1b[31m"), ("list", "\x1b[31mred"), ("store", "--store", "\x1b[31mred"),
+    ],
+)  # fmt: skip
+def test_escape_characters_of_the_user_never_reach_the_terminal(arguments: tuple[str, ...]) -> None:
+    done = taskvec(*arguments)
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr + done.stdout
+    assert r"\x1b[31m" in done.stderr
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_that_has_only_ascii_gets_other_signs(tmp_path: Path, locale: dict[str, str]) -> None:
+    for arguments in (["list", "methods"], ["list", "tasks"], ["run", tmp_path / "λ.yaml"], ["predict", "λ", "λ.png"]):
+        command = [sys.executable, "-m", "taskvec", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, env=os.environ | locale, timeout=120)
+        assert b"UnicodeEncodeError" not in done.stderr
+        assert b"Traceback" not in done.stderr
+        assert done.returncode == (0 if arguments[0] == "list" else 2), done.stderr
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert cli.plain("λ 0.3 ± 1 漢 \x1b", stream) == r"lambda 0.3 +- 1 \u6f22 \x1b"

@@ -91,6 +91,12 @@ def test_imports_of_python_blocks_resolve(where: str, block: str) -> None:
         exec(line, {})
 
 
+def test_one_liners_run() -> None:
+    for where, block in every("sh"):
+        for code in re.findall(r'python -c "([^"]*)"', block):
+            exec(compile(code, where, "exec"), {})
+
+
 def test_every_name_of_the_package_exists() -> None:
     """Names such as ``taskvec.loaders.timm`` or ``tv.merge``, in sentences and in blocks."""
     for where, text in BY.items():

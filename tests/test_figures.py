@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from taskvec import figures
 from taskvec.errors import TaskvecError
-from taskvec.figures import maps
+from taskvec.figures import maps, style
 from taskvec.figures.style import line_styles
 
 PLACE = ("lab:supervised", "aligned")
@@ -374,3 +375,35 @@ def test_mistakes_are_told() -> None:
         figures.combinations(rows, *PLACE)
     with pytest.raises(TaskvecError, match="none|aligned"):
         figures.scales(rows, "aligned")
+
+
+# ---------------------------------------------------------------- legible
+
+
+def test_lines_of_any_number_of_encoders_differ() -> None:
+    for colours in (style.CYCLE, style.WIDE_CYCLE):
+        looks = [tuple(map(str, style.line_style(i, colours).values())) for i in range(36)]
+        assert len(set(looks)) == len(looks)
+        first = [style.line_style(i, colours)["color"] for i in range(len(colours))]
+        assert len(set(first)) == len(first)
+
+
+@pytest.mark.parametrize("names", [8, 12])
+def test_no_legend_leaves_the_figure(names: int) -> None:
+    rows, _ = fixture.full_run(backbones=("sup-1k", "sup-21k", "clip-large", "sup-21k-L"), seeds=(0,))
+    rows = pd.concat([rows.assign(backbone=rows["backbone"] + f"-number-{i}") for i in range(names // 4)])
+    for one in figures.plan(rows):
+        if one.kind in ("errors", "counts-all", "backbones"):
+            figure = one.draw()
+            figure.savefig(io.BytesIO(), dpi=50)
+            [legend] = figure.legends
+            inside, whole = legend.get_window_extent(), figure.bbox
+            assert inside.x0 >= whole.x0 - 1 and inside.x1 <= whole.x1 + 1, one.stem
+
+
+def test_figures_of_a_trial_run_say_so(tmp_path: Path) -> None:
+    drawn: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda figure, *_: drawn.append(figure.get_suptitle()))
+        figures.write(fixture.results(tasks=("one", "two")), None, tmp_path, smoke=True)
+    assert drawn and all(title.startswith("SMOKE RUN: ") for title in drawn)

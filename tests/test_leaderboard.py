@@ -38,6 +38,7 @@ from taskvec.store import Store, read_json
 from taskvec.study import StudyFile
 from taskvec.study_files import parse_study
 from taskvec.texts import percent
+from taskvec.verdict import SMOKE, headline
 from taskvec.views import views
 
 METHODS = {"task_arithmetic": 0.05, "iso_c": 0.3, "ties": 0.2, "emr": 0.5}
@@ -147,6 +148,28 @@ def test_a_fine_tuned_encoder_that_got_nothing_right_is_named() -> None:
     assert f"linear probing reaches {percent(found.view.own('probing'))} %" in text
     assert "–" not in text
     assert board().view.unlearned == []
+
+
+def test_what_the_test_split_does_not_confirm_is_not_picked_and_the_verdict_agrees() -> None:
+    rows = rows_with_joint()
+    gains = rows["metric"].str.startswith("gain_over_probing")
+    rows.loc[gains, "value"] -= 0.2
+    spent = fixture.costs(rows)
+    [found] = boards(rows, spent)
+    assert picks(found) == []
+    assert "is the best on validation and no better than that on the test split" in advice(found)
+    assert "not worth merging here" in advice(found)
+    assert "is worse than linear probing" in headline(rows, spent)
+    low = rows["metric"].isin(["normalised_accuracy"]) & rows["split"].eq("validation")
+    [without] = boards(rows[~low], spent)  # a fine-tuned accuracy was zero
+    assert len(without.options) == len(found.options)
+
+
+def test_a_trial_run_has_a_board_and_no_advice() -> None:
+    text = markdown_boards([board()], smoke=True)
+    assert text.splitlines()[2] == SMOKE
+    assert "Which to pick" not in text
+    assert "normalised |" not in text
 
 
 def test_a_grid_that_ended_too_early_is_told() -> None:

@@ -41,3 +41,31 @@ def test_the_time_left_follows_the_cost_that_is_done(now: list[float]) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "7 s"), (125, "2 min 05 s"), (7505, "2 h 05 min")])
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert progress.clock(seconds) == text
+
+
+def test_lines_of_a_file_fit_80_columns_have_no_colour_and_no_control_characters() -> None:
+    out = io.StringIO()
+    watcher = progress.Terminal(Console(file=out, force_terminal=False, width=80))
+    steps = [Step(f"fine-tune [bold]{'x' * 90}\x1b[31m{i} (backbone, aligned, seed 0)", "m:f", 1, {}) for i in (1, 2)]
+    watcher.planned(steps)
+    for step in steps:
+        watcher.started(step)
+        watcher.finished(step, 1234.5)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert all(len(line) <= 80 and "\x1b" not in line for line in lines)
+    assert lines[0].startswith("[1/2] fine-tune [bold]xxx")
+    assert lines[0].endswith("…gned, seed 0): 1234.5 s, about 20 min 35 s left")
+
+
+def test_there_is_an_estimate_within_the_first_long_step_of_a_resumed_run(now: list[float]) -> None:
+    watcher = progress.Terminal(Console(file=io.StringIO(), force_terminal=False, width=80))
+    kept, long = Step("kept", "m:f", 1, {}, cost=500), Step("long", "m:f", 1, {}, cost=100)
+    watcher.planned([kept, long])
+    watcher.reused(kept)
+    watcher.started(long)
+    now[0] = 20.0  # a worker starts
+    watcher.advanced(long, 0.1)
+    now[0] = 30.0
+    watcher.advanced(long, 0.2)
+    assert watcher.left() == pytest.approx(80)

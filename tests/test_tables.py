@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import report_fixture as fixture
+from rich.cells import cell_len
 
 from taskvec import tables, verdict
 from taskvec.errors import TaskvecError
 from taskvec.kinds import KINDS
-from taskvec.texts import MISSING, escape_markdown, short_backbone
+from taskvec.texts import MISSING, escape_latex, escape_markdown, short_backbone, shorten, text_table
 from taskvec.views import METRICS, box_error, line_search, task_sets, view
 
 
@@ -224,10 +225,13 @@ def test_numbers_in_the_markdown_are_those_in_the_rows() -> None:
         assert numbers[0] == f"{100 * _value(rows, 'probing', 'kept', 'accuracy', task):.1f}"
         assert numbers[1] == f"{100 * _value(rows, 'fine_tuned', 'kept', 'accuracy', task):.1f}"
         assert numbers[2] == f"{100 * _value(rows, 'task_arithmetic', 'kept', 'accuracy', task):.1f}"
-        assert numbers[3] == f"{100 * _value(rows, 'task_arithmetic', 'kept', 'normalised_accuracy', task):.1f}"
-        assert numbers[4] == "0.10"
+        assert numbers[3].startswith(
+            f"{100 * _value(rows, 'task_arithmetic', 'kept', 'gain_over_probing', task):+.1f} ("
+        )
+        assert numbers[4] == f"{100 * _value(rows, 'task_arithmetic', 'kept', 'normalised_accuracy', task):.1f}"
+        assert numbers[5] == "0.10"
         assert numbers[6] == f"{100 * _value(rows, 'task_arithmetic', 'reprobed', 'accuracy', task):.1f}"
-        assert numbers[8] == "0.30"
+        assert numbers[9] == "0.30"
     assert text.index("One encoder for all eight") < text.index("## Summary") < text.index("## What the words mean")
 
 
@@ -336,14 +340,14 @@ def test_metrics_are_those_of_the_kinds_of_task() -> None:
 
 def test_each_task_of_another_kind_is_told_in_its_own_metric() -> None:
     frame = tables.per_task(fixture.mixed(), "lab:random", "aligned")
-    kept = [f"Kept heads: {name}" for name in ("absolute", "normalised", "λ", "gain (95 % interval)")]
+    kept = [f"Kept heads: {name}" for name in ("absolute", "gain (95 % interval)", "normalised", "λ")]
     assert list(frame.columns) == ["Task", "Metric", "Probing", "Fine-tuned", "Normalised: probing", *kept]
     assert frame.to_numpy().tolist() == [
-        ["greek", "accuracy", "50.0", "80.0", "62.5", "60.0", "75.0", "0.20", "+10.0 (8.0 to 12.0)"],
-        ["ink", "patch accuracy", "60.0", "75.0", "80.0", "60.0", "80.0", "0.20", "+0.0 (-2.0 to 2.0)"],
-        ["angle", "within 15°", "40.0", "50.0", "80.0", "45.0", "90.0", "0.20", "+5.0 (3.0 to 7.0)"],
-        ["street", "accuracy", "70.0", "100.0", "70.0", "83.0", "83.0", "0.20", "+13.0 (11.0 to 15.0)"],
-        ["Mean", "–", "–", "–", "73.1", "–", "82.0", "0.20", "+8.9 (7.9 to 9.9)"],
+        ["greek", "accuracy", "50.0", "80.0", "62.5", "60.0", "+10.0 (8.0 to 12.0)", "75.0", "0.20"],
+        ["ink", "patch accuracy", "60.0", "75.0", "80.0", "60.0", "+0.0 (-2.0 to 2.0)", "80.0", "0.20"],
+        ["angle", "within 15°", "40.0", "50.0", "80.0", "45.0", "+5.0 (3.0 to 7.0)", "90.0", "0.20"],
+        ["street", "accuracy", "70.0", "100.0", "70.0", "83.0", "+13.0 (11.0 to 15.0)", "83.0", "0.20"],
+        ["Mean", "–", "–", "–", "73.1", "–", "+8.9 (7.9 to 9.9)", "82.0", "0.20"],
     ]
 
 
@@ -357,9 +361,9 @@ def test_one_lambda_a_task_is_told_task_by_task() -> None:
 
 def test_the_summary_of_a_mixed_cell_holds_only_what_has_a_mean() -> None:
     frame = tables.summary(fixture.mixed())
-    kept = ["Kept heads: normalised", "Kept heads: λ", "Kept heads: gain (95 % interval)"]
+    kept = ["Kept heads: gain (95 % interval)", "Kept heads: normalised", "Kept heads: λ"]
     assert list(frame.columns) == ["Backbone", "Regime", "Method", "Normalised: probing", *kept]
-    assert list(frame.iloc[0])[3:] == ["73.1", "82.0", "0.20", "+8.9 (7.9 to 9.9)"]
+    assert list(frame.iloc[0])[3:] == ["73.1", "+8.9 (7.9 to 9.9)", "82.0", "0.20"]
 
 
 def test_the_words_fit_tasks_of_several_kinds() -> None:
@@ -439,3 +443,48 @@ def test_the_notes_of_a_study_stand_above_its_tables() -> None:
     text = tables.markdown(fixture.results(), notes=("one_ had *less* time",))
     assert text.index("## Before you compare") < text.index(r"one\_ had \*less\* time") < text.index("## Summary")
     assert "## Before you compare" not in tables.markdown(fixture.results())
+
+
+# ---------------------------------------------------------------- on a terminal
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+def test_a_table_fits_the_terminal_breaks_no_word_and_shows_the_gain(width: int) -> None:
+    frame = tables.per_task(fixture.results(), "lab:supervised", "aligned")
+    text = text_table(frame, width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert text.count("gain") == 2
+    assert ("normalised" in text) == (width >= 100)
+    assert ("(95 % interval)" in text) == (width >= 200)
+    for task in fixture.EIGHT:
+        assert task in text
+    assert "+5.3" in text
+
+
+def test_long_and_wide_names_lose_their_middle() -> None:
+    names = ["a" * 90, "漢" * 50, "short"]
+    frame = tables.per_task(fixture.results(tasks=names), "lab:supervised", "aligned")
+    text = text_table(frame, 80)
+    assert max(map(cell_len, text.splitlines())) <= 80
+    assert "…" in text
+    assert shorten("abcdefghij", 5) == "abc…j"
+    assert shorten("abc", 5) == "abc"
+
+
+def test_tables_of_other_shapes_are_split_and_keep_every_column() -> None:
+    frame = pd.DataFrame({"Layer": ["blocks.0", "head"], **{f"checkpoint-{i}": ["1.234%", "5%"] for i in range(9)}})
+    text = text_table(frame, 60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert all(f"checkpoint-{i}" in text for i in range(9))
+    assert text.count("blocks.0") > 1
+
+
+def test_control_characters_in_names_are_escapes_in_every_table() -> None:
+    rows = fixture.results(tasks=("red\x1b[31m", "bell\x07"), backbones=("b\x1b[0m",))
+    for text in (tables.markdown(rows), tables.headline(rows), text_table(tables.summary(rows), 80)):
+        assert "\x1b" not in text and "\x07" not in text
+    assert r"red\\x1b\[31m" in tables.markdown(rows)
+
+
+def test_names_that_begin_with_a_bracket_or_a_star_do_not_belong_to_the_line_break_before() -> None:
+    assert escape_latex("[a] *b") == "{[}a{]} {*}b"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from taskvec import vectors
 from taskvec.errors import TaskvecError
-from taskvec.weights import Weights, align, bind, pack, read, save
+from taskvec.weights import Weights, align, bind, pack, read, save, save_tensors
 
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=4).map(tuple), min_size=1, max_size=5)
 
@@ -155,3 +155,9 @@ def test_half_precision_files_are_merged_in_float32() -> None:
     assert moved.flat.dtype == torch.float32
     assert float(moved.flat) == pytest.approx(1 + 0.05 * 0.0078125)
     assert isinstance(moved, Weights)
+
+
+def test_a_file_of_no_tensors_is_read_back(tmp_path: Path) -> None:
+    """A round of re-probing that has no scale left to try fits no head."""
+    save_tensors({}, tmp_path / "none.safetensors")
+    assert read(tmp_path / "none.safetensors") == {}

@@ -216,8 +216,9 @@ def save(weights: Weights, path: Path, metadata: Mapping[str, str] | None = None
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, which appears whole or not at all."""
     try:
+        about = dict(metadata or {}) if tensors else None  # a file of no tensors but metadata would be no valid JSON
         with replacing(path) as new:
-            save_file(tensors, str(new), metadata=dict(metadata or {}))
+            save_file(tensors, str(new), metadata=about)
     except SafetensorError as error:  # its writer hides the system's error number in the text
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number.group(1)), str(error), str(path)) if number else error from None

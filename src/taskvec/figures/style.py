@@ -33,7 +33,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SNAPSHOT = re.compile(r"(.+)@(\d+)")
 """The name of an encoder on its way: NAME@STEP."""
 WIDTH = 6.4  # inches: at 200 dots an inch, type of 9 points stays legible where a page is 400 pixels wide
-CHARACTERS = 14
+CHARACTERS = 12.5
 """How many characters of a legend fit an inch, with room to spare."""
 ROW = 0.19
 """Inches that a row of a legend takes."""
@@ -97,7 +97,7 @@ def legend_columns(labels: list[str], width: float = WIDTH) -> int:
 def _legend_width(labels: list[str], columns: int) -> int:
     """Estimate the characters of the longest labels of all columns side by side, each with its mark."""
     rows = math.ceil(len(labels) / columns)
-    return sum(8 + max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows))
+    return sum(10 + max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows))
 
 
 # ---------------------------------------------------------------- names
