@@ -138,11 +138,13 @@ def test_modules_that_sentences_name_exist() -> None:
 
 
 @pytest.mark.parametrize(("where", "block"), every("yaml"))
-def test_every_key_shown_is_one_of_a_study(where: str, block: str) -> None:
+def test_every_key_shown_is_one_of_a_study(where: str, block: str, tmp_path: Path) -> None:
     shown = yaml.safe_load(block)
     assert set(shown) <= set(Study.model_fields), where
     defaults = {"backbones": ["lab:supervised"], "tasks": ["lab:greek"]}
-    parse_study(yaml.safe_dump(defaults | {"name": "shown"} | shown), where)
+    for name in shown.get("plugins", ()):
+        (tmp_path / name).write_text(next(code for code in blocks(BY[where], "python") if "register(" in code))
+    parse_study(yaml.safe_dump(defaults | {"name": "shown"} | shown), where, tmp_path)
 
 
 def test_the_reference_of_study_files_names_every_key() -> None:

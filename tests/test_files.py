@@ -440,7 +440,6 @@ def test_mutated_headers_end_in_errors_or_open(tmp_path: Path) -> None:
         '{"metadata": {"x": ' + "[" * 900 + "]" * 900 + '}, "weight_map": {"w": "FILE"}}',
         '{"metadata": {}, "weight_map": {"w": "other.safetensors", "w": "FILE"}}',
         '{"weight_map": {"w": "../FILE"}}',
-        '{"weight_map": {"w": "a/FILE"}}',
         '{"weight_map": {"w": "\\u0000"}}',
         '{"weight_map": {"w": ""}}',
     ],
@@ -452,6 +451,16 @@ def test_an_index_that_could_not_be_written_is_refused_when_it_is_read(tmp_path:
     for open_it in (Checkpoint, lambda _: loaded_shards(index)):
         with pytest.raises(TaskvecError, match="model.safetensors.index.json"):
             open_it(folder)
+
+
+def test_shards_in_folders_of_their_own_are_not_merged(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "a", {"w": torch.ones(2)})
+    (folder / "below").mkdir()
+    shard = (folder / "model-00001-of-00001.safetensors").rename(folder / "below" / "w.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "below/w.safetensors"}}')
+    assert loaded_shards(folder / "model.safetensors.index.json") == [shard]
+    with pytest.raises(TaskvecError, match="names the shard 'w.safetensors', which is not beside it"):
+        Checkpoint(folder)
 
 
 def test_of_two_sets_of_weights_the_whole_model_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,7 +202,7 @@ def test_bad_places_and_seeds_are_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     call = ["lab", "pretrain", "supervised", "--steps", "1"]
     found = CliRunner().invoke(app, [*call, "--out", str(tmp_path / "file")])
-    assert (found.exit_code, "cannot use" in found.output) == (2, True)
+    assert (found.exit_code, "is no folder" in found.output) == (2, True)
     assert CliRunner().invoke(app, [*call, "--seed", "9" * 25]).exit_code == 2
 
 

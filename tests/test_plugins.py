@@ -144,8 +144,8 @@ def study(folder: Path, text: str = STUDY) -> StudyFile:
 @pytest.mark.parametrize(
     ("key", "told"),
     [
-        ("plugins: own/mine.py", "'plugins': Input should be a valid tuple"),
-        ("plugins: [1]", "'plugins.0': Input should be a valid string"),
+        ("plugins: own/mine.py", "'plugins': should be a list"),
+        ("plugins: [1]", "'plugins.0': YAML reads 1 as a number, where text belongs"),
         ("plugins: ['']", "'plugins.0': String should have at least 1 character"),
         ("plugins: [no.py]", "no plugin file at"),
         ("plugins: []", "unknown merging method 'mine'"),

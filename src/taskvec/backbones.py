@@ -24,6 +24,7 @@ from taskvec.images import Preprocessing, normalise
 from taskvec.lab import encoders
 from taskvec.loaders import build
 from taskvec.loaders.checkpoints import COUNTER, first_line, parts
+from taskvec.loaders.requests import check_affordable, check_bounds
 from taskvec.notes import note
 from taskvec.store import Record, read_record, write_json
 from taskvec.training import Progress, no_progress
@@ -375,6 +376,8 @@ def restore(about: Path, weights: Path, device: str) -> Backbone:
     record = read_record(about, Encoder)
     architecture, preprocessing = record.architecture.model_dump(), Preprocessing(**record.preprocessing.model_dump())
     try:
+        check_bounds(architecture["options"], f"'{about}'")
+        check_affordable(lambda: build(architecture), [weights], f"'{about}'")
         module = build(architecture)
     except TaskvecError:
         raise

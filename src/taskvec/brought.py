@@ -289,8 +289,6 @@ def fitted(
     check_kinds(layers, {key: torch.empty(0) for key in layers}, source)
     rows = tensors[weight].float()
     bias = tensors.get(weight.removesuffix("weight") + "bias", torch.zeros(len(rows))).float()
-    if not all(tensors[key].is_floating_point() for key in layer(weight) if key in tensors):
-        raise TaskvecError(f"{source}: the head's tensors are not floating-point numbers", "give the head itself")
     head = Head(rows, bias, **{"kind": task.kind, **unusual})
     if head.kind != task.kind:
         raise TaskvecError(f"{source} is a head for {head.kind}, and '{task.name}' is a task of {task.kind}", "swap it")

@@ -35,6 +35,8 @@ FLOATS: dict[str, np.dtype[Any]] = {
 """Types that can be computed with, and how numpy holds their bytes (it has no bfloat16)."""
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 HEADER_LIMIT = 100_000_000
+LONGEST_NAME = 255
+"""Bytes of the name of a shard."""
 NESTED = 50
 """Levels that an index has at most."""
 DIMENSIONS = 60
@@ -282,7 +284,7 @@ def tell_other(weights: Path) -> None:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read an index of weights in several files, whose names are plain: they lie beside it."""
+    """Read an index of weights in several files, which lie in its folder or below."""
     try:
         index = parse_json(path.read_bytes())
         if not _texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
@@ -293,8 +295,11 @@ def read_index(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"no index of shards ({error})") from None
     for name in set(index["weight_map"].values()):
-        if Path(name).name != name or name in ("", "..") or "\0" in name:
-            raise TaskvecError(f"'{path}' names the shard '{name}', which is not beside it", "copy the missing shard")
+        parts, odd = Path(name).parts, "\0" in name or len(name.encode()) > LONGEST_NAME
+        if odd or not parts or Path(name).is_absolute() or ".." in parts:
+            raise TaskvecError(
+                f"'{path}' names '{name}', which is no file of its folder", "copy the whole folder again"
+            )
     return dict(index)
 
 
@@ -309,7 +314,7 @@ def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
     index = read_index(path)
     files = tuple(path.parent / name for name in sorted(set(index["weight_map"].values())))
     for file in files:
-        if not file.is_file():
+        if file.parent != path.parent or not file.is_file():
             raise TaskvecError(
                 f"'{path}' names the shard '{file.name}', which is not beside it", "copy the missing shard"
             )

@@ -158,7 +158,10 @@ def bare_state(files: Sequence[Path]) -> dict[str, Tensor] | None:
     """Return the tensors of files by names without what wrappers add to them; None where these are plain."""
     if any(file.suffix != ".safetensors" for file in files):
         return None
-    names = unwrapped([name for file in files for name in read_keys(file)])
+    own = ["module.weight"]  # LeViT's names have that part
+    names = unwrapped([name for file in files for name in read_keys(file)], own)
+    if all(bare.startswith("module.") for bare in names.values()):
+        names = {name: bare.removeprefix("module.") for name, bare in names.items()}
     if all(name == bare for name, bare in names.items()):
         return None
     return {names[name]: tensor for file in files for name, tensor in read(file).items()}

@@ -334,6 +334,8 @@ def made(options: Mapping[str, Any], outputs: int) -> nn.Module:
     import timm
 
     name, size = options["name"], options["size"]
+    if not timm.is_model(name):  # which may also be an address of a hub or a folder to timm
+        raise unknown("timm model", name, timm.list_models())
     given: dict[str, Any] = {"num_classes": outputs, **options.get("arguments", {})}
     if "seen" in options:
         given["pretrained_cfg"] = options["seen"]
