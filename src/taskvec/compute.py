@@ -21,14 +21,18 @@ WIDE = 128
 
 
 def processor(device: str = "cpu") -> str:
-    """Name the processor that computes: another one may give other last digits, and so other choices."""
+    """Name the processor that computes: another one may give other last digits, and so other choices.
+
+    A name alone may stand for many CPUs: the instructions that torch uses follow it.
+    """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    tiles = ", AMX" if has_fast_bfloat16() else ""
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{tiles})"
 
 
 def choose_device(setting: str = "auto") -> str:
