@@ -23,6 +23,7 @@ from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.merging import ADDITION, BUILT_IN, METHODS, Method, find_recipe, plugins, register
 from taskvec.merging.parts import Part
+from taskvec.notes import listen
 from taskvec.plan import plan
 from taskvec.steps.merging import open_recipe
 from taskvec.store import Store, read_json
@@ -134,6 +135,18 @@ def test_what_is_wrong_with_a_plugin_is_told_with_its_line(tmp_path: Path) -> No
     assert "SyntaxError" in error_of(path)
     two = write(tmp_path / "one.py"), write(tmp_path / "two.py")
     assert "two.py', line" in error_of(*two)
+
+
+def test_what_a_plugin_imports_from_its_own_folder_is_told(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tasks / "own"
+    write(own / "mine.py", MINE + "import one_helper, torch.nn\ndef f():\n    from a_package.part import x\n")
+    monkeypatch.syspath_prepend(own)
+    write(own / "one_helper.py", "x = 1")
+    write(own / "a_package" / "__init__.py", "")
+    with listen() as heard:
+        plan(study(tasks), Store(tasks / "store"))
+    path = own / "mine.py"
+    assert heard == [f"plugin '{path}' imports a_package, one_helper from its folder: nothing tells when that changes"]
 
 
 def study(folder: Path, text: str = STUDY) -> StudyFile:

@@ -339,11 +339,14 @@ def test_a_run_folder_ends_right_whenever_it_was_killed(tmp_path: Path) -> None:
 
 def test_the_second_run_into_one_folder_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
     with runs.writing(tmp_path / "out"):
-        (tmp_path / "out" / ".fresh-12345").mkdir()
+        (tmp_path / "out" / ".fresh-12345" / "figures").mkdir(parents=True)
+        (tmp_path / "out" / ".fresh-2026" / "thesis").mkdir(parents=True)
         with pytest.raises(tv.TaskvecError, match="another run is writing to"), runs.writing(tmp_path / "out"):
             pass
     with runs.writing(tmp_path / "out"):
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{runs.MARKER}-lock"]
+        left = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert left == [".fresh-2026", f"{runs.MARKER}-lock"]
+    shutil.rmtree(tmp_path / "out" / ".fresh-2026")
     (tmp_path / "out").rmdir()
     with runs.writing(tmp_path / "out" / "deep"):
         pass

@@ -179,8 +179,9 @@ def writing(out: Path) -> Iterator[None]:
 def tidy(out: Path) -> None:
     """Remove what killed runs have left in a run folder."""
     sweep(out)
-    for left in out.glob(".fresh-*"):  # as runs of an older version called it
-        if left.name.removeprefix(".fresh-").isdecimal():
+    for left in out.glob(".fresh-*"):  # as runs of an older version called it, with nothing else in it
+        is_ours = left.name.removeprefix(".fresh-").isdecimal() and is_folder(left)
+        if is_ours and {path.name for path in left.iterdir()} <= {*FILES, *FOLDERS}:
             shutil.rmtree(left, ignore_errors=True)
 
 
