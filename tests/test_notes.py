@@ -149,12 +149,12 @@ def test_what_a_library_says_while_it_is_imported_is_no_note_of_the_step(
 
 
 def test_a_library_that_logs_wrongly_stops_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    logger = logging.getLogger("some.library")
+    logger = logging.getLogger("careless.library")
     logger.propagate = False  # pytest raises what logging only prints
     with listen() as heard, library_warnings():
         logger.warning("%d files", "two")
         logger.warning("after it")
-    assert heard == ["some.library: after it"]
+    assert heard == ["careless.library: after it"]
     assert "%d files" in capfd.readouterr().err
 
 

@@ -125,8 +125,8 @@ def _neighbours(path: Path, source: bytes) -> list[str]:
     for name in sorted({name.partition(".")[0] for name in names}):
         with contextlib.suppress(ImportError, ValueError):  # one that may be absent, or was made by a program
             spec = importlib.util.find_spec(name)
-            places = (spec.submodule_search_locations or [spec.origin]) if spec else []
-            found += [name for place in places if place and Path(place).resolve().parent == path.parent]
+            places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+            found += [name for place in places if Path(place).resolve().parent == path.parent]
     return found
 
 
