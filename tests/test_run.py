@@ -371,6 +371,8 @@ def test_the_second_run_into_one_folder_is_refused_while_the_first_goes_on(tmp_p
         ("data/two", "store"),
         ("flat/ant", "store"),
         ("flat/runs/x", "store"),
+        ("a class elsewhere/out", "store"),
+        ("out", "a class elsewhere/store"),
     ],
 )
 def test_places_in_each_other_are_refused_before_any_work(data: Path, out: str, store: str) -> None:
@@ -380,6 +382,8 @@ def test_places_in_each_other_are_refused_before_any_work(data: Path, out: str, 
     for name in ("one", "two"):
         (data / name).rename(data / "data" / name)
     shutil.copytree(data / "data" / "one" / "train", data / "flat")
+    (data / "data" / "one" / "train" / "bee").rename(data / "a class elsewhere")
+    (data / "data" / "one" / "train" / "bee").symlink_to(data / "a class elsewhere")
     text = study_file(data / "data").text.replace(f"{data}/data/two", f"{data}/flat")
     before = sorted(data.rglob("*"))
     with pytest.raises(tv.TaskvecError, match="lie one in the other|which is read|not empty and not a run folder"):
@@ -433,6 +437,9 @@ def test_what_is_in_the_way_of_a_run_is_refused_before_any_work(data: Path) -> N
             runs.check_free(study_file(data), out)
         assert (out / name).read_text() == "mine"
         shutil.rmtree(out)
+    (out / runs.MARKER).mkdir(parents=True)
+    with pytest.raises(tv.TaskvecError, match=r"/\.taskvec' was not written by this command"):
+        runs.check_free(study_file(data), out)
 
 
 def command(data: Path, out: str, store: str) -> list[str]:

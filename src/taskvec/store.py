@@ -55,7 +55,7 @@ def default_store() -> Path:
 
 def gigabytes(count: float) -> str:
     """Write a number of bytes for people: 48.5 GB, 12 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(int(count > 0), round(count / 1e6))} MB"
 
 
 REFUSED = (
