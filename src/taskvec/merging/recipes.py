@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.merging.parts import Entries, Masked, Part
-from taskvec.settings import Settings
+from taskvec.settings import Settings, parse_scales
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Float32
@@ -104,6 +104,7 @@ def register(method: Method) -> None:
         raise ValueError(f"a method named '{method.name}' is registered already")
     if not (isinstance(method.config, type) and issubclass(method.config, Settings)):
         raise ValueError(f"the config of '{method.name}' is no class of taskvec.settings.Settings")
+    parse_scales(method.scales)
     METHODS[method.name] = method
 
 
