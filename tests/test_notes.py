@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import subprocess
@@ -130,18 +131,31 @@ def test_listening_is_undone_in_any_order_and_each_note_is_heard_once(capsys: py
 def test_what_a_library_says_while_it_is_imported_is_no_note_of_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "noisy_library.py").write_text(
-        "import warnings, logging\nwarnings.warn('old package')\nlogging.getLogger('noisy').warning('old driver')\n"
-    )
+    text = "import warnings, logging\nwarnings.warn('old package')\nlogging.getLogger('noisy').warning('old driver')\n"
+    for name in ("noisy_library", "noisy_too"):
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     handled = logging.Logger.callHandlers
     with warnings.catch_warnings(record=True) as shown, listen() as heard, library_warnings():
         import noisy_library  # noqa: F401
 
-        threading.Thread(target=note, args=("from a thread",)).start()
+        for call in (lambda: note("from a thread"), lambda: importlib.import_module("noisy_too")):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
     assert heard == ["from a thread"]
-    assert [str(one.message) for one in shown] == ["old package"]
+    assert [str(one.message) for one in shown] == ["old package", "old package"]
     assert logging.Logger.callHandlers is handled
+
+
+def test_a_library_that_logs_wrongly_stops_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("careless.library")
+    logger.propagate = False  # pytest raises what logging only prints
+    with listen() as heard, library_warnings():
+        logger.warning("%d files", "two")
+        logger.warning("after it")
+    assert heard == ["careless.library: after it"]
+    assert "%d files" in capfd.readouterr().err
 
 
 def test_equal_notes_of_many_steps_are_one_line() -> None:

@@ -177,6 +177,26 @@ def test_files_that_others_put_into_an_artifact_do_not_damage_it_and_stay(tmp_pa
     assert run(Store(tmp_path), one)[1].ran == ["one"]
 
 
+def test_files_that_others_put_into_a_damaged_artifact_stay_when_it_is_cleared(tmp_path: Path) -> None:
+    one = step("one", 1)
+    folder = run(Store(tmp_path), one)[0][one].folder
+    (folder / "n.txt").unlink()
+    (folder / "n.txt").mkdir()
+    (folder / "n.txt" / "thesis.txt").write_text("mine")
+    (folder / "elsewhere").symlink_to(tmp_path)
+    assert run(Store(tmp_path), one)[1].ran == ["one"]
+    store = Store(tmp_path)
+    with listen() as heard:
+        store.clear(store.held())
+    kept = tmp_path / "foreign" / folder.name
+    assert heard == [
+        f"elsewhere, n.txt/thesis.txt in '{tmp_path}/damaged/{folder.name}' is no part of it: kept in '{kept}'"
+    ]
+    assert (kept / "n.txt" / "thesis.txt").read_text() == "mine"
+    assert (kept / "elsewhere").is_symlink()
+    assert store.held() == []
+
+
 @pytest.mark.parametrize("seconds", ["text", None, [1], 1e999, float("nan"), 10**400, -1])
 def test_a_record_of_odd_seconds_is_one_that_does_not_tell_them(tmp_path: Path, seconds: Any) -> None:
     one = step("one", 1)

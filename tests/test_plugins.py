@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,8 @@ from taskvec.errors import TaskvecError
 from taskvec.executors import open_executor
 from taskvec.merging import ADDITION, BUILT_IN, METHODS, Method, find_recipe, plugins, register
 from taskvec.merging.parts import Part
+from taskvec.merging.recipes import apply
+from taskvec.notes import listen
 from taskvec.plan import plan
 from taskvec.steps.merging import open_recipe
 from taskvec.store import Store, read_json
@@ -120,6 +123,8 @@ def test_what_is_wrong_with_a_plugin_is_told_with_its_line(tmp_path: Path) -> No
         MINE.replace('"mine"', '"probing"'): "'probing' names something else in results",
         MINE.replace('"mine"', '"mine_surgery"'): "'mine_surgery' names something else",
         MINE.replace('"mine"', '"a b"'): "'a b' is no name",
+        MINE.replace("config=Mine", "config=dict"): "the config of 'mine' is no class of taskvec.settings.Settings",
+        MINE.replace("config=Mine", "config=Mine, scales='x'"): "ValueError: want three numbers",
         MINE + "1 / 0": "line 15: ZeroDivisionError",
         "from taskvec.merging import METHODS\nMETHODS['ties'] = METHODS['dare']": "it replaces a method",
         "from taskvec.merging import METHODS\ndel METHODS['ties']": "it replaces a method",
@@ -134,6 +139,30 @@ def test_what_is_wrong_with_a_plugin_is_told_with_its_line(tmp_path: Path) -> No
     assert "SyntaxError" in error_of(path)
     two = write(tmp_path / "one.py"), write(tmp_path / "two.py")
     assert "two.py', line" in error_of(*two)
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [("vectors.mean()", "()"), ("vectors", "(2, 3)"), ("vectors.sum(0)[:1]", "(1,)"), ("None", "('nothing',)")],
+)
+def test_a_result_of_another_shape_is_no_result(tmp_path: Path, result: str, told: str) -> None:
+    text = MINE.replace("config.times * vectors.sum(0) * part.whole", result)
+    plugins.use([write(tmp_path / "mine.py", text)])
+    entries = [(Part("w", torch.zeros(3), "vector"), torch.ones(2, 3))]
+    with pytest.raises(TaskvecError, match=re.escape(f"method 'mine' makes {told} of 'w', where (3,) belongs")):
+        list(apply(find_recipe("mine"), entries))
+
+
+def test_what_a_plugin_imports_from_its_own_folder_is_told(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tasks / "own"
+    write(own / "mine.py", MINE + "import one_helper, torch.nn\ndef f():\n    from a_package.part import x\n")
+    monkeypatch.syspath_prepend(own)
+    write(own / "one_helper.py", "x = 1")
+    write(own / "a_package" / "__init__.py", "")
+    with listen() as heard:
+        plan(study(tasks), Store(tasks / "store"))
+    path = own / "mine.py"
+    assert heard == [f"plugin '{path}' imports a_package, one_helper from its folder: nothing tells when that changes"]
 
 
 def study(folder: Path, text: str = STUDY) -> StudyFile:

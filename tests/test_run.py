@@ -339,11 +339,14 @@ def test_a_run_folder_ends_right_whenever_it_was_killed(tmp_path: Path) -> None:
 
 def test_the_second_run_into_one_folder_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
     with runs.writing(tmp_path / "out"):
-        (tmp_path / "out" / ".fresh-12345").mkdir()
+        (tmp_path / "out" / ".fresh-12345" / "figures").mkdir(parents=True)
+        (tmp_path / "out" / ".fresh-2026" / "thesis").mkdir(parents=True)
         with pytest.raises(tv.TaskvecError, match="another run is writing to"), runs.writing(tmp_path / "out"):
             pass
     with runs.writing(tmp_path / "out"):
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{runs.MARKER}-lock"]
+        left = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert left == [".fresh-2026", f"{runs.MARKER}-lock"]
+    shutil.rmtree(tmp_path / "out" / ".fresh-2026")
     (tmp_path / "out").rmdir()
     with runs.writing(tmp_path / "out" / "deep"):
         pass
@@ -368,6 +371,8 @@ def test_the_second_run_into_one_folder_is_refused_while_the_first_goes_on(tmp_p
         ("data/two", "store"),
         ("flat/ant", "store"),
         ("flat/runs/x", "store"),
+        ("a class elsewhere/out", "store"),
+        ("out", "a class elsewhere/store"),
     ],
 )
 def test_places_in_each_other_are_refused_before_any_work(data: Path, out: str, store: str) -> None:
@@ -377,6 +382,8 @@ def test_places_in_each_other_are_refused_before_any_work(data: Path, out: str, 
     for name in ("one", "two"):
         (data / name).rename(data / "data" / name)
     shutil.copytree(data / "data" / "one" / "train", data / "flat")
+    (data / "data" / "one" / "train" / "bee").rename(data / "a class elsewhere")
+    (data / "data" / "one" / "train" / "bee").symlink_to(data / "a class elsewhere")
     text = study_file(data / "data").text.replace(f"{data}/data/two", f"{data}/flat")
     before = sorted(data.rglob("*"))
     with pytest.raises(tv.TaskvecError, match="lie one in the other|which is read|not empty and not a run folder"):
@@ -430,6 +437,9 @@ def test_what_is_in_the_way_of_a_run_is_refused_before_any_work(data: Path) -> N
             runs.check_free(study_file(data), out)
         assert (out / name).read_text() == "mine"
         shutil.rmtree(out)
+    (out / runs.MARKER).mkdir(parents=True)
+    with pytest.raises(tv.TaskvecError, match=r"/\.taskvec' was not written by this command"):
+        runs.check_free(study_file(data), out)
 
 
 def command(data: Path, out: str, store: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -58,10 +59,11 @@ def library_warnings() -> Iterator[None]:
     What they say while they are imported is about the installation, and comes once a process, whoever is first to
     import them: it stays on standard error.
     """
-    shown, handled, depth = warnings.showwarning, logging.Logger.callHandlers, len(_callers())
+    shown, handled = warnings.showwarning, logging.Logger.callHandlers
+    thread, depth = threading.get_ident(), len(_callers())
 
     def importing() -> bool:
-        inner = _callers()[:-depth]
+        inner = _callers()[: -depth if threading.get_ident() == thread else None]
         return any(name.startswith("<frozen importlib") for name in inner)
 
     def warned(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -71,10 +73,10 @@ def library_warnings() -> Iterator[None]:
             note(f"{category.__name__}: {message}")
 
     def logged(logger: logging.Logger, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING or importing():
+        if record.levelno < logging.WARNING or importing() or (text := _text(record)) is None:
             handled(logger, record)
         else:
-            note(f"{record.name}: {record.getMessage()}")
+            note(f"{record.name}: {text}")
 
     if once := getattr(logging.Logger, "warning_once", None):  # of transformers
         once.cache_clear()
@@ -85,6 +87,14 @@ def library_warnings() -> Iterator[None]:
             yield
         finally:
             logging.Logger.callHandlers = handled  # type: ignore[method-assign]
+
+
+def _text(record: logging.LogRecord) -> str | None:
+    """Return what a record says; None if that cannot be written, which stops nobody who logs."""
+    try:
+        return record.getMessage()
+    except Exception:
+        return None
 
 
 def _callers() -> list[str]:

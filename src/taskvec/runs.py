@@ -22,7 +22,7 @@ from taskvec.compute import choose_device, processor
 from taskvec.costs import costs
 from taskvec.errors import TaskvecError
 from taskvec.executors import cores, open_executor
-from taskvec.folders import SPELT
+from taskvec.folders import folders_in, splits_in
 from taskvec.forecast import decoded_bytes
 from taskvec.locks import holding, sweep, workspace
 from taskvec.merging import plugins
@@ -179,8 +179,9 @@ def writing(out: Path) -> Iterator[None]:
 def tidy(out: Path) -> None:
     """Remove what killed runs have left in a run folder."""
     sweep(out)
-    for left in out.glob(".fresh-*"):  # as runs of an older version called it
-        if left.name.removeprefix(".fresh-").isdecimal():
+    for left in out.glob(".fresh-*"):  # as runs of an older version called it, with nothing else in it
+        is_ours = left.name.removeprefix(".fresh-").isdecimal() and is_folder(left)
+        if is_ours and {path.name for path in left.iterdir()} <= {*FILES, *FOLDERS}:
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -219,9 +220,9 @@ def check_folder(out: Path) -> None:
 
 def check_free(file: StudyFile, out: Path) -> None:
     """Raise, before any work, if something of the user's stands in a run folder where a file of ours may have to go."""
-    own = owned(out, MARKER, LOCK)
+    own = owned(out, MARKER, LOCK) | {MARKER: set()}
     backbones = [choice.name or default_name(choice.address) for choice in file.study.backbones]
-    names = [*FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, own)]
+    names = [MARKER, *FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, own)]
     found = [out / name for name in FOLDERS if os.path.lexists(out / name) and not is_folder(out / name)]
     found += [place for name in names if (place := obstacle(out, name, own))]
     if found:
@@ -262,14 +263,15 @@ def check_inputs(file: StudyFile, out: Path, store: Path) -> None:
 
 
 def image_folders(file: StudyFile) -> list[Path]:
-    """Return the folders of images that a study reads all of: a task's splits, or the task's own folder."""
-    found = []
+    """Return the folders of images that a study reads all of: a task's splits or own folder, and classes elsewhere."""
+    found: list[Path] = []
     for task in file.study.tasks:
         kind, rest = parse(resolve(task.address, file.folder, file.study.data))
         root = Path(rest if kind == "folder" else rest.partition("@")[0])
-        below = root.iterdir() if kind == "folder" and root.is_dir() else ()
-        splits = [path for path in below if path.name.casefold() in SPELT and path.is_dir()]
-        found += splits or ([root] if kind in ("folder", "hf") and root.is_dir() else [])
+        if kind in ("folder", "hf") and root.is_dir():
+            with disk_errors(root):
+                folders = (kind == "folder" and splits_in(root)) or [root]
+                found += [*folders, *(one for folder in folders for one in folders_in(folder) if one.is_symlink())]
     return found
 
 

@@ -55,7 +55,7 @@ def default_store() -> Path:
 
 def gigabytes(count: float) -> str:
     """Write a number of bytes for people: 48.5 GB, 12 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(int(count > 0), round(count / 1e6))} MB"
 
 
 REFUSED = (
@@ -303,10 +303,11 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 one.folder.rename(gone)
             found = gone.exists()
-            record = artifact_record(gone) if one.kind != DAMAGED else None
+            record = artifact_record(gone)
             if record and (foreign := _foreign(gone, record)):
                 for name in (*record["files"], RECORD, NOTES):
-                    (gone / name).unlink(missing_ok=True)
+                    if not (gone / name).is_dir():
+                        (gone / name).unlink(missing_ok=True)
                 aside = move_aside(gone, self.folder / FOREIGN / one.id)
                 note(f"{', '.join(foreign)} in '{one.folder}' is no part of it: kept in '{aside}'")
             shutil.rmtree(gone.parent, ignore_errors=True)
@@ -412,8 +413,9 @@ def _checked(id: str, folder: Path) -> Artifact | None:
 
 def _foreign(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """List the files in an artifact that are not its own."""
-    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for name in files if name not in (*record["files"], RECORD, NOTES))
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(folder).as_posix() for path in files)
+    return sorted(name for name in names if name not in (*record["files"], RECORD, NOTES))
 
 
 def _renamed(folder: Path, place: Path) -> bool:

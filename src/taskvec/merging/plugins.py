@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import importlib.abc
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -19,11 +21,15 @@ from taskvec.store import disk_errors
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plugin that was imported: its file, the SHA-256 of its source, and the methods that it registers by name."""
+    """A plugin that was imported: its file, the SHA-256 of its source, and the methods that it registers by name.
+
+    ``neighbours`` are the modules that it imports from its own folder: no digest tells when they change.
+    """
 
     path: Path
     digest: str
     methods: Mapping[str, Method]
+    neighbours: Sequence[str]
 
 
 _imported: dict[tuple[Path, str], Plugin] = {}
@@ -84,7 +90,7 @@ def _use(path: Path) -> Plugin:
         METHODS.update(before)
         raise TaskvecError(_told(path, error), "mend the file (docs/methods.md shows a whole one)") from None
     methods = {name: method for name, method in METHODS.items() if name not in before}
-    return _imported.setdefault((path, digest), Plugin(path, digest, methods))
+    return _imported.setdefault((path, digest), Plugin(path, digest, methods, _neighbours(path, source)))
 
 
 def _run(path: Path, source: bytes, name: str) -> None:
@@ -108,6 +114,20 @@ def _told(path: Path, error: BaseException) -> str:
     where = f", line {line}" if line else ""
     said = str(error.msg if isinstance(error, SyntaxError) else error).splitlines() or [""]
     return f"plugin '{path}'{where}: {type(error).__name__}: {said[0]}".removesuffix(": ")
+
+
+def _neighbours(path: Path, source: bytes) -> list[str]:
+    """List the modules and packages in a file's own folder that it imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    found = []
+    for name in sorted({name.partition(".")[0] for name in names}):
+        with contextlib.suppress(ImportError, ValueError):  # one that may be absent, or was made by a program
+            spec = importlib.util.find_spec(name)
+            places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+            found += [name for place in places if Path(place).resolve().parent == path.parent]
+    return found
 
 
 def sources(recipe: Recipe, plugins: Iterable[Plugin]) -> dict[str, str]:

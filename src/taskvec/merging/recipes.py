@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
 from taskvec.merging.parts import Entries, Masked, Part
-from taskvec.settings import Settings
+from taskvec.settings import Settings, parse_scales
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Float32
@@ -102,6 +102,9 @@ def register(method: Method) -> None:
         raise ValueError(f"'{method.name}' names something else in results")
     if method.name in METHODS:
         raise ValueError(f"a method named '{method.name}' is registered already")
+    if not (isinstance(method.config, type) and issubclass(method.config, Settings)):
+        raise ValueError(f"the config of '{method.name}' is no class of taskvec.settings.Settings")
+    parse_scales(method.scales)
     METHODS[method.name] = method
 
 
@@ -219,8 +222,14 @@ class Stage:
     drawn: int
 
     def __call__(self, part: Part, vectors: Any) -> Any:
-        """Return what the method makes of an entry."""
-        return self.method.function(vectors, replace(part, whole=self.whole, drawn=self.drawn), self.config)
+        """Return what the method makes of an entry; what has another shape, which could be stretched to it, raises."""
+        found = self.method.function(vectors, replace(part, whole=self.whole, drawn=self.drawn), self.config)
+        result = found.common if isinstance(found, Masked) else found
+        wanted = tuple(vectors.shape[self.method.role != "transform" :])
+        if (shape := tuple(getattr(result, "shape", ("nothing",)))) != wanted:
+            problem = f"method '{self.method.name}' makes {shape} of '{part.name}', where {wanted} belongs"
+            raise TaskvecError(problem, "a transform returns a tensor a task, all others one (docs/methods.md)")
+        return found
 
 
 @dataclass(frozen=True)

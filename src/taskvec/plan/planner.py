@@ -26,6 +26,8 @@ class Planner:
         for one in self.plugins:
             if not one.methods:
                 note(f"plugin '{one.path}' registers no merging method")
+            if beside := ", ".join(one.neighbours):
+                note(f"plugin '{one.path}' imports {beside} from its folder: nothing tells when that changes")
         self.sources = Sources(file, store, estimate)
         device = file.study.device if estimate and file.study.device != "auto" else choose_device(file.study.device)
         self.device = {"device": device}
