@@ -377,6 +377,35 @@ def test_a_file_of_another_run_that_would_fit_is_refused(tmp_path: Path, name: s
         tv.load(tmp_path / "0", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda r: r["tasks"].reverse(), "scales or directions are not those of the tasks turn, ground, letters"),
+        (lambda r: r.update(scales=[0.1, 0.2]), "scales or directions are not those of the tasks"),
+        (lambda r: r.update(scale=1e308), "scale: Input should be less than"),
+        (lambda r: r["tasks"][0].update(classes=["a", "a", "b"]), "tasks.0.classes: .* two classes are named 'a'"),
+    ],
+    ids=["order", "scales", "huge", "classes"],
+)
+def test_what_says_what_its_numbers_mean_is_checked(tmp_path: Path, change: Callable[[Any], None], told: str) -> None:
+    keep(tmp_path, encoder(), per_task=True)
+    record = json.loads((tmp_path / "model.json").read_text())
+    change(record)
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    with pytest.raises(tv.TaskvecError, match=rf"model\.json': .*{told}"):
+        tv.load(tmp_path, "cpu")
+
+
+def test_a_per_task_model_without_its_directions_is_no_other_model(tmp_path: Path) -> None:
+    keep(tmp_path, encoder(), per_task=True)
+    record = json.loads((tmp_path / "model.json").read_text())
+    del record["bytes_per_task"]
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    (tmp_path / "directions.safetensors").unlink()
+    with pytest.raises(tv.TaskvecError, match=r"directions\.safetensors' is not the file"):
+        tv.load(tmp_path, "cpu")
+
+
 @pytest.mark.parametrize("start", range(0, 120, 20))
 def test_a_damaged_model_is_refused_or_sound(models: Path, start: int) -> None:
     refused = [check_damaged(models, seed) for seed in range(start, start + 20)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import taskvec as tv
-from taskvec import agreement, arithmetic, batch_norm, disentangling, evaluation, finetuning, heads, search
+from taskvec import agreement, arithmetic, batch_norm, brought, disentangling, evaluation, finetuning, heads, search
 from taskvec.backbones import Backbone, linearised
 from taskvec.merging import measuring
 from taskvec.merging.adaptive import Adamerging, Fisher, Regmean
@@ -141,6 +142,19 @@ def test_so_it_is_where_the_call_is_interrupted(backbone: Backbone, tasks: list[
         CALLS[name](ground)
     except KeyboardInterrupt:
         assert len(passes) == moment
+    assert same(before, ground.state())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_so_it_is_where_a_classifier_is_compared(backbone: Backbone, tasks: list[Task], fails: bool) -> None:
+    ground = Ground(backbone, tasks)
+    before, head = ground.state(), ground.heads[0]
+    whole = torch.nn.Sequential(copy.deepcopy(backbone.module), torch.nn.Linear(6, 3))
+    whole[1].load_state_dict({"weight": head.weight, "bias": head.bias})
+    if fails:
+        backbone.module.second.register_forward_hook(lambda *_: 1 / 0)  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        assert brought.agree(whole, backbone.bound.clone(), head, backbone)
     assert same(before, ground.state())
 
 

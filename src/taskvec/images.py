@@ -43,6 +43,10 @@ PEAK = "taskvec-peak"
 """Where an opened image has the highest value of its file, which had 16 bits of unknown use."""
 BITS = "taskvec-bits"
 """Where an opened PNG has the number of bits that were measured."""
+PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT, LOWEST, HIGHEST = 262, 258, 339, 340, 341
+"""Tags of a TIFF: whether zero is white, what its numbers are, and their range."""
+TILE_WIDTH, TILE_HEIGHT = 322, 323
+"""Tags of a TIFF: the size of a part, which may be larger than the image."""
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -143,10 +147,7 @@ def opened(source: Path | Encoded, to: Preprocessing | None = None) -> Iterator[
     Sizes are looked at before pixels are; threads with large images wait for each other.
     """
     with corrupt(source), data_of(source) as file, Image.open(file, formats=FORMATS) as image:
-        check_size(image.size)
-        check_size((tag(image, TILE_WIDTH, 1), tag(image, TILE_HEIGHT, 1)))
-        if to is not None:
-            check_size(resized(image.size, to))
+        check_sizes(image, to)
         with ROOM.taken(math.prod(image.size)):
             yield to_rgb(upright(image))
 
@@ -183,16 +184,12 @@ class Room:
 
 
 ROOM = Room(PIXELS)
-
-
+LOADING = threading.Lock()
+"""Held while pixels of an image of Pillow are read: threads may share one, and Pillow reads it when it is looked at."""
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 """What an image may be given as: a path, an encoded file or its bytes, an image of Pillow, or uint8 pixels."""
 ARRAYS = "uint8 values as [height, width], [height, width, 3] or, with transparency, [height, width, 4]"
 CHANNELS_FIRST = "uint8 values as [3, height, width] (or 1 or 4 channels), as torchvision reads them"
-
-
-LOADING = threading.Lock()
-"""Held while pixels of an image of Pillow are read: threads may share one, and Pillow reads it when it is looked at."""
 
 
 def named(images: Source | Iterable[Source]) -> Iterator[tuple[str, Source]]:
@@ -220,8 +217,7 @@ def decode(image: Source, name: str, to: Preprocessing) -> Image.Image:
         if isinstance(content, np.ndarray | Tensor):
             content = of_pixels(content, name)
         if isinstance(content, Image.Image):
-            check_size(content.size)
-            check_size(resized(content.size, to))
+            check_sizes(content, to)
             with LOADING:
                 content = upright(content)
             return to_rgb(content)
@@ -271,6 +267,14 @@ def corrupt(source: object) -> Iterator[None]:
         raise kind(f"image '{source}' cannot be read: {what}", fix) from None
 
 
+def check_sizes(image: Image.Image, to: Preprocessing | None) -> None:
+    """Raise where an image, a part of it in its file, or what it becomes once it is resized ``to``, is too large."""
+    check_size(image.size)
+    check_size((tag(image, TILE_WIDTH, 1), tag(image, TILE_HEIGHT, 1)))
+    if to is not None:
+        check_size(resized(image.size, to))
+
+
 def check_size(size: tuple[int, int]) -> None:
     """Raise for no pixels, and for a decompression bomb; Pillow refuses only twice as many pixels as it warns about."""
     limit = Image.MAX_IMAGE_PIXELS
@@ -292,6 +296,7 @@ TURNS = {
 """How an image is turned upright, by its orientation in EXIF."""
 
 
+UNBOUNDED = "its values are {} numbers without a range; save it with 8 or 16 unsigned bits"
 STEPS = {"L;2": 85, "L;4": 17}
 """What Pillow multiplies greys of 2 and 4 bits by, but not the one of them that is transparent."""
 
@@ -324,7 +329,7 @@ def prepared(image: Image.Image) -> bool:
         if "transparency" in image.info and layouts and layouts[0] in STEPS:
             image.info["transparency"] *= STEPS[layouts[0]]
     if tag(image, BITS_PER_SAMPLE, 1) == 8 and tag(image, SAMPLE_FORMAT, 1) == 2:
-        raise ValueError("its values are signed numbers without a range; save it with 8 or 16 unsigned bits")
+        raise ValueError(UNBOUNDED.format("signed"))
     return deep
 
 
@@ -367,12 +372,6 @@ def grey(image: Image.Image, source: Image.Image) -> Image.Image:
     return found
 
 
-PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT, LOWEST, HIGHEST = 262, 258, 339, 340, 341
-"""Tags of a TIFF: whether zero is white, what its numbers are, and their range."""
-TILE_WIDTH, TILE_HEIGHT = 322, 323
-"""Tags of a TIFF: the size of a part, which may be larger than the image."""
-
-
 def tag(image: Image.Image, number: int, default: Any) -> Any:
     """Return a tag of the first channel of a TIFF; another image has the default."""
     found = image.tag_v2.get(number, default) if hasattr(image, "tag_v2") else default
@@ -396,8 +395,7 @@ def sample_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
         known = (0, 2**bits - 1) if unsigned and bits <= 16 else None
         known = known if low is None or high is None else (float(low), float(high))
     if known is None or not known[0] < known[1] or not np.isfinite(values).all():
-        what = "floating-point" if image.mode == "F" else "signed or 32-bit"
-        raise ValueError(f"its values are {what} numbers without a range; save it with 8 or 16 unsigned bits")
+        raise ValueError(UNBOUNDED.format("floating-point" if image.mode == "F" else "signed or 32-bit"))
     return known
 
 

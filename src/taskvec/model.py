@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
@@ -27,6 +28,7 @@ ABOUT = "model.json"
 """The file of a kept model that says what it is."""
 ENCODER, HEADS = "encoder.safetensors", "heads.safetensors"
 """The files of its weights, beside those of a linearised encoder and of a per-task merge."""
+Scale = Annotated[float, Field(ge=-1e6, le=1e6)]
 RESTORE = "restore the whole folder, or make it again"
 CHUNK = 512
 """Images that are decoded before the encoder looks at them, in batches of its own; a per-task model moves as often."""
@@ -132,8 +134,9 @@ def save_model(
 ) -> None:
     """Write encoder.safetensors, heads.safetensors and model.json (classes, preprocessing, method, scale, digests).
 
-    A per-task merge has its ``directions`` in a file of their own, beside the pre-trained encoder; model.json says how
-    many bytes each task adds. A linearised encoder has the weights that it is expanded around in a file of their own.
+    A per-task merge has its ``directions`` in a file of their own, beside the pre-trained encoder; model.json says of
+    which tasks they are, in order, and how many bytes each adds. A linearised encoder has the weights that it is
+    expanded around in a file of their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save(weights, folder / ENCODER)
@@ -150,7 +153,7 @@ def save_model(
         record["linearised"] = True
     if directions is not None:
         save_directions(directions, folder / DIRECTIONS)
-        record["bytes_per_task"] = directions.bytes_per_task
+        record |= {"bytes_per_task": directions.bytes_per_task, "directions": list(heads)}
     record["files"] = digests(folder)
     write_json(folder / ABOUT, record | dict(about))
 
@@ -167,6 +170,15 @@ class TaskRecord(Record):
     name: str = Field(min_length=1)
     classes: list[str] = Field(min_length=1)
 
+    @pydantic.field_validator("classes")
+    @classmethod
+    def distinct(cls, classes: list[str]) -> list[str]:
+        """Raise where two outputs have one name."""
+        twice = next((name for name in classes if classes.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two classes are named '{twice}'")
+        return classes
+
 
 class ModelRecord(Encoder):
     """The fields of model.json; further ones are of no concern."""
@@ -175,12 +187,21 @@ class ModelRecord(Encoder):
     method: str
     config: dict[str, Any] | None = None
     heads: str
-    scale: float
-    scales: list[float] | None = None
+    scale: Scale
+    scales: list[Scale] | None = None
     validation: float = Field(ge=0, le=1)
     bytes_per_task: int | None = None
+    directions: list[str] | None = None
     linearised: bool | None = None
     files: dict[str, str] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def one_a_task(self) -> ModelRecord:
+        """Raise where scales or directions are not of the tasks, in their order."""
+        names = [task.name for task in self.tasks]
+        if self.directions not in (None, names) or (self.scales and len(self.scales) != len(names)):
+            raise ValueError(f"its scales or directions are not those of the tasks {', '.join(names)}")
+        return self
 
 
 def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
@@ -199,9 +220,9 @@ def check_files(folder: Path, record: ModelRecord) -> None:
     """Raise where a file fits and is not the one that the model was written with, such as another run's heads."""
     if record.files is None:
         return
-    other = [name for name, digest in digests(folder).items() if record.files.get(name) != digest]
+    other = sorted(set(digests(folder).items()) ^ set(record.files.items()))
     if other:
-        raise TaskvecError(f"'{folder / other[0]}' is not the file that {ABOUT} was written with", RESTORE)
+        raise TaskvecError(f"'{folder / other[0][0]}' is not the file that {ABOUT} was written with", RESTORE)
 
 
 def open_encoder(folder: Path, record: ModelRecord, device: str) -> Backbone:
