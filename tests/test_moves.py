@@ -211,3 +211,21 @@ def test_a_backbone_can_be_copied_and_pickled(backbone: Backbone, tasks: list[Ta
         with again.at(moved):
             assert not torch.equal(again.features(images), want)
         assert torch.equal(again.features(images), want)
+
+
+def test_a_random_head_is_what_torch_makes_whatever_other_threads_draw() -> None:
+    def torchs(seed: int, width: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        layer = torch.nn.Linear(width, 5)
+        return torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
+
+    def ours(seed: int, width: int) -> torch.Tensor:
+        head = heads.random_head(width, 5, seed)
+        return torch.cat([head.weight, head.bias[:, None]], 1)
+
+    cases = [(seed, width) for seed in range(20) for width in (1, 3, 6, 192, 768)]
+    with torch.random.fork_rng(devices=[]):
+        want = [torchs(*case) for case in cases]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda case: ours(*case), cases))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
