@@ -61,7 +61,10 @@ def test_a_class_may_be_called_as_a_split_is(tmp_path: Path, classes: tuple[str,
     listing = listed(put(tmp_path / "t", *classes))
     assert listing.classes == tuple(sorted(classes))
     assert sum(listing.sizes().values()) == 12 * len(classes)
-    assert any("is taken for a class: it holds images and no class folders" in note for note in listing.notes)
+    called = [name for name in sorted(classes) if name.casefold() in folders.SPELT]
+    assert listing.notes == tuple(
+        f"'{name}' is taken for a class: it holds images and no class folders" for name in called
+    )
 
 
 def test_a_class_of_a_split_may_be_called_so_too(tmp_path: Path) -> None:
@@ -97,6 +100,12 @@ def test_masks_are_no_images_of_a_class(tmp_path: Path, direct: bool) -> None:
     listing = listed(root)
     assert shown(listing) == {(c, f"{c}{own}") for c in ("COVID", "Normal")}
     assert listing.notes == ("left out 24 images in folders beside a class's own images, such as 'COVID/masks/0.png'",)
+
+
+def test_folders_beside_the_splits_are_told(tmp_path: Path) -> None:
+    listing = listed(put(tmp_path, "train/a", "train/b", "test/a", "test/b", "heldout/a", "unlabeled"))
+    assert listing.sizes() == {"train": 22, "validation": 2, "test": 24}
+    assert listing.notes == ("left out heldout, unlabeled: of no split, which are train, val and test",)
 
 
 def test_folders_below_a_class_are_the_classes_and_told(tmp_path: Path) -> None:

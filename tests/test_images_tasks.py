@@ -105,13 +105,15 @@ def write_tiff(path: Path, data: bytes, bits: int, order: str = "<", **tags: Any
     return path
 
 
-def write_png(path: Path, pixels: np.ndarray, *chunks: tuple[bytes, bytes]) -> Path:
-    """Write a grey or coloured PNG of 8 or 16 bits with chunks of one's own."""
-    height, width = pixels.shape[:2]
+def write_png(
+    path: Path, pixels: np.ndarray, *chunks: tuple[bytes, bytes], head: tuple[int, int, int] | None = None
+) -> Path:
+    """Write a grey or coloured PNG of 8 or 16 bits, or packed rows with a head, with chunks of one's own."""
+    width, height, bits = head or (*pixels.shape[1::-1], 8 * pixels.dtype.itemsize)
     kind = {2: 0, 3: 2}[pixels.ndim]
     raw = b"".join(b"\0" + row.astype(pixels.dtype.newbyteorder(">")).tobytes() for row in pixels)
-    head = struct.pack(">IIBBBBB", width, height, 8 * pixels.dtype.itemsize, kind, 0, 0, 0)
-    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    packed = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    parts = [(b"IHDR", packed), *chunks, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
     framed = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in parts)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
     return path
@@ -148,12 +150,52 @@ def test_a_tiff_may_say_the_range_of_its_numbers(
     assert np.abs(row - (RAMP if white else 255 - RAMP)).max() <= 1
 
 
-@pytest.mark.parametrize(("kind", "code"), [("f4", 3), ("i2", 2), ("u4", 1), ("i4", 2)])
+@pytest.mark.parametrize(("kind", "code"), [("f4", 3), ("i1", 2), ("i2", 2), ("u4", 1), ("i4", 2)])
 def test_numbers_without_a_range_are_refused(tmp_path: Path, kind: str, code: int) -> None:
     data = RAMP.astype(f"<{kind}").tobytes()
     path = write_tiff(tmp_path / "a.tif", data, 8 * np.dtype(kind).itemsize, t339=code)
     with pytest.raises(TaskvecError, match=r"a\.tif' cannot be read: its values are .* numbers without a range"):
         open_image(path)
+
+
+TURNED = [
+    lambda a: a,
+    lambda a: a[:, ::-1],
+    lambda a: a[::-1, ::-1],
+    lambda a: a[::-1],
+    lambda a: a.T,
+    lambda a: np.rot90(a, -1),
+    lambda a: a[::-1, ::-1].T,
+    lambda a: np.rot90(a),
+]
+"""What is seen of pixels with the orientations 1 to 8 (EXIF 2.3, tag 274)."""
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "webp"])
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_every_depth_is_turned_upright(
+    tmp_path: Path, orientation: int, mode: str, suffix: str
+) -> None:
+    pixels = np.arange(24).reshape(4, 6) * 10
+    file = pixels.astype(np.uint16) * 257 if mode == "I;16" and suffix != "webp" else pixels.astype(np.uint8)
+    image = Image.fromarray(file).convert("RGB") if mode == "RGB" else Image.fromarray(file)
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / f"a.{suffix}", exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    found = np.asarray(open_image(tmp_path / f"a.{suffix}"))[:, :, 0]
+    assert np.array_equal(found, TURNED[orientation - 1](pixels))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_grey_of_a_png_of_few_bits_is_laid_on_white(tmp_path: Path, bits: int) -> None:
+    values = np.tile(np.arange(2**bits), 16)[:32].reshape(2, 16)
+    for clear in range(min(2**bits, 4)):
+        path = tmp_path / f"{clear}.png"
+        rows = np.frombuffer(pack_bits(values, bits), np.uint8).reshape(2, -1)
+        write_png(path, rows, (b"tRNS", struct.pack(">H", clear)), head=(16, 2, bits))
+        want = np.where(values == clear, 255, values * 255 // (2**bits - 1))
+        assert np.array_equal(np.asarray(open_image(path))[:, :, 0], want)
 
 
 TWELVE = (RAMP * 4095 // 255).astype(np.uint16)

@@ -106,6 +106,15 @@ def test_the_encoder_of_a_per_task_model_is_back_where_a_pass_fails(tmp_path: Pa
     assert torch.equal(kept.backbone.bound.flat, before)
 
 
+def test_threads_may_share_an_image_that_pillow_has_not_read_yet(kept: tv.MultiTaskModel) -> None:
+    data = png(pictures(1, 200)[0])
+    want = kept.predict(data)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            shared = [Image.open(io.BytesIO(data))] * 8
+            assert list(pool.map(kept.predict, shared)) == [want] * 8
+
+
 # ---------------------------------------------------------------- images
 
 
@@ -181,7 +190,7 @@ def test_an_image_of_pillow_is_turned_upright(kept: tv.MultiTaskModel, tmp_path:
         (np.zeros((0, 16, 3), np.uint8), r"in the shape \[0, 16, 3\]"),
         ([np.zeros((2, 16, 16, 3), np.uint8)], r"in the shape \[2, 16, 16, 3\]"),
         (np.zeros((16, 16), bool), "of bool values"),
-        (b"", "image 'image 0' cannot be read"),
+        (b"", "image 'image 0' is empty"),
         (io.StringIO("text"), "image 0 is a str\n.*opened in binary mode"),
         (3, "a int is no image"),
         (None, "a NoneType is no image"),
@@ -189,6 +198,10 @@ def test_an_image_of_pillow_is_turned_upright(kept: tv.MultiTaskModel, tmp_path:
         ("none.png", "no image at 'none.png'"),
         ("a\0b", r"image 'a.b' cannot be read"),
         (Image.new("F", (4, 4)), "image 'image 0' cannot be read: its values are floating-point"),
+        (Image.new("I", (4, 4)), "image 'image 0' cannot be read: its values are .* numbers without a range"),
+        (Image.new("RGB", (0, 4)), "image 'image 0' cannot be read: it has no pixels"),
+        (io.BytesIO(), "image 'image 0' is empty\n.*opened again"),
+        (np.array(3, np.uint8), r"image 0 is an array of uint8 values in the shape \[\]"),
     ],
 )
 def test_what_is_no_image_is_told(kept: tv.MultiTaskModel, image: Any, told: str) -> None:
@@ -351,6 +364,46 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keep(home / "model2", linearised(encoder()), seed=5)
     keep(home / "model3", encoder("lab", TINY | {"width": 8}), kinds={"letters": "classification"}, seed=9)
     return home
+
+
+@pytest.mark.parametrize("name", ["heads.safetensors", "encoder.safetensors", "directions.safetensors"])
+def test_a_file_of_another_run_that_would_fit_is_refused(tmp_path: Path, name: str) -> None:
+    for seed in (0, 1):
+        keep(tmp_path / str(seed), encoder(), per_task=True, seed=10 * seed)
+    flat = encoder().pretrained
+    model.save(flat.with_flat(flat.flat + 1), tmp_path / "1" / "encoder.safetensors")
+    shutil.copyfile(tmp_path / "1" / name, tmp_path / "0" / name)
+    with pytest.raises(tv.TaskvecError, match=rf"0/{name}' is not the file that model\.json was written with"):
+        tv.load(tmp_path / "0", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda r: r["tasks"].reverse(), "scales or directions are not those of the tasks turn, ground, letters"),
+        (lambda r: r.update(scales=[0.1, 0.2]), "scales or directions are not those of the tasks"),
+        (lambda r: r.update(scale=1e308), "scale: Input should be less than"),
+        (lambda r: r["tasks"][0].update(classes=["a", "a", "b"]), "tasks.0.classes: .* two classes are named 'a'"),
+    ],
+    ids=["order", "scales", "huge", "classes"],
+)
+def test_what_says_what_its_numbers_mean_is_checked(tmp_path: Path, change: Callable[[Any], None], told: str) -> None:
+    keep(tmp_path, encoder(), per_task=True)
+    record = json.loads((tmp_path / "model.json").read_text())
+    change(record)
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    with pytest.raises(tv.TaskvecError, match=rf"model\.json': .*{told}"):
+        tv.load(tmp_path, "cpu")
+
+
+def test_a_per_task_model_without_its_directions_is_no_other_model(tmp_path: Path) -> None:
+    keep(tmp_path, encoder(), per_task=True)
+    record = json.loads((tmp_path / "model.json").read_text())
+    del record["bytes_per_task"]
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    (tmp_path / "directions.safetensors").unlink()
+    with pytest.raises(tv.TaskvecError, match=r"directions\.safetensors' is not the file"):
+        tv.load(tmp_path, "cpu")
 
 
 @pytest.mark.parametrize("start", range(0, 120, 20))

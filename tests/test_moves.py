@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import taskvec as tv
-from taskvec import agreement, arithmetic, batch_norm, disentangling, evaluation, finetuning, heads, search
+from taskvec import agreement, arithmetic, batch_norm, brought, disentangling, evaluation, finetuning, heads, search
 from taskvec.backbones import Backbone, linearised
 from taskvec.merging import measuring
 from taskvec.merging.adaptive import Adamerging, Fisher, Regmean
@@ -144,6 +145,19 @@ def test_so_it_is_where_the_call_is_interrupted(backbone: Backbone, tasks: list[
     assert same(before, ground.state())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_so_it_is_where_a_classifier_is_compared(backbone: Backbone, tasks: list[Task], fails: bool) -> None:
+    ground = Ground(backbone, tasks)
+    before, head = ground.state(), ground.heads[0]
+    whole = torch.nn.Sequential(copy.deepcopy(backbone.module), torch.nn.Linear(6, 3))
+    whole[1].load_state_dict({"weight": head.weight, "bias": head.bias})
+    if fails:
+        backbone.module.second.register_forward_hook(lambda *_: 1 / 0)  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        assert brought.agree(whole, backbone.bound.clone(), head, backbone)
+    assert same(before, ground.state())
+
+
 def test_moves_within_moves_come_back_one_by_one(backbone: Backbone) -> None:
     pre = backbone.pretrained
     one, two = pre.with_flat(pre.flat + 1), pre.with_flat(pre.flat + 2)
@@ -197,3 +211,21 @@ def test_a_backbone_can_be_copied_and_pickled(backbone: Backbone, tasks: list[Ta
         with again.at(moved):
             assert not torch.equal(again.features(images), want)
         assert torch.equal(again.features(images), want)
+
+
+def test_a_random_head_is_what_torch_makes_whatever_other_threads_draw() -> None:
+    def torchs(seed: int, width: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        layer = torch.nn.Linear(width, 5)
+        return torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
+
+    def ours(seed: int, width: int) -> torch.Tensor:
+        head = heads.random_head(width, 5, seed)
+        return torch.cat([head.weight, head.bias[:, None]], 1)
+
+    cases = [(seed, width) for seed in range(20) for width in (1, 3, 6, 192, 768)]
+    with torch.random.fork_rng(devices=[]):
+        want = [torchs(*case) for case in cases]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda case: ours(*case), cases))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

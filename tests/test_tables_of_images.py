@@ -178,6 +178,7 @@ def test_a_split_without_labels_is_left_out_and_told(tmp_path: Path, test: datas
         (table(MANY, [0.5] * 15, datasets.Value("float64")), named(FEW, TWO), "row 0 of the train split has a float"),
         (table(FEW, [0, -1] * 3, datasets.ClassLabel(names=TWO)), named(FEW, TWO), "label -1 in column 'label'"),
         (named(MANY, THREE), table(FEW, [True, False] * 3, datasets.Value("bool")), "class '(True|False)' of task"),
+        (table(FEW, [True, False] * 3, datasets.Value("bool")), numbers(FEW, TWO), "which number means which class"),
         (
             table(FEW, [0, 1] * 3, datasets.ClassLabel(names=["caf\u00e9", "cafe\u0301"])), named(FEW, TWO),
             "names the class 'caf\u00e9' twice",
@@ -189,6 +190,25 @@ def test_labels_that_cannot_be_mapped_are_clear_errors(
 ) -> None:
     with pytest.raises(TaskvecError, match=message):
         tasks.list_task(write(tmp_path / "t", train=train, test=test))
+
+
+def test_a_test_file_whose_name_is_in_capitals_is_no_training_file(tmp_path: Path) -> None:
+    address = write(tmp_path / "t", Train=named(MANY, THREE), TEST=named(MANY, THREE))
+    with pytest.raises(TaskvecError, match=r"TEST\.parquet' would be read as training images"):
+        tasks.list_task(address)
+
+
+def test_a_label_of_minus_one_that_may_be_a_class_is_told(tmp_path: Path) -> None:
+    rows = table(["ant", "bee", "cow"] * 4, [-1, 0, 1] * 4, datasets.Value("int64"))
+    listing = tasks.list_task(write(tmp_path / "t", train=rows, test=rows))
+    assert listing.classes == ("-1", "0", "1")
+    assert listing.notes[0].startswith("the label -1 is taken for a class")
+
+
+def test_class_names_that_differ_in_blanks_or_capitals_only_are_told(tmp_path: Path) -> None:
+    rows = table(["ant", "bee", "cow"] * 4, ["ant", "Ant ", "cow"] * 4, datasets.Value("string"))
+    listing = tasks.list_task(write(tmp_path / "t", train=rows, test=rows))
+    assert listing.notes[0] == "'Ant ' and 'ant' are two classes: their names differ in capitals or blanks only"
 
 
 def test_names_in_two_unicode_forms_are_one_class(tmp_path: Path) -> None:

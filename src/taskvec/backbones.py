@@ -374,6 +374,8 @@ def read_backbone(folder: Path, device: str = "cpu") -> Backbone:
 def restore(about: Path, weights: Path, device: str) -> Backbone:
     """Make a backbone from the file of its record and the file of its weights; what does not fit is an error."""
     record = read_record(about, Encoder)
+    if not weights.is_file():
+        raise TaskvecError(f"no weights file at '{weights}'", "restore the file, or make it again")
     architecture, preprocessing = record.architecture.model_dump(), Preprocessing(**record.preprocessing.model_dump())
     try:
         check_bounds(architecture["options"], f"'{about}'")

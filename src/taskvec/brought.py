@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from pydantic import Json, TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from taskvec.addresses import split_key
 from taskvec.backbones import AROUND, Backbone, tried
@@ -133,8 +132,8 @@ def agree(whole: nn.Module, encoder: Weights, head: Head, backbone: Backbone) ->
     """Say whether a classifier gives random images the scores that a head on the encoder's features gives them."""
     size, device = backbone.preprocessing.size, backbone.device
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.inference_mode():
-        features = functional_call(backbone.module.eval(), encoder.state(), (images,))
+    with backbone.at(encoder), torch.inference_mode():
+        features = backbone.module.eval()(images)
         if features.shape[1] != head.weight.shape[1]:
             return False
         wanted, scores = head.logits(features), tried(whole.to(device).eval(), images, backbone.name)

@@ -160,7 +160,8 @@ def optimise(
     With ``lora`` only adapters learn, whose product is added in the end. A linearised encoder is one fixed function of
     its weights: dropout is off. Batch norm keeps its statistics where heads are frozen, which were fitted under them.
     """
-    module = copy.deepcopy(backbone.module)
+    with backbone.lock:  # what moves it may change its layers too
+        module = copy.deepcopy(backbone.module)
     bound = bind(module)
     bound.flat.copy_(backbone.pretrained.flat)
     module.train(backbone.around is None)

@@ -40,7 +40,7 @@ def list_folder(path: str) -> Listing:
         notes = called_as_splits(root)
     else:
         listing = list_splits(root, {split: name for split, name in FOLDERS.items() if has(root, name)})
-        notes = ()
+        notes = beside_splits(root)
         if "test" not in listing.labels:
             listing = validation_as_test(listing, f"'{root}'")
     inner = (f"'{given}' holds one folder only: the task is read from '{root}'",) if root != given else ()
@@ -129,8 +129,13 @@ def holds_image(folder: Path) -> bool:
 
 def called_as_splits(root: Path) -> tuple[str, ...]:
     """Say which classes of a flat tree are called as splits are."""
-    named = [p.name for p in splits_in(root)]
-    return (f"'{named[0]}' is taken for a class: it holds images and no class folders",) if named else ()
+    return tuple(f"'{p.name}' is taken for a class: it holds images and no class folders" for p in splits_in(root))
+
+
+def beside_splits(root: Path) -> tuple[str, ...]:
+    """Say which folders lie beside the splits' and are not read."""
+    others = [p.name for p in folders_in(root) if p.name not in FOLDERS.values()]
+    return (f"left out {', '.join(others[:4])}: of no split, which are train, val and test",) if others else ()
 
 
 def unpacked(folder: Path) -> Path:

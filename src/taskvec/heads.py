@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,11 +175,12 @@ def fit_head(backbone: Backbone, task: Task, settings: Probe | None = None, seed
 
 
 def random_head(width: int, classes: int, seed: int, kind: str = CLASSIFICATION) -> Head:
-    """Return a head as torch initialises a linear layer, from a seed and no other random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        start = torch.nn.Linear(width, classes)
-    return Head(start.weight.detach(), start.bias.detach(), kind=kind)
+    """Return a head as torch initialises a linear layer after ``manual_seed``; threads share no random state in it."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = math.sqrt(3) * (math.sqrt(2 / (1 + math.sqrt(5) ** 2)) / math.sqrt(width))  # as torch, to the bit
+    weight = torch.empty(classes, width).uniform_(-bound, bound, generator=generator)
+    bias = torch.empty(classes).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+    return Head(weight, bias, kind=kind)
 
 
 def class_texts(texts: Float[Tensor, "captions width"], counts: Sequence[int]) -> Float[Tensor, "classes width"]:

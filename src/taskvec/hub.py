@@ -325,8 +325,21 @@ def split_files(folder: Path, config: str) -> tuple[Any, dict[str, list[Path]]]:
         for card in (folder / name for name in CARDS if (folder / name).is_file()):
             shutil.copy(card, names)
         builder = library().load_dataset_builder(str(names), config or None)
-        found = builder.config.data_files.items()
-        return builder.info.features, {str(s): [folder / Path(p).relative_to(names) for p in of] for s, of in found}
+        found = {str(s): [Path(p).relative_to(names) for p in of] for s, of in builder.config.data_files.items()}
+        check_spelling(found, folder)
+        return builder.info.features, {split: [folder / path for path in paths] for split, paths in found.items()}
+
+
+def check_spelling(files: dict[str, list[Path]], folder: Path) -> None:
+    """Raise for a file that is called as one of another split in capitals, which ``datasets`` takes for training."""
+    for path in files["train"] if set(files) == {"train"} else []:
+        words = set(re.split(r"[^A-Za-z]+", str(path)))
+        other = [word for word in sorted(words) if word.lower() in NAMES["test"] + NAMES["validation"]]
+        if other and not any(word.islower() for word in other):
+            raise TaskvecError(
+                f"'{folder / path}' would be read as training images: '{other[0]}' means no split in capitals",
+                f"rename it with '{other[0].lower()}', and those of other splits too",
+            )
 
 
 def saved_parts(folder: Path) -> dict[str, list[Part]]:
@@ -447,13 +460,20 @@ def class_labels(
     labels: dict[str, Labels] = {
         split: np.array([places[name] for name in each], np.int64) for split, each in found.items()
     }
+    if "-1" in classes:
+        notes += ("the label -1 is taken for a class: where it means that an image has no label, leave its row out",)
     return labels, classes, notes
 
 
 def in_order(name: str) -> tuple[bool, int, str]:
     """Sort numbers by their value, before texts."""
-    number = bool(re.fullmatch(r"-?\d{1,18}", name))
+    number = is_number(name)
     return not number, int(name) if number else 0, name
+
+
+def is_number(name: str) -> bool:
+    """Say whether a class name is a whole number."""
+    return bool(re.fullmatch(r"-?\d{1,18}", name))
 
 
 def meanings(parts: list[Part], column: str) -> tuple[dict[str, tuple[str, ...] | None], tuple[str, ...]]:
@@ -472,7 +492,7 @@ def meanings(parts: list[Part], column: str) -> tuple[dict[str, tuple[str, ...] 
     if len(lists) == 1 and only is not None:
         note = f"{bare[0].name} has numbers for labels and no class names: they are read by those of {others[0].name}"
         return names | {part.name: only for part in bare}, (note,)
-    if all(in_order(name)[0] is False for part in others for name in names[part.name] or part.values(column)):
+    if all(is_number(text(value)) for part in others for value in names[part.name] or part.values(column)):
         return names, ()
     raise TaskvecError(
         f"{bare[0].name} has numbers for labels and no class names, and {others[0].name} has others",

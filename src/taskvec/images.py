@@ -43,6 +43,10 @@ PEAK = "taskvec-peak"
 """Where an opened image has the highest value of its file, which had 16 bits of unknown use."""
 BITS = "taskvec-bits"
 """Where an opened PNG has the number of bits that were measured."""
+PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT, LOWEST, HIGHEST = 262, 258, 339, 340, 341
+"""Tags of a TIFF: whether zero is white, what its numbers are, and their range."""
+TILE_WIDTH, TILE_HEIGHT = 322, 323
+"""Tags of a TIFF: the size of a part, which may be larger than the image."""
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -142,14 +146,19 @@ def opened(source: Path | Encoded, to: Preprocessing | None = None) -> Iterator[
 
     Sizes are looked at before pixels are; threads with large images wait for each other.
     """
-    file = source if isinstance(source, Path) else io.BytesIO(source.data)
-    with corrupt(source), Image.open(file, formats=FORMATS) as image:
-        check_size(image.size)
-        check_size((tag(image, TILE_WIDTH, 1), tag(image, TILE_HEIGHT, 1)))
-        if to is not None:
-            check_size(resized(image.size, to))
+    with corrupt(source), data_of(source) as file, Image.open(file, formats=FORMATS) as image:
+        check_sizes(image, to)
         with ROOM.taken(math.prod(image.size)):
             yield to_rgb(upright(image))
+
+
+def data_of(source: Path | Encoded) -> BinaryIO:
+    """Open an image's bytes: Pillow maps what it opens by name, and scrambles TIFFs that lie on their side."""
+    file: BinaryIO = source.open("rb") if isinstance(source, Path) else io.BytesIO(source.data)
+    if isinstance(source, Encoded) and not source.data:
+        fix = "replace it or remove it; a file that was read to its end has to be opened again"
+        raise CorruptImage(f"image '{source}' is empty", fix)
+    return file
 
 
 class Room:
@@ -175,8 +184,8 @@ class Room:
 
 
 ROOM = Room(PIXELS)
-
-
+LOADING = threading.Lock()
+"""Held while pixels of an image of Pillow are read: threads may share one, and Pillow reads it when it is looked at."""
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 """What an image may be given as: a path, an encoded file or its bytes, an image of Pillow, or uint8 pixels."""
 ARRAYS = "uint8 values as [height, width], [height, width, 3] or, with transparency, [height, width, 4]"
@@ -185,14 +194,14 @@ CHANNELS_FIRST = "uint8 values as [3, height, width] (or 1 or 4 channels), as to
 
 def named(images: Source | Iterable[Source]) -> Iterator[tuple[str, Source]]:
     """Yield every image with its path, or its place among all as ``image 0``; a single one is one, not its parts."""
-    pixels = isinstance(images, np.ndarray | Tensor) and images.ndim in (2, 3)
+    pixels = isinstance(images, np.ndarray | Tensor) and images.ndim in (0, 2, 3)
     single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
     if pixels or single or hasattr(images, "read"):
         images = [images]  # type: ignore[list-item]
     if not isinstance(images, Iterable):
         raise TaskvecError(f"a {type(images).__name__} is no image", "give an image, or several in a list")
     for place, image in enumerate(images):
-        yield os.fsdecode(image) if isinstance(image, str | os.PathLike) else f"image {place}", image
+        yield str(os.fsdecode(image)) if isinstance(image, str | os.PathLike) else f"image {place}", image
 
 
 def decode(image: Source, name: str, to: Preprocessing) -> Image.Image:
@@ -208,9 +217,10 @@ def decode(image: Source, name: str, to: Preprocessing) -> Image.Image:
         if isinstance(content, np.ndarray | Tensor):
             content = of_pixels(content, name)
         if isinstance(content, Image.Image):
-            check_size(content.size)
-            check_size(resized(content.size, to))
-            return to_rgb(upright(content))
+            check_sizes(content, to)
+            with LOADING:
+                content = upright(content)
+            return to_rgb(content)
     fix = "give a path, an image of Pillow, an array of pixels, a file opened in binary mode, or its bytes"
     raise TaskvecError(f"{name} is a {type(content).__name__}", fix)
 
@@ -220,7 +230,8 @@ def of_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
     tensor = isinstance(pixels, Tensor)
     shape = (*pixels.shape[1:], pixels.shape[0]) if tensor and pixels.ndim == 3 else tuple(pixels.shape)
     sides, channels = shape[:2], shape[2:]
-    if pixels.dtype not in (np.uint8, torch.uint8) or channels not in ((), (1,), (3,), (4,)) or not all(sides):
+    fits = len(sides) == 2 and all(sides) and channels in ((), (1,), (3,), (4,))
+    if pixels.dtype not in (np.uint8, torch.uint8) or not fits:
         what, wanted = ("a tensor", CHANNELS_FIRST) if tensor else ("an array", ARRAYS)
         raise TaskvecError(
             f"{name} is {what} of {pixels.dtype} values in the shape {list(pixels.shape)}",
@@ -250,14 +261,25 @@ def corrupt(source: object) -> Iterator[None]:
         raise CorruptImage(f"no image at '{source}'", "check the path; is it a link to nothing?") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, ...
         system = isinstance(error, MemoryError) or getattr(error, "errno", None)
-        kind, what = (TaskvecError, str(error) or "no memory is left") if system else (CorruptImage, str(error))
+        kind = TaskvecError if system else CorruptImage
+        what = str(error) or ("no memory is left" if system else "is its file closed?")
         fix = "mend what is said there and run again" if system else "replace it or remove it"
         raise kind(f"image '{source}' cannot be read: {what}", fix) from None
 
 
+def check_sizes(image: Image.Image, to: Preprocessing | None) -> None:
+    """Raise where an image, a part of it in its file, or what it becomes once it is resized ``to``, is too large."""
+    check_size(image.size)
+    check_size((tag(image, TILE_WIDTH, 1), tag(image, TILE_HEIGHT, 1)))
+    if to is not None:
+        check_size(resized(image.size, to))
+
+
 def check_size(size: tuple[int, int]) -> None:
-    """Raise for a decompression bomb: Pillow itself refuses only twice as many pixels as it warns about."""
+    """Raise for no pixels, and for a decompression bomb; Pillow refuses only twice as many pixels as it warns about."""
     limit = Image.MAX_IMAGE_PIXELS
+    if not all(size):
+        raise ValueError("it has no pixels")
     if limit is not None and math.prod(size) > limit:
         raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels, more than {limit}")
 
@@ -274,11 +296,14 @@ TURNS = {
 """How an image is turned upright, by its orientation in EXIF."""
 
 
+UNBOUNDED = "its values are {} numbers without a range; save it with 8 or 16 unsigned bits"
+STEPS = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies greys of 2 and 4 bits by, but not the one of them that is transparent."""
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Read an image's pixels and turn them as its EXIF says; an EXIF that cannot be read says nothing."""
-    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    if isinstance(image, ImageFile.ImageFile) and image.format == "PNG" and deep:
-        image.info[BITS] = significant_bits(image.fp)
+    deep = prepared(image)
     image.load()
     orientation = 1
     with contextlib.suppress(Exception):  # as many kinds as there are ways to damage it
@@ -289,6 +314,23 @@ def upright(image: Image.Image) -> Image.Image:
     if deep and image.mode in ("RGB", "RGBA"):  # Pillow keeps the upper eight of 16 bits
         turned.info[PEAK] = 255 + 256 * max(high for _, high in image.getextrema()[:3])  # type: ignore[misc]
     return turned
+
+
+def prepared(image: Image.Image) -> bool:
+    """Note beside an image whose pixels are not read yet what Pillow leaves out; say whether it has 16 bits a channel.
+
+    That is how many bits of a PNG were measured, and which of its greys is transparent.
+    """
+    layouts = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    deep = any(";16" in layout for layout in layouts)
+    if isinstance(image, ImageFile.ImageFile) and image.format == "PNG":
+        if deep:
+            image.info[BITS] = significant_bits(image.fp)
+        if "transparency" in image.info and layouts and layouts[0] in STEPS:
+            image.info["transparency"] *= STEPS[layouts[0]]
+    if tag(image, BITS_PER_SAMPLE, 1) == 8 and tag(image, SAMPLE_FORMAT, 1) == 2:
+        raise ValueError(UNBOUNDED.format("signed"))
+    return deep
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -330,12 +372,6 @@ def grey(image: Image.Image, source: Image.Image) -> Image.Image:
     return found
 
 
-PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT, LOWEST, HIGHEST = 262, 258, 339, 340, 341
-"""Tags of a TIFF: whether zero is white, what its numbers are, and their range."""
-TILE_WIDTH, TILE_HEIGHT = 322, 323
-"""Tags of a TIFF: the size of a part, which may be larger than the image."""
-
-
 def tag(image: Image.Image, number: int, default: Any) -> Any:
     """Return a tag of the first channel of a TIFF; another image has the default."""
     found = image.tag_v2.get(number, default) if hasattr(image, "tag_v2") else default
@@ -351,15 +387,15 @@ def sample_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
     if image.format != "TIFF":
         bits = image.info.get(BITS, 16)
         lower = bits < 16 and values.max(initial=0) < 2**bits and bool((values % 2 ** (16 - bits)).any())
-        known: tuple[float, float] | None = None if image.mode == "F" else (0, 2 ** (bits if lower else 16) - 1)
+        unknown = image.mode == "F" or (image.mode == "I" and image.format is None)
+        known: tuple[float, float] | None = None if unknown else (0, 2 ** (bits if lower else 16) - 1)
     else:
         bits, unsigned = tag(image, BITS_PER_SAMPLE, 1), tag(image, SAMPLE_FORMAT, 1) == 1
         low, high = tag(image, LOWEST, 0 if unsigned else None), tag(image, HIGHEST, None)
         known = (0, 2**bits - 1) if unsigned and bits <= 16 else None
         known = known if low is None or high is None else (float(low), float(high))
     if known is None or not known[0] < known[1] or not np.isfinite(values).all():
-        what = "floating-point" if image.mode == "F" else "signed or 32-bit"
-        raise ValueError(f"its values are {what} numbers without a range; save it with 8 or 16 unsigned bits")
+        raise ValueError(UNBOUNDED.format("floating-point" if image.mode == "F" else "signed or 32-bit"))
     return known
 
 

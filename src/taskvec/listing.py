@@ -102,6 +102,14 @@ def warned(listing: Listing) -> Listing:
     return replace(listing, notes=(*listing.notes, note))
 
 
+def alike(classes: Sequence[str]) -> tuple[str, ...]:
+    """Say which two class names differ in capitals and blanks only: are they one class, written in two ways?"""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault("".join(name.split()).casefold(), name), name) for name in classes]
+    two = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    return (f"'{two[0]}' and '{two[1]}' are two classes: their names differ in capitals or blanks only",) if two else ()
+
+
 def split_classes(listing: Listing, held_out: int | None = None) -> Listing:
     """Divide a flat data set (all of it in ``train``) class by class and always alike: validation, test, train.
 

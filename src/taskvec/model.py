@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
@@ -20,11 +21,14 @@ from taskvec.errors import TaskvecError, unknown
 from taskvec.heads import Head, read_heads, save_heads
 from taskvec.images import Source, corrupt, decode, named, resize_and_crop
 from taskvec.merging.buffers import DIRECTIONS, TaskDirections, read_directions, save_directions
-from taskvec.store import Record, read_record, write_json
+from taskvec.store import Record, file_digest, read_record, write_json
 from taskvec.weights import Weights, save
 
 ABOUT = "model.json"
 """The file of a kept model that says what it is."""
+ENCODER, HEADS = "encoder.safetensors", "heads.safetensors"
+"""The files of its weights, beside those of a linearised encoder and of a per-task merge."""
+Scale = Annotated[float, Field(ge=-1e6, le=1e6)]
 RESTORE = "restore the whole folder, or make it again"
 CHUNK = 512
 """Images that are decoded before the encoder looks at them, in batches of its own; a per-task model moves as often."""
@@ -128,16 +132,17 @@ def save_model(
     about: Mapping[str, Any],
     directions: TaskDirections | None = None,
 ) -> None:
-    """Write encoder.safetensors, heads.safetensors and model.json (classes, preprocessing, method, scale).
+    """Write encoder.safetensors, heads.safetensors and model.json (classes, preprocessing, method, scale, digests).
 
-    A per-task merge has its ``directions`` in a file of their own, beside the pre-trained encoder; model.json says how
-    many bytes each task adds. A linearised encoder has the weights that it is expanded around in a file of their own.
+    A per-task merge has its ``directions`` in a file of their own, beside the pre-trained encoder; model.json says of
+    which tasks they are, in order, and how many bytes each adds. A linearised encoder has the weights that it is
+    expanded around in a file of their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save(weights, folder / "encoder.safetensors")
+    save(weights, folder / ENCODER)
     if backbone.around is not None:
         save(backbone.around, folder / AROUND)
-    save_heads(dict(heads), folder / "heads.safetensors")
+    save_heads(dict(heads), folder / HEADS)
     record: dict[str, Any] = {
         "name": backbone.name,
         "architecture": backbone.architecture,
@@ -148,8 +153,15 @@ def save_model(
         record["linearised"] = True
     if directions is not None:
         save_directions(directions, folder / DIRECTIONS)
-        record["bytes_per_task"] = directions.bytes_per_task
+        record |= {"bytes_per_task": directions.bytes_per_task, "directions": list(heads)}
+    record["files"] = digests(folder)
     write_json(folder / ABOUT, record | dict(about))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the digests of a model's files of weights, which belong together, by their names."""
+    present = [name for name in (ENCODER, HEADS, AROUND, DIRECTIONS) if (folder / name).exists()]
+    return {name: file_digest(folder / name) for name in present}
 
 
 class TaskRecord(Record):
@@ -157,6 +169,15 @@ class TaskRecord(Record):
 
     name: str = Field(min_length=1)
     classes: list[str] = Field(min_length=1)
+
+    @pydantic.field_validator("classes")
+    @classmethod
+    def distinct(cls, classes: list[str]) -> list[str]:
+        """Raise where two outputs have one name."""
+        twice = next((name for name in classes if classes.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two classes are named '{twice}'")
+        return classes
 
 
 class ModelRecord(Encoder):
@@ -166,11 +187,21 @@ class ModelRecord(Encoder):
     method: str
     config: dict[str, Any] | None = None
     heads: str
-    scale: float
-    scales: list[float] | None = None
+    scale: Scale
+    scales: list[Scale] | None = None
     validation: float = Field(ge=0, le=1)
     bytes_per_task: int | None = None
+    directions: list[str] | None = None
     linearised: bool | None = None
+    files: dict[str, str] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def one_a_task(self) -> ModelRecord:
+        """Raise where scales or directions are not of the tasks, in their order."""
+        names = [task.name for task in self.tasks]
+        if self.directions not in (None, names) or (self.scales and len(self.scales) != len(names)):
+            raise ValueError(f"its scales or directions are not those of the tasks {', '.join(names)}")
+        return self
 
 
 def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
@@ -180,8 +211,18 @@ def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
     backbone = open_encoder(chosen, record, choose_device(device))
     heads = open_heads(chosen, record, backbone)
     directions = open_directions(chosen, record, backbone)
+    check_files(chosen, record)
     classes = {task.name: task.classes for task in record.tasks}
     return MultiTaskModel(backbone, heads, classes, record.model_dump(include=TOLD, exclude_unset=True), directions)
+
+
+def check_files(folder: Path, record: ModelRecord) -> None:
+    """Raise where a file fits and is not the one that the model was written with, such as another run's heads."""
+    if record.files is None:
+        return
+    other = sorted(set(digests(folder).items()) ^ set(record.files.items()))
+    if other:
+        raise TaskvecError(f"'{folder / other[0][0]}' is not the file that {ABOUT} was written with", RESTORE)
 
 
 def open_encoder(folder: Path, record: ModelRecord, device: str) -> Backbone:
@@ -191,15 +232,15 @@ def open_encoder(folder: Path, record: ModelRecord, device: str) -> Backbone:
         what = "is missing" if linear else "does not belong to this model"
         raise TaskvecError(f"'{around}' {what}: {ABOUT} says whether the encoder is linearised", RESTORE)
     if not around.exists():
-        return restore(folder / ABOUT, folder / "encoder.safetensors", device)
+        return restore(folder / ABOUT, folder / ENCODER, device)
     backbone = linearised(restore(folder / ABOUT, around, device))
-    backbone.use(read_weights(folder / "encoder.safetensors", backbone.pretrained))
+    backbone.use(read_weights(folder / ENCODER, backbone.pretrained))
     return backbone
 
 
 def open_heads(folder: Path, record: ModelRecord, backbone: Backbone) -> dict[str, Head]:
     """Open the heads of a model's tasks: one for each, that reads its encoder's features and scores its classes."""
-    path, wanted = folder / "heads.safetensors", {task.name: len(task.classes) for task in record.tasks}
+    path, wanted = folder / HEADS, {task.name: len(task.classes) for task in record.tasks}
     found = read_heads(path)
     if set(found) != set(wanted) or len(wanted) < len(record.tasks):
         tasks = ", ".join(task.name for task in record.tasks)

@@ -36,7 +36,7 @@ from taskvec.hub import address_parts, describe_hub, folder_of, list_hub
 from taskvec.images import Preprocessing
 from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.layouts import list_paper
-from taskvec.listing import SPLITS, Items, Labels, Listing, pick, split_validation, warned
+from taskvec.listing import SPLITS, Items, Labels, Listing, alike, pick, split_validation, warned
 from taskvec.notes import listen, note
 from taskvec.store import fingerprint, read_json, write_json
 from taskvec.torch_sets import list_own
@@ -167,6 +167,7 @@ def list_task(address: str) -> Listing:
     kind, rest = parse(address)
     with readable(address):
         listing = SOURCES[kind](rest)
+    listing = replace(listing, notes=listing.notes + alike(listing.classes))
     return listing if "validation" in listing.labels else warned(split_validation(listing, address))
 
 

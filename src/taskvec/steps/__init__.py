@@ -42,8 +42,8 @@ from taskvec.steps.merging import (
 MEANINGS = {
     load_backbone: 2,
     preprocessing: 1,
-    decode_task: 2,
-    decode_training: 2,
+    decode_task: 3,
+    decode_training: 3,
     features: 1,
     probe_task: 1,
     choose_rate: 1,
@@ -70,7 +70,7 @@ MEANINGS = {
     subset: 3,
     single_task_predictions: 2,
     heatmap: 2,
-    build_model: 3,
+    build_model: 4,
     negate: 1,
 }
 """Every step and the version of its meaning: raise it when the same configuration would give another result."""
