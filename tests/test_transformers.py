@@ -615,6 +615,50 @@ def test_wrappers_in_a_folders_names_and_types_that_are_none_of_weights(tmp_path
         load_backbone(address, device="cpu")
 
 
+def test_types_are_seen_under_the_names_that_the_library_translates(tmp_path: Path) -> None:
+    config = T.ViTConfig(**SMALL, num_labels=3)
+    T.ViTForImageClassification(config).save_pretrained(tmp_path / "a")
+    backbone, state = load_backbone(f"hf:{tmp_path / 'a'}", device="cpu"), load_file(tmp_path / "a/model.safetensors")
+    bad = "vit.encoder.layer.0.layernorm_before.weight"
+    assert bad in state
+    kinds: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "complex64": lambda t: t.to(torch.complex64), "int8": lambda t: t.to(torch.int8), "bool": lambda t: t > 0,
+        "sparse": torch.Tensor.to_sparse,
+    }  # fmt: skip
+    folder = tmp_path / "b"
+    folder.mkdir()
+    (folder / "config.json").write_text((tmp_path / "a/config.json").read_text())
+    for name, change in kinds.items():
+        odd = state | {bad: change(state[bad])}
+        torch.save(odd, folder / "pytorch_model.bin")
+        with pytest.raises(TaskvecError, match=f"'{bad}' is .*{name}"):
+            load_backbone(f"hf:{folder}", device="cpu", allow_pickle=True)
+        (folder / "pytorch_model.bin").unlink()
+        if name == "sparse":
+            continue
+        save_file(odd, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(TaskvecError, match=f"'{bad}' is of type .* none of weights"):
+            load_backbone(f"hf:{folder}", device="cpu")
+        with pytest.raises(TaskvecError, match=f"'{bad}' is of type .* none of weights"):
+            read_finetuned(folder / "model.safetensors", backbone)
+        (folder / "model.safetensors").unlink()
+
+
+def test_beits_masked_pre_training_gives_its_class_token(tmp_path: Path) -> None:
+    model = T.BeitForMaskedImageModeling(T.BeitConfig(**BEIT, vocab_size=9)).eval()
+    torch.nn.init.normal_(model.layernorm.weight)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TaskvecError, match="or set use_mean_pooling to false there: then the class token"):
+        load_backbone(f"hf:{tmp_path}", device="cpu")
+    config = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_mean_pooling": False}))
+    backbone = load_backbone(f"hf:{tmp_path}", device="cpu")
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        wanted = model.layernorm(model.beit(x).last_hidden_state)[:, 0]
+        assert torch.allclose(backbone.features(images), wanted, atol=1e-5)
+
+
 def test_a_folder_of_adapters_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")

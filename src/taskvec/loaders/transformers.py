@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from taskvec.addresses import Checkpoint
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.files import tell_other
+from taskvec.keys import COUNTER
 from taskvec.loaders import processors, saved
-from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, DECODERS, first_line
+from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, first_line
 from taskvec.loaders.requests import (
     Family,
     Loaded,
@@ -281,8 +282,8 @@ def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
 
 def state_for(folder: Path, options: dict[str, Any]) -> State:
     """Let transformers read and translate the weights of a folder; what is missing or not known raises."""
+    saved.check_types(saved.checked_files(folder, True))
     model, info = read_model(folder, options)
-    saved.check_types(saved.checked_files(folder, True), model.state_dict())
     allowed = (*HEADS, *TEXTS) if TYPES[options["type"]].feature == "clip" or "siglip" in options["type"] else HEADS
     unexpected = sorted(info["unexpected_keys"])
     dropped = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
