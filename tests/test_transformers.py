@@ -324,6 +324,23 @@ def test_a_configuration_that_makes_no_model_is_a_clear_error(tmp_path: Path, ch
         load_backbone(f"hf:{folder}")
 
 
+def test_a_configuration_for_tuples_gives_the_same_features(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    plain, config = load_backbone(f"hf:{folder}"), read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"return_dict": False, "torchscript": True}))
+    images, _ = inputs_for(plain)
+    assert torch.equal(load_backbone(f"hf:{folder}").features(images), plain.features(images))
+
+
+@pytest.mark.parametrize("named", [2.5, None, "ViTModel", [7], {}])
+def test_odd_names_of_classes_are_no_tracebacks(tmp_path: Path, named: Any) -> None:
+    folder, _ = folder_of(tmp_path, "ViTForImageClassification", "ViTConfig", SMALL)
+    backbone, config = load_backbone(f"hf:{folder}"), read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    checkpoint = read_finetuned(folder / "model.safetensors", backbone)
+    assert torch.equal(checkpoint.encoder.flat, backbone.pretrained.flat) and not checkpoint.objection
+
+
 def test_a_patch_size_may_be_a_list(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
     whole = load_backbone(f"hf:{folder}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,14 @@ def holds(files: Sequence[Path], prefix: str, config: dict[str, Any]) -> bool:
     """Say whether weights hold tensors of a part, by their keys, or of pickles by the class that wrote them."""
     if all(file.suffix == ".safetensors" for file in files):
         return any(key.startswith(prefix) for file in files for key in unwrapped(read_keys(file)).values())
-    names = " ".join(map(str, config.get("architectures") or ()))
+    names = " ".join(architectures(config))
     return "CLIPModel" in names or (prefix == "visual_projection." and "WithProjection" in names)
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the library's classes that a configuration says its weights are of."""
+    named = config.get("architectures")
+    return [*map(str, named)] if isinstance(named, list) else []
 
 
 def shards(weights: Path) -> list[Path]:

@@ -40,6 +40,8 @@ from taskvec.weights import check_keys
 HEADS = (*CLASSIFIERS, *DECODERS, "pooler.", "embeddings.mask_token")
 """Key prefixes of what an encoder does without: classifiers, decoders, the pooler and the token of hidden patches."""
 TEXTS = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.")
+OTHERS = ("model_type", "architectures", "dtype", "return_dict", "torchscript")
+"""What a configuration says that is none of the encoder's architecture."""
 Images = Float[Tensor, "batch 3 size size"]
 
 
@@ -197,7 +199,7 @@ def options_of(
     own = edge(vision.get("image_size"))
     return {
         "type": kind,
-        "config": {key: value for key, value in vision.items() if key not in ("model_type", "architectures", "dtype")},
+        "config": {key: value for key, value in vision.items() if key not in OTHERS},
         "size": size,
         "resampled": own is not None and size != own,
         "has_projection": has_projection,
@@ -356,7 +358,7 @@ def classifier_classes(config: Mapping[str, Any]) -> list[Any]:
 
     made = KNOWN.get(CONFIG_MAPPING[config["model_type"]], ())
     every = list(made) if isinstance(made, tuple | list) else [made]
-    named = config.get("architectures") or [one.__name__ for one in every]
+    named = saved.architectures(config) or [one.__name__ for one in every]
     return [one for one in every if one.__name__ in named]
 
 
