@@ -263,6 +263,8 @@ CONTAINERS = {
         "meta": {}, "state_dict": under("backbone.") | under("head.fc.", LAYER) | under("data_preprocessor.", LAYER),
     },
     "lightning": {"state_dict": under("model.encoder.") | under("loss.", LAYER) | under("model.head.", LAYER)},
+    "ibot": {"student": under("module.backbone.") | {"module.backbone.masked_embed": torch.ones(1, 64)}},
+    "beit": {"model": ENCODER | {"mask_token": torch.ones(1, 1, 64)} | under("lm_head.", LAYER)},
     "simclr": {"state_dict": under("module.online.encoder.") | under("module.online.projector.0.", LAYER)},
     "any name": {"my_weights": under("wrapper.thing.")},
     "compiled": under("_orig_mod.module.", WHOLE),
@@ -296,6 +298,8 @@ CHOICES = {
     "timm": ({"state_dict_ema": under("", offset=1), "state_dict": ENCODER}, "state_dict", "state_dict_ema"),
     "net": ({"net_ema": under("", offset=1), "net": ENCODER}, "net", "net_ema"),
     "shadow": ({"ema": {"shadow": under("", offset=1)}, "model": ENCODER}, "model", "shadow"),
+    "gradients": ({"grads": under("", offset=1), "weights": ENCODER}, "weights", "grads"),
+    "optimizer": ({"optimizer": under("", offset=1), "ema": ENCODER}, "ema", "optimizer"),
 }  # fmt: skip
 
 

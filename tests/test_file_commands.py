@@ -321,6 +321,32 @@ def test_every_method_merges_files_whose_names_differ_by_prefixes(tmp_path: Path
     pd.testing.assert_frame_equal(*(one.tensors for one in differences))
 
 
+def test_a_part_of_a_file_is_merged_and_compared_where_it_is_named(tmp_path: Path) -> None:
+    states = [random_state([(6, 4), (4,), (2, 2)], seed, [torch.float32]) for seed in range(3)]
+    halves = [{f"{part}.vit.{n}": t for n, t in states[i].items()} for i, part in enumerate(("student", "teacher"), 1)]
+    base, held = write(tmp_path / "base.safetensors", states[0]), tmp_path / "both.safetensors"
+    write(held, halves[0] | halves[1])
+    parts = [Path(f"{held}#{part}") for part in ("student", "teacher.vit")]
+    with pytest.raises(TaskvecError, match=r"several times, behind .*\n.*both.safetensors#NAME"):
+        Merge(base, [held], tmp_path / "none.safetensors", 0.5).run()
+    for number, chosen in enumerate([parts[:1], parts[1:], parts]):
+        out = tmp_path / f"out{number}.safetensors"
+        with listen() as heard:
+            Merge(base, chosen, out, 0.5).run()
+        assert_equal(load_file(out), expected(states[0], [states[1 + parts.index(part)] for part in chosen], 0.5))
+        assert f"'{held}': took '{chosen[0].name.partition('#')[2]}', not the other 5 tensors" in heard
+    norms = [float(torch.dist(pack(one).flat, pack(states[0]).flat)) for one in states[1:]]
+    assert np.allclose(compare(base, parts).by_checkpoint()["norm"], norms)
+    twice, missing = [parts[0], Path(f"{held}#student.vit")], [Path(f"{held}#techer")]
+    for wrong, told in ((twice, "given twice"), (missing, "has no part 'techer'")):
+        with pytest.raises(TaskvecError, match=told):
+            Merge(base, wrong, tmp_path / "none.safetensors", 0.5).run()
+    write_shards(tmp_path / "shards", *halves)
+    Merge(Path(f"{tmp_path / 'shards'}#student"), parts[1:], tmp_path / "merged", 0.5).run()
+    with Checkpoint(tmp_path / "merged") as found:
+        assert set(found.tensors) == set(halves[0]) and len(found.files) == 1
+
+
 # ---------------------------------------------------------------- what is kept of the base
 
 

@@ -586,6 +586,10 @@ def test_what_has_no_counterpart_behind_a_prefix_is_kept_by_either_name(tmp_path
         {"embed.w": "embedding.w"},
         {"blocks.1.mlp.w": "blocks.1.head.w"},
         {"norm.w": "multi_head_attention.w"},
+        {"norm.w": "conv_head.w"},
+        {"norm.w": "head.norm.w"},
+        {"norm.w": "vision_model.head.probe"},
+        {"embed.w": "vision_model.head.attention.w"},
     ],
 )
 def test_no_advice_would_leave_a_trained_tensor_behind(tmp_path: Path, change: dict[str, str]) -> None:
@@ -593,6 +597,28 @@ def test_no_advice_would_leave_a_trained_tensor_behind(tmp_path: Path, change: d
     with pytest.raises(TaskvecError, match="refused 2 tensors") as caught:
         match(base, [tuned])
     assert "--keep" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classifier_distill.batch_norm.weight", "head.bn.bias", "decoder_blocks.0.attn.qkv.weight",
+        "decoder_embed.bias", "blocks.0.attn.relative_position_index", "embeddings.position_ids",
+    ],
+)  # fmt: skip
+def test_what_is_no_training_of_the_encoder_may_be_kept_of_the_base(tmp_path: Path, name: str) -> None:
+    base, tuned = pair(tmp_path, NAMES, {f"vit.{n}": t for n, t in NAMES.items()} | {name: torch.ones(2, 2)})
+    for one, other in ((base, tuned), (tuned, base)):
+        with pytest.raises(TaskvecError, match="refused 1 tensors") as caught:
+            match(one, [other])
+        assert caught.value.fix.startswith(f"--keep '{name}' carries the base's")
+
+
+def test_counters_of_batch_norm_may_be_missing_or_beyond(tmp_path: Path) -> None:
+    counter = {"bn.num_batches_tracked": torch.tensor(3)}
+    base, tuned = pair(tmp_path, NAMES | counter, {f"model.{n}": t for n, t in NAMES.items()})
+    assert match(base, [tuned]).integers == ("bn.num_batches_tracked",)
+    assert match(tuned, [base]).aside == (("bn.num_batches_tracked",),)
 
 
 def test_a_pattern_that_is_advised_leaves_trained_neighbours_alone() -> None:
@@ -619,6 +645,7 @@ def test_tensors_that_are_held_several_times_are_refused(tmp_path: Path) -> None
         (["blocks.0.w.exp_avg", "blocks.0.w.exp_avg_sq"], "state_dict"),
         (["blocks.0.parametrizations.weight.original0"], "remove_parametrizations"),
         (["fc_norm.weight", "fc_norm.bias"], "class token"),
+        (["pooler.layernorm.weight", "pooler.layernorm.bias"], "class token"),
         (["_fsdp_wrapped_module._flat_param"], "FULL_STATE_DICT"),
     ],
 )

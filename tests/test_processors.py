@@ -103,6 +103,7 @@ def test_a_processor_of_images_and_texts_is_read(tmp_path: Path) -> None:
         ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 200}}, "not known here"),
         ({"image_processor_type": "NoneImageProcessor", "auto_map": {"AutoImageProcessor": "a.B"}}, "cannot be read"),
         ({"image_processor_type": "ViTImageProcessor", "resample": 4}, "box"),
+        ({"image_processor_type": "ViTImageProcessor", "resample": "bicubic"}, "PIL's method bicubic"),
         ({"image_processor_type": "ViTImageProcessor", "image_std": [0.5, 0, 0.5]}, "with std above 0"),
         ({"image_processor_type": "ViTImageProcessor", "image_std": [-0.5] * 3}, "with std above 0"),
         ({"image_processor_type": "ViTImageProcessor", "image_mean": [float("nan")] * 3}, "not three numbers each"),

@@ -324,6 +324,23 @@ def test_a_configuration_that_makes_no_model_is_a_clear_error(tmp_path: Path, ch
         load_backbone(f"hf:{folder}")
 
 
+def test_a_configuration_for_tuples_gives_the_same_features(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path, "ViTModel", "ViTConfig", SMALL)
+    plain, config = load_backbone(f"hf:{folder}"), read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"return_dict": False, "torchscript": True}))
+    images, _ = inputs_for(plain)
+    assert torch.equal(load_backbone(f"hf:{folder}").features(images), plain.features(images))
+
+
+@pytest.mark.parametrize("named", [2.5, None, "ViTModel", [7], {}])
+def test_odd_names_of_classes_are_no_tracebacks(tmp_path: Path, named: Any) -> None:
+    folder, _ = folder_of(tmp_path, "ViTForImageClassification", "ViTConfig", SMALL)
+    backbone, config = load_backbone(f"hf:{folder}"), read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    checkpoint = read_finetuned(folder / "model.safetensors", backbone)
+    assert torch.equal(checkpoint.encoder.flat, backbone.pretrained.flat) and not checkpoint.objection
+
+
 def test_a_patch_size_may_be_a_list(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
     whole = load_backbone(f"hf:{folder}")
@@ -613,6 +630,50 @@ def test_wrappers_in_a_folders_names_and_types_that_are_none_of_weights(tmp_path
     save_file({name: 0 * t for name, t in state.items()}, file, {"format": "pt"})
     with pytest.raises(TaskvecError, match="all its matrices are zero"):
         load_backbone(address, device="cpu")
+
+
+def test_types_are_seen_under_the_names_that_the_library_translates(tmp_path: Path) -> None:
+    config = T.ViTConfig(**SMALL, num_labels=3)
+    T.ViTForImageClassification(config).save_pretrained(tmp_path / "a")
+    backbone, state = load_backbone(f"hf:{tmp_path / 'a'}", device="cpu"), load_file(tmp_path / "a/model.safetensors")
+    bad = "vit.encoder.layer.0.layernorm_before.weight"
+    assert bad in state
+    kinds: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "complex64": lambda t: t.to(torch.complex64), "int8": lambda t: t.to(torch.int8), "bool": lambda t: t > 0,
+        "sparse": torch.Tensor.to_sparse,
+    }  # fmt: skip
+    folder = tmp_path / "b"
+    folder.mkdir()
+    (folder / "config.json").write_text((tmp_path / "a/config.json").read_text())
+    for name, change in kinds.items():
+        odd = state | {bad: change(state[bad])}
+        torch.save(odd, folder / "pytorch_model.bin")
+        with pytest.raises(TaskvecError, match=f"'{bad}' is .*{name}"):
+            load_backbone(f"hf:{folder}", device="cpu", allow_pickle=True)
+        (folder / "pytorch_model.bin").unlink()
+        if name == "sparse":
+            continue
+        save_file(odd, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(TaskvecError, match=f"'{bad}' is of type .* none of weights"):
+            load_backbone(f"hf:{folder}", device="cpu")
+        with pytest.raises(TaskvecError, match=f"'{bad}' is of type .* none of weights"):
+            read_finetuned(folder / "model.safetensors", backbone)
+        (folder / "model.safetensors").unlink()
+
+
+def test_beits_masked_pre_training_gives_its_class_token(tmp_path: Path) -> None:
+    model = T.BeitForMaskedImageModeling(T.BeitConfig(**BEIT, vocab_size=9)).eval()
+    torch.nn.init.normal_(model.layernorm.weight)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TaskvecError, match="or set use_mean_pooling to false there: then the class token"):
+        load_backbone(f"hf:{tmp_path}", device="cpu")
+    config = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_mean_pooling": False}))
+    backbone = load_backbone(f"hf:{tmp_path}", device="cpu")
+    images, x = inputs_for(backbone)
+    with torch.inference_mode():
+        wanted = model.layernorm(model.beit(x).last_hidden_state)[:, 0]
+        assert torch.allclose(backbone.features(images), wanted, atol=1e-5)
 
 
 def test_a_folder_of_adapters_says_what_to_do(tmp_path: Path) -> None:

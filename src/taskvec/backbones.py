@@ -21,9 +21,10 @@ from taskvec.addresses import default_name, parse
 from taskvec.compute import choose_device
 from taskvec.errors import TaskvecError
 from taskvec.images import Preprocessing, normalise
+from taskvec.keys import COUNTER
 from taskvec.lab import encoders
 from taskvec.loaders import build
-from taskvec.loaders.checkpoints import COUNTER, first_line, parts
+from taskvec.loaders.checkpoints import first_line, parts
 from taskvec.loaders.requests import check_affordable, check_bounds
 from taskvec.notes import note
 from taskvec.store import Record, read_record, write_json

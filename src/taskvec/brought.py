@@ -22,9 +22,10 @@ from taskvec.addresses import split_key
 from taskvec.backbones import AROUND, Backbone, tried
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.heads import Head, Names, Unusual, told, unusual_heads
+from taskvec.keys import COUNTER
 from taskvec.kinds import CLASSIFICATION
 from taskvec.loaders import FAMILIES
-from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, check_file, parts, read_checkpoint
+from taskvec.loaders.checkpoints import CLASSIFIERS, check_file, parts, read_checkpoint
 from taskvec.loaders.requests import Request
 from taskvec.notes import note
 from taskvec.store import read_json

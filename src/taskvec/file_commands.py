@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from taskvec.addresses import split_key
 from taskvec.errors import TaskvecError
 from taskvec.files import FLOATS, Checkpoint, labels
 from taskvec.locks import workspace
@@ -33,8 +34,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 
 def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
-    """Open checkpoints until the stack ends; their labels tell them apart."""
-    return [stack.enter_context(Checkpoint(path, label)) for path, label in zip(paths, labels(paths), strict=True)]
+    """Open checkpoints, of FILE#NAME a part, until the stack ends; their labels tell them apart."""
+    parts = [split_key(str(path)) for path in paths]
+    named = zip(parts, labels(paths), strict=True)
+    return [stack.enter_context(Checkpoint(Path(path), label, part)) for (path, part), label in named]
 
 
 # ---------------------------------------------------------------- merging
@@ -87,9 +90,10 @@ class Merge:
 
 def check_different(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise for files that are given twice: their vector would count twice, or be zero and water an average down."""
-    seen: dict[frozenset[tuple[int, int]], int] = {}
+    seen: dict[frozenset[Any], int] = {}
     for number, one in enumerate(checkpoints):
-        first = seen.setdefault(frozenset((found.st_dev, found.st_ino) for found in map(Path.stat, one.files)), number)
+        places = ((found.st_dev, found.st_ino) for found in map(Path.stat, one.files))
+        first = seen.setdefault(frozenset((*places, *one.tensors)), number)
         if first < number:
             told = "the base and a fine-tuned checkpoint" if first == 0 else "given twice"
             raise TaskvecError(

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Shaped
 from numpy import ndarray
 
-from taskvec.errors import TaskvecError
+from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.keys import format_of
 from taskvec.notes import note
 from taskvec.store import disk_errors, json_text
@@ -70,8 +70,11 @@ class Stored:
 class Checkpoint:
     """The tensors of one model, in one safetensors file or in the shards of a folder; open until closed."""
 
-    def __init__(self, path: Path, label: str = "") -> None:
-        """Open ``path``: a file, an index file, or a folder with either. Damaged or missing files raise."""
+    def __init__(self, path: Path, label: str = "", part: str = "") -> None:
+        """Open ``path``: a file, an index file, or a folder with either. Damaged or missing files raise.
+
+        Of a ``part`` only the tensors are held whose names have it, such as ``teacher``.
+        """
         self.path, self.label = path, label or path.name
         with disk_errors(path):
             self.files, self.index, self.index_name = _find(path)
@@ -84,6 +87,7 @@ class Checkpoint:
             for number, file in enumerate(self.files):
                 self._open(number, file)
             self._check_index()
+            self._narrow(part)
         except BaseException:
             self.close()
             raise
@@ -200,6 +204,16 @@ class Checkpoint:
                     f"the index of '{self.path}' lists tensor '{name}' {where}, and {held} holds it",
                     "is the folder complete? copy or convert it again",
                 )
+
+    def _narrow(self, part: str) -> None:
+        """Hold the tensors of a part alone."""
+        held = {name: stored for name, stored in self.tensors.items() if not part or f".{part}." in f".{name}"}
+        if part and not held:
+            known = [name.partition(".")[0] for name in self.tensors]
+            raise TaskvecError(f"'{self.path}' has no part '{part}'", did_you_mean(part, dict.fromkeys(known)))
+        if other := len(self.tensors) - len(held):
+            note(f"'{self.path}': took '{part}', not the other {other} tensors")
+        self.tensors = held
 
 
 def open_file(path: Path, flags: int) -> int:

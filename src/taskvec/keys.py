@@ -14,8 +14,17 @@ AVERAGED = "n_averaged"
 """What torch's AveragedModel counts in."""
 DEEPEST = 8
 """Parts of a name that a prefix has at most."""
-HEADS = re.compile(r"(?!.*att)(\w+_)?(heads?|classifier|pooler)|head_dist|fc|score|last_linear|mask_token|logit_scale")
+HEADS = re.compile(
+    r"(?!conv|.*att)(\w+_)?(heads?|classifier|pooler)|head_dist|classifier_distill|fc|score|last_linear|mask_token|"
+    r"logit_scale|decoder_(embed|pos_embed|blocks|norm|pred)"
+)
 """Parts of names of what reads an encoder and is none of it."""
+FEATURES = re.compile(r"(layer_?)?norm|.*att.*|probe")
+"""Parts of names that, next to those, are of the encoder all the same: they make its feature out of its tokens."""
+COUNTER = "num_batches_tracked"
+"""How the names of batch norm's counters end, which older files lack."""
+BUFFERS = ("relative_position_index", "attention_bias_idxs", "position_ids", "token_type_ids", "attn_mask")
+"""Ends of names of whole numbers that an architecture makes and training does not change."""
 FOREIGN = (
     (r"(^|[._])(lora_[a-zA-Z_]+|hada_w\w+|lokr_w\w+|base_layer)(\.|$)", "adapters such as LoRA, not whole weights",
      "merge them into their base first (peft: merge_and_unload(), diffusers: fuse_lora()), and save that model"),
@@ -29,7 +38,8 @@ FOREIGN = (
      "call torch.nn.utils.parametrize.remove_parametrizations on them, and save again"),
     (r"(^|\.)(weight|bias)_mask$", "weights with masks of torch's pruning",
      "call torch.nn.utils.prune.remove, and save again"),
-    (r"(^|\.)fc_norm\.", "a model whose feature is the normalised mean of its patches (fc_norm), as MAE is fine-tuned",
+    (r"(^|\.)(fc_norm|pooler\.layernorm)\.",
+     "a model whose feature is the normalised mean of its patches (fc_norm), as MAE is fine-tuned",
      "give one that was fine-tuned with the class token (MAE: --cls_token): it is another feature than this encoder's"),
 )  # fmt: skip
 """Patterns of names, what a file with them holds, and what to do about it."""
@@ -65,10 +75,14 @@ def foreign(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def is_head(name: str) -> bool:
-    """Say whether a tensor is of a head or a pooler: of such a part, before any part that is numbered."""
-    for part in name.split(".", DEEPEST):
+    """Say whether a tensor is of a head or a pooler: of such a part, before any part that is numbered.
+
+    A norm or an attention at its start is trained with the encoder, and makes its feature.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts[:DEEPEST]):
         if HEADS.fullmatch(part):
-            return True
+            return not any(map(FEATURES.fullmatch, parts[place + 1 : place + 2]))
         if any(sign.isdigit() for sign in part):
             return False
     return False

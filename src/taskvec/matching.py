@@ -10,14 +10,12 @@ from typing import Any
 
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.files import FLOATS, INTEGERS, Checkpoint, same
-from taskvec.keys import AVERAGED, counterparts, foreign, is_head, shifts, unwrapped
+from taskvec.keys import AVERAGED, BUFFERS, COUNTER, counterparts, foreign, is_head, shifts, unwrapped
 from taskvec.merging.parts import kind_of
 from taskvec.notes import note
 
 SHOWN = 4
 """Tensors that an error names of each kind."""
-BUFFERS = ("relative_position_index", "position_ids", "token_type_ids", "attn_mask")
-"""Ends of names of whole numbers that an architecture makes and training does not change."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,20 @@ def _matched(
     twins = {name: there[twin] for name in missing if (twin := _twin(base, name, there))}
     used, known = set(sources.values()), set(there.values())
     aside = tuple(name for name in tuned.tensors if name not in used)
-    spare = [
-        name for name in aside if called[name] != AVERAGED and not _any(name, keep) and not _any(called[name], keep)
-    ]
+    free = [name for name in aside if called[name] != AVERAGED and not _counts(name, tuned)]
+    spare = [name for name in free if not _any(name, keep) and not _any(called[name], keep)]
     extra = [name for name in spare if not _twin(tuned, name, known)]
     unlike = {name: why for name, source in sources.items() if (why := _unlike(base, name, tuned, source))}
-    lost = [name for name in missing if name not in twins]
+    lost = [name for name in missing if name not in twins and not _counts(name, base)]
     if lost or extra or unlike:
         raise _unfit(base, tuned, lost, {name: called[name] for name in extra}, unlike)
     return sources | twins, aside
+
+
+def _counts(name: str, held: Checkpoint) -> bool:
+    """Say whether a tensor is a counter of batch norm, which older files lack."""
+    stored = held.tensors[name]
+    return name.endswith(COUNTER) and stored.dtype in INTEGERS and len(stored.shape) < 2
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
@@ -133,7 +136,7 @@ def _shift(base: Checkpoint, tuned: Checkpoint, own: Collection[str], theirs: Co
         places = " and ".join(f"'{after}'" if before == "" else f"'{before}' as '{after}'" for before, after in found)
         raise TaskvecError(
             f"'{tuned.path}' holds the tensors of '{base.path}' several times, behind {places}",
-            "save the one that is meant alone",
+            f"write the one that is meant as {tuned.path}#NAME",
         )
     return found[0]
 
@@ -209,7 +212,7 @@ def _unfit(
     for one, names in ((tuned, extra), (base, lost)):
         if told := foreign(names):
             return TaskvecError(f"{problem}; '{one.path}' holds {told[0]}", told[1])
-    if not all(map(is_head, bad)):
+    if not all(is_head(name) or name.endswith(BUFFERS) for name in bad):
         return TaskvecError(problem, "give checkpoints that were fine-tuned from this base, saved with the same names")
     options = " ".join(f"--keep '{pattern}'" for pattern in patterns(bad, [*base.tensors, *bad]))
     return TaskvecError(problem, f"{options} carries the base's tensors of that name, and leaves out the others'")

@@ -106,10 +106,8 @@ def shards(base: Checkpoint, dtype: str | None = None, limit: int | None = None,
         return [Shard(name, metadata, group) for name, group in zip(names, groups, strict=True)]
     if one:
         return [Shard(one, metadata, sized)]
-    return [
-        Shard(file.name, base.metadata[i], {name: sized[name] for name in sized if base.tensors[name].file == i})
-        for i, file in enumerate(base.files)
-    ]
+    held = [{name: sized[name] for name in sized if base.tensors[name].file == i} for i in range(len(base.files))]
+    return [Shard(file.name, about, of) for file, about, of in zip(base.files, base.metadata, held, strict=True) if of]
 
 
 def _sized(stored: Stored, dtype: str | None) -> tuple[str, Shape, int]:

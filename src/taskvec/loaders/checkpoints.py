@@ -16,7 +16,7 @@ from torch import Tensor
 
 from taskvec.addresses import WEIGHT_SUFFIXES
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.keys import AVERAGED, WRAPPERS, format_of, prefixes, unwrapped
+from taskvec.keys import AVERAGED, COUNTER, WRAPPERS, format_of, prefixes, unwrapped
 from taskvec.notes import note
 from taskvec.weights import check_kinds, read
 
@@ -25,7 +25,7 @@ CLASSIFIERS = (
     "classifier_distill.",
 )  # fmt: skip
 """Key prefixes of heads that a file of an encoder may hold and that are dropped on purpose."""
-DECODERS = ("decoder.", "decoder_", "mask_token")
+DECODERS = ("decoder.", "decoder_", "mask_token", "masked_embed", "lm_head.")
 """Key prefixes of what masked pre-training reads an encoder with."""
 TEXTS = (
     "text.", "text_decoder.", "text_model.", "text_projection", "transformer.", "token_embedding.",
@@ -36,8 +36,6 @@ PROJECTORS = ("projector.", "projection_head.", "predictor.", "prototypes.", "di
 """Key prefixes of what self-supervised training puts behind an encoder."""
 MEMBERS = ("model.", "net.", "network.", "backbone.", "encoder.")
 """What classes of training scripts call the encoder that they hold."""
-COUNTER = "num_batches_tracked"
-"""How the keys of batch norm's counters end, which older files lack."""
 PARTS = {
     "a classifier": CLASSIFIERS, "a decoder": DECODERS, "a text tower": TEXTS, "a pooler": ("pooler.",),
     "a projection head": PROJECTORS,
@@ -48,7 +46,9 @@ PREFERRED = (
 )  # fmt: skip
 """What is taken first where several parts of a file fit, before others in the file's order."""
 AVERAGES = re.compile(r"(.*_)?(ema|shadow|swa|averaged|average|momentum|target)(_.*|model)?|encoder_k")
-"""Parts of names of moving averages, which are taken last."""
+"""Parts of names of moving averages, which are taken after the others."""
+STATISTICS = re.compile(r"(.*_)?(grads?|gradients?|optim|optimizers?|fisher|exp_avg|exp_avg_sq|momentum_buffer)(_.*)?")
+"""Parts of names of what has a model's names and shapes and is no model, which is taken last."""
 DEPTH = 6
 """How many containers deep tensors are looked for."""
 
@@ -166,11 +166,11 @@ class Part:
         found = {key: tensor for key, tensor in held.items() if tensor is not None}
         return len(keys) - len(found), sum(tensor.shape != wanted[key].shape for key, tensor in found.items())
 
-    def rank(self) -> tuple[bool, list[int]]:
-        """Return what sorts the parts of a file: moving averages last, usual names first."""
+    def rank(self) -> tuple[bool, bool, list[int]]:
+        """Return what sorts the parts of a file: usual names first, then moving averages, then what is no model."""
         names = self.label.split(".") if self.label else []
-        averaged = any(AVERAGES.fullmatch(name) for name in names)
-        return averaged, [PREFERRED.index(name) if name in PREFERRED else len(PREFERRED) for name in names]
+        odd, averaged = (any(map(pattern.fullmatch, names)) for pattern in (STATISTICS, AVERAGES))
+        return odd, averaged, [PREFERRED.index(name) if name in PREFERRED else len(PREFERRED) for name in names]
 
     def read(self) -> Reading:
         """Return the part's tensors by the encoder's names, a classifier beside it by its own, and what is left out.

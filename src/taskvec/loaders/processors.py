@@ -109,7 +109,7 @@ def crop_share(size: int, short: int) -> float:
 
 def resampling(processor: Any, source: str) -> str:
     """Return the name of a processor's way to resize; one that is not known raises."""
-    value = Image.Resampling.BILINEAR if processor.resample is None else int(processor.resample)
+    value = Image.Resampling.BILINEAR if processor.resample is None else processor.resample
     names = [name for name, known in RESAMPLING.items() if known == value]
     if not names:
         raise TaskvecError(

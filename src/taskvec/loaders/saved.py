@@ -11,12 +11,12 @@ from torch import Tensor
 
 from taskvec.errors import TaskvecError
 from taskvec.files import FLOATS, Checkpoint, read_index
-from taskvec.keys import counterparts, shifts, unwrapped
+from taskvec.keys import BUFFERS, COUNTER, unwrapped
 from taskvec.loaders import hub, processors
 from taskvec.loaders.checkpoints import check_pickle, dictionaries, read_pickle
 from taskvec.loaders.requests import Request, read_object
 from taskvec.store import file_digest, fingerprint
-from taskvec.weights import COMPUTED, read, read_keys
+from taskvec.weights import COMPUTED, check_kinds, read, read_keys
 
 CONFIG = "config.json"
 WEIGHTS = (
@@ -128,8 +128,14 @@ def holds(files: Sequence[Path], prefix: str, config: dict[str, Any]) -> bool:
     """Say whether weights hold tensors of a part, by their keys, or of pickles by the class that wrote them."""
     if all(file.suffix == ".safetensors" for file in files):
         return any(key.startswith(prefix) for file in files for key in unwrapped(read_keys(file)).values())
-    names = " ".join(map(str, config.get("architectures") or ()))
+    names = " ".join(architectures(config))
     return "CLIPModel" in names or (prefix == "visual_projection." and "WithProjection" in names)
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the library's classes that a configuration says its weights are of."""
+    named = config.get("architectures")
+    return [*map(str, named)] if isinstance(named, list) else []
 
 
 def shards(weights: Path) -> list[Path]:
@@ -167,19 +173,20 @@ def bare_state(files: Sequence[Path]) -> dict[str, Tensor] | None:
     return {names[name]: tensor for file in files for name, tensor in read(file).items()}
 
 
-def check_types(files: Sequence[Path], wanted: Mapping[str, Tensor]) -> None:
-    """Raise for tensors of files that are no weights where a model's are floating-point numbers: the library casts."""
+def check_types(files: Sequence[Path]) -> None:
+    """Raise for tensors of files that are no weights, before the library casts them and gives them other names."""
     for file in files:
         if file.suffix == ".safetensors":
             with Checkpoint(file) as held:
                 types = {name: stored.dtype for name, stored in held.tensors.items()}
         else:
             state = dictionaries(read_pickle(file)).get("", {})
+            check_kinds(state, {}, f"'{file}'")
             types = {name: "F32" if tensor.dtype in COMPUTED else str(tensor.dtype) for name, tensor in state.items()}
-        for name, key in counterparts(wanted, types, shifts(wanted, types)[0]).items():
-            if wanted[key].is_floating_point() and types[name] not in FLOATS:
+        for name, kind in types.items():
+            if kind not in FLOATS and not name.endswith((*BUFFERS, COUNTER)):
                 raise TaskvecError(
-                    f"'{file}': tensor '{name}' is of type {types[name]}, which is none of weights",
+                    f"'{file}': tensor '{name}' is of type {kind}, which is none of weights",
                     "give the weights in floating-point numbers; of a quantised model those before that",
                 )
 

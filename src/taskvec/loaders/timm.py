@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from taskvec.errors import TaskvecError, unknown
 from taskvec.images import Preprocessing
+from taskvec.keys import COUNTER
 from taskvec.loaders import hub
 from taskvec.loaders.checkpoints import (
     CLASSIFIERS,
-    COUNTER,
     DECODERS,
     PROJECTORS,
     Reading,

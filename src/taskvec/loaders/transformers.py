@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from taskvec.addresses import Checkpoint
 from taskvec.errors import TaskvecError, did_you_mean
 from taskvec.files import tell_other
+from taskvec.keys import COUNTER
 from taskvec.loaders import processors, saved
-from taskvec.loaders.checkpoints import CLASSIFIERS, COUNTER, DECODERS, first_line
+from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, first_line
 from taskvec.loaders.requests import (
     Family,
     Loaded,
@@ -39,6 +40,8 @@ from taskvec.weights import check_keys
 HEADS = (*CLASSIFIERS, *DECODERS, "pooler.", "embeddings.mask_token")
 """Key prefixes of what an encoder does without: classifiers, decoders, the pooler and the token of hidden patches."""
 TEXTS = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.")
+OTHERS = ("model_type", "architectures", "dtype", "return_dict", "torchscript")
+"""What a configuration says that is none of the encoder's architecture."""
 Images = Float[Tensor, "batch 3 size size"]
 
 
@@ -196,7 +199,7 @@ def options_of(
     own = edge(vision.get("image_size"))
     return {
         "type": kind,
-        "config": {key: value for key, value in vision.items() if key not in ("model_type", "architectures", "dtype")},
+        "config": {key: value for key, value in vision.items() if key not in OTHERS},
         "size": size,
         "resampled": own is not None and size != own,
         "has_projection": has_projection,
@@ -281,8 +284,8 @@ def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
 
 def state_for(folder: Path, options: dict[str, Any]) -> State:
     """Let transformers read and translate the weights of a folder; what is missing or not known raises."""
+    saved.check_types(saved.checked_files(folder, True))
     model, info = read_model(folder, options)
-    saved.check_types(saved.checked_files(folder, True), model.state_dict())
     allowed = (*HEADS, *TEXTS) if TYPES[options["type"]].feature == "clip" or "siglip" in options["type"] else HEADS
     unexpected = sorted(info["unexpected_keys"])
     dropped = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
@@ -355,7 +358,7 @@ def classifier_classes(config: Mapping[str, Any]) -> list[Any]:
 
     made = KNOWN.get(CONFIG_MAPPING[config["model_type"]], ())
     every = list(made) if isinstance(made, tuple | list) else [made]
-    named = config.get("architectures") or [one.__name__ for one in every]
+    named = saved.architectures(config) or [one.__name__ for one in every]
     return [one for one in every if one.__name__ in named]
 
 
