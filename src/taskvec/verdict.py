@@ -93,9 +93,9 @@ class _Verdict:
     costs: pd.DataFrame | None
 
     def text(self) -> str:
-        """Join the sentences: the answer, what is stored, the paper's addition, what failed."""
-        parts = [self.place() + self.answer(), self.storage(), *self.others(), *failures(self.one)]
-        return " ".join(_sentence(part) for part in parts if part)
+        """Write one sentence on the answer and what is stored, and one on the paper's addition and what failed."""
+        answer, more = [self.place() + self.answer(), self.storage()], [*self.others(), *failures(self.one)]
+        return " ".join(_sentence("; ".join(filter(None, parts))) for parts in (answer, more) if parts)
 
     def place(self) -> str:
         """Name backbone, regime and seeds where they need to be told."""
@@ -286,7 +286,7 @@ def _summed_up(found: list[View]) -> list[str]:
     best = [max(one.methods[1:], key=lambda method: one.validation.get(method, -1.0)) for one in several]
     lines += [_of_others(best)] if best else []
     failed = {(one.backbone, one.regime): said for one in found if (said := list(_tuning(one)))}
-    named = [f"{short_backbone(backbone)}, {one_line(regime)}" for backbone, regime in failed]
+    named = [f"{short_backbone(backbone)} ({one_line(regime)})" for backbone, regime in failed]
     return lines + ([f"Fine-tuning ends below its own probe on some tasks: {_some(named)}."] if named else [])
 
 
@@ -297,10 +297,9 @@ def _of_regime(found: list[View]) -> str:
     parts = [part for heads in HEADS if (part := _count(merged, heads))]
     if not parts:
         return _sentence(f"{place}merging was not compared with linear probing")
-    first = merged[0]
-    return _sentence(
-        f"{place}{_merging(first, first.methods[0])} beat linear probing {', and '.join(parts)}; {_highest(merged)}"
-    )
+    first, several = merged[0], f"beat linear probing {', and '.join(parts)}"
+    told = several if len(merged) > 1 else outcome(first, first.methods[0], first.heads)
+    return _sentence(f"{place}{_merging(first, first.methods[0])} {told}; {_highest(merged)}")
 
 
 def _highest(merged: list[View]) -> str:
@@ -310,8 +309,8 @@ def _highest(merged: list[View]) -> str:
     probing, reached = percent(one.overall("probing")), level(one, one.methods[0], heads)
     share = one.cell(one.methods[0], heads, one.normalised)
     of = "" if one.mixed or math.isnan(share.mean) else f", {percent(share)} % of separate fine-tuned encoders"
-    name = short_backbone(one.backbone)
-    return f"{name} is the best on validation and reaches {reached}{of} (probing {probing}, {HEADS[heads]})"
+    name = short_backbone(one.backbone) + (" is the best on validation and" if len(merged) > 1 else "")
+    return f"{name} reaches {reached}{of} (probing {probing}, {HEADS[heads]})"
 
 
 def _count(found: list[View], heads: str) -> str:
