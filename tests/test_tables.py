@@ -69,6 +69,14 @@ def test_the_verdict_claims_no_gain_when_the_interval_reaches_zero(width: float,
     assert kept in text
 
 
+def test_without_an_interval_the_verdict_says_how_far_and_not_whether() -> None:
+    rows = fixture.results(tasks=("one", "two"))
+    text = tables.headline(rows[~rows["metric"].str.contains("_low|_high")])
+    assert text.startswith("One encoder for both tasks (")
+    assert re.search(r"is \+[\d.]+ points from linear probing \([\d.]+ %\), without an interval\. Adding", text)
+    assert re.search(r"vectors moved linear probing by \+[\d.]+ points with kept heads, without an interval\.$", text)
+
+
 def test_the_verdict_calls_a_loss_a_loss() -> None:
     rows = fixture.results(heads=("kept",))
     gains = rows["metric"].str.startswith("gain_over_probing")

@@ -122,7 +122,8 @@ class _Verdict:
 
     def _tasks(self) -> str:
         count = len(self.one.tasks)
-        return f" for all {number(count)} tasks" if count > 1 else " for the one task"
+        every = "both" if count == 2 else f"all {number(count)}"
+        return f" for {every} tasks" if count > 1 else " for the one task"
 
     def _share(self, method: str, heads: str) -> str:
         """Compare with one fine-tuned encoder for each task; what is mixed was compared in its level already."""
@@ -184,10 +185,12 @@ def interval(gain: Gained, lead: str = "") -> str:
 
 
 def against_probing(one: View, gain: Gained) -> str:
-    """Say whether the interval of a gain lies above zero, below or across."""
+    """Say whether the interval of a gain lies above zero, below or across; without one, only how large it is."""
     unit, probing = "normalised points" if one.mixed else "points", f"linear probing ({level(one, *PROBING)})"
     if math.isnan(gain.mean):
         return f"was not compared with {probing}"
+    if math.isnan(gain.low):
+        return f"is {points(gain.mean, '+')} {unit} from {probing}, without an interval"
     ends = interval(gain, ", ")
     if gain.beats:
         return f"beats {probing} by {points(gain.mean)} {unit}{ends}"
@@ -207,6 +210,9 @@ def outcome(one: View, method: str, heads: list[str]) -> str:
     if not gains:
         return "was not compared with linear probing"
     unit = "normalised points" if one.mixed else "points"
+    if any(math.isnan(gain.low) for gain in gains):
+        told = (f"{points(gain.mean, '+')} {unit} with {HEADS[gain.heads]}" for gain in gains)
+        return f"moved linear probing by {' and '.join(told)}, without an interval"
     first = f"gained {points(gains[0].mean)} {unit} over" if gains[0].beats else "did not beat"
     text = f"{first} linear probing with {HEADS[gains[0].heads]} ({_evidence(gains[0])})"
     return text + "".join(_and_then(gains[0], gain) for gain in gains[1:])
@@ -227,7 +233,7 @@ def _evidence(gain: Gained) -> str:
     if gain.stays:
         return "validation chose lambda 0, which is probing itself"
     parts = [] if gain.beats else [f"{points(gain.mean, '+')} points"]
-    parts += ["no interval" if math.isnan(gain.low) else f"{points(gain.low)} to {points(gain.high)}"]
+    parts += [f"{points(gain.low)} to {points(gain.high)}"]
     scale = scale_text(gain.scale)
     return ", ".join(parts + ([] if scale == MISSING else [f"lambda {scale}"]))
 
