@@ -401,6 +401,22 @@ def test_no_legend_leaves_the_figure(names: int) -> None:
             assert inside.x0 >= whole.x0 - 1 and inside.x1 <= whole.x1 + 1, one.stem
 
 
+@pytest.mark.parametrize(("methods", "pairs"), [(10, 3), (2, 2), (3, 1)])
+def test_nothing_is_cut_off_at_the_edge_of_a_figure(methods: int, pairs: int) -> None:
+    boosts = {
+        name: 0.05 * place for place, name in enumerate(("task_arithmetic", *(f"way-{i}" for i in range(methods))))
+    }
+    rows = fixture.results(methods=boosts, seeds=(0, 1))
+    heat = fixture.heatmap(pairs=[("cars", "dtd"), ("mnist", "svhn"), ("gtsrb", "sun397")][:pairs])
+    for one in figures.plan(rows, heat, None, fixture.costs(rows)):
+        figure = one.draw()
+        figure.savefig(io.BytesIO(), dpi=50)
+        drawn = figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        ends = (drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1)
+        assert min(ends) > -0.03, (one.stem, ends)
+
+
 def test_figures_of_a_trial_run_say_so(tmp_path: Path) -> None:
     drawn: list[str] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 import taskvec as tv
 from taskvec import notes
 from taskvec.brought import read_head
-from taskvec.heads import read_heads
+from taskvec.heads import Head, read_heads, save_heads
+from taskvec.opening import find_head, scale_key
 from taskvec.tasks import Split, Task
 
 NAMES = ("ant", "bee", "cow")
@@ -161,7 +162,6 @@ def test_odd_metadata_and_files_beside_a_head_end_in_a_head_or_in_one_error(
         ({"a.weight": ROWS, "a.bias": torch.zeros(3), "b.bias": torch.zeros(3)}, "no file of heads: b.bias"),
         ({"a.weight": ROWS, "a.bias": torch.full((3,), torch.nan)}, "'a.bias' holds other than finite numbers"),
         ({"a.weight": ROWS.long(), "a.bias": torch.zeros(3)}, "'a.weight' holds other than finite numbers"),
-        ({}, "no file of heads: it is empty"),
     ],
 )
 def test_heads_that_do_not_fit_together_are_refused(
@@ -170,6 +170,15 @@ def test_heads_that_do_not_fit_together_are_refused(
     save_file(tensors, tmp_path / "heads.safetensors")
     with pytest.raises(tv.TaskvecError, match=told):
         read_heads(tmp_path / "heads.safetensors")
+
+
+def test_a_round_that_tried_no_scale_has_no_head_and_hides_none(tmp_path: Path) -> None:
+    rounds = {tmp_path / "1": [0.0, 1.0], tmp_path / "2": [], tmp_path / "3": [0.5]}
+    for folder, scales in rounds.items():
+        folder.mkdir()
+        heads = {scale_key(scale): Head(torch.full((3, 4), scale), torch.zeros(3)) for scale in scales}
+        save_heads(heads, folder / "heads.safetensors")
+    assert find_head(list(rounds), 0.5).weight.unique().tolist() == [0.5]
 
 
 def test_a_head_of_whole_numbers_and_one_that_corrects_are_refused(tmp_path: Path, task: Task) -> None:

@@ -175,7 +175,7 @@ def study(folder: Path, text: str = STUDY) -> StudyFile:
     [
         ("plugins: own/mine.py", "'plugins': should be a list"),
         ("plugins: [1]", "'plugins.0': YAML reads 1 as a number, where text belongs"),
-        ("plugins: ['']", "'plugins.0': String should have at least 1 character"),
+        ("plugins: ['']", "'plugins.0': should have some text"),
         ("plugins: [no.py]", "no plugin file at"),
         ("plugins: []", "unknown merging method 'mine'"),
         ("plugin: [own/mine.py]", "unknown merging method 'mine'|did you mean 'plugins'"),

@@ -65,8 +65,14 @@ def say(text: str = "", file: TextIO | None = None, hang: int = 0, wrap: bool = 
     stream = file or sys.stdout
     lines = plain(text, stream).split("\n")
     if wrap or stream.isatty():
-        lines = [textwrap.fill(line, width(), subsequent_indent=" " * hang, **WHOLE_WORDS) for line in lines]
+        lines = [_wrapped(line, hang) for line in lines]
     print("\n".join(lines), file=stream, flush=True)
+
+
+def _wrapped(line: str, hang: int) -> str:
+    """Break a line between words, none of which is a percent sign."""
+    whole = line.replace(" %", "\0%")
+    return textwrap.fill(whole, width(), subsequent_indent=" " * hang, **WHOLE_WORDS).replace("\0", " ")
 
 
 class Group(TyperGroup):

@@ -22,8 +22,15 @@ class TaskvecError(Exception):
 
 
 def near(given: str, known: Iterable[str]) -> list[str]:
-    """Return the at most three known names that are nearest to ``given``; none where nothing is near."""
-    return difflib.get_close_matches(given, sorted(known), n=3, cutoff=0.5)
+    """Return the at most three known names that are nearest to ``given``, capitals aside; none where nothing is near.
+
+    Where some are a slip of the finger away, those that are merely alike are left out.
+    """
+    names = {name.casefold(): name for name in sorted(known)}
+    for cutoff in (1.0, 0.85, 0.5):
+        if close := difflib.get_close_matches(given.casefold(), names, n=3, cutoff=cutoff):
+            return [names[name] for name in close]
+    return []
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -278,6 +278,6 @@ def resources(found: Forecast) -> Iterator[str]:
 def check(found: Forecast) -> Iterator[str]:
     """Yield how the estimate compares with what finished steps took on the CPU of this machine."""
     held = [one for one in found.done if one.step.config.get("device", "cpu") == "cpu"]
-    if held:
-        took, wanted = sum(one.seconds or 0 for one in held), sum(seconds(one.work, DEVICES["cpu"]) for one in held)
+    took, wanted = sum(one.seconds or 0 for one in held), sum(seconds(one.work, DEVICES["cpu"]) for one in held)
+    if took >= 1:
         yield f"check     {len(held)} finished steps took {time_text(took)}; expected of a core {time_text(wanted)}"

@@ -246,12 +246,15 @@ def unusual_heads(path: Path) -> dict[str, Unusual]:
 
 
 def read_heads(path: Path) -> dict[str, Head]:
-    """Read heads by name from a safetensors file; tensors that are no heads, or do not fit together, are an error."""
+    """Read heads by name from a safetensors file; tensors that are no heads, or do not fit together, are an error.
+
+    There may be none: a round of re-probing that had no scale left to try fitted no head.
+    """
     tensors, about = read(path), unusual_heads(path)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
     odd = sorted(set(tensors) - {f"{name}.{part}" for name in names for part in PARTS} | set(about) - set(names))
-    if odd or not names:
-        raise TaskvecError(f"'{path}' is no file of heads: {', '.join(odd[:3]) or 'it is empty'}", "make it again")
+    if odd:
+        raise TaskvecError(f"'{path}' is no file of heads: {', '.join(odd[:3])}", "make it again")
     return {name: read_parts(name, tensors, about.get(name, Unusual()), path) for name in names}
 
 

@@ -323,7 +323,7 @@ def _merges(board: Board, chosen: Sequence[Option]) -> list[str]:
     """Write a clause on each pick, the quickest first; where there is none, say so."""
     if not chosen:
         return [_no_merge(board)]
-    lead = f"with {len(board.view.tasks)} fine-tuned encoders at hand and one to be kept,"
+    lead = f"with {_encoders(len(board.view.tasks), 'fine-tuned ')} at hand and one to be kept,"
     small = [one for one in chosen if one.encoders == 1]
     large = [one for one in chosen if one.encoders > 1]
     clauses = [
@@ -336,6 +336,10 @@ def _merges(board: Board, chosen: Sequence[Option]) -> list[str]:
         f"{_level(board, one)}"
         for one in large[-1:]
     ]
+
+
+def _encoders(count: int, kind: str = "") -> str:
+    return f"{count} {kind}encoder{'s' * (count != 1)}"
 
 
 def _no_merge(board: Board) -> str:
@@ -361,7 +365,7 @@ def _alternatives(board: Board, chosen: Sequence[Option]) -> list[str]:
         price = f"{seconds_text(joint.training)} s of training on all data at once"
         out.append(f"joint fine-tuning reaches {_level(board, joint)} for {price}, {_against(joint, best)}")
     if tuned and best:
-        size = f"{tuned.encoders:.0f} encoders, {tuned.stored / 1e6:.1f} MB"
+        size = f"{_encoders(round(tuned.encoders))}, {tuned.stored / 1e6:.1f} MB"
         out.append(f"the individual models ({size}) are {_against(tuned, best)}")
     return out
 

@@ -244,7 +244,9 @@ def open_heads(folder: Path, record: ModelRecord, backbone: Backbone) -> dict[st
     found = read_heads(path)
     if set(found) != set(wanted) or len(wanted) < len(record.tasks):
         tasks = ", ".join(task.name for task in record.tasks)
-        raise TaskvecError(f"'{path}' has heads of {', '.join(found)}; the tasks of {ABOUT} are {tasks}", RESTORE)
+        raise TaskvecError(
+            f"'{path}' has heads of {', '.join(found) or 'no task'}; the tasks of {ABOUT} are {tasks}", RESTORE
+        )
     for name, head in found.items():
         if tuple(head.weight.shape) != (wanted[name], backbone.width):
             shapes = f"{list(head.weight.shape)}, not [{wanted[name]} classes, {backbone.width} features]"

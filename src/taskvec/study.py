@@ -69,7 +69,7 @@ def name_problem(name: str) -> str:
 def check_name(name: str) -> str:
     """Return a name, or raise if it cannot be one; empty is none."""
     if problem := name_problem(name):
-        raise ValueError(f"a name that {problem} cannot be a file's everywhere; give another")
+        raise ValueError(f"a name that {problem} cannot stand in tables and names of files; give another")
     return name
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -21,6 +22,7 @@ from taskvec.store import disk_errors
 from taskvec.study import (
     LONGEST_NAME,
     BackboneChoice,
+    Choice,
     MethodChoice,
     RegimeChoice,
     Study,
@@ -41,12 +43,20 @@ SHOWN = 10
 KEYS_AND_VALUES = "docs/study.md has every key and its values"
 Place = tuple[Any, ...]
 SAID = {
-    "but found another document": "a study is one document, and a second one begins here",
-    "found undefined alias": "an alias (*) of something that has no anchor (&)",
+    r"but found another document": "a study is one document, and a second one begins here",
+    r"found undefined alias": "an alias (*) of something that has no anchor (&)",
+    r"found unexpected end of stream": "a quotation mark that nothing closes",
+    r".*'<stream end>'": "a bracket that nothing closes",
+    r"expected <block end>.*|expected '<document start>'.*": "it is indented otherwise than the lines above",
+    r"mapping values are not allowed here": "a second ': ' where one belongs; text that has one needs quotes",
+    r"found character ('[^\\]'|\"'\") that cannot start any token": r"text that begins with \1 needs quotes",
 }
 """Plainer words for what the YAML reader says."""
+UNCLOSED = ("a quotation mark", "a bracket")
 NEEDED = "every study names its backbones and tasks"
-TEXT_WANTED = ("string_type", "model_type", "model_attributes_type")
+SHOWN_AS = {"None": "nothing", "True": "true", "False": "false"}
+OPTIONS = ("out", "smoke", "store", "workers")
+"""What belongs to the command taskvec run, not into a study."""
 READ_AS = {
     "tag:yaml.org,2002:bool": "yes or no",
     "tag:yaml.org,2002:int": "a number",
@@ -59,9 +69,29 @@ WORDS = {
     r"Input should be a valid string": "should be text",
     r"Input should be a valid integer.*": "should be a whole number",
     r"Input should be a valid number.*": "should be a number",
+    r"Input should be a valid boolean.*": "should be true or false",
     r"Input should be": "should be",
+    r"String should have at least 1 character": "should have some text",
+    r"String should match pattern '\^\(auto.*": "should be auto, cpu, cuda, cuda:N or mps",
+    r"String should match pattern.*": "should have letters a to z, digits, . _ and - only, the first no sign",
     r"\w+ should have at (most|least) (\d+) items? after validation, not (\d+)": r"has \3, at \1 \2 belong here",
 }
+
+
+INSIDE: dict[str, type[BaseModel]] = {
+    "backbones": BackboneChoice,
+    "tasks": TaskChoice,
+    "regimes": RegimeChoice,
+    "methods": MethodChoice,
+    "heatmap": Heatmap,
+    "subsets": Subsets,
+    "surgery": Surgery,
+    "probe": Probe,
+    "finetune": Finetune,
+    "lora": Lora,
+    "negation": Negation,
+}
+"""What may stand under a key of a study."""
 
 
 @dataclass(frozen=True)
@@ -200,13 +230,14 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[Place, Entry]]:
         line, code = text.count("\n", 0, error.position) + 1, ord(text[error.position])
         raise TaskvecError(f"{source}, line {line}: a character U+{code:04X} is no text", "leave it out") from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        said = plain(str(error.problem or error.context), SAID)
+        first, last = error.context_mark, error.problem_mark
+        mark = (first or last) if said.startswith(UNCLOSED) else (last or first)
         where = f", line {mark.line + 1}" if mark else ""
         if error.note:  # refused here
             raise TaskvecError(f"{source}{where}: {error.problem}", error.note) from None
-        problem = SAID.get(str(error.problem), error.problem or error.context)
-        fix = "indent with spaces" if r"'\t'" in str(problem) else "mend that line"
-        raise TaskvecError(f"{source}{where}: not valid YAML: {problem}", fix) from None
+        fix = "indent with spaces" if r"'\t'" in said else "mend that line"
+        raise TaskvecError(f"{source}{where}: not valid YAML: {said}", fix) from None
 
 
 def bounded(node: yaml.Node | None) -> dict[Place, Entry]:
@@ -313,11 +344,11 @@ def told(one: ErrorDetails, entries: dict[Place, Entry]) -> Iterator[Mistake]:
     entry = entries.get(place, NOWHERE)
     key = ".".join(map(str, place))
     if one["type"] == "extra_forbidden":
-        yield Mistake(entry.line, f"unknown key '{key}'", did_you_mean(str(place[-1]), known_keys(place[:-1])))
+        yield Mistake(entry.line, f"unknown key '{key}'", where_it_belongs(place))
     elif one["type"] == "missing":
         key = ".".join(map(str, (*place, one["loc"][-1])))
         yield Mistake(entry.line, f"the key '{key}' is missing", "" if place else NEEDED)
-    elif isinstance(entry.node, yaml.ScalarNode) and one["type"] in TEXT_WANTED and entry.node.tag in READ_AS:
+    elif isinstance(entry.node, yaml.ScalarNode) and wants_text(one, place) and entry.node.tag in READ_AS:
         raw = entry.node.value
         fix = f'put it in quotes: "{raw}"' if raw.strip("~") else "write some, or leave it out"
         problem = f"'{key}': YAML reads {raw or 'an empty place'} as {READ_AS[entry.node.tag]}, where text belongs"
@@ -326,37 +357,50 @@ def told(one: ErrorDetails, entries: dict[Place, Entry]) -> Iterator[Mistake]:
         for message in one["msg"].removeprefix("Value error, ").split("\n"):
             line = entry.line or entries.get((message.partition(" ")[0],), NOWHERE).line
             problem = plain(message) + given(one["input"], message)
-            yield Mistake(line, f"'{key}': {problem}" if key else problem)
+            yield Mistake(line, f"'{key}': {problem}" if key else problem, in_brackets(one, entry))
 
 
-def plain(message: str) -> str:
-    """Say in the words of study files what pydantic says in Python's."""
-    for theirs, ours in WORDS.items():
+def wants_text(one: ErrorDetails, place: Place) -> bool:
+    """Say whether text belongs at a place, for which an item of a list of choices may stand."""
+    return one["type"] == "string_type" or (one["type"].startswith("model_") and isinstance(place[-1], int))
+
+
+def in_brackets(one: ErrorDetails, entry: Entry) -> str:
+    """Say how to write a list of one value; empty for any other mistake."""
+    alone = one["type"] == "tuple_type" and isinstance(entry.node, yaml.ScalarNode) and one["input"] is not None
+    return f"put it in brackets: [{entry.node.value}]" if alone and entry.node else ""
+
+
+def where_it_belongs(place: Place) -> str:
+    """Say where a key belongs that is known elsewhere, or which keys are near it here."""
+    key = str(place[-1])
+    if len(place) == 1 and key in OPTIONS:
+        return f"it is an option of the command: --{key}"
+    sections = {name: kind.model_fields for name, kind in INSIDE.items() if not issubclass(kind, Choice)}
+    homes = [name for name, keys in sections.items() if len(place) == 1 and key in keys]
+    if homes:
+        return f"it belongs in {' or '.join(homes)}"
+    known = known_keys(place[:-1])
+    if place[0] == "methods" and not near(key, known):
+        return f"hyperparameters belong in config: {{{key}: ...}}"
+    return did_you_mean(key, known)
+
+
+def plain(message: str, words: Mapping[str, str] = MappingProxyType(WORDS)) -> str:
+    """Say in the words of study files what pydantic says in Python's, or the reader in YAML's."""
+    for theirs, ours in words.items():
         message = re.sub(theirs, ours, message)
     return message
 
 
 def given(value: Any, message: str) -> str:
     """Repeat what was given, where it is short enough to be looked at and the message does not."""
-    text = repr(value)
     if isinstance(value, dict | list | tuple) or f"'{value}'" in message:
         return ""
+    text = SHOWN_AS.get(repr(value), repr(value))
     return f" (given: {text if len(text) <= LONGEST_KEY else text[:LONGEST_KEY] + '...'})"
 
 
 def known_keys(place: Sequence[Any]) -> list[str]:
     """Return the keys that may stand at a place of the study file."""
-    inside: dict[str, type[BaseModel]] = {
-        "backbones": BackboneChoice,
-        "tasks": TaskChoice,
-        "regimes": RegimeChoice,
-        "methods": MethodChoice,
-        "heatmap": Heatmap,
-        "subsets": Subsets,
-        "surgery": Surgery,
-        "probe": Probe,
-        "finetune": Finetune,
-        "lora": Lora,
-        "negation": Negation,
-    }
-    return list((inside[place[0]] if place else Study).model_fields)
+    return list((INSIDE[place[0]] if place else Study).model_fields)

@@ -93,9 +93,9 @@ class _Verdict:
     costs: pd.DataFrame | None
 
     def text(self) -> str:
-        """Join the sentences: the answer, what is stored, the paper's addition, what failed."""
-        parts = [self.place() + self.answer(), self.storage(), *self.others(), *failures(self.one)]
-        return " ".join(_sentence(part) for part in parts if part)
+        """Write one sentence on the answer and what is stored, and one on the paper's addition and what failed."""
+        answer, more = [self.place() + self.answer(), self.storage()], [*self.others(), *failures(self.one)]
+        return " ".join(_sentence("; ".join(filter(None, parts))) for parts in (answer, more) if parts)
 
     def place(self) -> str:
         """Name backbone, regime and seeds where they need to be told."""
@@ -122,7 +122,8 @@ class _Verdict:
 
     def _tasks(self) -> str:
         count = len(self.one.tasks)
-        return f" for all {number(count)} tasks" if count > 1 else " for the one task"
+        every = "both" if count == 2 else f"all {number(count)}"
+        return f" for {every} tasks" if count > 1 else " for the one task"
 
     def _share(self, method: str, heads: str) -> str:
         """Compare with one fine-tuned encoder for each task; what is mixed was compared in its level already."""
@@ -184,10 +185,12 @@ def interval(gain: Gained, lead: str = "") -> str:
 
 
 def against_probing(one: View, gain: Gained) -> str:
-    """Say whether the interval of a gain lies above zero, below or across."""
+    """Say whether the interval of a gain lies above zero, below or across; without one, only how large it is."""
     unit, probing = "normalised points" if one.mixed else "points", f"linear probing ({level(one, *PROBING)})"
     if math.isnan(gain.mean):
         return f"was not compared with {probing}"
+    if math.isnan(gain.low):
+        return f"is {points(gain.mean, '+')} {unit} from {probing}, without an interval"
     ends = interval(gain, ", ")
     if gain.beats:
         return f"beats {probing} by {points(gain.mean)} {unit}{ends}"
@@ -207,6 +210,9 @@ def outcome(one: View, method: str, heads: list[str]) -> str:
     if not gains:
         return "was not compared with linear probing"
     unit = "normalised points" if one.mixed else "points"
+    if any(math.isnan(gain.low) for gain in gains):
+        told = (f"{points(gain.mean, '+')} {unit} with {HEADS[gain.heads]}" for gain in gains)
+        return f"moved linear probing by {' and '.join(told)}, without an interval"
     first = f"gained {points(gains[0].mean)} {unit} over" if gains[0].beats else "did not beat"
     text = f"{first} linear probing with {HEADS[gains[0].heads]} ({_evidence(gains[0])})"
     return text + "".join(_and_then(gains[0], gain) for gain in gains[1:])
@@ -227,7 +233,7 @@ def _evidence(gain: Gained) -> str:
     if gain.stays:
         return "validation chose lambda 0, which is probing itself"
     parts = [] if gain.beats else [f"{points(gain.mean, '+')} points"]
-    parts += ["no interval" if math.isnan(gain.low) else f"{points(gain.low)} to {points(gain.high)}"]
+    parts += [f"{points(gain.low)} to {points(gain.high)}"]
     scale = scale_text(gain.scale)
     return ", ".join(parts + ([] if scale == MISSING else [f"lambda {scale}"]))
 
@@ -286,7 +292,7 @@ def _summed_up(found: list[View]) -> list[str]:
     best = [max(one.methods[1:], key=lambda method: one.validation.get(method, -1.0)) for one in several]
     lines += [_of_others(best)] if best else []
     failed = {(one.backbone, one.regime): said for one in found if (said := list(_tuning(one)))}
-    named = [f"{short_backbone(backbone)}, {one_line(regime)}" for backbone, regime in failed]
+    named = [f"{short_backbone(backbone)} ({one_line(regime)})" for backbone, regime in failed]
     return lines + ([f"Fine-tuning ends below its own probe on some tasks: {_some(named)}."] if named else [])
 
 
@@ -297,10 +303,9 @@ def _of_regime(found: list[View]) -> str:
     parts = [part for heads in HEADS if (part := _count(merged, heads))]
     if not parts:
         return _sentence(f"{place}merging was not compared with linear probing")
-    first = merged[0]
-    return _sentence(
-        f"{place}{_merging(first, first.methods[0])} beat linear probing {', and '.join(parts)}; {_highest(merged)}"
-    )
+    first, several = merged[0], f"beat linear probing {', and '.join(parts)}"
+    told = several if len(merged) > 1 else outcome(first, first.methods[0], first.heads)
+    return _sentence(f"{place}{_merging(first, first.methods[0])} {told}; {_highest(merged)}")
 
 
 def _highest(merged: list[View]) -> str:
@@ -310,8 +315,8 @@ def _highest(merged: list[View]) -> str:
     probing, reached = percent(one.overall("probing")), level(one, one.methods[0], heads)
     share = one.cell(one.methods[0], heads, one.normalised)
     of = "" if one.mixed or math.isnan(share.mean) else f", {percent(share)} % of separate fine-tuned encoders"
-    name = short_backbone(one.backbone)
-    return f"{name} is the best on validation and reaches {reached}{of} (probing {probing}, {HEADS[heads]})"
+    name = short_backbone(one.backbone) + (" is the best on validation and" if len(merged) > 1 else "")
+    return f"{name} reaches {reached}{of} (probing {probing}, {HEADS[heads]})"
 
 
 def _count(found: list[View], heads: str) -> str:

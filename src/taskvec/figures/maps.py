@@ -23,6 +23,7 @@ from taskvec.views import BOX, Spread, box_error, error_rows
 
 MAP = ListedColormap(matplotlib.colormaps["magma_r"](np.linspace(0, 0.9, 256)), "light to dark")
 FULL_SCALE = 100.0  # % of xi at which the colour bar ends: half of the predictions of both tasks have changed
+HIGH_ENOUGH = 2.3  # inches of a figure beside which the long label of the colour bar fits
 MOST_PANELS = 28  # as many pairs as eight tasks have
 
 
@@ -81,7 +82,7 @@ def _draw_panels(panels: list[_Panel], named: str) -> Figure:
             mesh = _draw_panel(ax, panel)
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
-        label = "weight disentanglement error ξ (%)" if lines * columns > 1 else "disentanglement error ξ (%)"
+        label = "weight disentanglement error ξ (%)" if size[1] > HIGH_ENOUGH else "error ξ (%)"
         figure.colorbar(mesh, ax=list(axes), label=label, extend="max", **_bar(lines, side))
         figure.suptitle(named, x=0.01, ha="left")
     return figure

@@ -95,9 +95,12 @@ def legend_columns(labels: list[str], width: float = WIDTH) -> int:
 
 
 def _legend_width(labels: list[str], columns: int) -> int:
-    """Estimate the characters of the longest labels of all columns side by side, each with its mark."""
-    rows = math.ceil(len(labels) / columns)
-    return sum(10 + max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows))
+    """Estimate the characters of the longest labels of all columns side by side, each with its mark.
+
+    As matplotlib does, the first columns have one label more where they do not come out even.
+    """
+    split = np.array_split(np.array(labels), columns)
+    return sum(10 + max(map(len, column)) for column in split)
 
 
 # ---------------------------------------------------------------- names
