@@ -165,7 +165,7 @@ def markdown(
     smoke = bool(lock.get("smoke"))
     verdicts = [escape_markdown(line) for line in headline(results, costs, lock).splitlines()]
     top = verdicts[0] if len(verdicts) == 1 else "\n".join(f"- {line}" for line in verdicts)
-    top += f"\n\nUse the model that was kept: `{command}`" if (command := usage(lock)) else ""
+    top += f"\n\nUse the model that was kept, in this folder: `{command}`" if (command := usage(lock)) else ""
     parts = ["# Results", top, *_listed("Before you compare", notes), *_listed("What was noted", told)]
     parts += [] if smoke else _claims(results, heatmap, roles or {})
     for table in [] if smoke else comparisons(results, heatmap, roles or {}):

@@ -49,11 +49,10 @@ def headline(
     return "\n".join([*lines, _models(models)] if models and more else lines)
 
 
-def usage(lock: Mapping[str, Any], folder: str = "") -> str:
-    """Write the command that uses the model of a run folder, runs/NAME by default; nothing where none was kept."""
+def usage(lock: Mapping[str, Any], folder: str = ".") -> str:
+    """Write the command that uses the model of a run folder, by default the one it is given in; empty without one."""
     if not lock.get("models") or lock.get("smoke"):
         return ""
-    folder = folder or f"runs/{lock['study']['name']}"
     return f"taskvec predict {shlex.quote(folder)} image.jpg"
 
 
