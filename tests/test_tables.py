@@ -47,7 +47,7 @@ def test_the_verdict_tells_what_is_stored_how_far_separate_encoders_are_and_how_
     assert f"; it stores one encoder and eight heads, {stored:.1f} MB in place of {separate:.1f} MB. Adding" in text
     about = {"regime": "aligned", "seed": 0, "method": "probing", "heads": "kept", "scale": 0.0}
     lock = {"study": {"name": "my"}, "models": {"lab:supervised": about}}
-    assert "`taskvec predict runs/my image.jpg`" in tables.markdown(rows, lock=lock)
+    assert "in this folder: `taskvec predict . image.jpg`" in tables.markdown(rows, lock=lock)
     assert verdict.usage(lock, "a folder") == "taskvec predict 'a folder' image.jpg"
     several = tables.headline(fixture.results(seeds=(0, 1)), lock=lock)
     assert several.endswith(
