@@ -391,7 +391,7 @@ def test_places_in_each_other_are_refused_before_any_work(data: Path, out: str, 
     assert sorted(data.rglob("*")) == before
 
 
-@pytest.mark.parametrize("where", ["tasks", "finetuned", "backbone"])
+@pytest.mark.parametrize("where", ["tasks", "finetuned", "part", "backbone", "plugin"])
 def test_results_never_replace_what_the_study_reads(data: Path, where: str) -> None:
     out = data / "out"
     out.mkdir()
@@ -399,12 +399,17 @@ def test_results_never_replace_what_the_study_reads(data: Path, where: str) -> N
     (data / "one").rename(out / "figures")
     text = study_file(data).text.replace(f"{data}/one", f"{out}/figures" if where == "tasks" else f"{data}/two")
     text = text.replace(f'"folder:{data}/two"]', f'{{address: "folder:{data}/two", name: b}}]')
-    if where == "finetuned":
-        text = text.replace("name: b", f"name: b, finetuned: {out}/models/x/encoder.safetensors")
+    if where in ("finetuned", "part"):
+        part = "#teacher" if where == "part" else ""
+        text = text.replace("name: b", f"name: b, finetuned: '{out}/models/x/encoder.safetensors{part}'")
+    if where == "plugin":
+        (out / "tables").mkdir()
+        (out / "tables" / "mine.py").write_text("")
+        text = f"plugins: [{out}/tables/mine.py]\n" + text
     if where == "backbone":
         text = text.replace("lab:random", "timm:vit_tiny_patch16_224@out/models/x/encoder.safetensors")
     before = sorted(data.rglob("*"))
-    with pytest.raises(tv.TaskvecError, match="the study reads '.*', where '.*' has results"):
+    with listen(), pytest.raises(tv.TaskvecError, match="the study reads '.*', where '.*' has results"):
         run(StudyFile(parse_study(text, "small"), text, data), out, data / "store")
     assert sorted(data.rglob("*")) == before
 

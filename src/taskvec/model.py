@@ -118,7 +118,7 @@ class MultiTaskModel:
                 if not bool(own.isfinite().all()):
                     raise TaskvecError(
                         f"the model's scores of '{name}' for task '{task}' are no numbers: its weights are too large",
-                        "restore the model's folder, or make it again",
+                        RESTORE,
                     )
                 yield Prediction(name, task, *self.heads[task].rules.answer(own, self.classes[task]))
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from taskvec import pipeline
-from taskvec.addresses import default_name
+from taskvec.addresses import default_name, split_key
 from taskvec.backbones import AROUND
 from taskvec.cells import Cell
 from taskvec.compute import choose_device, processor
@@ -27,6 +27,7 @@ from taskvec.forecast import decoded_bytes
 from taskvec.locks import holding, sweep, workspace
 from taskvec.merging import plugins
 from taskvec.merging.buffers import DIRECTIONS
+from taskvec.model import ABOUT, ENCODER, HEADS
 from taskvec.notes import library_warnings, listen, note_lines, some
 from taskvec.pipeline import Watcher
 from taskvec.plan import plan
@@ -66,7 +67,7 @@ FILES = (
     LOCK,
 )
 FOLDERS = ("tables", "figures", "models")
-MODEL = ("encoder.safetensors", "heads.safetensors", AROUND, DIRECTIONS, "model.json")
+MODEL = (ENCODER, HEADS, AROUND, DIRECTIONS, ABOUT)
 """What a run folder may hold of ours, and each folder of a model."""
 KEPT = ("method", "config", "heads", "scale", "scales")
 """What the lock says of a model, as model.json does."""
@@ -256,7 +257,7 @@ def check_inputs(file: StudyFile, out: Path, store: Path) -> None:
     folders = image_folders(file)
     check_outside(out, folders)
     check_outside(store, folders, "--store")
-    for given in (*folders, *weights(file)):
+    for given in (*folders, *named_files(file)):
         for name in (*FILES, *FOLDERS):
             if inside(given, out / name):
                 raise TaskvecError(f"the study reads '{given}', where '{out}' has results", "choose another --out")
@@ -275,13 +276,14 @@ def image_folders(file: StudyFile) -> list[Path]:
     return found
 
 
-def weights(file: StudyFile) -> list[Path]:
-    """Return the files of weights, and folders with them, that a study names."""
+def named_files(file: StudyFile) -> list[Path]:
+    """Return the files of weights, folders with them and plugins that a study names."""
     given = [name for task in file.study.tasks for name in (task.finetuned, task.head) if name]
     for choice in file.study.backbones:
         kind, _, rest = choice.address.partition(":")
         given.append(rest if kind == "hf" else rest.partition("@")[2])
-    return [path for name in given if name and (path := file.folder / Path(name).expanduser()).exists()]
+    paths = [Path(split_key(str(file.folder / Path(name).expanduser()))[0]) for name in given if name]
+    return [path for path in (*paths, *file.plugins) if path.exists()]
 
 
 def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, command: str) -> dict[str, Any]:
