@@ -239,7 +239,7 @@ def _named(heading: str, frame: pd.DataFrame) -> pd.DataFrame:
 def check_out(out: Path, inputs: Sequence[Path]) -> None:
     """Raise, before any work, if the files of a comparison cannot go to a folder."""
     check_names(out, FILES)
-    check_outside(out, inputs)
+    check_outside(out, [Path(split_key(str(given))[0]) for given in inputs])
 
 
 def write(found: Differences, out: Path) -> list[str]:
