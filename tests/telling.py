@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -13,8 +14,10 @@ import torch
 
 from taskvec.errors import TaskvecError
 from taskvec.notes import note
+from taskvec.pipeline import step_type
 
 
+@step_type(1)
 def tell(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
     """Tell in every way there is, some of it twice."""
     quiet = logging.getLogger("some.library")
@@ -33,11 +36,18 @@ def tell(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progr
         raise TaskvecError("the step failed", "mend it")
 
 
+@step_type(1)
 def starve(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
     if config["kind"] == "cpu":
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
     raise torch.cuda.OutOfMemoryError("CUDA out of memory.") if config["kind"] == "cuda" else MemoryError
 
 
+@step_type(1)
+def lack(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+    importlib.import_module("no_such_module")
+
+
+@step_type(1)
 def crash(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
     raise ZeroDivisionError("a fault of ours")

@@ -330,7 +330,7 @@ def test_names_beside_a_checkpoint_are_in_its_fingerprint(data: Path) -> None:
 
     def source() -> dict[str, str]:
         (cell,) = plan(study(data, "finetuned: tuned.safetensors"), Store(data / "store"))
-        return next(dict(s.config["source"]) for s in cell.steps() if s.function.endswith("import_finetuned"))
+        return next(dict(s.config["source"]) for s in cell.steps() if s.type.name == "import_finetuned")
 
     assert list(source()) == ["finetuned"]
     (data / "config.json").write_text(json.dumps({"label_names": ["cow", "ant", "bee"]}))
@@ -388,8 +388,8 @@ def test_a_part_of_a_file_is_named_in_the_study_and_in_the_fingerprint(data: Pat
     def step(part: str) -> tuple[str, dict[str, object]]:
         file = study(data, f'finetuned: "both.pth{part}"', tail="allow_pickle: true\n")
         (cell,) = plan(file, Store(data / "store"))
-        found = next(s for s in cell.steps() if s.function.endswith("import_finetuned"))
-        return dict(found.config), dict(found.aside)
+        found = next(s for s in cell.steps() if s.type.name == "import_finetuned")
+        return dict(found.config), dict(found.untracked)
 
     (student, aside), (teacher, _) = step("#student"), step("#teacher")
     assert student["source"] == teacher["source"] and student != teacher

@@ -21,7 +21,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as reference
 from typer.testing import CliRunner
 
-from taskvec import decoded, pipeline, runs, steps, tasks
+from taskvec import decoded, pipeline, runs, tasks
 from taskvec.backbones import Backbone
 from taskvec.cli import app
 from taskvec.decoded import Whole, check_room, write_whole
@@ -34,6 +34,7 @@ from taskvec.images import Preprocessing, crop_box, cut, open_image, resize_and_
 from taskvec.notes import listen
 from taskvec.plan import plan
 from taskvec.settings import Finetune
+from taskvec.steps import loading
 from taskvec.store import Store, write_json
 from taskvec.study import StudyFile
 from taskvec.study_files import parse_study
@@ -219,7 +220,7 @@ def test_both_caches_hold_the_same_images_or_are_refused(tmp_path: Path) -> None
     with pytest.raises(TaskvecError, match=r"has changed since the run began: it had 48 images, now it has 49\n"):
         tasks.write_training(address, TO, None, tmp_path / "later", known=known)
     write_json(tmp_path / "preprocessing.json", TO.decoding())
-    for decode in (steps.decode_task, steps.decode_training):
+    for decode in (loading.decode_task, loading.decode_training):
         with pytest.raises(TaskvecError, match="has changed since the run began"):
             config = {"address": address, "limit": None, "source": known}
             decode(config, {"preprocessing": [tmp_path]}, tmp_path / "later", no_progress)
@@ -437,7 +438,7 @@ def test_the_store_is_listed_and_cleared(tmp_path: Path) -> None:
     ):
         folder = store.begin()
         (folder / "x.npy").write_bytes(bytes(2_000_000))
-        store.finish(id, folder, {"function": f"taskvec.steps:{kind}", "label": f"{kind} of greek"})
+        store.finish(id, folder, {"step": kind, "label": f"{kind} of greek"})
 
     def say(*more: str) -> str:
         found = CliRunner().invoke(app, ["store", "--store", str(tmp_path / "store"), *more])

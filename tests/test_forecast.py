@@ -25,8 +25,8 @@ from taskvec.forecast import DEVICES, Forecast, decoded_bytes, forecast, report,
 from taskvec.lab import encoders
 from taskvec.paper import MODELS
 from taskvec.papertasks import TASKS
+from taskvec.pipeline import STEP_TYPES
 from taskvec.plan import plan
-from taskvec.steps import VERSIONS
 from taskvec.store import Store
 from taskvec.study import StudyFile
 from taskvec.study_files import open_study, parse_study
@@ -148,7 +148,7 @@ def test_what_is_done_is_found_and_a_further_task_is_not(data: Path) -> None:
 
 
 def test_every_kind_of_step_is_counted_or_passes_nothing() -> None:
-    assert set(COUNTS) | CHOOSING == set(VERSIONS)
+    assert set(COUNTS) | CHOOSING == set(STEP_TYPES)
     assert not set(COUNTS) & CHOOSING
 
 
@@ -328,6 +328,6 @@ def test_decoded_images_are_not_announced_again_once_they_are_there(tmp_path: Pa
     file = dataclasses.replace(file, study=file.study.model_copy(update={"limit": 4}))
     steps = [step for cell in plan(file, store) for step in cell.steps()]
     assert decoded_bytes(steps, store) == pytest.approx(12 * 3 * 32**2, rel=0.01)
-    wanted = [step for step in pipeline.ordered(steps) if step.function.endswith(":decode_task")]
+    wanted = [step for step in pipeline.ordered(steps) if step.type.name == "decode_task"]
     pipeline.run(wanted, store, open_executor(1), Quiet())
     assert decoded_bytes(steps, store) == 0

@@ -8,8 +8,8 @@ from pathlib import Path
 import taskvec
 
 ORDER = """
-errors notes locks addresses keys compute settings store publishing network files weights shards pipeline executors
-images training kinds
+errors notes locks formats addresses keys compute settings store publishing network files weights shards pipeline
+executors images training kinds
 papertasks listing decoded folders hub torch_sets layouts
 lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
 lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain

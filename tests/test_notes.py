@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import telling
 import test_brought
 import torch
 from conftest import write_folder_task
@@ -29,9 +30,6 @@ from taskvec.store import NOTES, RECORD, Store, read_json, write_json
 from taskvec.study import StudyFile
 from taskvec.study_files import parse_study
 
-HERE = "telling"
-
-
 STUDY = """
 backbones: [{address: "timm:test_vit@pre.safetensors", size: 32}]
 tasks: [{address: "folder:one", name: 'o&amp;ne', finetuned: pre.safetensors}]
@@ -44,7 +42,7 @@ TOLD = ["odd classes", "UserWarning: odd values", "some.library: odd weights", "
 
 
 def step(label: str, function: str = "tell", **config: Any) -> Step:
-    return Step(label, f"{HERE}:{function}", 1, {"value": "1", **config})
+    return Step(label, getattr(telling, function), {"value": "1", **config})
 
 
 @pytest.fixture
@@ -176,10 +174,16 @@ def test_no_memory_is_a_clear_error_on_every_torch(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_step_that_cannot_import_says_what(tmp_path: Path, count: int) -> None:
-    lost = Step("lost", "no_such_module:f", 1, {})
+def test_a_step_that_cannot_import_says_what(tmp_path: Path, workers: None, count: int) -> None:
     with pytest.raises(TaskvecError, match="step 'lost' cannot import what it needs: No module named 'no_such_module'"):
-        pipeline.run([lost], Store(tmp_path), executor(count), Quiet())
+        pipeline.run([step("lost", "lack")], Store(tmp_path), executor(count), Quiet())
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_step_whose_own_module_a_worker_cannot_import_says_what(tmp_path: Path) -> None:
+    lost = Step("lost", telling.crash, {})  # a worker does not find the tests
+    with pytest.raises(TaskvecError, match="step 'lost' cannot import what it needs: No module named"):
+        pipeline.run([lost], Store(tmp_path), Processes(2), Quiet())
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from taskvec import locks, pipeline
 from taskvec.errors import TaskvecError
 from taskvec.executors import Inline, Processes, decode, encode
 from taskvec.notes import listen
-from taskvec.pipeline import Job, Step
+from taskvec.pipeline import Job, Step, always, step_type
 from taskvec.store import RECORD, Store, canonical, disk_errors, fingerprint, read_json
 
-HERE = "test_pipeline"
 PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 """Where worker processes find the steps of these tests."""
 CALLS: list[str] = []
@@ -53,6 +53,7 @@ class Quiet:
         self.ran.append(step.label)
 
 
+@step_type(1, threaded=always)
 def number(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
     """Write a number: its own plus those it reads."""
     total = config["value"] + sum(int((f / "n.txt").read_text()) for fs in inputs.values() for f in fs)
@@ -62,12 +63,14 @@ def number(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, pro
     (out / "n.txt").write_text(str(total // config.get("divide", 1)))
 
 
+@step_type(1)
 def slow(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
     (out / "n.txt").write_text(f"{os.getpid()}")
     progress(0.5)
     time.sleep(config["seconds"])
 
 
+@step_type(1)
 def remove(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
     """Clear the store that it reads, as another process may."""
     store = Store(out.parent.parent)
@@ -75,12 +78,13 @@ def remove(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, pro
     number(config, inputs, out, progress)
 
 
+@step_type(1)
 def die(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def step(label: str, value: int, *reads: Step, **config: Any) -> Step:
-    return Step(label, f"{HERE}:number", 1, {"value": value, **config}, {"numbers": reads} if reads else {})
+    return Step(label, number, {"value": value, **config}, {"numbers": reads} if reads else {})
 
 
 def run(store: Store, *steps: Step) -> tuple[dict[Step, Any], Quiet]:
@@ -212,7 +216,7 @@ def test_a_record_of_odd_seconds_is_one_that_does_not_tell_them(tmp_path: Path, 
 def test_a_store_that_is_cleared_during_a_run_is_one_clear_error(tmp_path: Path) -> None:
     store = Store(tmp_path)
     one = step("one", 1)
-    two = Step("two", f"{HERE}:remove", 1, {"value": 2}, {"numbers": [one]})
+    two = Step("two", remove, {"value": 2}, {"numbers": [one]})
     with pytest.raises(TaskvecError, match="two: '.*' was removed while a run needed it\nrun again"):
         run(store, two)
     assert run(Store(tmp_path), step("two", 2, one))[1].ran == ["one", "two"]
@@ -282,7 +286,7 @@ def test_every_artifact_knows_what_made_it(tmp_path: Path) -> None:
     two = step("two", 2, one)
     done, _ = run(Store(tmp_path), two)
     about = done[two].json(RECORD)["about"]
-    assert about["function"] == f"{HERE}:number"
+    assert about["step"] == "number"
     assert about["config"] == {"value": 2}
     assert about["inputs"] == {"numbers": [done[one].id]}
     assert about["versions"]["torch"]
@@ -303,7 +307,7 @@ def test_errors_and_sudden_deaths_of_workers_are_told(tmp_path: Path, monkeypatc
     with pytest.raises(TaskvecError, match="the step failed"):
         pipeline.run([step("bad", 1, fail=True)], Store(tmp_path), Processes(2), Quiet())
     with pytest.raises(TaskvecError, match="'gone' was ended by signal 9"):
-        pipeline.run([Step("gone", f"{HERE}:die", 1, {})], Store(tmp_path), Processes(2), Quiet())
+        pipeline.run([Step("gone", die, {})], Store(tmp_path), Processes(2), Quiet())
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -311,7 +315,7 @@ def test_killing_the_parent_ends_its_workers_and_the_next_run_sweeps(tmp_path: P
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_pipeline import *\n"
-        "s = Step('slow', 'test_pipeline:slow', 1, {'seconds': 60})\n"
+        "s = Step('slow', slow, {'seconds': 60})\n"
         "pipeline.run([s], Store(Path(sys.argv[2])), Processes(2), Quiet())"
     )
     here = str(Path(__file__).parent)
@@ -399,7 +403,19 @@ def test_fingerprints_refuse_what_has_no_stable_form() -> None:
 
 
 def test_threads_and_version_are_part_of_a_steps_identity_and_labels_are_not() -> None:
-    base = Step("a", "m:f", 1, {}, threads=1)
-    same, threads, version = Step("b", "m:f", 1, {}), Step("a", "m:f", 1, {}, threads=2), Step("a", "m:f", 2, {})
+    base = Step("a", number, {}, threads=1)
+    same, threads = Step("b", number, {}, untracked={"name": "b"}), Step("a", number, {}, threads=2)
+    version = Step("a", replace(number, version=2), {})
     assert pipeline.step_id(base, {}) == pipeline.step_id(same, {})
     assert len({pipeline.step_id(s, {}) for s in (base, threads, version)}) == 3
+
+
+def test_where_a_function_lives_is_no_part_of_a_steps_identity() -> None:
+    moved = replace(number, function=slow.function)
+    assert moved.place != number.place
+    assert pipeline.step_id(Step("a", moved, {}), {}) == pipeline.step_id(Step("a", number, {}), {})
+
+
+def test_two_kinds_of_step_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two kinds of step are named 'number'"):
+        step_type(1, name="number")(slow.function)

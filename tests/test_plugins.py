@@ -191,7 +191,7 @@ def run(folder: Path, text: str = STUDY, workers: int = 1) -> list[str]:
     """Do what is not done of a study's merges, and return the labels of what was."""
     watcher, store = Quiet(), Store(folder / "store")
     merges = [step for cell in plan(study(folder, text), store) for step in pipeline.ordered(cell.steps())]
-    merges = [step for step in merges if step.function.endswith((":merge", ":choose_option"))]
+    merges = [step for step in merges if step.type.name in ("merge", "choose_option")]
     pipeline.run(merges, store, open_executor(workers), watcher)
     return watcher.ran
 
@@ -222,7 +222,7 @@ def test_a_plugin_that_changes_during_a_run_or_registers_nothing_is_told(tasks: 
     assert str(tasks) not in str(merge.config)
     write(path, MINE + "\n# changed")
     with pytest.raises(TaskvecError, match="the plugin of 'mine' has changed since the run began"):
-        open_recipe({**merge.config, **merge.aside})
+        open_recipe({**merge.config, **merge.untracked})
     watcher = Quiet()
     runs.run_study(file, tasks / "out", store, 1, watcher, "taskvec run own")
     assert watcher.notes[0] == f"plan: plugin '{empty}' registers no merging method"

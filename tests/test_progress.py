@@ -8,7 +8,9 @@ import pytest
 from rich.console import Console
 
 from taskvec import progress
-from taskvec.pipeline import Step
+from taskvec.pipeline import Step, StepType, never
+
+KIND = StepType("nothing", lambda *_: None, 1, (), never)
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_time_left_follows_the_cost_that_is_done(now: list[float]) -> None:
     out = io.StringIO()
     watcher = progress.Terminal(Console(file=out, force_terminal=False, width=200))
-    first, second, third, kept = (Step(f"s{i}", "m:f", 1, {}, cost=cost) for i, cost in enumerate((10, 20, 30, 500)))
+    first, second, third, kept = (Step(f"s{i}", KIND, {}, cost=cost) for i, cost in enumerate((10, 20, 30, 500)))
     watcher.planned([first, second, third, kept])
     watcher.reused(kept)
     now[0] = 100.0  # starting workers takes its time and is no measure of the work
@@ -46,7 +48,7 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 def test_lines_of_a_file_fit_80_columns_have_no_colour_and_no_control_characters() -> None:
     out = io.StringIO()
     watcher = progress.Terminal(Console(file=out, force_terminal=False, width=80))
-    steps = [Step(f"fine-tune [bold]{'x' * 90}\x1b[31m{i} (backbone, aligned, seed 0)", "m:f", 1, {}) for i in (1, 2)]
+    steps = [Step(f"fine-tune [bold]{'x' * 90}\x1b[31m{i} (backbone, aligned, seed 0)", KIND, {}) for i in (1, 2)]
     watcher.planned(steps)
     for step in steps:
         watcher.started(step)
@@ -60,7 +62,7 @@ def test_lines_of_a_file_fit_80_columns_have_no_colour_and_no_control_characters
 
 def test_there_is_an_estimate_within_the_first_long_step_of_a_resumed_run(now: list[float]) -> None:
     watcher = progress.Terminal(Console(file=io.StringIO(), force_terminal=False, width=80))
-    kept, long = Step("kept", "m:f", 1, {}, cost=500), Step("long", "m:f", 1, {}, cost=100)
+    kept, long = Step("kept", KIND, {}, cost=500), Step("long", KIND, {}, cost=100)
     watcher.planned([kept, long])
     watcher.reused(kept)
     watcher.started(long)

@@ -474,7 +474,7 @@ def fine_tuning_has_begun(store: Path, process: subprocess.Popen[bytes]) -> None
     """Wait until both heads are kept, which is when fine-tuning begins."""
     while process.poll() is None:
         records = [p.read_text() for p in store.glob("[0-9a-f][0-9a-f]/*/record.json")]
-        if sum('"function": "taskvec.steps:pick_head"' in text for text in records) == 2:
+        if sum('"step": "pick_head"' in text for text in records) == 2:
             time.sleep(0.7)
             return
         time.sleep(0.02)

@@ -197,7 +197,7 @@ agreement: 8
 negation: {forget: greek, control: street}
 """
     [cell] = plan(StudyFile(parse_study(text, "s"), text, tmp_path), Store(tmp_path))
-    told = {step.function.partition(":")[2]: step.config.get("linearised") for step in cell.steps()}
+    told = {step.type.name: step.config.get("linearised") for step in cell.steps()}
     assert {"surgery_curve", "agreement", "reprobed_curve", "test_task"} <= set(told)
     assert {name for name, linear in told.items() if linear is None} == {
         "choose_scale",

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.formats import WEIGHT_SUFFIXES
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 Channels = tuple[float, float, float]
 HALF: Channels = (0.5, 0.5, 0.5)
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from taskvec import loaders, tangents
 from taskvec.addresses import default_name, parse
 from taskvec.compute import choose_device
-from taskvec.errors import TaskvecError
+from taskvec.errors import TaskvecError, first_line
 from taskvec.images import Preprocessing, normalise
 from taskvec.keys import COUNTER
 from taskvec.lab import encoders
 from taskvec.loaders import build
-from taskvec.loaders.checkpoints import first_line, parts
+from taskvec.loaders.checkpoints import parts
 from taskvec.loaders.requests import check_affordable, check_bounds
 from taskvec.notes import note
+from taskvec.pipeline import versions
 from taskvec.store import Record, read_record, write_json
 from taskvec.training import Progress, no_progress
 from taskvec.weights import Weights, align, bind, check_filled, read, save
@@ -173,7 +174,7 @@ def describe(
     """
     kind, name, _ = parse(address)
     family, asked = loaders.find(address, size, allow_pickle, projection)
-    about = {"kind": kind, "name": name, "size": size} | family.identify(asked)
+    about = {"kind": kind, "name": name, "size": size, "packages": versions(family.packages)} | family.identify(asked)
     about |= {"part": asked.key} if asked.key else {}
     return about if projection is None else about | {"projection": projection}
 
@@ -319,9 +320,9 @@ def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
 def write_backbone(backbone: Backbone, folder: Path) -> None:
     """Write the encoder's weights and what is needed to make the module again."""
     save(backbone.pretrained, folder / "encoder.safetensors")
-    record = {
-        "name": backbone.name,
+    record: dict[str, Any] = {
         "architecture": backbone.architecture,
+        "packages": versions(loaders.packages(backbone.architecture["family"])),
         "preprocessing": backbone.preprocessing.to_json(),
         "width": backbone.width,
         "left_out": list(backbone.left_out),
@@ -354,7 +355,6 @@ class Architecture(Record):
 class Encoder(Record):
     """The record of a backbone, beside its weights."""
 
-    name: str
     architecture: Architecture
     preprocessing: View
 
@@ -367,12 +367,12 @@ class Encoder(Record):
         return self
 
 
-def read_backbone(folder: Path, device: str = "cpu") -> Backbone:
-    """Open a backbone that ``write_backbone`` wrote."""
-    return restore(folder / "backbone.json", folder / "encoder.safetensors", device)
+def read_backbone(folder: Path, device: str = "cpu", name: str = "encoder") -> Backbone:
+    """Open a backbone that ``write_backbone`` wrote, under a name: it is kept without one."""
+    return restore(folder / "backbone.json", folder / "encoder.safetensors", device, name)
 
 
-def restore(about: Path, weights: Path, device: str) -> Backbone:
+def restore(about: Path, weights: Path, device: str, name: str) -> Backbone:
     """Make a backbone from the file of its record and the file of its weights; what does not fit is an error."""
     record = read_record(about, Encoder)
     if not weights.is_file():
@@ -387,7 +387,7 @@ def restore(about: Path, weights: Path, device: str) -> Backbone:
     except Exception as error:  # modules of many libraries, which raise errors of many kinds
         what = f"no encoder can be made of its architecture: {first_line(error)}"
         raise TaskvecError(f"'{about}': {what}", "restore the file, or make it again") from None
-    return assemble(record.name, module, preprocessing, architecture, device, weights)
+    return assemble(name, module, preprocessing, architecture, device, weights)
 
 
 def read_weights(path: Path, like: Weights) -> Weights:

@@ -101,7 +101,7 @@ class Cell:
     test: dict[str, Step] = field(default_factory=dict)
     heatmaps: dict[tuple[str, str], Step] = field(default_factory=dict)
     subsets: dict[tuple[str, ...], Step] = field(default_factory=dict)
-    negation: Step | None = None
+    negation: dict[tuple[str, str], Step] = field(default_factory=dict)
     gains: Step | None = None
     model: Step | None = None
 
@@ -122,10 +122,10 @@ class Cell:
         """Yield the steps whose results a report needs."""
         by_task = (self.probe, self.head, self.zero_shot, self.finetuned, self.test)
         yield from itertools.chain(*(steps.values() for steps in by_task))
-        yield from itertools.chain(self.heatmaps.values(), self.subsets.values())
+        yield from itertools.chain(self.heatmaps.values(), self.subsets.values(), self.negation.values())
         yield from self.rate[1].values() if self.rate else ()
         for candidate in [c for one in self.candidates for c in (*one.options, one)]:
             yield from (step for one in candidate.rounds for step in one.values())
             yield from candidate.agreement.values()
             yield candidate.choice
-        yield from (step for step in (self.joint, self.negation, self.gains, self.model) if step is not None)
+        yield from (step for step in (self.joint, self.gains, self.model) if step is not None)

@@ -6,7 +6,7 @@ import contextlib
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,13 +54,21 @@ def choose_precision(setting: str, use: Use, width: int, device: str) -> Precisi
     ``auto`` trains in bfloat16 on GPUs that have it, and on CPUs with AMX tiles when the encoder is at least ``WIDE``
     features wide. An explicit ``bfloat16`` is for training only: a move of 0.05 task vectors is below its resolution.
     """
-    if use == "evaluation" or setting == "float32":
-        return "float32"
-    if setting == "bfloat16":
-        return "bfloat16"
+    resolved = "float32" if use == "evaluation" else resolve_precision(setting, device)
+    wide: Precision = "bfloat16" if width >= WIDE else "float32"
+    return wide if resolved == "wide" else resolved
+
+
+def resolve_precision(setting: str, device: str) -> Precision | Literal["wide"]:
+    """Return what a setting means for training on this machine; ``wide`` is bfloat16 from ``WIDE`` features on.
+
+    Steps are told this and not ``auto``, so that what they do does not depend on where they run.
+    """
+    if setting in ("float32", "bfloat16", "wide"):
+        return cast("Precision | Literal['wide']", setting)
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if width >= WIDE and has_fast_bfloat16() else "float32"
+    return "wide" if has_fast_bfloat16() else "float32"
 
 
 def has_fast_bfloat16() -> bool:

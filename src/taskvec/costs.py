@@ -85,7 +85,7 @@ def row(
 
 def seconds(steps: Iterable[Step], done: Done) -> dict[str, float]:
     """Return the seconds of everything that some steps need, by what they are for; the same work counts once."""
-    kinds: dict[Artifact, str] = {done[step]: step.function.rpartition(":")[2] for step in ordered(steps)}
+    kinds: dict[Artifact, str] = {done[step]: step.type.name for step in ordered(steps)}
     found = dict.fromkeys(SECONDS, 0.0)
     for artifact, kind in kinds.items():
         if kind in PARTS:

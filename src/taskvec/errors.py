@@ -45,3 +45,8 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def unknown(kind: str, given: str, known: Iterable[str]) -> TaskvecError:
     """Build the error for a name that is not in a registry, with the nearest names that are."""
     return TaskvecError(f"unknown {kind} '{given}'", did_you_mean(given, known))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line that an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

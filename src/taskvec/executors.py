@@ -47,29 +47,28 @@ def open_executor(workers: int) -> Executor:
     return Inline() if workers <= 1 else Processes(workers)
 
 
-def resolve(function: str) -> Callable[..., None]:
-    """Import the function that a step names as ``module:name``."""
-    module, name = function.split(":")
-    found: Callable[..., None] = getattr(importlib.import_module(module), name)
-    return found
-
-
 def perform_here(job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> Finished:
     """Run a job in this process with the step's number of threads."""
     try:
         from taskvec.compute import threads
 
         with threads(job.step.threads):
-            return perform(job, resolve(job.step.function), progress, noted)
+            return perform(job, progress, noted)
     except ImportError as error:
-        shutil.rmtree(job.folder, ignore_errors=True)
-        fix = "install what is missing beside taskvec"
-        raise TaskvecError(f"step '{job.step.label}' cannot import what it needs: {error}", fix) from None
+        raise cannot_import(job.step.label, job.folder, error) from None
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):
             raise
         fix = "lower batch_size, raise accumulate, or choose another device"
         raise TaskvecError(f"no memory left in step '{job.step.label}'", fix) from None
+
+
+def cannot_import(label: str, folder: Path, error: ImportError) -> TaskvecError:
+    """Say that a step lacks a library, and remove its folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return TaskvecError(
+        f"step '{label}' cannot import what it needs: {error}", "install what is missing beside taskvec"
+    )
 
 
 def is_lack_of_memory(error: Exception) -> bool:
@@ -249,16 +248,21 @@ def died(worker: _Worker, job: Job) -> TaskvecError:
 def encode(job: Job) -> str:
     """Write a job as one line of JSON; a step's inputs are folders by now, so its dependencies stay behind."""
     step = job.step
-    fields = {"label": step.label, "function": step.function, "version": step.version, "config": step.config}
-    fields["aside"] = dict(step.aside)
-    return json.dumps(fields | {"threads": step.threads, "id": job.id, "inputs": job.inputs, "folder": str(job.folder)})
+    fields = {"label": step.label, "config": step.config, "threads": step.threads, "untracked": dict(step.untracked)}
+    return json.dumps(
+        fields | {"place": step.type.place, "id": job.id, "inputs": job.inputs, "folder": str(job.folder)}
+    )
 
 
 def decode(line: str) -> Job:
-    """Read a job from its line of JSON."""
+    """Read a job from its line of JSON; what its step's module lacks is an error."""
     data = json.loads(line)
-    named = {name: data[name] for name in ("label", "function", "version", "config", "threads", "aside")}
-    step = Step(**named, inputs={})
+    module, _, name = data["place"].partition(":")
+    try:
+        type = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise cannot_import(data["label"], Path(data["folder"]), error) from None
+    step = Step(data["label"], type, data["config"], threads=data["threads"], untracked=data["untracked"])
     return Job(step, data["id"], data["inputs"], Path(data["folder"]))
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Shaped
 from numpy import ndarray
 
 from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.keys import format_of
+from taskvec.formats import format_of
 from taskvec.notes import note
 from taskvec.store import disk_errors, json_text
 

@@ -62,7 +62,7 @@ class Planned:
     @property
     def kind(self) -> str:
         """Name what it does."""
-        return self.step.function.rpartition(":")[2]
+        return self.step.type.name
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def expected_digest(step: Step, id: str, count: Counter) -> str:
 
     Backbones that look at images alike so share decoded tasks. Other outputs stand for themselves.
     """
-    view = count.backbone(step).view if step.function.endswith(":preprocessing") else None
+    view = count.backbone(step).view if step.type.name == "preprocessing" else None
     if view is None:
         return id
     text = json_text(view.decoding())
@@ -148,7 +148,7 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
         config = one.step.config
         if one.kind != "load_backbone" or one.seconds is not None:
             continue
-        if file := config["source"].get("absent") or to_download(config["address"], True):
+        if file := config["source"].get("absent") or to_download(one.step.untracked["address"], True):
             yield f"{config['address']}: {file} (its encoder is {size_text(one.work.disk)})"
     absent = {one.step.config["source"].get("absent") for one in planned if one.kind == "decode_task"}
     for address in sorted(absent - {None}):
@@ -160,7 +160,7 @@ def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
     """Return about how many bytes of evaluation views the store lacks for a study; no weight and no image is read."""
     done, sizes = dict[Step, Artifact](), dict[str, float]()
     for step in ordered(steps):
-        kind = step.function.rpartition(":")[2]
+        kind = step.type.name
         if kind not in ("load_backbone", "preprocessing", "decode_task"):
             continue
         if all(read in done for read in step.dependencies()):
@@ -178,7 +178,7 @@ def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
 def size_of(encoder: Step) -> int:
     """Return the pixels that the backbone of a step sees."""
     config = encoder.config
-    return input_size(config["address"], config["size"], config.get("projection"))
+    return input_size(encoder.untracked["address"], config["size"], config.get("projection"))
 
 
 def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:

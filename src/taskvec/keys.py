@@ -43,29 +43,6 @@ FOREIGN = (
      "give one that was fine-tuned with the class token (MAE: --cls_token): it is another feature than this encoder's"),
 )  # fmt: skip
 """Patterns of names, what a file with them holds, and what to do about it."""
-FORMATS = {
-    ".distcp": ("a part of a distributed checkpoint of PyTorch (DCP)",
-                "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE makes one file of it"),
-    ".h5": ("weights of Keras or TensorFlow", ""), ".keras": ("a model of Keras", ""),
-    ".pb": ("a graph of TensorFlow", ""), ".tflite": ("a model of TensorFlow Lite", ""),
-    ".msgpack": ("weights of Flax", ""), ".npz": ("arrays of NumPy or JAX", ""), ".npy": ("an array of NumPy", ""),
-    ".onnx": ("a graph of ONNX", "save the weights that it was exported from"),
-    ".gguf": ("a model of llama.cpp, often quantised", "take the weights that it was made from"),
-    ".ggml": ("a model of llama.cpp, often quantised", "take the weights that it was made from"),
-    ".pdparams": ("weights of PaddlePaddle", ""), ".mlmodel": ("a model of Core ML", ""),
-    ".engine": ("an engine of TensorRT", "take the weights that it was made from"),
-}  # fmt: skip
-"""Files of other libraries by suffix: what they are, and what to do with them."""
-CONVERT = "convert it to the state_dict() of a PyTorch model, saved as safetensors"
-
-
-def format_of(name: str) -> tuple[str, str] | None:
-    """Say by its name what a file of another library is and what to do about it; None for other files."""
-    if re.search(r"\.(index|data-\d+-of-\d+)$", name):
-        return "a checkpoint of TensorFlow", CONVERT
-    suffix = name[name.rfind(".") :].lower() if "." in name else ""
-    what, fix = FORMATS.get(suffix, ("", ""))
-    return (what, fix or CONVERT) if what else None
 
 
 def foreign(names: Iterable[str]) -> tuple[str, str] | None:

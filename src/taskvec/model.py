@@ -14,13 +14,14 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
 
-from taskvec import vectors
+from taskvec import loaders, vectors
 from taskvec.backbones import AROUND, Backbone, Encoder, linearised, read_weights, restore
 from taskvec.compute import choose_device
 from taskvec.errors import TaskvecError, unknown
 from taskvec.heads import Head, read_heads, save_heads
 from taskvec.images import Source, corrupt, decode, named, resize_and_crop
 from taskvec.merging.buffers import DIRECTIONS, TaskDirections, read_directions, save_directions
+from taskvec.pipeline import versions
 from taskvec.store import Record, file_digest, read_record, write_json
 from taskvec.weights import Weights, save
 
@@ -146,6 +147,7 @@ def save_model(
     record: dict[str, Any] = {
         "name": backbone.name,
         "architecture": backbone.architecture,
+        "packages": versions(loaders.packages(backbone.architecture["family"])),
         "preprocessing": backbone.preprocessing.to_json(),
         "tasks": [{"name": name, "classes": list(c)} for name, c in zip(heads, classes, strict=True)],
     }
@@ -183,6 +185,7 @@ class TaskRecord(Record):
 class ModelRecord(Encoder):
     """The fields of model.json; further ones are of no concern."""
 
+    name: str
     tasks: list[TaskRecord] = Field(min_length=1)
     method: str
     config: dict[str, Any] | None = None
@@ -232,8 +235,8 @@ def open_encoder(folder: Path, record: ModelRecord, device: str) -> Backbone:
         what = "is missing" if linear else "does not belong to this model"
         raise TaskvecError(f"'{around}' {what}: {ABOUT} says whether the encoder is linearised", RESTORE)
     if not around.exists():
-        return restore(folder / ABOUT, folder / ENCODER, device)
-    backbone = linearised(restore(folder / ABOUT, around, device))
+        return restore(folder / ABOUT, folder / ENCODER, device, record.name)
+    backbone = linearised(restore(folder / ABOUT, around, device, record.name))
     backbone.use(read_weights(folder / ENCODER, backbone.pretrained))
     return backbone
 

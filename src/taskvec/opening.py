@@ -23,7 +23,8 @@ Inputs = dict[str, list[Path]]
 
 def open_backbone(inputs: Inputs, config: Config) -> Backbone:
     """Open the backbone that a step reads, on the study's device, and linearised where its regime is."""
-    backbone = backbones.read_backbone(inputs["backbone"][0], choose_device(config.get("device", "cpu")))
+    device = choose_device(config.get("device", "cpu"))
+    backbone = backbones.read_backbone(inputs["backbone"][0], device, config["name"])
     return backbones.linearised(backbone) if config.get("linearised") else backbone
 
 

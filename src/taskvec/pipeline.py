@@ -1,9 +1,9 @@
 """Steps: a named function, a frozen configuration and the steps it reads; run in order, skipped when done before.
 
-A step's fingerprint is made of its function, version, configuration and threads, of the versions of the packages that
-compute, and of the *content* of its inputs:
-a step whose inputs come out the same is not run again, whatever was done to make them. Output paths and the number of
-workers are not part of it.
+A step's fingerprint holds what can change its result and nothing else: its name, version and configuration, the
+versions of the packages that it computes with, threads where they change bits, and the *content* of its inputs.
+A step whose inputs come out the same is not run again, whatever was done to make them. Where its function lives,
+output paths and the number of workers are not part of it.
 """
 
 from __future__ import annotations
@@ -26,21 +26,84 @@ from taskvec.store import NOTES, Artifact, Store, disk_errors, fingerprint, pres
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
 
 
+Config = Mapping[str, Any]
+Function = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class StepType:
+    """A kind of step: the name that stands in fingerprints, its function, and what its result depends on.
+
+    ``version`` is raised when the same configuration would give another result. ``packages`` are those that the
+    function computes with. ``threaded`` says of a configuration whether the number of threads changes bits.
+    """
+
+    name: str
+    function: Function
+    version: int
+    packages: tuple[str, ...]
+    threaded: Callable[[Config], bool]
+
+    def __call__(
+        self, config: Config, inputs: Mapping[str, Sequence[Path]], out: Path, progress: Callable[[float], None]
+    ) -> None:
+        """Do the step's work in this process."""
+        self.function(config, inputs, out, progress)
+
+    @property
+    def place(self) -> str:
+        """Return where the function is, as ``module:name``, for a worker to import."""
+        return f"{self.function.__module__}:{self.function.__qualname__}"
+
+
+STEP_TYPES: dict[str, StepType] = {}
+"""Every kind of step by name, registered beside its function."""
+
+
+def never(config: Config) -> bool:
+    """Say of a step whose bits no number of threads changes that they do not count."""
+    return False
+
+
+def always(config: Config) -> bool:
+    """Say of a step that computes on the CPU, whatever the device of the study, that threads count."""
+    return True
+
+
+def on_cpu(config: Config) -> bool:
+    """Say whether a step computes on the CPU, where the number of threads changes the last bits of sums."""
+    return bool(config.get("device", "cpu") == "cpu")
+
+
+def step_type(
+    version: int, packages: Iterable[str] = (), threaded: Callable[[Config], bool] = never, name: str = ""
+) -> Callable[[Function], StepType]:
+    """Make a function a kind of step, and register it by its own name unless told; two of one name raise."""
+
+    def register(function: Function) -> StepType:
+        found = StepType(name or function.__name__, function, version, tuple(packages), threaded)
+        if STEP_TYPES.setdefault(found.name, found).place != found.place:
+            raise ValueError(f"two kinds of step are named '{found.name}'")
+        return found
+
+    return register
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One unit of work: ``function`` (``module:name``) gets the config, input folders and an empty output folder.
+    """One unit of work: the function of its type gets the config, input folders and an empty output folder.
 
-    ``aside`` is given to the function with the config and is no part of the fingerprint: where files are, for one.
+    ``untracked`` is given to the function with the config, goes before it, and is no part of the fingerprint: where
+    files are, or how something is called in messages.
     """
 
     label: str
-    function: str
-    version: int
-    config: Mapping[str, Any]
+    type: StepType
+    config: Config
     inputs: Mapping[str, Sequence[Step]] = field(default_factory=dict)
     threads: int = 1
     cost: float = 1.0
-    aside: Mapping[str, Any] = field(default_factory=dict)
+    untracked: Mapping[str, Any] = field(default_factory=dict)
 
     def dependencies(self) -> list[Step]:
         """List the steps that it reads, in order."""
@@ -104,16 +167,14 @@ class Watcher(Protocol):
 
 def step_id(step: Step, inputs: Mapping[str, Sequence[Artifact]]) -> str:
     """Return the fingerprint of a step whose inputs are known."""
-    return fingerprint(
-        {
-            "function": step.function,
-            "version": step.version,
-            "config": step.config,
-            "threads": step.threads,
-            "versions": versions(),
-            "inputs": {role: [artifact.digest for artifact in artifacts] for role, artifacts in inputs.items()},
-        }
-    )
+    identity = {
+        "step": step.type.name,
+        "version": step.type.version,
+        "config": step.config,
+        "packages": versions(step.type.packages),
+        "inputs": {role: [artifact.digest for artifact in artifacts] for role, artifacts in inputs.items()},
+    }
+    return fingerprint(identity | ({"threads": step.threads} if step.type.threaded(step.config) else {}))
 
 
 def ordered(steps: Iterable[Step]) -> list[Step]:
@@ -202,29 +263,35 @@ def _tell(step: Step, artifact: Artifact, watcher: Watcher) -> None:
 
 
 def about(finished: Finished) -> dict[str, Any]:
-    """Say what made an artifact: function, configuration, threads, versions, seconds."""
+    """Say what made an artifact: step, configuration, threads, versions, seconds."""
     step = finished.job.step
     return {
         "label": step.label,
-        "function": step.function,
-        "version": step.version,
+        "step": step.type.name,
+        "version": step.type.version,
         "config": step.config,
+        "untracked": step.untracked,
         "threads": step.threads,
         "inputs": {role: [Path(folder).name for folder in folders] for role, folders in finished.job.inputs.items()},
         "seconds": round(finished.seconds, 3),
-        "versions": versions(),
+        "versions": all_versions(),
     }
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of every package that can change a number."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+version = functools.cache(metadata.version)
 
 
-def perform(
-    job: Job, function: Callable[..., None], progress: Callable[[float], None], noted: Callable[[str], None]
-) -> Finished:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the installed versions of some packages."""
+    return {name: version(name) for name in packages}
+
+
+def all_versions() -> dict[str, str]:
+    """Return the versions of Python and of every package that can change a number, for the record."""
+    return {"python": platform.python_version()} | versions(PACKAGES)
+
+
+def perform(job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> Finished:
     """Run a job in this process, and keep what is noted beside its result.
 
     When it fails its folder is removed, and a user's mistake is told with its label.
@@ -234,7 +301,7 @@ def perform(
     try:
         reading = present(itertools.chain(*inputs.values()), job.folder)
         with disk_errors(job.folder), reading, listen(noted) as heard, library_warnings():
-            function({**job.step.config, **job.step.aside}, inputs, job.folder, progress)
+            job.step.type({**job.step.config, **job.step.untracked}, inputs, job.folder, progress)
             if heard:
                 write_json(job.folder / NOTES, heard)
     except BaseException as error:

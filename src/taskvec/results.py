@@ -128,7 +128,8 @@ class Writer:
             name, heads = candidate.name, candidate.read_by
             yield from self.measured(name, heads, scale, "test", values, made_by, config)
             for baseline, gained in gains.items():
-                for task, gain in gained[str(index)].items():
+                for place, gain in gained[str(index)].items():
+                    task = cell.tasks[int(place)] if place else ""
                     for part, end in ENDS.items():
                         metric = f"gain_over_{baseline}{end}"
                         yield self.row(name, heads, scale, task, "test", metric, gain[part], made_by[task], config)
@@ -266,14 +267,16 @@ def heatmaps(cells: list[Cell], done: Done) -> pd.DataFrame | None:
 
 def negations(cells: list[Cell], done: Done) -> pd.DataFrame | None:
     """Return the rows of negation.csv, or None where a study forgets nothing: validation, then the test."""
-    rows = [row for cell in cells if cell.negation for row in negation_rows(cell, cell.negation, done)]
+    rows = [
+        row for cell in cells for pair, step in cell.negation.items() for row in negation_rows(cell, pair, done[step])
+    ]
     return pd.DataFrame(rows, columns=NEGATION_COLUMNS) if rows else None
 
 
-def negation_rows(cell: Cell, step: Step, done: Done) -> Iterator[Row]:
+def negation_rows(cell: Cell, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
     """Yield a row for every scale of negation that one cell tried, and for the test at 0 and at the chosen one."""
-    found = done[step].json("negation.json")
-    place = (cell.backbone, cell.regime, cell.seed, *found["names"])
+    found = artifact.json("negation.json")
+    place = (cell.backbone, cell.regime, cell.seed, *pair)
     tried = [("validation", *one) for one in zip(found["scales"], found["forgotten"], found["control"], strict=True)]
     before, after = found["test"]["before"], found["test"]["after"]
     for split, scale, *accuracies in (*tried, ("test", 0.0, *before), ("test", found["scale"], *after)):

@@ -294,7 +294,7 @@ def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, comma
     lock = {
         "study": study.model_dump(mode="json"),
         "command": command,
-        "versions": {"taskvec": metadata.version("taskvec")} | pipeline.versions(),
+        "versions": {"taskvec": metadata.version("taskvec")} | pipeline.all_versions(),
         "seeds": list(study.seeds),
         "threads": study.threads,
         "device": device,

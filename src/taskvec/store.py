@@ -182,7 +182,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Held:
-    """What a store holds of one artifact: its id, its kind (the name of its step's function), label, bytes, folder."""
+    """What a store holds of one artifact: its id, its kind (the name of its step), label, bytes, folder."""
 
     id: str
     kind: str
@@ -273,7 +273,7 @@ class Store:
         found = []
         for folder in (path for path in self.folder.glob("[0-9a-f][0-9a-f]/*") if not path.is_symlink()):
             if ID.fullmatch(folder.name) and folder == self._place(folder.name) and (record := self._record(folder)):
-                kind, label = record["about"]["function"].rpartition(":")[2], record["about"]["label"]
+                kind, label = step_name(record["about"]), record["about"]["label"]
                 found.append(Held(folder.name, kind, label, _size(folder), folder))
         for folder in (path for path in (self.folder / DAMAGED).glob("*") if not path.is_symlink()):
             if ASIDE.fullmatch(folder.name):
@@ -394,12 +394,18 @@ def artifact_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = read_json(folder / RECORD)
-        files, function, label = record["files"], record["about"]["function"], record["about"]["label"]
-        texts = (*files, *files.values(), function, label)
-        sound = all(isinstance(text, str) for text in texts) and all(map(is_within, files)) and ":" in function
+        files, step, label = record["files"], step_name(record["about"]), record["about"]["label"]
+        texts = (*files, *files.values(), step, label)
+        sound = all(isinstance(text, str) for text in texts) and all(map(is_within, files)) and step
     except (FileNotFoundError, TaskvecError, KeyError, TypeError, AttributeError, IndexError):
         return None
     return record if sound else None
+
+
+def step_name(about: Mapping[str, Any]) -> str:
+    """Return the name of the step that made an artifact; records of older versions name its function's place."""
+    name: str = about["step"] if "step" in about else about["function"].rpartition(":")[2]
+    return name
 
 
 def _checked(id: str, folder: Path) -> Artifact | None:

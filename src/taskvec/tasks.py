@@ -38,6 +38,7 @@ from taskvec.kinds import CLASSIFICATION, KINDS
 from taskvec.layouts import list_paper
 from taskvec.listing import SPLITS, Items, Labels, Listing, alike, pick, split_validation, warned
 from taskvec.notes import listen, note
+from taskvec.pipeline import versions
 from taskvec.store import fingerprint, read_json, write_json
 from taskvec.torch_sets import list_own
 from taskvec.training import Progress, no_progress
@@ -186,7 +187,8 @@ def describe_lab(name: str) -> dict[str, Any]:
     from taskvec.lab import worlds
 
     worlds.check_task(name)
-    return {"lab": name, "counts": LAB_COUNTS, "images": sum(LAB_COUNTS.values()), "version": worlds.VERSION}
+    about = {"lab": name, "counts": LAB_COUNTS, "images": sum(LAB_COUNTS.values()), "version": worlds.VERSION}
+    return about | {"packages": versions(worlds.packages(name))}
 
 
 def kind_of(address: str) -> str:

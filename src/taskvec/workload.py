@@ -83,9 +83,9 @@ class Counter:
 
     def backbone(self, step: Step) -> Anatomy:
         """Return the anatomy of the backbone that a step reads, directly or through what it reads."""
-        while not step.function.endswith(":load_backbone"):
+        while step.type.name != "load_backbone":
             step = step.inputs["backbone"][0] if "backbone" in step.inputs else step.dependencies()[0]
-        key = step.config["address"], step.config["size"], step.config.get("projection")
+        key = step.untracked["address"], step.config["size"], step.config.get("projection")
         if key not in self.anatomies:
             self.anatomies[key] = anatomy(*key)
         return self.anatomies[key] or UNKNOWN
@@ -104,7 +104,7 @@ class Counter:
 
     def work(self, step: Step) -> Work:
         """Return what a step takes."""
-        name = step.function.rpartition(":")[2]
+        name = step.type.name
         return COUNTS[name](self, step) if name in COUNTS else Work(disk=1e3)
 
     def passes(self, step: Step, forward: float, trained: float = 0, disk: float = 0) -> Work:
@@ -158,7 +158,7 @@ def small_side(address: str) -> int | None:
 
 def address_of(decode: Step) -> str:
     """Return the address of the task that a step decodes."""
-    return str(decode.config.get("address") or decode.aside["address"])
+    return str(decode.config.get("address") or decode.untracked["address"])
 
 
 def features(count: Counter, step: Step) -> Work:

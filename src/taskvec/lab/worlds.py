@@ -225,6 +225,12 @@ def kind(task: str) -> str:
     return SCENES[task].kind if task in SCENES else CLASSIFICATION
 
 
+def packages(task: str) -> tuple[str, ...]:
+    """Return the packages whose version may change a task's images: fonts are matplotlib's, digits scikit-learn's."""
+    check_task(task)
+    return ("torch", {"textures": "numpy", "digits": "scikit-learn"}.get(task, "matplotlib"))
+
+
 def check_task(task: str) -> None:
     """Raise with the nearest names if the lab has no such task."""
     if task not in DESCRIPTIONS:

@@ -64,6 +64,11 @@ def resolve(checkpoint: Checkpoint, given: str) -> tuple[str, str, str]:
     return ("timm", checkpoint.timm, given) if checkpoint.timm else (kind, name, given)
 
 
+def packages(family: str) -> tuple[str, ...]:
+    """Return the packages whose code the modules of a family are: another version may compute something else."""
+    return FAMILIES[family].packages if family in FAMILIES else ()
+
+
 def load(asked: Request, family: Family) -> Loaded:
     """Find what is asked for; a checkpoint of the paper sees images as the paper does."""
     loaded = family.load(asked)

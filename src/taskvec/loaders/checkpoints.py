@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskvec.addresses import WEIGHT_SUFFIXES
-from taskvec.errors import TaskvecError, did_you_mean
-from taskvec.keys import AVERAGED, COUNTER, WRAPPERS, format_of, prefixes, unwrapped
+from taskvec.errors import TaskvecError, did_you_mean, first_line
+from taskvec.formats import WEIGHT_SUFFIXES, check_pickle, format_of, is_safetensors
+from taskvec.keys import AVERAGED, COUNTER, WRAPPERS, prefixes, unwrapped
 from taskvec.notes import note
 from taskvec.weights import check_kinds, read
 
@@ -109,26 +109,6 @@ def check_file(given: str, allow_pickle: bool) -> Path:
         raise TaskvecError(f"no weights file at '{path}'", "give the path of a .safetensors file after the @")
     check_pickle(path, allow_pickle)
     return path
-
-
-def check_pickle(file: Path | str, allow_pickle: bool) -> None:
-    """Raise unless a file is safetensors, or pickles were allowed; other libraries' files are named as such."""
-    if other := format_of(Path(file).name):
-        raise TaskvecError(f"'{file}' is {other[0]}", other[1])
-    if not is_safetensors(Path(file)) and not allow_pickle:
-        raise TaskvecError(
-            f"'{file}' is not a .safetensors file; pickled checkpoints can run code when loaded",
-            "convert it to safetensors, or set allow_pickle: true (it is then read with weights_only=True)",
-        )
-
-
-def is_safetensors(path: Path) -> bool:
-    """Say whether a file is safetensors, by its suffix, or where it has none of weights by how it begins."""
-    if path.suffix in WEIGHT_SUFFIXES or not path.is_file():
-        return path.suffix == ".safetensors"
-    with path.open("rb") as file:
-        begin = file.read(9)
-    return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < path.stat().st_size
 
 
 # ---------------------------------------------------------------- reading
@@ -295,8 +275,3 @@ def read_pickle(path: Path) -> Any:
         raise TaskvecError(
             f"'{path}' cannot be read with weights_only=True: {said}", "save the model's state_dict() as safetensors"
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line that an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from taskvec.errors import TaskvecError
-from taskvec.loaders.checkpoints import check_pickle, first_line
+from taskvec.errors import TaskvecError, first_line
+from taskvec.formats import check_pickle
 from taskvec.network import SECONDS
 
 

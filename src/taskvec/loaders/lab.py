@@ -90,4 +90,4 @@ def build(options: dict[str, Any]) -> nn.Module:
         ) from None
 
 
-FAMILY = Family(load, identify, lambda _: "", has_text, identify_text, texts)
+FAMILY = Family((), load, identify, lambda _: "", has_text, identify_text, texts)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from taskvec.addresses import CLIP, is_file
-from taskvec.errors import TaskvecError, did_you_mean, unknown
+from taskvec.errors import TaskvecError, did_you_mean, first_line, unknown
 from taskvec.images import RESAMPLING, Preprocessing
 from taskvec.keys import unwrapped
 from taskvec.loaders import hub
-from taskvec.loaders.checkpoints import TEXTS, find_file, first_line, read_checkpoint, separate, stripped
+from taskvec.loaders.checkpoints import TEXTS, find_file, read_checkpoint, separate, stripped
 from taskvec.loaders.requests import (
     LARGEST,
     Family,
@@ -29,7 +29,6 @@ from taskvec.loaders.requests import (
     check_bounds,
     check_view,
     extra,
-    library,
     origin_of,
     read_object,
 )
@@ -66,7 +65,6 @@ def load(request: Request) -> Loaded:
         "size": pixels,
         "quick_gelu": bool(tag.get("quick_gelu", config.get("quick_gelu", False))),
         "projection": request.projection is not False,
-        "library": library("open_clip_torch"),
     } | ({"vision": own} if own else {})
     check_affordable(lambda: build(options), [path], f"'{request.address}'")
     return Loaded(
@@ -215,10 +213,10 @@ def held(request: Request) -> Path | None:
 
 
 def identify(request: Request) -> dict[str, Any]:
-    """Return the digest of the weights, where they are on this machine, and the library's version."""
+    """Return the digest of the weights, where they are on this machine."""
     package(request.address)
     path = held(request)
-    about = {"library": library("open_clip_torch")}
+    about = {}
     if request.file and is_file(request.file) and (config := beside(request.file)):
         about["config"] = file_digest(config)
     return about | ({"content": file_digest(path)} if path else {})
@@ -331,4 +329,4 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     return found.float(), float(model.logit_scale.exp())
 
 
-FAMILY = Family(load, identify, missing, has_text, identify_text, texts)
+FAMILY = Family(("open_clip_torch", "timm"), load, identify, missing, has_text, identify_text, texts)

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from taskvec.addresses import CLIP, HALF, IMAGENET, Channels
-from taskvec.errors import TaskvecError
+from taskvec.errors import TaskvecError, first_line
 from taskvec.images import RESAMPLING, Preprocessing, resize_and_crop
-from taskvec.loaders.checkpoints import first_line
 from taskvec.loaders.requests import LARGEST, check_view
 from taskvec.notes import note
 

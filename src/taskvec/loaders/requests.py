@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,7 +76,7 @@ Texts = tuple[Float[Tensor, "captions width"], float]
 
 @dataclass(frozen=True)
 class Family:
-    """How one kind of address is loaded.
+    """How one kind of address is loaded, and the ``packages`` whose code its modules are.
 
     ``identify`` returns what tells its weights from others, for a fingerprint, without loading them; ``missing`` what
     would have to be downloaded (repository and files), without asking the network. ``classifier`` makes the library's
@@ -85,6 +84,7 @@ class Family:
     none that the library knows; a family whose library has no classifiers has no such function.
     """
 
+    packages: tuple[str, ...]
     load: Callable[[Request], Loaded]
     identify: Callable[[Request], dict[str, Any]]
     missing: Callable[[Request], str]
@@ -165,11 +165,6 @@ def extra(module: str, package: str, name: str, address: str) -> ModuleType:
         raise TaskvecError(
             f"'{address}' needs {package}, which is not installed", f"pip install 'taskvec[{name}]'"
         ) from None
-
-
-def library(package: str) -> str:
-    """Return name and version of the package that makes a module: another version may make another one."""
-    return f"{package} {metadata.version(package)}"
 
 
 def origin_of(path: Any, repo: str = "") -> dict[str, str]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from taskvec.errors import TaskvecError
 from taskvec.files import FLOATS, Checkpoint, read_index
+from taskvec.formats import check_pickle
 from taskvec.keys import BUFFERS, COUNTER, unwrapped
 from taskvec.loaders import hub, processors
-from taskvec.loaders.checkpoints import check_pickle, dictionaries, read_pickle
+from taskvec.loaders.checkpoints import dictionaries, read_pickle
 from taskvec.loaders.requests import Request, read_object
 from taskvec.store import file_digest, fingerprint
 from taskvec.weights import COMPUTED, check_kinds, read, read_keys

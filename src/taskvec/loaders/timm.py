@@ -11,20 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskvec.errors import TaskvecError, unknown
+from taskvec.errors import TaskvecError, first_line, unknown
 from taskvec.images import Preprocessing
 from taskvec.keys import COUNTER
 from taskvec.loaders import hub
-from taskvec.loaders.checkpoints import (
-    CLASSIFIERS,
-    DECODERS,
-    PROJECTORS,
-    Reading,
-    find_file,
-    first_line,
-    read_checkpoint,
-    separate,
-)
+from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, PROJECTORS, Reading, find_file, read_checkpoint, separate
 from taskvec.loaders.requests import (
     Family,
     Loaded,
@@ -368,4 +359,4 @@ def patch_hint(name: str) -> str:
     return f", a multiple of {digits}" if digits else ""
 
 
-FAMILY = Family(load, identify, missing, classifier=classifier)
+FAMILY = Family(("timm",), load, identify, missing, classifier=classifier)

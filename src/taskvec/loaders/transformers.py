@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from taskvec.addresses import Checkpoint
-from taskvec.errors import TaskvecError, did_you_mean
+from taskvec.errors import TaskvecError, did_you_mean, first_line
 from taskvec.files import tell_other
 from taskvec.keys import COUNTER
 from taskvec.loaders import processors, saved
-from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS, first_line
+from taskvec.loaders.checkpoints import CLASSIFIERS, DECODERS
 from taskvec.loaders.requests import (
     Family,
     Loaded,
@@ -32,7 +32,6 @@ from taskvec.loaders.requests import (
     check_affordable,
     check_bounds,
     extra,
-    library,
     no_projection,
 )
 from taskvec.weights import check_keys
@@ -132,11 +131,10 @@ class Classifier(Encoder):
 
 
 def identify(request: Request) -> dict[str, Any]:
-    """Return a digest of the folder, where it is on this machine, and the library's version."""
+    """Return a digest of the folder, where it is on this machine."""
     folder = saved.locate(request)
     extra("transformers", "transformers", "hf", request.address)
-    about = {"library": library("transformers")}
-    return about | ({"content": saved.digest(folder, request.allow_pickle)} if folder else {})
+    return {"content": saved.digest(folder, request.allow_pickle)} if folder else {}
 
 
 def missing(request: Request) -> str:
@@ -204,7 +202,6 @@ def options_of(
         "resampled": own is not None and size != own,
         "has_projection": has_projection,
         "projection": has_projection and request.projection is not False,
-        "library": library("transformers"),
     }
 
 
@@ -455,4 +452,4 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     return nn.functional.normalize(features.float(), dim=1), float(model.logit_scale.exp())
 
 
-FAMILY = Family(load, identify, missing, has_text, identify_text, texts, classifier)
+FAMILY = Family(("transformers",), load, identify, missing, has_text, identify_text, texts, classifier)

@@ -12,6 +12,7 @@ from taskvec.errors import TaskvecError
 from taskvec.pipeline import Step
 from taskvec.plan.planner import Planner
 from taskvec.settings import Finetune
+from taskvec.steps import learning as steps
 from taskvec.store import file_digest
 from taskvec.study import BackboneChoice, RegimeChoice
 
@@ -24,7 +25,7 @@ def make_heads(planner: Planner, cell: Cell, ground: Ground) -> dict[str, Step]:
     for t in cell.tasks:
         cell.probe[t] = probes[t]
         inputs = {"probe": [probes[t]], "rate": [rates[t]]}
-        cell.head[t] = planner.step("pick_head", f"head of {t} {where}", {}, inputs)
+        cell.head[t] = planner.step(steps.pick_head, f"head of {t} {where}", {}, inputs)
         if cell.regime in OPEN:
             cell.zero_shot[t] = zero_shot_head(planner, t, ground)
     return rates
@@ -33,16 +34,18 @@ def make_heads(planner: Planner, cell: Cell, ground: Ground) -> dict[str, Step]:
 def probe_task(planner: Planner, task: str, where: str, seed: int, ground: Ground) -> Step:
     """Plan the probes of a task, one a learning rate."""
     probe = planner.study.probe
-    config = {"probe": probe.model_dump(mode="json"), "seed": seed}
+    config = {"probe": probe.model_dump(mode="json", exclude={"rate_per_task"}), "seed": seed}
     inputs = {"task": [ground.data[task]], "features": [ground.features[task]]}
-    return planner.step("probe_task", f"probe {task} {where}", config, inputs, probe.steps * 8.0)
+    return planner.step(steps.probe_task, f"probe {task} {where}", config, inputs, probe.steps * 8.0)
 
 
 def choose_rates(planner: Planner, probes: dict[str, Step], where: str) -> dict[str, Step]:
     """Choose one learning rate for all tasks, or one for each."""
     if planner.study.probe.rate_per_task:
-        return {t: planner.step("choose_rate", f"rate of {t} {where}", {}, {"probes": [p]}) for t, p in probes.items()}
-    rate = planner.step("choose_rate", f"rate {where}", {}, {"probes": list(probes.values())})
+        return {
+            t: planner.step(steps.choose_rate, f"rate of {t} {where}", {}, {"probes": [p]}) for t, p in probes.items()
+        }
+    rate = planner.step(steps.choose_rate, f"rate {where}", {}, {"probes": list(probes.values())})
     return dict.fromkeys(probes, rate)
 
 
@@ -50,15 +53,11 @@ def zero_shot_head(planner: Planner, task: str, ground: Ground) -> Step:
     """Plan a task's head from the captions of its classes."""
     address, allow_pickle = planner.sources.address_of(ground.choice), planner.study.allow_pickle
     text = "" if planner.sources.is_absent(ground.choice) else backbones.describe_text(address, allow_pickle)
-    config: dict[str, Any] = {
-        "address": address,
-        "captions": planner.sources.captions_for(ground.choice)[task],
-        "text": text,
-    }
-    config |= {} if address.startswith("lab:") else {"allow_pickle": allow_pickle}
+    config = {"captions": planner.sources.captions_for(ground.choice)[task], "text": text, **planner.device}
+    untracked = {"address": address, "allow_pickle": allow_pickle}
     inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
     label = f"zero-shot head of {task} ({ground.backbone})"
-    return planner.step("zero_shot", label, config | planner.device, inputs, 0.1 * planner.images[task])
+    return planner.step(steps.zero_shot, label, config, inputs, 0.1 * planner.images[task], untracked)
 
 
 def finetune_all(planner: Planner, cell: Cell, ground: Ground, regime: RegimeChoice) -> None:
@@ -110,7 +109,7 @@ def search_rate(planner: Planner, cell: Cell, ground: Ground, regime: RegimeChoi
         tried[rate] = finetune_task(planner, searched, first, ground, one, {}, trial=True)
     config = {"rates": list(tried)}
     label = f"learning rate ({cell.backbone}, {cell.regime})"
-    chosen = planner.step("choose_learning_rate", label, config, {"finetuned": list(tried.values())})
+    chosen = planner.step(steps.choose_learning_rate, label, config, {"finetuned": list(tried.values())})
     cell.rate = (searched, tried) if cell.first else None
     return chosen
 
@@ -128,7 +127,8 @@ def finetune_task(
     config |= adapter_config(planner) if cell.regime == LORA else {}
     at = "" if rate else f" at {settings.learning_rate:g}"
     cost = settings.steps * settings.batch_size * 3.0
-    return planner.step("finetune", f"fine-tune {task}{at} {cell.where}", config | planner.training, inputs, cost)
+    config |= planner.training(cell.regime)
+    return planner.step(steps.finetune, f"fine-tune {task}{at} {cell.where}", config, inputs, cost)
 
 
 def adapter_config(
@@ -151,25 +151,27 @@ def import_finetuned(planner: Planner, task: str, cell: Cell, ground: Ground) ->
     files = {key: brought.given_file(planner.sources.path(file), key, task, pickle) for key, file in given.items()}
     read = files | brought.naming(files)
     digests = {key: file_digest(path) for key, path in read.items()}
-    config: dict[str, Any] = {"source": digests, "name": task, "classes": list(choice.classes)}
+    config: dict[str, Any] = {"source": digests, "classes": list(choice.classes)}
     paths = {key: str(planner.sources.path(file)) for key, file in given.items()}
     config |= (
         {"parts": parts} if any(parts := {key: split_key(path)[1] for key, path in paths.items()}.values()) else {}
     )
-    aside = {"allow_pickle": pickle} | paths
+    untracked = {"allow_pickle": pickle, "task": task} | paths
     inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
     if not choice.head and cell.regime not in LEARNING:
         inputs["head"] = [(cell.zero_shot or cell.head)[task]]
     label = f"checkpoint of {task} {cell.where}"
-    return planner.step("import_finetuned", label, config | planner.device, inputs, 0.1 * planner.images[task], aside)
+    return planner.step(
+        steps.import_finetuned, label, config | planner.device, inputs, 0.1 * planner.images[task], untracked
+    )
 
 
 def finetune_joint(planner: Planner, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs) -> Step:
     """Plan one encoder for all tasks at once."""
     inputs = {"backbone": [ground.encoder], **ground.training(ground.data), "head": list(cell.head.values())}
-    config = {"finetune": training_config(settings, rate), "seed": cell.seed, **planner.training}
+    config = {"finetune": training_config(settings, rate), "seed": cell.seed, **planner.training(cell.regime)}
     cost = settings.steps * settings.batch_size * 3.0
-    return planner.step("finetune_joint", f"fine-tune jointly {cell.where}", config, inputs | rate, cost)
+    return planner.step(steps.finetune_joint, f"fine-tune jointly {cell.where}", config, inputs | rate, cost)
 
 
 def training_config(settings: Finetune, rate: Inputs) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from taskvec.absent import absent_weights
 from taskvec.cells import Ground
 from taskvec.pipeline import Step
 from taskvec.plan.planner import Planner
+from taskvec.steps import loading as steps
 from taskvec.study import BackboneChoice
 
 
 def lay_ground(planner: Planner, name: str, choice: BackboneChoice) -> Ground:
     """Plan what all regimes of a backbone read."""
     encoder = load(planner, name, choice)
-    view = planner.step("preprocessing", f"preprocessing of {name}", {}, {"backbone": [encoder]})
+    view = planner.step(steps.preprocessing, f"preprocessing of {name}", {}, {"backbone": [encoder]})
     data = {t: decode(planner, t, name, view) for t in planner.addresses}
     whole = {t: decode_whole(planner, t, name, view) for t, a in planner.addresses.items() if tasks.has_whole(a)}
     features = {t: cache_features(planner, t, name, encoder, data[t]) for t in data}
@@ -28,27 +29,30 @@ def load(planner: Planner, name: str, choice: BackboneChoice) -> Step:
     about: dict[str, Any] = {"absent": absent_weights(address)}
     if not planner.sources.is_absent(choice):
         about = backbones.describe(address, choice.size, planner.study.allow_pickle, choice.projection)
-    config = {"address": address, "size": choice.size, "name": name, "allow_pickle": planner.study.allow_pickle}
+    config: dict[str, Any] = {"source": about, "size": choice.size}
     config |= {} if choice.projection is None else {"projection": choice.projection}
     config |= {"batch_norm": choice.batch_norm} if choice.batch_norm != "merged" else {}
-    return planner.step("load_backbone", f"load {name}", config | {"source": about}, cost=backbones.load_cost(address))
+    untracked = {"address": address, "name": name, "allow_pickle": planner.study.allow_pickle}
+    return planner.step(steps.load_backbone, f"load {name}", config, None, backbones.load_cost(address), untracked)
 
 
 def decode(planner: Planner, task: str, backbone: str, view: Step) -> Step:
     """Plan the evaluation views of a task, as a backbone sees them."""
     label, cost = f"decode {task} ({backbone})", 0.8 * planner.images[task]
-    config, aside = planner.sources.source(planner.addresses[task], planner.about[task])
-    return planner.step("decode_task", label, config, {"preprocessing": [view]}, cost, aside)
+    config, untracked = planner.sources.source(planner.addresses[task], planner.about[task])
+    return planner.step(steps.decode_task, label, config, {"preprocessing": [view]}, cost, untracked)
 
 
 def decode_whole(planner: Planner, task: str, backbone: str, view: Step) -> Step:
     """Plan the whole training images of a task, which training cuts crops from."""
     label, cost = f"decode whole training images of {task} ({backbone})", 0.8 * planner.images[task]
-    config, aside = planner.sources.source(planner.addresses[task], planner.about[task])
-    return planner.step("decode_training", label, config, {"preprocessing": [view]}, cost, aside)
+    config, untracked = planner.sources.source(planner.addresses[task], planner.about[task])
+    return planner.step(steps.decode_training, label, config, {"preprocessing": [view]}, cost, untracked)
 
 
 def cache_features(planner: Planner, task: str, backbone: str, encoder: Step, data: Step) -> Step:
     """Plan the frozen encoder's features of a task."""
     inputs = {"backbone": [encoder], "task": [data]}
-    return planner.step("features", f"features of {task} ({backbone})", planner.device, inputs, planner.images[task])
+    return planner.step(
+        steps.features, f"features of {task} ({backbone})", planner.device, inputs, planner.images[task]
+    )

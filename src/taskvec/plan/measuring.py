@@ -11,6 +11,7 @@ from taskvec.merging import ADDITION, find_recipe
 from taskvec.pipeline import Step
 from taskvec.plan.planner import Planner
 from taskvec.settings import parse_scales
+from taskvec.steps import measuring as steps
 
 
 def negate(planner: Planner, cell: Cell, ground: Ground) -> None:
@@ -21,10 +22,10 @@ def negate(planner: Planner, cell: Cell, ground: Ground) -> None:
     names, heads = (asked.forget, asked.control), cell.zero_shot or cell.head
     inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in names]}
     inputs |= {"head": [heads[t] for t in names], "finetuned": [cell.finetuned[asked.forget]]}
-    config = {"scales": parse_scales(asked.scales), "keep": asked.keep, "names": list(names), **planner.on(cell)}
+    config = {"scales": parse_scales(asked.scales), "keep": asked.keep, **planner.on(cell)}
     cost = sum((0.1 * len(config["scales"]) + 0.4) * planner.images[t] for t in names)
     label = f"forget {asked.forget}, keep {asked.control} {cell.where}"
-    cell.negation = planner.step("negate", label, config, inputs, cost)
+    cell.negation[names] = planner.step(steps.negate, label, config, inputs, cost)
 
 
 def test_all(planner: Planner, cell: Cell, ground: Ground) -> None:
@@ -41,10 +42,9 @@ def test_all(planner: Planner, cell: Cell, ground: Ground) -> None:
         config: dict[str, Any] = {"candidates": kinds, **planner.on(cell)}
         if any(c.per_task for c in cell.candidates):
             config |= {"task": cell.tasks.index(t)}
-        cell.test[t] = planner.step("test_task", f"test {t} {cell.where}", config, inputs, planner.images[t])
-    names: dict[str, Any] = {"tasks": list(cell.tasks), "candidates": kinds}
-    names |= {"normalised": True} if planner.sources.mixed(cell.tasks) else {}
-    cell.gains = planner.step("gains", f"gains {cell.where}", names, {"tests": list(cell.test.values())})
+        cell.test[t] = planner.step(steps.test_task, f"test {t} {cell.where}", config, inputs, planner.images[t])
+    config = {"candidates": len(kinds), "normalised": planner.sources.mixed(cell.tasks)}
+    cell.gains = planner.step(steps.gains, f"gains {cell.where}", config, {"tests": list(cell.test.values())})
 
 
 def keep_model(planner: Planner, cell: Cell, ground: Ground) -> None:
@@ -61,9 +61,9 @@ def keep_model(planner: Planner, cell: Cell, ground: Ground) -> None:
     candidates: list[dict[str, Any]] = [{"method": c.name, "heads": c.heads} for c in cell.candidates]
     for candidate, about in zip(cell.candidates, candidates, strict=True):
         about |= {"config": dict(candidate.settings)} if candidate.settings else {}
-    config: dict[str, Any] = {"tasks": list(cell.tasks), "candidates": candidates}
+    config: dict[str, Any] = {"backbone": cell.backbone, "tasks": list(cell.tasks), "candidates": candidates}
     config |= {"linearised": True} if cell.regime == LINEARISED else {}
-    cell.model = planner.step("build_model", f"model {cell.where}", config, inputs)
+    cell.model = planner.step(steps.build_model, f"model {cell.where}", config, inputs)
 
 
 def disentanglement(planner: Planner, cell: Cell, ground: Ground) -> None:
@@ -102,7 +102,7 @@ def single_axis(planner: Planner, task: str, axis: str, scales: list[float], cel
     samples = planner.study.heatmap.samples
     config = {"scales": scales, "samples": samples, **planner.on(cell)}
     label = f"{axis} axis of {task} {cell.where}"
-    return planner.step("single_task_predictions", label, config, inputs, len(scales) * float(samples))
+    return planner.step(steps.single_task_predictions, label, config, inputs, len(scales) * float(samples))
 
 
 def heatmap(planner: Planner, pair: tuple[str, str], cell: Cell, ground: Ground, singles: dict[str, Step]) -> Step:
@@ -112,7 +112,7 @@ def heatmap(planner: Planner, pair: tuple[str, str], cell: Cell, ground: Ground,
     inputs |= {"singles": [singles[t] for t in pair]}
     config = {"scales": settings.scales(), **planner.on(cell)}
     cost = 2.0 * settings.points**2 * settings.samples
-    return planner.step("heatmap", f"heatmap of {' and '.join(pair)} {cell.where}", config, inputs, cost)
+    return planner.step(steps.heatmap, f"heatmap of {' and '.join(pair)} {cell.where}", config, inputs, cost)
 
 
 def own_accuracy(planner: Planner, task: str, cell: Cell, ground: Ground) -> Step:
@@ -120,7 +120,7 @@ def own_accuracy(planner: Planner, task: str, cell: Cell, ground: Ground) -> Ste
     inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "finetuned": [cell.finetuned[task]]}
     config = {"samples": planner.study.subsets.samples, **planner.on(cell)}
     label = f"own accuracy of {task} on a sample {cell.where}"
-    return planner.step("own_accuracy", label, config, inputs, float(config["samples"]))
+    return planner.step(steps.own_accuracy, label, config, inputs, float(config["samples"]))
 
 
 def subset(
@@ -143,4 +143,4 @@ def subset(
     inputs |= {"own": [own[t] for t in names]} if own else {}
     images = sum(0.1 * planner.images[t] + 8 * min(settings.samples, 0.1 * planner.images[t]) for t in names)
     cost = bool(own) * images + settings.points * len(names) * axis.samples
-    return planner.step("subset", f"add {', '.join(names)} {cell.where}", config, inputs, cost)
+    return planner.step(steps.subset, f"add {', '.join(names)} {cell.where}", config, inputs, cost)

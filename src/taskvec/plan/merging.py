@@ -11,6 +11,7 @@ from taskvec.merging import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe, pl
 from taskvec.pipeline import Step
 from taskvec.plan.planner import Planner
 from taskvec.settings import coarse
+from taskvec.steps import merging as steps
 from taskvec.study import MethodChoice
 
 SEARCHED = 100
@@ -57,9 +58,9 @@ def merge(planner: Planner, cell: Cell, recipe: Recipe, ground: Ground) -> Step:
         cost = 2000.0 * len(cell.tasks)
     own = plugins.sources(recipe, planner.plugins)
     config |= {"sources": own} if own else {}
-    aside = {"plugins": [str(one.path) for one in planner.plugins]} if own else {}
+    untracked = {"plugins": [str(one.path) for one in planner.plugins]} if own else {}
     told = "".join(f" {key}={value}" for key, value in recipe.settings().items())
-    return planner.step("merge", f"merge by {recipe.name}{told} {cell.where}", config, inputs, cost, aside)
+    return planner.step(steps.merge, f"merge by {recipe.name}{told} {cell.where}", config, inputs, cost, untracked)
 
 
 def best_option(
@@ -76,9 +77,9 @@ def best_option(
     about = {"options": [dict(one.settings) for one in options]}
     what = f"{first.name}, {first.heads} heads {cell.where}"
     choices = {"choices": [one.choice for one in options]}
-    option = planner.step("choose_option", f"choose hyperparameters: {what}", about, choices)
+    option = planner.step(steps.choose_option, f"choose hyperparameters: {what}", about, choices)
     inputs = {"merged": [one.merged for one in options], "option": [option]}
-    merged = planner.step("pick_merge", f"merge with chosen hyperparameters: {what}", {}, inputs)
+    merged = planner.step(steps.pick_merge, f"merge with chosen hyperparameters: {what}", {}, inputs)
     return Candidate(first.name, first.grid, first.heads, merged, [], merged, {}, first.per_task, options, option)
 
 
@@ -100,10 +101,11 @@ def curve(
     else:
         inputs |= {"head": [cell.head[task]], "rate": [rates[task]]}
         inputs |= {"plan": [candidate.choice]} if number else {}
-        config |= {"probe": planner.study.probe.model_dump(mode="json"), "seed": cell.seed}
+        unused = {"learning_rates", "rate_per_task"}
+        config |= {"probe": planner.study.probe.model_dump(mode="json", exclude=unused), "seed": cell.seed}
     cost = (2 if number else len(scales)) * planner.images[task] * (0.1 if kept else 1.4)
     label = f"scales of {task}, round {number + 1}: {candidate.title} {cell.where}"
-    return planner.step("kept_curve" if kept else "reprobed_curve", label, config, inputs, cost)
+    return planner.step(steps.kept_curve if kept else steps.reprobed_curve, label, config, inputs, cost)
 
 
 def surgery_curve(planner: Planner, task: str, cell: Cell, candidate: Candidate, number: int, ground: Ground) -> Step:
@@ -116,7 +118,7 @@ def surgery_curve(planner: Planner, task: str, cell: Cell, candidate: Candidate,
     config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
     cost = (2 if number else len(scales)) * planner.images[task] * 1.4
     label = f"scales of {task}, round {number + 1}: {candidate.title} {cell.where}"
-    return planner.step("surgery_curve", label, config, inputs, cost)
+    return planner.step(steps.surgery_curve, label, config, inputs, cost)
 
 
 def agreement_curve(planner: Planner, task: str, cell: Cell, candidate: Candidate, ground: Ground) -> Step:
@@ -126,7 +128,7 @@ def agreement_curve(planner: Planner, task: str, cell: Cell, candidate: Candidat
     config: dict[str, Any] = {"scales": candidate.grid, "images": planner.study.agreement, **planner.on(cell)}
     config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
     cost = float((1 + len(candidate.grid)) * planner.study.agreement)
-    return planner.step("agreement", f"agreement on {task}: {candidate.title} {cell.where}", config, inputs, cost)
+    return planner.step(steps.agreement, f"agreement on {task}: {candidate.title} {cell.where}", config, inputs, cost)
 
 
 def choose_scale(planner: Planner, cell: Cell, candidate: Candidate, stride: int) -> Step:
@@ -134,7 +136,7 @@ def choose_scale(planner: Planner, cell: Cell, candidate: Candidate, stride: int
     inputs = {f"round{i}": list(curves.values()) for i, curves in enumerate(candidate.rounds)}
     inputs["finetuned"] = list(cell.finetuned.values())
     label = f"choose lambda: {candidate.title} {cell.where}"
-    return planner.step("choose_scale", label, {"grid": candidate.grid, "refine": stride}, inputs)
+    return planner.step(steps.choose_scale, label, {"grid": candidate.grid, "refine": stride}, inputs)
 
 
 def reestimate(planner: Planner, cell: Cell, kept: Candidate, ground: Ground) -> Candidate:
@@ -143,7 +145,7 @@ def reestimate(planner: Planner, cell: Cell, kept: Candidate, ground: Ground) ->
     inputs = {"backbone": [ground.encoder], "merged": [merged], "task": [ground.data[t] for t in cell.tasks]}
     config = {"scales": grid, "images": batch_norm.IMAGES, **planner.device}
     cost = len(grid) * batch_norm.IMAGES
-    found = planner.step("reestimate", f"batch norm at the scales of {where}", config, inputs, cost)
+    found = planner.step(steps.reestimate, f"batch norm at the scales of {where}", config, inputs, cost)
     candidate = replace(kept, name=kept.name + REESTIMATED, rounds=[{}], options=[], statistics=found)
     for t in cell.tasks:
         inputs = {"backbone": [ground.encoder], "task": [ground.data[t]], "merged": [merged]}
@@ -151,7 +153,7 @@ def reestimate(planner: Planner, cell: Cell, kept: Candidate, ground: Ground) ->
         label = f"scales of {t}: {where}, batch norm re-estimated"
         config = {"scales": grid, **planner.device}
         images = 0.1 * len(grid) * planner.images[t]
-        candidate.rounds[0][t] = planner.step("reestimated_curve", label, config, inputs, images)
+        candidate.rounds[0][t] = planner.step(steps.reestimated_curve, label, config, inputs, images)
     candidate.choice = choose_scale(planner, cell, candidate, 0)
     return candidate
 
@@ -164,5 +166,5 @@ def scale_per_task(planner: Planner, cell: Cell, ground: Ground) -> None:
         inputs |= {"finetuned": list(cell.finetuned.values()), "choice": [one.choice]}
         cost = sum(8 * len(cell.tasks) * SEARCHED + 0.2 * planner.images[t] for t in cell.tasks)
         config = {"grid": one.grid, "samples": SEARCHED, **planner.on(cell)}
-        found = planner.step("per_task_scales", f"lambda of each task {cell.where}", config, inputs, cost)
+        found = planner.step(steps.per_task_scales, f"lambda of each task {cell.where}", config, inputs, cost)
         cell.candidates.append(Candidate(PER_TASK, one.grid, "kept", found, [], found))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from taskvec import steps
 from taskvec.cells import LINEARISED, Cell, Inputs
-from taskvec.compute import choose_device, has_fast_bfloat16
+from taskvec.compute import choose_device, resolve_precision
 from taskvec.merging import plugins
 from taskvec.notes import note
-from taskvec.pipeline import Step
+from taskvec.pipeline import Step, StepType
 from taskvec.sources import Sources
 from taskvec.store import Store
 from taskvec.study import StudyFile
@@ -31,7 +30,6 @@ class Planner:
         self.sources = Sources(file, store, estimate)
         device = file.study.device if estimate and file.study.device != "auto" else choose_device(file.study.device)
         self.device = {"device": device}
-        self.training = {"device": device, "precision": file.study.precision, "fast_bfloat16": has_fast_bfloat16()}
         self.addresses, self.brought = self.sources.addresses, self.sources.brought
         self.regimes = self.sources.regimes
         self.joint = self.regimes.get("joint")
@@ -42,16 +40,29 @@ class Planner:
 
     def step(
         self,
-        function: str,
+        type: StepType,
         label: str,
         config: dict[str, Any],
         inputs: Inputs | None = None,
         cost: float = 10,
-        aside: dict[str, Any] | None = None,
+        untracked: dict[str, Any] | None = None,
     ) -> Step:
-        """Return a step with the study's threads; costs are in forward passes of one image."""
-        version, threads = steps.VERSIONS[function], self.study.threads
-        return Step(label, f"taskvec.steps:{function}", version, config, inputs or {}, threads, cost, aside or {})
+        """Return a step with the study's threads; costs are in forward passes of one image.
+
+        Which of several devices it runs on, and what its backbone is called, is no part of its identity.
+        """
+        inputs, untracked = inputs or {}, untracked or {}
+        untracked |= {"name": inputs["backbone"][0].untracked["name"]} if "backbone" in inputs else {}
+        if "device" in config:
+            untracked |= {"device": config["device"]}
+            config = config | {"device": config["device"].partition(":")[0]}
+        return Step(label, type, config, inputs, self.study.threads, cost, untracked)
+
+    def training(self, regime: str) -> dict[str, Any]:
+        """Return what training steps are told: the device, and the precision that the study's setting means on it."""
+        device, setting = self.device["device"], self.study.precision
+        exact = regime == LINEARISED and setting == "auto"
+        return self.device | {"precision": "float32" if exact else resolve_precision(setting, device)}
 
     def on(self, cell: Cell) -> dict[str, Any]:
         """Return what steps that evaluate a cell's encoders are told: the device, and that they are linearised."""

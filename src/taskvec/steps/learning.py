@@ -38,12 +38,14 @@ from taskvec.opening import (
     save_head,
     validations,
 )
+from taskvec.pipeline import always, on_cpu, step_type
 from taskvec.settings import Finetune, Lora, Probe
 from taskvec.store import read_json, write_json
 from taskvec.training import Progress
 from taskvec.weights import save
 
 
+@step_type(1, ("torch",), threaded=always)
 def probe_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Probe a task at all learning rates on cached features."""
     task, cached = open_task(inputs), inputs["features"][0]
@@ -62,6 +64,7 @@ def probe_task(config: Config, inputs: Inputs, out: Path, progress: Progress) ->
     write_json(out / "probe.json", {"rates": probed.rates, "validation": probed.validation})
 
 
+@step_type(1)
 def choose_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose one learning rate by the mean validation accuracy over the probes read; ties go to the smaller."""
     curves = [read_json(folder / "probe.json") for folder in inputs["probes"]]
@@ -71,6 +74,7 @@ def choose_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -
     write_json(out / "rate.json", {"index": rates.index(best), "rate": best})
 
 
+@step_type(1)
 def pick_head(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Keep the head of the chosen learning rate, with its validation accuracy."""
     index = read_json(inputs["rate"][0] / "rate.json")["index"]
@@ -79,19 +83,21 @@ def pick_head(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     write_json(out / "metrics.json", {"validation": read_json(folder / "probe.json")["validation"][index]})
 
 
+@step_type(1, ("torch",), threaded=always)
 def zero_shot(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Build a task's head from the captions of its classes, and measure it on validation."""
     backbone, task = open_backbone(inputs, config), open_task(inputs)
     groups = config["captions"]  # one caption a class, or several
     several = isinstance(groups[0], list)
     every = [caption for group in groups for caption in group] if several else groups
-    texts, scale = backbones.text_features(config["address"], every, config.get("allow_pickle", False))
+    texts, scale = backbones.text_features(config["address"], every, config["allow_pickle"])
     head = zero_shot_head(class_texts(texts, list(map(len, groups))) if several else texts, scale)
     save_head(head, out)
     right = evaluation.correct(backbone, backbone.pretrained, task.validation, head)
     write_json(out / "metrics.json", {"validation": float(right.mean())})
 
 
+@step_type(2, ("torch", "numpy"), threaded=on_cpu)
 def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Fine-tune the encoder with its head frozen or learning (from a random head if none), and measure both.
 
@@ -147,11 +153,12 @@ def finetune_settings(config: Config, inputs: Inputs) -> Finetune:
 def training_facts(config: Config, settings: Finetune, backbone: Backbone) -> dict[str, Any]:
     """Return what a fine-tuned encoder's record says of its training."""
     precision = finetuning.training_precision(backbone, config["precision"])
-    if config["precision"] not in ("auto", precision):
+    if config["precision"] not in ("wide", precision):
         note(f"trained in {precision}, not in {config['precision']} as asked: a linearised encoder needs it")
     return {"precision": precision, "learning_rate": settings.learning_rate}
 
 
+@step_type(1, ("torch", "numpy"), threaded=on_cpu)
 def finetune_joint(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Fine-tune one encoder on all tasks at once with their heads frozen, and measure it on every validation split."""
     backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs)
@@ -165,9 +172,10 @@ def finetune_joint(config: Config, inputs: Inputs, out: Path, progress: Progress
     write_json(out / "metrics.json", {"validation": measured, **training_facts(config, settings, backbone)})
 
 
+@step_type(2, ("torch",), threaded=on_cpu)
 def import_finetuned(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Take a fine-tuned encoder and its head from files in the place of training, and measure both."""
-    backbone, task = open_backbone(inputs, config), replace(open_task(inputs), name=config["name"])
+    backbone, task = open_backbone(inputs, config), replace(open_task(inputs), name=config["task"])
     path, start = Path(config["finetuned"]), open_head(inputs) if "head" in inputs else None
     found = brought.read_finetuned(path, backbone, config["allow_pickle"])
     if "head" in config:
@@ -185,6 +193,7 @@ def import_finetuned(config: Config, inputs: Inputs, out: Path, progress: Progre
     write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
 
 
+@step_type(2)
 def choose_learning_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the fine-tuning rate with the highest validation accuracy on one task; ties go to the smaller."""
     rates, values = config["rates"], validations(inputs["finetuned"])

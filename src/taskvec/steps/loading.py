@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +24,17 @@ from taskvec.opening import (
     open_task,
     open_view,
 )
+from taskvec.pipeline import on_cpu, step_type
 from taskvec.store import read_json, write_json
 from taskvec.training import Progress
 
 
+def trains_snapshot(config: Mapping[str, Any]) -> bool:
+    """Say whether a backbone is an encoder of the lab along its pre-training, which is then run again."""
+    return "recipe" in config["source"]
+
+
+@step_type(3, ("torch",), threaded=trains_snapshot)
 def load_backbone(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Load a pre-trained encoder by address and keep its weights as safetensors."""
     backbone = backbones.load_backbone(
@@ -36,17 +45,20 @@ def load_backbone(config: Config, inputs: Inputs, out: Path, progress: Progress)
     backbones.write_backbone(backbone, out)
 
 
+@step_type(1)
 def preprocessing(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Keep the part of the preprocessing that decides decoded pixels, so that backbones share decoded tasks."""
     record = read_json(inputs["backbone"][0] / "backbone.json")
     write_json(out / "preprocessing.json", Preprocessing.from_json(record["preprocessing"]).decoding())
 
 
+@step_type(3, ("numpy", "pillow"))
 def decode_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode the evaluation views of a task's images once."""
     tasks.write_task(config["address"], open_view(inputs), config["limit"], out, progress, **reading(config))
 
 
+@step_type(3, ("numpy", "pillow"))
 def decode_training(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode a task's whole training images once."""
     tasks.write_training(config["address"], open_view(inputs), config["limit"], out, progress, **reading(config))
@@ -57,6 +69,7 @@ def reading(config: Config) -> Config:
     return {"skip_corrupt": config.get("skip_corrupt", False), "known": config["source"]}
 
 
+@step_type(1, ("torch",), threaded=on_cpu)
 def features(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Cache the frozen encoder's features of training and validation images."""
     backbone, task = open_backbone(inputs, config), open_task(inputs)

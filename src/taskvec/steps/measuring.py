@@ -33,10 +33,12 @@ from taskvec.opening import (
     open_vector,
     validations,
 )
+from taskvec.pipeline import on_cpu, step_type
 from taskvec.store import read_json, write_json
 from taskvec.training import Progress
 
 
+@step_type(2, ("torch",), threaded=on_cpu)
 def negate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the scale that forgets a task on validation, then test that task and the control before and after."""
     backbone, (forget, control) = open_backbone(inputs, config), open_tasks(inputs)
@@ -50,9 +52,10 @@ def negate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
         weights = vectors.add(backbone.pretrained, vector, -scale)
         pairs = ((forget, first), (control, second))
         test[name] = [float(evaluation.correct(backbone, weights, task.test, head).mean()) for task, head in pairs]
-    write_json(out / "negation.json", {**vars(found), "names": config["names"], "test": test})
+    write_json(out / "negation.json", {**vars(found), "test": test})
 
 
+@step_type(2, ("torch",), threaded=on_cpu)
 def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Touch a task's test split, once: the baselines, fine-tuned, and what validation chose for every candidate."""
     backbone, task, own = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
@@ -78,6 +81,7 @@ def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     write_json(out / "test.json", {name: float(values.mean()) for name, values in right.items()})
 
 
+@step_type(1, ("torch", "numpy"), threaded=on_cpu)
 def own_accuracy(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task with its own fine-tuned encoder on a sample of validation images, for all sets that hold it."""
     backbone, task, heads = open_backbone(inputs, config), open_task(inputs), open_heads(inputs, "finetuned")
@@ -86,6 +90,7 @@ def own_accuracy(config: Config, inputs: Inputs, out: Path, progress: Progress) 
     write_json(out / "metrics.json", {"validation": found})
 
 
+@step_type(3, ("torch", "numpy"), threaded=on_cpu)
 def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Merge a set of tasks: choose lambda on a sample of validation images, then test; measure the error in the box."""
     backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs, "finetuned")
@@ -111,13 +116,15 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
     write_json(out / "subset.json", found)
 
 
+@step_type(3, ("numpy",))
 def gains(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Bootstrap what every merge gained over probing and over fine-tuned encoders (paired over test images)."""
-    right = {
-        name: np.load(folder / "correct.npz") for name, folder in zip(config["tasks"], inputs["tests"], strict=True)
-    }
+    """Bootstrap what every merge gained over probing and over fine-tuned encoders (paired over test images).
+
+    Tasks go by their place in the study, and all of them together by the empty name.
+    """
+    right = {str(place): np.load(folder / "correct.npz") for place, folder in enumerate(inputs["tests"])}
     found: dict[str, dict[str, Any]] = {}
-    units, candidates = units_of(config, right), [str(index) for index in range(len(config["candidates"]))]
+    units, candidates = units_of(config, right), [str(index) for index in range(config["candidates"])]
     for baseline in ("probing", "fine_tuned"):
         base = {name: arrays[baseline] for name, arrays in right.items()}
         ours = {index: {name: arrays[index] for name, arrays in right.items()} for index in candidates}
@@ -127,7 +134,7 @@ def gains(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None
 
 def units_of(config: Config, right: Mapping[str, Any]) -> dict[str, float]:
     """Return what each task's change is divided by: 1, or its fine-tuned value where tasks are of several kinds."""
-    normalised = config.get("normalised")
+    normalised = config["normalised"]
     return {name: float(arrays["fine_tuned"].mean()) if normalised else 1.0 for name, arrays in right.items()}
 
 
@@ -137,6 +144,7 @@ def gains_over(base: Mapping[str, Any], ours: Mapping[str, Any], units: Mapping[
     return found | ({"": vars(evaluation.paired_gain(ours, base, of=units))} if all(units.values()) else {})
 
 
+@step_type(2, ("torch", "numpy"), threaded=on_cpu)
 def single_task_predictions(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Predict a sample of a task's images under its own vector at every coefficient; all pairs share it."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
@@ -147,6 +155,7 @@ def single_task_predictions(config: Config, inputs: Inputs, out: Path, progress:
     np.save(out / "predictions.npy", rows)
 
 
+@step_type(2, ("torch",), threaded=on_cpu)
 def heatmap(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure the disentanglement error of a pair of tasks over a grid of coefficients."""
     backbone = open_backbone(inputs, config)
@@ -167,6 +176,7 @@ def heatmap(config: Config, inputs: Inputs, out: Path, progress: Progress) -> No
     write_json(out / "errors.json", shares | {"scales": config["scales"], "n": [len(images[0]), len(images[1])]})
 
 
+@step_type(4, ("torch",))
 def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Write the model that was best on validation: the merged encoder, one head a task, and how to use them."""
     backbone = open_backbone(inputs, config)

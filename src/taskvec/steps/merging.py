@@ -41,6 +41,7 @@ from taskvec.opening import (
     scale_key,
     validations,
 )
+from taskvec.pipeline import always, on_cpu, step_type
 from taskvec.settings import Probe, Surgery
 from taskvec.store import read_json, write_json
 from taskvec.surgery import operate
@@ -48,6 +49,7 @@ from taskvec.training import Progress
 from taskvec.weights import save, save_tensors
 
 
+@step_type(2, ("torch", "numpy"), threaded=on_cpu)
 def merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Make a method's merged task vector out of the fine-tuned encoders, or one for each task."""
     backbone = open_backbone(inputs, config)
@@ -74,6 +76,7 @@ def open_recipe(config: Config) -> Recipe:
     return recipe
 
 
+@step_type(2)
 def choose_option(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the hyperparameters whose best scale so far is best on validation."""
     choices = [read_json(folder / "choice.json") for folder in inputs["choices"]]
@@ -81,6 +84,7 @@ def choose_option(config: Config, inputs: Inputs, out: Path, progress: Progress)
     write_json(out / "option.json", {"index": best, "settings": config["options"][best]})
 
 
+@step_type(1)
 def pick_merge(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Keep the merge of the chosen hyperparameters, and nothing else: what was measured of it holds for the copy."""
     index = read_json(inputs["option"][0] / "option.json")["index"]
@@ -89,6 +93,7 @@ def pick_merge(config: Config, inputs: Inputs, out: Path, progress: Progress) ->
             shutil.copyfile(inputs["merged"][index] / name, out / name)
 
 
+@step_type(1, ("torch", "numpy"), threaded=on_cpu)
 def reestimate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Estimate the statistics of batch norm anew at every scale along a merged vector, from training images."""
     backbone = open_backbone(inputs, config)
@@ -102,6 +107,7 @@ def reestimate(config: Config, inputs: Inputs, out: Path, progress: Progress) ->
     save_tensors(found, out / "statistics.safetensors")
 
 
+@step_type(1, ("torch",), threaded=on_cpu)
 def reestimated_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task at every scale with its head kept and the statistics of batch norm estimated anew."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
@@ -113,6 +119,7 @@ def reestimated_curve(config: Config, inputs: Inputs, out: Path, progress: Progr
     write_curve(out, config["scales"], curve)
 
 
+@step_type(3, ("torch", "numpy"), threaded=on_cpu)
 def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Search one scale a task from the common one, and write the sum as a merged vector whose scale is 1.
 
@@ -138,6 +145,7 @@ def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progres
     write_json(out / "choice.json", chosen | {"tried": [one for one in found.tried if one[0] not in measured]})
 
 
+@step_type(2, ("torch",), threaded=on_cpu)
 def kept_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task at every scale with its head kept; where that head did not learn, its scale 0 is known already."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
@@ -148,6 +156,7 @@ def kept_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) ->
     write_curve(out, config["scales"], curve | known)
 
 
+@step_type(3, ("torch",), threaded=always)
 def reprobed_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Fit a task's head again at the scales of this round; scale 0 gives the probed head itself."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs)
@@ -168,6 +177,7 @@ def write_curve(out: Path, scales: list[float], values: dict[float, float]) -> N
     write_json(out / "curve.json", {"scales": scales, "validation": [values[scale] for scale in scales]})
 
 
+@step_type(2, ("torch",), threaded=always)
 def surgery_curve(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Learn a correction of features at the scales of this round, from unlabelled training images; heads are kept."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
@@ -187,6 +197,7 @@ def surgery_curve(config: Config, inputs: Inputs, out: Path, progress: Progress)
     write_curve(out, scales, curve)
 
 
+@step_type(1, ("torch", "numpy"), threaded=always)
 def agreement(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Compare a merged encoder's features with the fine-tuned one's at every scale, on unlabelled training images."""
     backbone, task = open_backbone(inputs, config), open_task(inputs)
@@ -196,6 +207,7 @@ def agreement(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     write_json(out / "agreement.json", {"scales": config["scales"], "values": values})
 
 
+@step_type(1)
 def choose_scale(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the scale by mean normalised validation accuracy, and name the scales that a next round should try."""
     tuned = validations(inputs["finetuned"])
