@@ -148,7 +148,7 @@ def test_what_is_done_is_found_and_a_further_task_is_not(data: Path) -> None:
 
 
 def test_every_kind_of_step_is_counted_or_passes_nothing() -> None:
-    assert set(COUNTS) | CHOOSING == set(STEP_TYPES)
+    assert set(COUNTS) | CHOOSING == {name for name, kind in STEP_TYPES.items() if kind.place.startswith("taskvec.")}
     assert not set(COUNTS) & CHOOSING
 
 
