@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from timing import seconds
 
 import taskvec as tv
-from taskvec import heads, search, vectors
-from taskvec.backbones import assemble
-from taskvec.disentangling import disentanglement
-from taskvec.images import Preprocessing, normalise
-from taskvec.model import MultiTaskModel
-from taskvec.tasks import Split
-from taskvec.training import index_batches
+from taskvec.core.training import index_batches
+from taskvec.data.images import Preprocessing, normalise
+from taskvec.data.tasks import Split
+from taskvec.deploy.model import MultiTaskModel
+from taskvec.encoders.backbone import assemble
+from taskvec.evaluation import scale_search as search
+from taskvec.evaluation.disentanglement import disentanglement
+from taskvec.learning import heads
+from taskvec.weights import vectors
 
 
 def forward(backbone: tv.Backbone, images: np.ndarray) -> None:

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import taskvec as tv
-from taskvec.heads import zero_shot_head
-from taskvec.lab import contrastive, encoders, worlds
+from taskvec.lab import encoders
+from taskvec.lab.drawing import worlds
+from taskvec.lab.pretraining import contrastive
+from taskvec.learning.heads import zero_shot_head
 
 SHOWN, RIDGE = 900, 0.1
 

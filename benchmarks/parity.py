@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taskvec.merging import apply, find_recipe
-from taskvec.merging.parts import Masked, Part, describe
+from taskvec.merging.entries import Masked, Part, describe
+from taskvec.merging.registry import apply, find_recipe
 
 PEERS = {
     "fusion": (

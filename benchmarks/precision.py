@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import taskvec as tv
-from taskvec import compute
+from taskvec.core import compute
 
 
 def seconds_a_step(backbone: tv.Backbone, task: tv.Task, precision: str, backend: SDPBackend, steps: int) -> float:

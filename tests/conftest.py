@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from taskvec.backbones import Backbone, assemble
-from taskvec.images import Preprocessing
-from taskvec.tasks import Split, Task
+from taskvec.data.images import Preprocessing
+from taskvec.data.tasks import Split, Task
+from taskvec.encoders.backbone import Backbone, assemble
 
 torch.set_num_threads(1)
 

@@ -246,7 +246,7 @@ def write_parquet(
 
 def plain(name: str) -> str:
     """Return a class name as a data set of the Hub may spell it."""
-    from taskvec.papertasks import SIGNS
+    from taskvec.paper.tasks import SIGNS
 
     by_id = {names[1]: names[0] for names in SIGNS}
     short = name[2:] if name[1:2] == "_" else name

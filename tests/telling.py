@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from taskvec.errors import TaskvecError
-from taskvec.notes import note
-from taskvec.pipeline import step_type
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import note
+from taskvec.engine.pipeline import step_type
 
 
 @step_type(1)

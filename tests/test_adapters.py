@@ -13,14 +13,14 @@ from test_measures import TUNE
 from torch import Tensor, nn
 
 import taskvec as tv
-from taskvec import adapters
-from taskvec.backbones import Backbone, assemble
-from taskvec.errors import TaskvecError
-from taskvec.finetuning import finetune_lora
-from taskvec.images import Preprocessing
-from taskvec.settings import Lora
-from taskvec.tasks import Split, Task
-from taskvec.weights import bind
+from taskvec.core.errors import TaskvecError
+from taskvec.core.settings import Lora
+from taskvec.data.images import Preprocessing
+from taskvec.data.tasks import Split, Task
+from taskvec.encoders.backbone import Backbone, assemble
+from taskvec.learning import lora as adapters
+from taskvec.learning.finetuning import finetune_lora
+from taskvec.weights.flat import bind
 
 LORA = Lora(rank=2, alpha=6.0)
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_measures import tune
 
 import taskvec as tv
-from taskvec.arithmetic import analogy, choose_negation, negate
-from taskvec.backbones import Backbone
-from taskvec.errors import TaskvecError
-from taskvec.tasks import Task
+from taskvec.core.errors import TaskvecError
+from taskvec.data.tasks import Task
+from taskvec.encoders.backbone import Backbone
+from taskvec.evaluation.negation import analogy, choose_negation, negate
 
 
 def test_the_scale_of_negation_on_a_hand_example() -> None:

@@ -13,17 +13,18 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from taskvec import backbones, loaders
-from taskvec.anatomy import anatomy
-from taskvec.backbones import load_backbone, read_backbone, write_backbone
-from taskvec.brought import read_finetuned
-from taskvec.errors import TaskvecError
-from taskvec.images import Preprocessing, normalise
-from taskvec.loaders import timm as timm_loader
-from taskvec.loaders.checkpoints import Reading, read_pickle
-from taskvec.loaders.requests import Request
-from taskvec.loaders.timm import preprocessing, state_for, translate
-from taskvec.weights import align, check_keys, pack
+from taskvec.core.errors import TaskvecError
+from taskvec.data.images import Preprocessing, normalise
+from taskvec.encoders import backbone as backbones
+from taskvec.encoders.backbone import load_backbone, read_backbone, write_backbone
+from taskvec.encoders.loaders import families as loaders
+from taskvec.encoders.loaders import timm as timm_loader
+from taskvec.encoders.loaders.checkpoints import Reading, read_pickle
+from taskvec.encoders.loaders.requests import Request
+from taskvec.encoders.loaders.timm import preprocessing, state_for, translate
+from taskvec.learning.external import read_finetuned
+from taskvec.study.forecast.model_cost import anatomy
+from taskvec.weights.flat import align, check_keys, pack
 
 VIT = "vit_tiny_patch16_224"
 
@@ -223,7 +224,7 @@ def test_a_plan_says_what_a_run_would_and_reads_no_weights(tmp_path: Path, monke
     with pytest.raises(TaskvecError, match="patches of 16 px, and 8 px leave 8 px .*\n.*a multiple of 16: 16;"):
         anatomy(f"timm:{VIT}@{path}", 8)
     save_file({"x": torch.zeros(1)}, path)
-    monkeypatch.setattr("taskvec.loaders.requests.file_digest", lambda _: pytest.fail("the weights were read"))
+    monkeypatch.setattr("taskvec.encoders.loaders.requests.file_digest", lambda _: pytest.fail("the weights were read"))
     family, asked = loaders.find(f"timm:{VIT}@{path}")
     loaders.load(asked, family)
     wide, narrow = (anatomy("paper:vit-b16-clip-2b", None, projection) for projection in (None, False))

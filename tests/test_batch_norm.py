@@ -12,14 +12,15 @@ from conftest import colour_task, write_folder_task
 from test_backbones import timm_file
 from test_pipeline import Quiet
 
-from taskvec import batch_norm, runs
-from taskvec.backbones import Backbone, load_backbone
-from taskvec.errors import TaskvecError
-from taskvec.model import load
-from taskvec.store import Store
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
-from taskvec.tasks import Task
+from taskvec.command import runs
+from taskvec.core.errors import TaskvecError
+from taskvec.data.tasks import Task
+from taskvec.deploy.model import load
+from taskvec.encoders import batch_norm
+from taskvec.encoders.backbone import Backbone, load_backbone
+from taskvec.engine.store import Store
+from taskvec.study.files import parse_study
+from taskvec.study.schema import StudyFile
 
 
 def slow_statistics(backbone: Backbone, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,19 +17,20 @@ from test_pipeline import Quiet
 from torch import nn
 
 import taskvec as tv
-from taskvec import pipeline, runs
-from taskvec.brought import arranged, head_of, read_finetuned, read_head
-from taskvec.evaluation import correct
-from taskvec.executors import open_executor
-from taskvec.heads import Head, save_heads
-from taskvec.images import normalise
-from taskvec.loaders.checkpoints import stripped
-from taskvec.plan import plan
-from taskvec.results import results
-from taskvec.store import Store, read_json
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
-from taskvec.weights import save
+from taskvec.command import runs
+from taskvec.data.images import normalise
+from taskvec.encoders.loaders.checkpoints import stripped
+from taskvec.engine import pipeline
+from taskvec.engine.executors import open_executor
+from taskvec.engine.store import Store, read_json
+from taskvec.evaluation.accuracy import correct
+from taskvec.learning.external import arranged, head_of, read_finetuned, read_head
+from taskvec.learning.heads import Head, save_heads
+from taskvec.report.rows import results
+from taskvec.study.files import parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
+from taskvec.weights.flat import save
 
 CLASSES = ("ant", "bee", "cow")
 STUDY = """

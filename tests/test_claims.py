@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import report_fixture as fixture
 
-from taskvec import tables
-from taskvec.claims import COLUMNS, claims
-from taskvec.errors import TaskvecError
-from taskvec.evidence import FAILS, HOLDS, UNDECIDED, Estimate, Measure, above, level, of_gain, t_interval
-from taskvec.views import Gained, box_error, view
+from taskvec.core.errors import TaskvecError
+from taskvec.report import tables
+from taskvec.report.claims.claims import COLUMNS, claims
+from taskvec.report.claims.data import FAILS, HOLDS, UNDECIDED, Estimate, Measure, above, level, of_gain, t_interval
+from taskvec.report.views import Gained, box_error, view
 
 Run = tuple[pd.DataFrame, pd.DataFrame]
 

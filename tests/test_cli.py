@@ -15,7 +15,7 @@ import pytest
 from conftest import write_folder_task
 from PIL import Image
 
-from taskvec import cli
+from taskvec.command import cli
 
 SMALL = "name: s\nbackbones: ['lab:random']\ntasks: ['folder:one']\nprobe: {steps: 2}\nfinetune: {steps: 2}\n"
 
@@ -27,7 +27,7 @@ def taskvec(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Compl
 
 def loads_torch(*arguments: str) -> bool:
     code = (
-        "import sys\nfrom taskvec.cli import app\n"
+        "import sys\nfrom taskvec.command.cli import app\n"
         f"try:\n    app({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
         "print('torch' in sys.modules, file=sys.stderr)"
     )
@@ -158,7 +158,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path: Pa
     """The first write of weights to the store, or of a model to the run folder, finds the disk full."""
     code = (
         "import errno, sys\nfrom pathlib import Path\nfrom taskvec import runs, steps, store, weights\n"
-        "from taskvec.cli import app\n"
+        "from taskvec.command.cli import app\n"
         "def no_room(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
         f"if {full!r} == 'store': weights.save_file = no_room\n"
         "else: runs.shutil.copyfile = no_room\n"
@@ -201,7 +201,7 @@ def app():
     except BaseException:
         {after}
 
-taskvec.cli.app = app
+taskvec.command.cli.app = app
 entry.TIDYING = 0.5
 entry.main()
 """

@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import report_fixture as fixture
 
-from taskvec import paper, tables
-from taskvec.comparison import (
+from taskvec.core.errors import TaskvecError
+from taskvec.paper import numbers as paper
+from taskvec.report import tables
+from taskvec.report.paper_tables import (
     Comparison,
     Entry,
     _latex_number,
@@ -18,8 +20,7 @@ from taskvec.comparison import (
     latex_tables,
     markdown_comparison,
 )
-from taskvec.errors import TaskvecError
-from taskvec.texts import escape_latex
+from taskvec.report.texts import escape_latex
 
 SPECIAL = r"(?<!\\)(?:\\\\)*[#$%&_^~]"
 

@@ -21,24 +21,27 @@ from torchvision import transforms
 from torchvision.transforms import functional as reference
 from typer.testing import CliRunner
 
-from taskvec import decoded, pipeline, runs, tasks
-from taskvec.backbones import Backbone
-from taskvec.cli import app
-from taskvec.decoded import Whole, check_room, write_whole
-from taskvec.errors import TaskvecError
-from taskvec.executors import Inline
-from taskvec.finetuning import cropped_batches, finetune, training_batches
-from taskvec.folders import is_flat
-from taskvec.heads import random_head
-from taskvec.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
-from taskvec.notes import listen
-from taskvec.plan import plan
-from taskvec.settings import Finetune
-from taskvec.steps import loading
-from taskvec.store import Store, write_json
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
-from taskvec.training import no_progress
+from taskvec.command import runs
+from taskvec.command.cli import app
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import listen
+from taskvec.core.settings import Finetune
+from taskvec.core.training import no_progress
+from taskvec.data import decoding as decoded
+from taskvec.data import tasks
+from taskvec.data.decoding import Whole, check_room, write_whole
+from taskvec.data.folders import is_flat
+from taskvec.data.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
+from taskvec.encoders.backbone import Backbone
+from taskvec.engine import pipeline
+from taskvec.engine.executors import Inline
+from taskvec.engine.store import Store, write_json
+from taskvec.learning.finetuning import cropped_batches, finetune, training_batches
+from taskvec.learning.heads import random_head
+from taskvec.study.files import parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
+from taskvec.study.steps import loading
 
 TO = Preprocessing(16, 0.9)
 

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from taskvec import figures
-from taskvec.errors import TaskvecError
-from taskvec.figures import maps, style
-from taskvec.figures.style import line_styles
+from taskvec.core.errors import TaskvecError
+from taskvec.report.figures import drawing as figures
+from taskvec.report.figures import maps, style
+from taskvec.report.figures.style import line_styles
 
 PLACE = ("lab:supervised", "aligned")
 

@@ -27,19 +27,21 @@ from test_cli import loads_torch, taskvec
 from test_files import TORCH, write, write_shards
 from typer.testing import CliRunner
 
-from taskvec import merging, vectors
-from taskvec.cli import app
-from taskvec.differences import in_order, layer_of
-from taskvec.errors import TaskvecError
-from taskvec.file_commands import Merge, check_out, compare, parse_settings, parse_size
-from taskvec.file_commands import write as write_tables
-from taskvec.files import Checkpoint, labels
-from taskvec.matching import match
-from taskvec.merging import METHODS, Method, buffers, find_recipe, register
-from taskvec.merging.parts import Masked
-from taskvec.merging.streaming import Streams, Target, merge_files
-from taskvec.notes import listen
-from taskvec.weights import pack
+from taskvec.command.cli import app
+from taskvec.command.weight_files import Merge, check_out, compare, parse_settings, parse_size
+from taskvec.command.weight_files import write as write_tables
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import listen
+from taskvec.merging import in_memory as buffers
+from taskvec.merging import registry as merging
+from taskvec.merging.differences import in_order, layer_of
+from taskvec.merging.entries import Masked
+from taskvec.merging.matching import match
+from taskvec.merging.on_disk import Streams, Target, merge_files
+from taskvec.merging.registry import METHODS, Method, find_recipe, register
+from taskvec.weights import vectors
+from taskvec.weights.flat import pack
+from taskvec.weights.reader import Checkpoint, labels
 
 State = dict[str, torch.Tensor]
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=4).map(tuple), min_size=1, max_size=5)
@@ -176,7 +178,7 @@ def test_threads_do_not_change_a_bit(tmp_path: Path, name: str, monkeypatch: pyt
     paths = [write(tmp_path / f"m{i}.safetensors", each) for i, each in enumerate([state, *tuned])]
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr("taskvec.merging.streaming.THREADS", threads)
+        monkeypatch.setattr("taskvec.merging.on_disk.THREADS", threads)
         out = tmp_path / f"threads{threads}"
         with ExitStack() as stack:
             base, *others = [stack.enter_context(Checkpoint(path)) for path in paths]
@@ -628,7 +630,7 @@ def test_more_shards_than_open_files_at_first(tmp_path: Path) -> None:
     for name in ("base", "tuned"):
         write(tmp_path / f"{name}.safetensors", state)
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom taskvec.file_commands import Merge\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom taskvec.command.weight_files import Merge\n"
         "_, most = resource.getrlimit(resource.RLIMIT_NOFILE)\nfolder = Path(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (40, most))\n"
         "base, tuned = (folder / f'{name}.safetensors' for name in ('base', 'tuned'))\n"
@@ -776,7 +778,7 @@ def test_places_that_cannot_be_written_to_are_clear_errors(tmp_path: Path, out: 
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
     base, *tuned = [write(tmp_path / f"{i}.safetensors", {"x": torch.randn(50_000)}) for i in range(2)]
     code = (
-        "import resource, sys\nfrom taskvec.cli import app\n"
+        "import resource, sys\nfrom taskvec.command.cli import app\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\napp(sys.argv[1:])"
     )
     process = start(code, "merge", base, *tuned, "--scale", "1", "--out", tmp_path / "out.safetensors")
@@ -788,7 +790,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, *tuned = simple(tmp_path)
-    monkeypatch.setattr("taskvec.shards.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr("taskvec.weights.writer.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(TaskvecError, match="GiB left"):
         Merge(base, tuned, tmp_path / "out.safetensors", 0.3).run()
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from taskvec.errors import TaskvecError
-from taskvec.files import Checkpoint, labels, same, widen
-from taskvec.loaders.saved import shards as loaded_shards
-from taskvec.matching import match, patterns
-from taskvec.shards import LARGEST, Shard, Writer, narrow, peak, shards
-from taskvec.weights import read
+from taskvec.core.errors import TaskvecError
+from taskvec.encoders.loaders.hf.saved import shards as loaded_shards
+from taskvec.merging.matching import match, patterns
+from taskvec.weights.flat import read
+from taskvec.weights.reader import Checkpoint, labels, same, widen
+from taskvec.weights.writer import LARGEST, Shard, Writer, narrow, peak, shards
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 bits = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40)

@@ -13,12 +13,12 @@ import pytest
 from conftest import write_folder_task
 from PIL import Image
 
-from taskvec import folders, tasks
-from taskvec.errors import TaskvecError
-from taskvec.images import Preprocessing
-from taskvec.listing import Listing
-from taskvec.notes import listen
-from taskvec.store import Store
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import listen
+from taskvec.data import folders, tasks
+from taskvec.data.images import Preprocessing
+from taskvec.data.index import Listing
+from taskvec.engine.store import Store
 
 GENERATOR = np.random.default_rng(0)
 

@@ -16,21 +16,32 @@ from conftest import write_folder_task
 from test_pipeline import Quiet
 from typer.testing import CliRunner
 
-from taskvec import backbones, finetuning, pipeline
-from taskvec.anatomy import PAPER, Transformer, anatomy, counted, input_size
-from taskvec.cli import app
-from taskvec.errors import TaskvecError
-from taskvec.executors import open_executor
-from taskvec.forecast import DEVICES, Forecast, decoded_bytes, forecast, report, seconds, size_text, time_text
+from taskvec.command.cli import app
+from taskvec.core.errors import TaskvecError
+from taskvec.encoders import backbone as backbones
+from taskvec.engine import pipeline
+from taskvec.engine.executors import open_executor
+from taskvec.engine.pipeline import STEP_TYPES
+from taskvec.engine.store import Store
 from taskvec.lab import encoders
-from taskvec.paper import MODELS
-from taskvec.papertasks import TASKS
-from taskvec.pipeline import STEP_TYPES
-from taskvec.plan import plan
-from taskvec.store import Store
-from taskvec.study import StudyFile
-from taskvec.study_files import open_study, parse_study
-from taskvec.workload import COUNTS, Work, task_size, total
+from taskvec.learning import finetuning
+from taskvec.paper.numbers import MODELS
+from taskvec.paper.tasks import TASKS
+from taskvec.study.files import open_study, parse_study
+from taskvec.study.forecast.estimate import (
+    DEVICES,
+    Forecast,
+    decoded_bytes,
+    forecast,
+    report,
+    seconds,
+    size_text,
+    time_text,
+)
+from taskvec.study.forecast.model_cost import PAPER, Transformer, anatomy, counted, input_size
+from taskvec.study.forecast.step_cost import COUNTS, Work, task_size, total
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
 
 STUDY = """
 name: small

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 import taskvec as tv
-from taskvec import notes
-from taskvec.brought import read_head
-from taskvec.heads import Head, read_heads, save_heads
-from taskvec.opening import find_head, scale_key
-from taskvec.tasks import Split, Task
+from taskvec.core import notes
+from taskvec.data.tasks import Split, Task
+from taskvec.learning.external import read_head
+from taskvec.learning.heads import Head, read_heads, save_heads
+from taskvec.study.artifacts import find_head, scale_key
 
 NAMES = ("ant", "bee", "cow")
 ROWS = torch.arange(12.0).view(3, 4)

@@ -15,12 +15,13 @@ import torch
 from huggingface_hub import constants
 from test_backbones import VIT, timm_file
 
-from taskvec import backbones
-from taskvec.addresses import PAPER, listing
-from taskvec.backbones import load_backbone
-from taskvec.errors import TaskvecError
-from taskvec.loaders import find, hub
-from taskvec.paper import MODELS
+from taskvec.core.errors import TaskvecError
+from taskvec.encoders import backbone as backbones
+from taskvec.encoders.addresses import PAPER, listing
+from taskvec.encoders.backbone import load_backbone
+from taskvec.encoders.loaders.families import find
+from taskvec.paper.numbers import MODELS
+from taskvec.weights import hub
 
 LIMIT = hub.SECONDS
 ADDRESS, REPO = "timm:vit_tiny_patch16_224.augreg_in21k", "timm/vit_tiny_patch16_224.augreg_in21k"

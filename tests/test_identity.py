@@ -10,14 +10,15 @@ import timm
 from conftest import write_folder_task
 from test_pipeline import Quiet
 
-from taskvec import compute, pipeline
-from taskvec.executors import Inline
-from taskvec.pipeline import Step, StepType
-from taskvec.plan import plan
-from taskvec.store import Store
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
-from taskvec.weights import save_tensors
+from taskvec.core import compute
+from taskvec.engine import pipeline
+from taskvec.engine.executors import Inline
+from taskvec.engine.pipeline import Step, StepType
+from taskvec.engine.store import Store
+from taskvec.study.files import parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
+from taskvec.weights.flat import save_tensors
 
 STUDY = """
 name: small

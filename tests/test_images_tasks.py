@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from timm.data import create_transform
 
-from taskvec import tasks
-from taskvec.errors import TaskvecError
-from taskvec.folders import list_folder
-from taskvec.images import (
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import listen
+from taskvec.data import tasks
+from taskvec.data.folders import list_folder
+from taskvec.data.images import (
     Encoded,
     Preprocessing,
     Room,
@@ -32,8 +33,7 @@ from taskvec.images import (
     random_resized_crop,
     resize_and_crop,
 )
-from taskvec.listing import validation_indices
-from taskvec.notes import listen
+from taskvec.data.index import validation_indices
 
 
 @settings(deadline=None, max_examples=30)

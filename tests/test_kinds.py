@@ -19,27 +19,30 @@ from PIL import Image
 from test_pipeline import Quiet
 
 import taskvec as tv
-from taskvec import heads, pipeline, tasks, vectors
-from taskvec.backbones import Backbone, assemble, encode, load_backbone
-from taskvec.cells import Cell
-from taskvec.disentangling import disentanglement
-from taskvec.evaluation import correct, paired_gain
-from taskvec.executors import open_executor
-from taskvec.finetuning import encode_all, finetune_full, training_batches
-from taskvec.heads import Head
-from taskvec.images import Preprocessing, normalise
-from taskvec.kinds import KINDS
-from taskvec.lab import scenes, worlds
-from taskvec.lab.looks import Look, paint, stream
-from taskvec.model import load
-from taskvec.plan import plan
-from taskvec.results import Done, results
-from taskvec.settings import Finetune, Probe
-from taskvec.store import Store
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
-from taskvec.tasks import Split, Task
-from taskvec.weights import save_tensors
+from taskvec.core.settings import Finetune, Probe
+from taskvec.core.task_types import KINDS
+from taskvec.data import tasks
+from taskvec.data.images import Preprocessing, normalise
+from taskvec.data.tasks import Split, Task
+from taskvec.deploy.model import load
+from taskvec.encoders.backbone import Backbone, assemble, encode, load_backbone
+from taskvec.engine import pipeline
+from taskvec.engine.executors import open_executor
+from taskvec.engine.store import Store
+from taskvec.evaluation.accuracy import correct, paired_gain
+from taskvec.evaluation.disentanglement import disentanglement
+from taskvec.lab.drawing import scenes, worlds
+from taskvec.lab.drawing.looks import Look, paint, stream
+from taskvec.learning import heads
+from taskvec.learning.finetuning import encode_all, finetune_full, training_batches
+from taskvec.learning.heads import Head
+from taskvec.report.rows import Done, results
+from taskvec.study.experiment import Cell
+from taskvec.study.files import parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
+from taskvec.weights import vectors
+from taskvec.weights.flat import save_tensors
 
 QUICK = Probe(steps=60, batch_size=16, warmup=5, learning_rates=(0.003, 0.03))
 TUNE = Finetune(steps=20, batch_size=16, warmup=2, learning_rate=3e-4)

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from taskvec.errors import TaskvecError
-from taskvec.lab import contrastive, corpus, encoders, worlds
-from taskvec.lab.contrastive import Contrastive, TextEncoder, info_nce, words
-from taskvec.lab.glyphs import caption
-from taskvec.lab.looks import stream
-from taskvec.lab.objective import features, seeded
+from taskvec.core.errors import TaskvecError
+from taskvec.lab import encoders
+from taskvec.lab.drawing import worlds
+from taskvec.lab.drawing.glyphs import caption
+from taskvec.lab.drawing.looks import stream
+from taskvec.lab.pretraining import contrastive, corpus
+from taskvec.lab.pretraining.contrastive import Contrastive, TextEncoder, info_nce, words
+from taskvec.lab.pretraining.objective import features, seeded
 from taskvec.lab.vit import VisionTransformer
 
 SHIPPED = [name for name in encoders.pretrained() if encoders.has_text(name)]

@@ -15,14 +15,16 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from taskvec.cli import app
-from taskvec.errors import TaskvecError
-from taskvec.lab import encoders, objective, pretrain, worlds
-from taskvec.lab.corpus import draw_pretraining, pretraining_code_points
-from taskvec.lab.looks import stream
-from taskvec.lab.supervised import SMOOTHING, Supervised
+from taskvec.command.cli import app
+from taskvec.core.errors import TaskvecError
+from taskvec.core.training import Group, Schedule, train
+from taskvec.lab import encoders
+from taskvec.lab.drawing import worlds
+from taskvec.lab.drawing.looks import stream
+from taskvec.lab.pretraining import objective, pretrain
+from taskvec.lab.pretraining.corpus import draw_pretraining, pretraining_code_points
+from taskvec.lab.pretraining.supervised import SMOOTHING, Supervised
 from taskvec.lab.vit import VisionTransformer, sine_positions
-from taskvec.training import Group, Schedule, train
 
 SHIPPED = encoders.pretrained()
 LARGEST_PACKAGE = 25e6
@@ -215,8 +217,13 @@ def test_a_checkpoint_of_other_versions_is_not_dropped_without_a_word(
 
 
 def test_a_mistyped_encoder_is_explained_without_torch() -> None:
-    code = "import sys; from taskvec.cli import app; app(['lab', 'pretrain', 'contrastiv'], standalone_mode=False)"
-    code = f"try:\n    {code}\nfinally:\n    print('torch' in sys.modules)"
+    lines = (
+        "import sys",
+        "from taskvec.command.cli import app",
+        "try: app(['lab', 'pretrain', 'contrastiv'], standalone_mode=False)",
+        "finally: print('torch' in sys.modules)",
+    )
+    code = "\n".join(lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "did you mean 'contrastive'" in done.stderr
     assert done.stdout.strip() == "False"

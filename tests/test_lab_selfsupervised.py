@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from taskvec.lab import distillation, masked, objective
-from taskvec.lab.distillation import SelfDistillation
-from taskvec.lab.looks import one_thread, stream
-from taskvec.lab.masked import MASKED, MaskedAutoencoder
-from taskvec.training import Schedule, train
+from taskvec.core.training import Schedule, train
+from taskvec.lab.drawing.looks import one_thread, stream
+from taskvec.lab.pretraining import distillation, masked, objective
+from taskvec.lab.pretraining.distillation import SelfDistillation
+from taskvec.lab.pretraining.masked import MASKED, MaskedAutoencoder
 
 
 @pytest.fixture(autouse=True)

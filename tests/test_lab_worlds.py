@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from taskvec.errors import TaskvecError
-from taskvec.lab import corpus, glyphs, worlds
-from taskvec.lab.looks import Look, grow, paint, stream, thicken
+from taskvec.core.errors import TaskvecError
+from taskvec.lab.drawing import glyphs, worlds
+from taskvec.lab.drawing.looks import Look, grow, paint, stream, thicken
+from taskvec.lab.pretraining import corpus
 
 
 def digests(images: np.ndarray) -> set[str]:

@@ -1,33 +1,23 @@
-"""Data flows one way: a module imports only modules above it (docs/architecture.md)."""
+"""Data flows one way: a wing imports only wings above it, and no module imports itself by a detour."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import taskvec
 
-ORDER = """
-errors notes locks formats addresses keys compute settings store publishing network files weights shards pipeline
-executors images training kinds
-papertasks listing decoded folders hub torch_sets layouts
-lab lab.glyphs lab.looks lab.scenes lab.textures lab.worlds lab.corpus lab.vit lab.encoders
-lab.objective lab.supervised lab.masked lab.distillation lab.contrastive lab.pretrain
-templates tasks loaders.checkpoints loaders.hub loaders.requests loaders.lab
-loaders.timm loaders.open_clip loaders.processors loaders.saved loaders.transformers loaders
-tangents backbones batch_norm heads surgery brought vectors agreement adapters finetuning
-merging.parts merging.ranks merging.averaging merging.sparsity merging.directions merging.spectral merging.adaptive
-merging.measuring merging.recipes merging merging.plugins merging.buffers matching merging.streaming differences
-evaluation search arithmetic disentangling model opening
-steps.loading steps.learning steps.merging steps.measuring steps paper study study_files cells absent sources
-plan.planner plan.loading plan.learning plan.merging plan.measuring plan anatomy workload forecast
-results costs views texts evidence verdict comparison claims leaderboard tables
-figures.style figures.curves figures.dots figures.maps figures.counts figures.emergence figures.differences
-figures.costs figures figures.__main__ page
-runs progress file_commands studies cli __main__
+WINGS = """
+core engine paper weights lab data encoders learning merging evaluation deploy study report command
 """.split()  # noqa: SIM905
 ROOT = Path(taskvec.__file__).parent
-EXEMPT = {"", "__init__"}
+DOCS = Path(__file__).parent.parent
 
 
 def module_name(path: Path) -> str:
@@ -35,55 +25,68 @@ def module_name(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def imported(path: Path) -> set[str]:
-    """Return the package's modules that a file imports, inside functions too."""
+FILES = {module_name(path): path for path in ROOT.rglob("*.py") if path.parent != ROOT}
+
+
+def imported(text: str) -> set[str]:
+    """Return the package's modules that a source imports, inside functions too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, "a relative import"
             base = node.module or ""
-            found |= {f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}") else base for alias in node.names}
-    return {name.removeprefix("taskvec").lstrip(".") for name in found if name.split(".")[0] == "taskvec"}
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name.removeprefix("taskvec.") in FILES else base for name in names}
+    return {name.removeprefix("taskvec.") for name in found if name.startswith("taskvec.")}
 
 
-def is_module(name: str) -> bool:
-    place = ROOT.joinpath(*name.split(".")[1:])
-    return name.startswith("taskvec.") and (place.with_suffix(".py").exists() or (place / "__init__.py").exists())
+def arrows(files: dict[str, Path]) -> dict[str, set[str]]:
+    return {name: imported(path.read_text("utf-8")) for name, path in files.items()}
 
 
-def violations(files: dict[str, set[str]]) -> list[str]:
-    return [
-        f"{name} imports {other}"
-        for name, others in files.items()
-        for other in others
-        if other == "" or ORDER.index(other) >= ORDER.index(name)
-    ]
+def backward(graph: dict[str, set[str]]) -> list[str]:
+    """Return the imports of a wing that stands below."""
+    place = {wing: index for index, wing in enumerate(WINGS)}
+
+    def level(module: str) -> int:
+        return place[module.partition(".")[0]]
+
+    return [f"{name} imports {other}" for name in graph for other in graph[name] if level(other) > level(name)]
 
 
-def test_every_module_imports_only_modules_above_it() -> None:
-    files = {module_name(path): imported(path) for path in ROOT.rglob("*.py")}
-    files = {name: others for name, others in files.items() if name not in EXEMPT}
-    assert set(files) == set(ORDER)
-    assert violations(files) == []
+def test_the_root_holds_the_wings_and_nothing_else() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(WINGS)
 
 
-def test_the_check_sees_an_import_of_a_lower_module() -> None:
-    assert violations({"weights": {"study"}}) == ["weights imports study"]
+def test_a_wing_imports_only_wings_above_it() -> None:
+    assert backward(arrows(FILES)) == []
+    assert backward({"weights.flat": {"study.schema"}}) == ["weights.flat imports study.schema"]
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graphlib.TopologicalSorter(arrows(FILES)).prepare()
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"data.tasks": {"data.index"}, "data.index": {"data.tasks"}}).prepare()
+
+
+def test_a_package_imports_nothing_by_itself() -> None:
+    packages = {name: path for name, path in FILES.items() if path.name == "__init__.py"}
+    assert len(packages) > len(WINGS)
+    assert {name: found for name, found in arrows(packages).items() if found} == {}
 
 
 def test_reports_need_no_torch() -> None:
-    reports = ORDER[ORDER.index("views") : ORDER.index("page") + 1]
-    for name in (*reports, "study", "results", "progress"):
-        place = ROOT.joinpath(*name.split("."))
-        source = (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text("utf-8")
-        names = {
-            n.name.split(".")[0] for x in ast.walk(ast.parse(source)) if isinstance(x, ast.Import) for n in x.names
-        }
-        assert "torch" not in names
+    modules = [name for name in FILES if name.startswith("report.") and not name.endswith("__main__")]
+    lines = [*(f"import taskvec.{name}" for name in modules), "import sys", "print('torch' in sys.modules)"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
-def test_the_documented_order_is_the_tested_one() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text("utf-8")
-    assert text.rsplit("```", 2)[1].split() == ORDER
+@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md"])
+def test_the_wings_are_shown_in_their_order(file: str) -> None:
+    text = (DOCS / file).read_text("utf-8")
+    assert re.findall(r"^(?:  |\| `)(\w+)/", text, re.MULTILINE) == WINGS

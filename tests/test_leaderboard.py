@@ -17,9 +17,12 @@ from test_page import Reader
 from test_pipeline import Quiet
 
 import taskvec as tv
-from taskvec import costs, figures, page, runs
-from taskvec.errors import TaskvecError
-from taskvec.leaderboard import (
+from taskvec.command import runs
+from taskvec.core.errors import TaskvecError
+from taskvec.engine.store import Store, read_json
+from taskvec.report import costs, page
+from taskvec.report.figures import drawing as figures
+from taskvec.report.leaderboard import (
     SAME_BUDGET,
     STEP,
     Board,
@@ -33,13 +36,12 @@ from taskvec.leaderboard import (
     picks,
     short_grids,
 )
-from taskvec.results import COLUMNS
-from taskvec.store import Store, read_json
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
-from taskvec.texts import percent
-from taskvec.verdict import SMOKE, headline
-from taskvec.views import views
+from taskvec.report.rows import COLUMNS
+from taskvec.report.texts import percent
+from taskvec.report.verdict import SMOKE, headline
+from taskvec.report.views import views
+from taskvec.study.files import parse_study
+from taskvec.study.schema import StudyFile
 
 METHODS = {"task_arithmetic": 0.05, "iso_c": 0.3, "ties": 0.2, "emr": 0.5}
 STUDY = """

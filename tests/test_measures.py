@@ -11,16 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import taskvec as tv
-from taskvec import heads, search, settings, vectors
-from taskvec.backbones import Backbone
-from taskvec.disentangling import choose_pairs, disentanglement
-from taskvec.errors import TaskvecError
-from taskvec.evaluation import correct, normalised_accuracy, paired_gain
-from taskvec.finetuning import finetune_full, training_batches
-from taskvec.heads import Head
-from taskvec.settings import Finetune, Probe
-from taskvec.tasks import Task
-from taskvec.weights import Weights, mend_variances
+from taskvec.core import settings
+from taskvec.core.errors import TaskvecError
+from taskvec.core.settings import Finetune, Probe
+from taskvec.data.tasks import Task
+from taskvec.encoders.backbone import Backbone
+from taskvec.evaluation import scale_search as search
+from taskvec.evaluation.accuracy import correct, normalised_accuracy, paired_gain
+from taskvec.evaluation.disentanglement import choose_pairs, disentanglement
+from taskvec.learning import heads
+from taskvec.learning.finetuning import finetune_full, training_batches
+from taskvec.learning.heads import Head
+from taskvec.weights import vectors
+from taskvec.weights.flat import Weights, mend_variances
 
 QUICK = Probe(steps=60, batch_size=16, warmup=5, learning_rates=(0.003, 0.03))
 TUNE = Finetune(steps=12, batch_size=16, warmup=2, learning_rate=0.01)

@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from taskvec import vectors as arithmetic
-from taskvec.errors import TaskvecError
-from taskvec.merging import METHODS, Method, Recipe, apply, buffers, find_recipe, register
-from taskvec.merging.averaging import rows
-from taskvec.merging.parts import Masked, Part, depths, describe, kind_of
-from taskvec.merging.ranks import order_statistics
-from taskvec.weights import Weights, pack
+from taskvec.core.errors import TaskvecError
+from taskvec.merging import in_memory as buffers
+from taskvec.merging.entries import Masked, Part, depths, describe, kind_of
+from taskvec.merging.methods.averaging import rows
+from taskvec.merging.methods.ranks import order_statistics
+from taskvec.merging.registry import METHODS, Method, Recipe, apply, find_recipe, register
+from taskvec.weights import vectors as arithmetic
+from taskvec.weights.flat import Weights, pack
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "patch_embed.proj.weight": (4, 3, 2, 2),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from taskvec.merging import apply, find_recipe
-from taskvec.merging.parts import Masked, Part
+from taskvec.merging.entries import Masked, Part
+from taskvec.merging.registry import apply, find_recipe
 
 Arrays = list[np.ndarray]
 

@@ -13,25 +13,29 @@ import torch
 from conftest import write_folder_task
 from test_pipeline import Quiet
 
-from taskvec import heads, model, search, vectors
-from taskvec.backbones import load_backbone
-from taskvec.costs import costs
-from taskvec.errors import TaskvecError
-from taskvec.executors import open_executor
-from taskvec.finetuning import finetune
-from taskvec.images import open_image, resize_and_crop
-from taskvec.merging import METHODS, buffers, find_recipe
-from taskvec.merging.parts import Data
-from taskvec.pipeline import run
-from taskvec.plan import plan
-from taskvec.results import results
-from taskvec.settings import Finetune
-from taskvec.store import Store, read_json
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
-from taskvec.tables import markdown
-from taskvec.tasks import Task
-from taskvec.weights import Weights
+from taskvec.core.errors import TaskvecError
+from taskvec.core.settings import Finetune
+from taskvec.data.images import open_image, resize_and_crop
+from taskvec.data.tasks import Task
+from taskvec.deploy import model
+from taskvec.encoders.backbone import load_backbone
+from taskvec.engine.executors import open_executor
+from taskvec.engine.pipeline import run
+from taskvec.engine.store import Store, read_json
+from taskvec.evaluation import scale_search as search
+from taskvec.learning import heads
+from taskvec.learning.finetuning import finetune
+from taskvec.merging import in_memory as buffers
+from taskvec.merging.entries import Data
+from taskvec.merging.registry import METHODS, find_recipe
+from taskvec.report.costs import costs
+from taskvec.report.rows import results
+from taskvec.report.tables import markdown
+from taskvec.study.files import parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
+from taskvec.weights import vectors
+from taskvec.weights.flat import Weights
 
 STUDY = """
 name: many
@@ -210,7 +214,7 @@ def test_names_that_come_from_addresses_are_checked_before_any_work(
 
 def tuned(data: Path) -> tuple[Data, list[Weights]]:
     """Fine-tune the lab's random encoder on two tasks for a moment."""
-    from taskvec.tasks import load_task
+    from taskvec.data.tasks import load_task
 
     backbone = load_backbone("lab:random")
     tasks: list[Task] = [load_task(f"folder:{data / name}", backbone.preprocessing) for name in ("one", "two")]
@@ -269,7 +273,7 @@ def test_fisher_information_is_that_of_the_predictions(ground: Data) -> None:
 
 def test_the_drawn_estimate_of_fisher_information_is_unbiased() -> None:
     """Averaged over draws, the squared gradient by the scores is diag(p) - p p^T on the diagonal."""
-    from taskvec.merging.measuring import drawn_surprise
+    from taskvec.merging.methods.measuring import drawn_surprise
 
     generator, head = torch.Generator().manual_seed(0), heads.random_head(4, 3, 0)
     scores = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
@@ -283,7 +287,7 @@ def test_the_drawn_estimate_of_fisher_information_is_unbiased() -> None:
 
 def test_gram_matrices_are_those_of_the_layers_inputs(ground: Data) -> None:
     """tr(W G W^T) is the mean of abs(W x)^2, which a forward pass gives."""
-    from taskvec.merging.measuring import images_of
+    from taskvec.merging.methods.measuring import images_of
 
     found = buffers.measure(find_recipe("regmean", {"examples": 10}), ground)
     kinds = {part.name: part.kind for part, _ in buffers.Buffers(ground.backbone.pretrained, ground.vectors)}
@@ -306,7 +310,7 @@ def test_gram_matrices_are_those_of_the_layers_inputs(ground: Data) -> None:
 
 @pytest.mark.parametrize("level", ["layer", "task"])
 def test_adamerging_lowers_the_entropy(ground: Data, level: str) -> None:
-    from taskvec.merging.measuring import entropy, scored
+    from taskvec.merging.methods.measuring import entropy, scored
 
     recipe = find_recipe("adamerging", {"level": level, "steps": 4, "learning_rate": 0.1, "batch_size": 100})
     found = buffers.measure(recipe, ground)
@@ -341,8 +345,8 @@ def test_what_is_measured_after_transforms_is_measured_along_what_they_give(grou
 
 def test_the_gradient_of_coefficients_is_that_of_the_loss(ground: Data) -> None:
     """Against finite differences of the entropy in float32."""
-    from taskvec.merging.measuring import entropy, gradients, scored, write_merged
-    from taskvec.weights import distinct
+    from taskvec.merging.methods.measuring import entropy, gradients, scored, write_merged
+    from taskvec.weights.flat import distinct
 
     entries, images = distinct(ground.backbone.pretrained), [task.train.images[:4] for task in ground.tasks]
     factors = torch.full((len(entries), 2), 0.3)

@@ -19,13 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import taskvec as tv
-from taskvec import model, notes, vectors
-from taskvec.backbones import Backbone, assemble, linearised
-from taskvec.heads import Head, random_head
-from taskvec.images import Preprocessing
-from taskvec.loaders import build
-from taskvec.merging import buffers, find_recipe
-from taskvec.weights import Weights
+from taskvec.core import notes
+from taskvec.data.images import Preprocessing
+from taskvec.deploy import model
+from taskvec.encoders.backbone import Backbone, assemble, linearised
+from taskvec.encoders.loaders.families import build
+from taskvec.learning.heads import Head, random_head
+from taskvec.merging import in_memory as buffers
+from taskvec.merging.registry import find_recipe
+from taskvec.weights import vectors
+from taskvec.weights.flat import Weights
 
 TINY = {"size": 16, "patch": 8, "width": 16, "depth": 1, "heads": 2}
 KINDS = {"letters": "classification", "ground": "segmentation", "turn": "regression"}

@@ -15,14 +15,21 @@ import pytest
 import torch
 
 import taskvec as tv
-from taskvec import agreement, arithmetic, batch_norm, brought, disentangling, evaluation, finetuning, heads, search
-from taskvec.backbones import Backbone, linearised
-from taskvec.merging import measuring
-from taskvec.merging.adaptive import Adamerging, Fisher, Regmean
-from taskvec.merging.parts import Data
-from taskvec.settings import Finetune, Probe
-from taskvec.tasks import Task
-from taskvec.weights import Weights
+from taskvec.core.settings import Finetune, Probe
+from taskvec.data.tasks import Task
+from taskvec.encoders import batch_norm
+from taskvec.encoders.backbone import Backbone, linearised
+from taskvec.evaluation import accuracy as evaluation
+from taskvec.evaluation import alignment as agreement
+from taskvec.evaluation import disentanglement as disentangling
+from taskvec.evaluation import negation as arithmetic
+from taskvec.evaluation import scale_search as search
+from taskvec.learning import external as brought
+from taskvec.learning import finetuning, heads
+from taskvec.merging.entries import Data
+from taskvec.merging.methods import measuring
+from taskvec.merging.methods.adaptive import Adamerging, Fisher, Regmean
+from taskvec.weights.flat import Weights
 
 PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
 TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)

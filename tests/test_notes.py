@@ -19,16 +19,18 @@ import torch
 from conftest import write_folder_task
 from test_pipeline import Quiet
 
-from taskvec import figures, pipeline, runs
-from taskvec.errors import TaskvecError
-from taskvec.executors import Inline, Processes, message_of
-from taskvec.notes import library_warnings, listen, note, note_lines
-from taskvec.pipeline import Step
-from taskvec.plan import plan
-from taskvec.steps.merging import choose_scale
-from taskvec.store import NOTES, RECORD, Store, read_json, write_json
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
+from taskvec.command import runs
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import library_warnings, listen, note, note_lines
+from taskvec.engine import pipeline
+from taskvec.engine.executors import Inline, Processes, message_of
+from taskvec.engine.pipeline import Step
+from taskvec.engine.store import NOTES, RECORD, Store, read_json, write_json
+from taskvec.report.figures import drawing as figures
+from taskvec.study.files import parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
+from taskvec.study.steps.merging import choose_scale
 
 STUDY = """
 backbones: [{address: "timm:test_vit@pre.safetensors", size: 32}]

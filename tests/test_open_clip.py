@@ -19,19 +19,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_pipeline import Quiet
 
-from taskvec import backbones, heads, runs, tasks, templates
-from taskvec.addresses import PAPER, parse
-from taskvec.backbones import load_backbone
-from taskvec.errors import TaskvecError
-from taskvec.images import normalise, resize_and_crop
-from taskvec.listing import Listing
-from taskvec.loaders.checkpoints import TEXTS, separate
-from taskvec.loaders.open_clip import build, preprocessing, tag_config
-from taskvec.loaders.requests import Request
-from taskvec.network import asked_once
-from taskvec.store import Store, read_json
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
+from taskvec.command import runs
+from taskvec.core.errors import TaskvecError
+from taskvec.data import prompts as templates
+from taskvec.data import tasks
+from taskvec.data.images import normalise, resize_and_crop
+from taskvec.data.index import Listing
+from taskvec.encoders import backbone as backbones
+from taskvec.encoders.addresses import PAPER, parse
+from taskvec.encoders.backbone import load_backbone
+from taskvec.encoders.loaders.checkpoints import TEXTS, separate
+from taskvec.encoders.loaders.open_clip import build, preprocessing, tag_config
+from taskvec.encoders.loaders.requests import Request
+from taskvec.engine.store import Store, read_json
+from taskvec.learning import heads
+from taskvec.study.files import parse_study
+from taskvec.study.schema import StudyFile
+from taskvec.weights.network import asked_once
 
 TINY = {
     "embed_dim": 24,

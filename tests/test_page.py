@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import report_fixture as fixture
 
-from taskvec import figures, page, tables
-from taskvec.claims import claims
-from taskvec.errors import TaskvecError
+from taskvec.core.errors import TaskvecError
+from taskvec.report import page, tables
+from taskvec.report.claims.claims import claims
+from taskvec.report.figures import drawing as figures
 
 EVIL = ("<script>alert(1)</script>", "a|b & \"c\" 'd'", "<img src=http://example.org/x.png>")
 VOID = {"meta", "img", "br", "link"}

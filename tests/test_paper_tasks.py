@@ -30,15 +30,16 @@ from layouts import (
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from taskvec import papertasks, tasks
-from taskvec.decoded import opened_item
-from taskvec.errors import TaskvecError
-from taskvec.hub import read_splits
-from taskvec.images import Preprocessing, resize_and_crop
-from taskvec.layouts import FIXTURE, check_classes, check_sizes, list_paper
-from taskvec.listing import Items, Listing, split_classes, validation_indices
-from taskvec.network import answers
-from taskvec.torch_sets import list_torchvision
+from taskvec.core.errors import TaskvecError
+from taskvec.data import tasks
+from taskvec.data.decoding import opened_item
+from taskvec.data.hf_datasets import read_splits
+from taskvec.data.images import Preprocessing, resize_and_crop
+from taskvec.data.index import Items, Listing, split_classes, validation_indices
+from taskvec.data.paper_layouts import FIXTURE, check_classes, check_sizes, list_paper
+from taskvec.data.torchvision_sets import list_torchvision
+from taskvec.paper import tasks as papertasks
+from taskvec.weights.network import answers
 
 CASES = [(task, layout) for task, layouts in VARIANTS.items() for layout in layouts]
 
@@ -344,7 +345,7 @@ def test_without_a_network_the_error_names_the_data_set_and_the_way_out(
 def test_a_silent_server_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
-    monkeypatch.setattr("taskvec.network.SECONDS", 0.3)
+    monkeypatch.setattr("taskvec.weights.network.SECONDS", 0.3)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -361,7 +362,7 @@ def test_the_lists_of_tasks_need_no_torch() -> None:
 
 
 def test_the_same_content_has_the_same_identity_wherever_it_lies(tmp_path: Path) -> None:
-    from taskvec.store import Store
+    from taskvec.engine.store import Store
 
     store = Store(tmp_path / "store")
     for root in ("one", "two"):

@@ -19,12 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec import locks, pipeline
-from taskvec.errors import TaskvecError
-from taskvec.executors import Inline, Processes, decode, encode
-from taskvec.notes import listen
-from taskvec.pipeline import Job, Step, always, step_type
-from taskvec.store import RECORD, Store, canonical, disk_errors, fingerprint, read_json
+from taskvec.core import locks
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import listen
+from taskvec.engine import pipeline
+from taskvec.engine.executors import Inline, Processes, decode, encode
+from taskvec.engine.pipeline import Job, Step, always, step_type
+from taskvec.engine.store import RECORD, Store, canonical, disk_errors, fingerprint, read_json
 
 PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 """Where worker processes find the steps of these tests."""
@@ -235,7 +236,7 @@ def test_what_others_left_in_tmp_stays_and_raises_nothing(tmp_path: Path, who: s
 def test_a_folder_of_a_living_process_is_not_swept(tmp_path: Path) -> None:
     living, code = (
         Store(tmp_path),
-        "import sys, pathlib, taskvec.store as s; s.Store(pathlib.Path(sys.argv[1])).sweep()",
+        "import sys, pathlib, taskvec.engine.store as s; s.Store(pathlib.Path(sys.argv[1])).sweep()",
     )
     folder = living.begin()
     living.sweep()
@@ -247,7 +248,7 @@ def test_a_folder_of_a_living_process_is_not_swept(tmp_path: Path) -> None:
 
 def test_another_machines_folder_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import os, sys, pathlib, taskvec.store as s\n"
+        "import os, sys, pathlib, taskvec.engine.store as s\n"
         "store = s.Store(pathlib.Path(sys.argv[1])); store.begin(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
@@ -266,7 +267,7 @@ def test_another_machines_folder_is_not_swept(tmp_path: Path, monkeypatch: pytes
 
 def test_a_killed_writer_leaves_a_hidden_folder_that_the_next_one_removes(tmp_path: Path) -> None:
     code = (
-        "import os, sys, pathlib, taskvec.locks as l\n"
+        "import os, sys, pathlib, taskvec.core.locks as l\n"
         "with l.replacing(pathlib.Path(sys.argv[1])) as new: new.write_text('half'); os.kill(os.getpid(), 9)"
     )
     place = tmp_path / ("ä" * 120)
@@ -363,7 +364,7 @@ def test_a_full_disk_while_finishing_leaves_nothing(tmp_path: Path, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("taskvec.store.write_json", full)
+    monkeypatch.setattr("taskvec.engine.store.write_json", full)
     with pytest.raises(TaskvecError, match="no space left"):
         run(Store(tmp_path), step("one", 1))
     assert list((tmp_path / "tmp").iterdir()) == []

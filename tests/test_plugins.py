@@ -19,18 +19,20 @@ from conftest import write_folder_task
 from safetensors.numpy import load_file, save_file
 from test_pipeline import Quiet
 
-from taskvec import pipeline, runs
-from taskvec.errors import TaskvecError
-from taskvec.executors import open_executor
-from taskvec.merging import ADDITION, BUILT_IN, METHODS, Method, find_recipe, plugins, register
-from taskvec.merging.parts import Part
+from taskvec.command import runs
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import listen
+from taskvec.engine import pipeline
+from taskvec.engine.executors import open_executor
+from taskvec.engine.store import Store, read_json
+from taskvec.merging import plugins
+from taskvec.merging.entries import Part
 from taskvec.merging.recipes import apply
-from taskvec.notes import listen
-from taskvec.plan import plan
-from taskvec.steps.merging import open_recipe
-from taskvec.store import Store, read_json
-from taskvec.study import StudyFile
-from taskvec.study_files import open_study, parse_study
+from taskvec.merging.registry import ADDITION, BUILT_IN, METHODS, Method, find_recipe, register
+from taskvec.study.files import open_study, parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
+from taskvec.study.steps.merging import open_recipe
 
 MINE = """
 from taskvec.merging import Method, register

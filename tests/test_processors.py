@@ -11,10 +11,10 @@ import pytest
 import transformers as T
 from PIL import Image
 
-from taskvec.errors import TaskvecError
-from taskvec.images import Preprocessing, resize_and_crop
-from taskvec.loaders.processors import preprocessing, read_processor
-from taskvec.loaders.transformers import TYPES
+from taskvec.core.errors import TaskvecError
+from taskvec.data.images import Preprocessing, resize_and_crop
+from taskvec.encoders.loaders.hf.processors import preprocessing, read_processor
+from taskvec.encoders.loaders.hf.transformers import TYPES
 
 PROCESSORS = {
     "ViT": ("vit", "vit_mae", "vit_msn", "swin", "swinv2"),

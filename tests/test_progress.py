@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from taskvec import progress
-from taskvec.pipeline import Step, StepType, never
+from taskvec.command import progress
+from taskvec.engine.pipeline import Step, StepType, never
 
 KIND = StepType("nothing", lambda *_: None, 1, (), never)
 

@@ -18,9 +18,13 @@ from test_measures import QUICK, tune
 from test_pipeline import Quiet
 
 import taskvec as tv
-from taskvec import heads, runs, search
-from taskvec.backbones import Backbone, describe
-from taskvec.disentangling import (
+from taskvec.command import runs
+from taskvec.core.settings import Finetune, Subsets
+from taskvec.data.tasks import Task
+from taskvec.encoders.backbone import Backbone, describe
+from taskvec.engine.store import Store
+from taskvec.evaluation import scale_search as search
+from taskvec.evaluation.disentanglement import (
     BOX_AXIS,
     choose_sets,
     disentanglement,
@@ -30,14 +34,12 @@ from taskvec.disentangling import (
     single_predictions,
     spread_sets,
 )
-from taskvec.finetuning import finetune_full, finetune_joint, training_batches
-from taskvec.heads import Head
-from taskvec.plan import plan
-from taskvec.settings import Finetune, Subsets
-from taskvec.store import Store
-from taskvec.study import StudyFile
-from taskvec.study_files import open_study, packaged, parse_study
-from taskvec.tasks import Task
+from taskvec.learning import heads
+from taskvec.learning.finetuning import finetune_full, finetune_joint, training_batches
+from taskvec.learning.heads import Head
+from taskvec.study.files import open_study, packaged, parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
 
 PLAIN = Finetune(steps=4, batch_size=12, warmup=2, learning_rate=0.01)
 

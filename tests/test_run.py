@@ -19,14 +19,14 @@ from conftest import write_folder_task
 from test_pipeline import Quiet
 
 import taskvec as tv
-from taskvec import runs
-from taskvec.locks import workspace
-from taskvec.notes import listen
-from taskvec.publishing import publish
-from taskvec.results import COLUMNS
-from taskvec.store import Store, file_digest, read_json
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
+from taskvec.command import runs
+from taskvec.core.locks import workspace
+from taskvec.core.notes import listen
+from taskvec.engine.publishing import publish
+from taskvec.engine.store import Store, file_digest, read_json
+from taskvec.report.rows import COLUMNS
+from taskvec.study.files import parse_study
+from taskvec.study.schema import StudyFile
 
 STUDY = """
 name: small

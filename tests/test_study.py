@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from taskvec.errors import TaskvecError
-from taskvec.settings import Heatmap, parse_scales
-from taskvec.study import Study
-from taskvec.study_files import open_study, packaged, parse_study
+from taskvec.core.errors import TaskvecError
+from taskvec.core.settings import Heatmap, parse_scales
+from taskvec.study.files import open_study, packaged, parse_study
+from taskvec.study.schema import Study
 
 SMALL = "backbones: ['lab:supervised']\ntasks: ['lab:greek', {address: 'lab:signs', name: s}]\n"
 BACKBONE = "backbones: [{{address: 'lab:supervised', {}}}]\ntasks: ['lab:greek']\n"

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskvec.agreement import agreement_curve, linear_cka
-from taskvec.backbones import Backbone
-from taskvec.heads import random_head, read_heads, save_heads
-from taskvec.settings import Surgery
-from taskvec.surgery import operate
-from taskvec.tasks import Task
+from taskvec.core.settings import Surgery
+from taskvec.data.tasks import Task
+from taskvec.encoders.backbone import Backbone
+from taskvec.evaluation.alignment import agreement_curve, linear_cka
+from taskvec.learning.heads import random_head, read_heads, save_heads
+from taskvec.learning.surgery import operate
 
 FEATURES = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
 

@@ -11,11 +11,11 @@ import pytest
 import report_fixture as fixture
 from rich.cells import cell_len
 
-from taskvec import tables, verdict
-from taskvec.errors import TaskvecError
-from taskvec.kinds import KINDS
-from taskvec.texts import MISSING, escape_latex, escape_markdown, short_backbone, shorten, text_table
-from taskvec.views import METRICS, box_error, line_search, task_sets, view
+from taskvec.core.errors import TaskvecError
+from taskvec.core.task_types import KINDS
+from taskvec.report import tables, verdict
+from taskvec.report.texts import MISSING, escape_latex, escape_markdown, short_backbone, shorten, text_table
+from taskvec.report.views import METRICS, box_error, line_search, task_sets, view
 
 
 def _value(rows: pd.DataFrame, method: str, heads: str, metric: str, task: str = "") -> float:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from taskvec import hub, tasks
-from taskvec.errors import TaskvecError
-from taskvec.images import Preprocessing
-from taskvec.store import Store
+from taskvec.core.errors import TaskvecError
+from taskvec.data import hf_datasets as hub
+from taskvec.data import tasks
+from taskvec.data.images import Preprocessing
+from taskvec.engine.store import Store
 
 LEVELS = {"ant": 20, "bee": 120, "cow": 220}
 """Each class is a brightness, so that an image itself tells what it shows."""

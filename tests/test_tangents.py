@@ -15,17 +15,19 @@ from test_measures import QUICK, TUNE
 from torch import Tensor, nn
 
 import taskvec as tv
-from taskvec import model, search, vectors
-from taskvec.backbones import Backbone, encode, linearised, load_backbone
-from taskvec.brought import read_finetuned
-from taskvec.errors import TaskvecError
-from taskvec.plan import plan
-from taskvec.store import Store
-from taskvec.study import StudyFile
-from taskvec.study_files import parse_study
-from taskvec.tangents import expand
-from taskvec.tasks import Task
-from taskvec.weights import Weights, bind
+from taskvec.core.errors import TaskvecError
+from taskvec.data.tasks import Task
+from taskvec.deploy import model
+from taskvec.encoders.backbone import Backbone, encode, linearised, load_backbone
+from taskvec.encoders.linearised import expand
+from taskvec.engine.store import Store
+from taskvec.evaluation import scale_search as search
+from taskvec.learning.external import read_finetuned
+from taskvec.study.files import parse_study
+from taskvec.study.plan.experiments import plan
+from taskvec.study.schema import StudyFile
+from taskvec.weights import vectors
+from taskvec.weights.flat import Weights, bind
 
 
 def parts() -> tuple[nn.Module, Weights, Weights, Tensor]:

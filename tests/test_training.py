@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec.training import Group, Schedule, index_batches, train
+from taskvec.core.training import Group, Schedule, index_batches, train
 
 
 def quadratic(seed: int) -> tuple[torch.Tensor, torch.Tensor]:

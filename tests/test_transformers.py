@@ -15,18 +15,19 @@ from safetensors.torch import load_file, save_file
 from test_brought import make_task
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from taskvec import backbones, heads
-from taskvec.addresses import PAPER
-from taskvec.backbones import load_backbone, read_backbone, write_backbone
-from taskvec.brought import head_of, read_finetuned
-from taskvec.errors import TaskvecError
-from taskvec.heads import Head
-from taskvec.images import normalise
-from taskvec.loaders.requests import Request
-from taskvec.loaders.saved import is_whole
-from taskvec.loaders.transformers import TYPES, check_row
-from taskvec.notes import listen
-from taskvec.store import read_json
+from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import listen
+from taskvec.data.images import normalise
+from taskvec.encoders import backbone as backbones
+from taskvec.encoders.addresses import PAPER
+from taskvec.encoders.backbone import load_backbone, read_backbone, write_backbone
+from taskvec.encoders.loaders.hf.saved import is_whole
+from taskvec.encoders.loaders.hf.transformers import TYPES, check_row
+from taskvec.encoders.loaders.requests import Request
+from taskvec.engine.store import read_json
+from taskvec.learning import heads
+from taskvec.learning.external import head_of, read_finetuned
+from taskvec.learning.heads import Head
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,

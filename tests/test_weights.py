@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from taskvec import vectors
-from taskvec.errors import TaskvecError
-from taskvec.weights import Weights, align, bind, pack, read, save, save_tensors
+from taskvec.core.errors import TaskvecError
+from taskvec.weights import vectors
+from taskvec.weights.flat import Weights, align, bind, pack, read, save, save_tensors
 
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=4).map(tuple), min_size=1, max_size=5)
 

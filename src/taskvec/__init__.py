@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taskvec.backbones import Backbone, load_backbone
-    from taskvec.disentangling import disentanglement
-    from taskvec.errors import TaskvecError
-    from taskvec.evaluation import evaluate, normalised_accuracy
-    from taskvec.finetuning import finetune, task_vector
-    from taskvec.heads import Head, fit_head
-    from taskvec.model import MultiTaskModel, load
-    from taskvec.search import merge, search_scale
-    from taskvec.settings import Finetune, Probe
-    from taskvec.tasks import Task, load_task
-    from taskvec.weights import Weights
+    from taskvec.core.errors import TaskvecError
+    from taskvec.core.settings import Finetune, Probe
+    from taskvec.data.tasks import Task, load_task
+    from taskvec.deploy.model import MultiTaskModel, load
+    from taskvec.encoders.backbone import Backbone, load_backbone
+    from taskvec.evaluation.accuracy import evaluate, normalised_accuracy
+    from taskvec.evaluation.disentanglement import disentanglement
+    from taskvec.evaluation.scale_search import merge, search_scale
+    from taskvec.learning.finetuning import finetune, task_vector
+    from taskvec.learning.heads import Head, fit_head
+    from taskvec.weights.flat import Weights
 
 _HOMES = {
-    "Backbone": "backbones",
-    "Finetune": "settings",
-    "Head": "heads",
-    "MultiTaskModel": "model",
-    "Probe": "settings",
-    "Task": "tasks",
-    "TaskvecError": "errors",
-    "Weights": "weights",
-    "disentanglement": "disentangling",
-    "evaluate": "evaluation",
-    "finetune": "finetuning",
-    "fit_head": "heads",
-    "load": "model",
-    "load_backbone": "backbones",
-    "load_task": "tasks",
-    "merge": "search",
-    "normalised_accuracy": "evaluation",
-    "search_scale": "search",
-    "task_vector": "finetuning",
+    "Backbone": "encoders.backbone",
+    "Finetune": "core.settings",
+    "Head": "learning.heads",
+    "MultiTaskModel": "deploy.model",
+    "Probe": "core.settings",
+    "Task": "data.tasks",
+    "TaskvecError": "core.errors",
+    "Weights": "weights.flat",
+    "disentanglement": "evaluation.disentanglement",
+    "evaluate": "evaluation.accuracy",
+    "finetune": "learning.finetuning",
+    "fit_head": "learning.heads",
+    "load": "deploy.model",
+    "load_backbone": "encoders.backbone",
+    "load_task": "data.tasks",
+    "merge": "evaluation.scale_search",
+    "normalised_accuracy": "evaluation.accuracy",
+    "search_scale": "evaluation.scale_search",
+    "task_vector": "learning.finetuning",
 }
 
 __all__ = [
@@ -68,3 +72,29 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'taskvec' has no attribute '{name}'")
     return getattr(importlib.import_module(f"taskvec.{_HOMES[name]}"), name)
+
+
+_SHORT = {
+    "taskvec.arithmetic": "taskvec.evaluation.negation",
+    "taskvec.file_commands": "taskvec.command.weight_files",
+    "taskvec.merging.parts": "taskvec.merging.entries",
+    "taskvec.settings": "taskvec.core.settings",
+    "taskvec.study_files": "taskvec.study.files",
+}
+"""Short names of modules for users and their plugins, whatever wing the module lives in."""
+
+
+class _ShortNames(MetaPathFinder, Loader):
+    """Imports a module by its short name: the same module, not a copy."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in _SHORT else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return ModuleType(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = importlib.import_module(_SHORT[module.__name__])
+
+
+sys.meta_path.append(_ShortNames())

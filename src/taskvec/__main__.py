@@ -43,7 +43,7 @@ def main() -> None:
     for one in SIGNALS:
         signal.signal(one, interrupt)
     try:
-        from taskvec.cli import app
+        from taskvec.command.cli import app
 
         app()
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from taskvec.errors import TaskvecError, unknown
+from taskvec.core.errors import TaskvecError, unknown
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Where the encoders that the package ships lie."""

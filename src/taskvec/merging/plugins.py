@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from taskvec.errors import TaskvecError
-from taskvec.merging import BUILT_IN, METHODS, Method, Recipe, register
-from taskvec.store import disk_errors
+from taskvec.core.errors import TaskvecError
+from taskvec.engine.store import disk_errors
+from taskvec.merging.registry import BUILT_IN, METHODS, Method, Recipe, register
 
 
 @dataclass(frozen=True)

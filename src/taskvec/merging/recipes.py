@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from taskvec.errors import TaskvecError, did_you_mean, unknown
-from taskvec.merging.parts import Entries, Masked, Part
-from taskvec.settings import Settings, parse_scales
+from taskvec.core.errors import TaskvecError, did_you_mean, unknown
+from taskvec.core.settings import Settings, parse_scales
+from taskvec.merging.entries import Entries, Masked, Part
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Float32

@@ -1,0 +1,456 @@
+"""The command: one subcommand, one function call. Torch is imported only when a command needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from taskvec.core.errors import TaskvecError, unknown
+from taskvec.core.notes import listen, print_note, printable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from taskvec.command.runs import Outcome
+
+DECODED = {"decode_task": "decoded", "decode_training": "decoded"}
+"""The kinds of steps that keep decoded images."""
+MANY = 4
+"""Backbones and regimes above which the terminal shows one line for each instead of a table of tasks."""
+
+EXIT_CODES = "exit codes: 0 done; 1 an error of this program; 2 a mistake to mend; 130, 143 interrupted"
+SIGNS = {"λ": "lambda", "±": "+-", "–": "-", "ξ": "xi", "°": " degrees", "…": "~", "₁": "1", "₂": "2", "≤": "<="}
+"""What stands for our own signs on a terminal that has them not."""
+
+WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "expand_tabs": False}
+
+
+# ---------------------------------------------------------------- what reaches the terminal
+
+
+def plain(text: str, stream: TextIO) -> str:
+    """Return text that a stream can take: no control characters, no signs that its encoding lacks."""
+    text, encoding = printable(text), stream.encoding or "utf-8"
+    with contextlib.suppress(UnicodeEncodeError):
+        text.encode(encoding)
+        return text
+    text = "".join(SIGNS.get(letter, letter) for letter in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def width() -> int:
+    """Return the columns of the terminal, 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def say(text: str = "", file: TextIO | None = None, hang: int = 0, wrap: bool = False) -> None:
+    """Print lines without what the stream cannot take; on a terminal, or asked to, they break between words only.
+
+    What does not fit a line goes on ``hang`` columns from the left.
+    """
+    stream = file or sys.stdout
+    lines = plain(text, stream).split("\n")
+    if wrap or stream.isatty():
+        lines = [_wrapped(line, hang) for line in lines]
+    print("\n".join(lines), file=stream, flush=True)
+
+
+def _wrapped(line: str, hang: int) -> str:
+    """Break a line between words, none of which is a percent sign."""
+    whole = line.replace(" %", "\0%")
+    return textwrap.fill(whole, width(), subsequent_indent=" " * hang, **WHOLE_WORDS).replace("\0", " ")
+
+
+class Group(TyperGroup):
+    """A group of commands; what is told of a wrong option or argument has no control characters of the user's."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command; a mistake in its options is told and exits with 2."""
+        try:
+            code = super().main(*args, **extra | {"standalone_mode": False})
+        except Exception as error:
+            show = getattr(error, "show", None)  # typer's own click, or the package
+            if show is None:
+                raise
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                show()
+            say(told.getvalue().rstrip("\n"), sys.stderr)
+            code = getattr(error, "exit_code", 2)
+        return sys.exit(code or 0) if standalone_mode else code
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        from importlib import metadata
+
+        say(f"taskvec {metadata.version('taskvec')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    help="Edit pre-trained image classifiers in weight space.",
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=EXIT_CODES,
+)
+lab = typer.Typer(help="The embedded miniature: its encoders.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(lab, name="lab")
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    """Edit pre-trained image classifiers in weight space."""
+
+
+Given = ParamSpec("Given")
+
+
+def guarded(command: Callable[Given, None]) -> Callable[Given, None]:
+    """Turn a user's mistake into one message and exit code 2; what is noted goes to standard error, once."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        try:
+            with listen(print_note):
+                command(*args, **kwargs)
+        except TaskvecError as error:
+            say(f"error: {error}", sys.stderr)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.command()
+@guarded
+def run(
+    study: Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")],
+    out: Annotated[Path | None, typer.Option(help="the run folder; runs/NAME by default")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="2 steps and 32 images a split: does everything work?")
+    ] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="steps at once; one a core by default, one on a GPU")
+    ] = None,
+) -> None:
+    """Run a study, or what is not done of it yet, and write tables, figures, a page and models."""
+    say(f"{'SMOKE RUN: ' if smoke else ''}reading {study}", sys.stderr)
+    from taskvec.study.files import open_study
+
+    file = open_study(study)
+    counts = f"backbones: {len(file.study.backbones)}, tasks: {len(file.study.tasks)}"
+    say(f"planning {file.study.name} ({counts})", sys.stderr)
+    from taskvec.command.progress import Terminal, clock
+    from taskvec.command.runs import run_study
+    from taskvec.engine.store import Store, default_store
+
+    if smoke:
+        file = file.shortened()
+    folder = (out or Path("runs") / file.study.name).expanduser()
+    command = f"taskvec run {shlex.quote(study)}" + (" --smoke" if smoke else "")
+    console, begin = Console(stderr=True), time.monotonic()
+    watcher = Terminal(console)
+    try:
+        outcome = run_study(file, folder, Store((store or default_store()).expanduser()), workers, watcher, command)
+    finally:
+        watcher.close()
+    _tell(outcome, clock(time.monotonic() - begin))
+
+
+def _tell(outcome: Outcome, duration: str) -> None:
+    """Say what a run did, its results, and where its page is."""
+    from taskvec.engine.store import read_json
+    from taskvec.report.verdict import SMOKE
+
+    folder, lock = outcome.folder, read_json(outcome.folder / "study.lock.json")
+    if lock.get("smoke"):
+        say(SMOKE, wrap=True)
+    say(_done(outcome, duration))
+    if not lock.get("smoke"):
+        _show(folder, lock)
+    say(f"page: {(folder / 'report.html').resolve()}")
+
+
+def _done(outcome: Outcome, duration: str) -> str:
+    """Say how many steps were run."""
+    if not outcome.ran:
+        again = "the run folder was written again" if outcome.written else "nothing to do"
+        return f"all {outcome.steps} steps were done before: {again}"
+    reused = outcome.steps - outcome.ran
+    return f"{outcome.ran} steps run in {duration}" + (f", {reused} were done before" if reused else "")
+
+
+def _show(folder: Path, lock: dict[str, Any]) -> None:
+    """Print the verdict, and the tasks of every merge, or one line for each where there are many."""
+    import pandas as pd
+
+    from taskvec.report import tables
+    from taskvec.report.verdict import usage
+
+    results = pd.read_csv(folder / "results.csv", keep_default_na=False)
+    say()
+    say(tables.headline(results, pd.read_csv(folder / "costs.csv"), lock), wrap=True)
+    if command := usage(lock, str(folder)):
+        say(f"Use it: {command}")
+    say()
+    found = tables.views(results)
+    if len(found) > MANY:
+        _print("test split, %, mean over tasks", tables.summary(results))
+        return
+    for view in found:
+        for method in view.methods:
+            what = "test split, each task's own metric, %" if view.mixed else "test accuracy, %"
+            _print(f"{tables.title(view, method)}: {what}", tables.task_table(view, method))
+
+
+def _print(title: str, frame: pd.DataFrame) -> None:
+    """Print a table that fits the terminal."""
+    from taskvec.report.texts import text_table
+
+    shown = frame.map(lambda cell: plain(str(cell), sys.stdout))
+    shown.columns = [plain(str(name), sys.stdout) for name in frame.columns]
+    say(title, wrap=True)
+    say(text_table(shown, width()))
+    say()
+
+
+@app.command("plan")
+@guarded
+def plan_(
+    study: Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")],
+    device: Annotated[
+        str | None, typer.Option(help="h100, a100 or cpu: whose hours to estimate; all by default")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="of the run with 2 steps and 32 images a split")] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="steps at once on a CPU; one a core by default")] = None,
+) -> None:
+    """Say what a study takes before it runs: steps, images, FLOPs, hours, disk, memory, downloads."""
+    from taskvec.study.files import open_study
+
+    file = open_study(study)
+    from taskvec.command.runs import default_workers
+    from taskvec.engine.store import Store, default_store
+    from taskvec.study.forecast.estimate import DEVICES, forecast, report
+    from taskvec.study.plan.experiments import plan
+
+    if device is not None and device not in DEVICES:
+        raise unknown("device", device, DEVICES)
+    held, chosen = Store((store or default_store()).expanduser()), file.study.smoke() if smoke else file.study
+    found = forecast(chosen.name, plan(replace(file, study=chosen), held, estimate=True), held)
+    for line in report(found, [device] if device else list(DEVICES), workers or default_workers("cpu", chosen.threads)):
+        say(line, hang=10, wrap=True)
+
+
+@app.command()
+@guarded
+def predict(
+    model: Annotated[Path, typer.Argument(help="a run folder, or a model folder in its models/")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    task: Annotated[str | None, typer.Option(help="ask one task's head only")] = None,
+) -> None:
+    """Classify images with a study's best model, by every task's head or by one."""
+    from taskvec.deploy.model import load
+    from taskvec.report.texts import one_line
+
+    found = load(model)
+    for answer in found.predict(images, task):
+        names = (one_line(name) for name in (answer.image, answer.task, answer.label))
+        say("\t".join([*names, f"{answer.probability:.3f}"]))
+
+
+@app.command()
+@guarded
+def merge(
+    base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
+    tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
+    scale: Annotated[float, typer.Option(help="lambda: how far to go along the merged direction")],
+    out: Annotated[Path, typer.Option(help="a .safetensors file, or a new folder (for shards, or a file a task)")],
+    method: Annotated[
+        str, typer.Option(help="a merging method (taskvec list methods), or several with +")
+    ] = "task_arithmetic",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a hyperparameter")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="tensors that stay the base's, such as 'head.*'")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="store as float32, bfloat16, ...; as the base by default")] = None,
+    shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="largest file, such as 5GB")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of methods that draw")] = 0,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="a Python file that registers methods; it is run")
+    ] = None,
+) -> None:
+    """Merge fine-tuned weights of any architecture in little memory; no model is built."""
+    from taskvec.command import weight_files as file_commands
+    from taskvec.command.progress import passes
+
+    begin = time.monotonic()
+    given = (base, tuned, out, scale, method, settings or (), keep or (), dtype, shard_size, seed, plugin or ())
+    request = file_commands.Merge(*given)
+    with passes("merging", Console(stderr=True)) as watch:
+        lines = request.run(watch)
+    for line in (*lines, f"in {time.monotonic() - begin:.1f} s"):
+        say(line, hang=4)
+
+
+@app.command()
+@guarded
+def diff(
+    base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
+    tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
+    out: Annotated[Path | None, typer.Option(help="a folder for a figure (png, pdf) and tables (csv)")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="tensors to leave out, such as 'head.*'")
+    ] = None,
+) -> None:
+    """Compare fine-tuned weights with their base: norms by layer, cosines, share of changed entries."""
+    from taskvec.command import weight_files as file_commands
+    from taskvec.command.progress import passes
+
+    if out is not None:
+        file_commands.check_out(out, [base, *tuned])
+    with passes("comparing", Console(stderr=True)) as watch:
+        found = file_commands.compare(base, tuned, keep or (), watch)
+    for title, frame in file_commands.tables(found).items():
+        _print(title, frame)
+    if out is not None:
+        say(f"written to {out}: {', '.join(file_commands.write(found, out))}", hang=4)
+
+
+@app.command("store")
+@guarded
+def store_(
+    clear: Annotated[
+        str | None, typer.Option(help="remove what is of this kind, or has this id; decoded: all decoded images; all")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
+    ] = None,
+) -> None:
+    """List what the store keeps: decoded images one by one, other steps by kind. With --clear, remove some of it."""
+    from taskvec.engine.store import Store, default_store, gigabytes
+
+    place = Store((store or default_store()).expanduser())
+    if store is not None and not place.folder.is_dir():
+        raise TaskvecError(f"no store at '{store}'", "give the folder that taskvec run was given as --store")
+    if place.folder.exists() and not place.is_store():
+        raise TaskvecError(f"'{place.folder}' is no store", "give the folder that taskvec run was given as --store")
+    every = place.held()
+    if clear:
+        place.sweep()
+        chosen = [one for one in every if clear in ("all", one.kind, one.id, DECODED.get(one.kind))]
+        if not chosen and clear != "all":
+            raise unknown("part of the store", clear, {"all", "decoded", *(one.kind for one in every)})
+        gone = place.clear(chosen)
+        say(f"removed {len(gone)} steps, {gigabytes(sum(one.size for one in gone))}, from {place.folder}")
+        return
+    for one in (one for one in every if one.kind in DECODED):
+        say(f"{gigabytes(one.size):>9}  {one.id}  {one.label}")
+    for kind in sorted({one.kind for one in every} - set(DECODED)):
+        sizes = [one.size for one in every if one.kind == kind]
+        say(f"{gigabytes(sum(sizes)):>9}  {kind}: {len(sizes)} steps")
+    if (left := place.unfinished()) > 0:
+        say(f"{gigabytes(left):>9}  unfinished: being written now, or left in {place.folder / 'tmp'} by others")
+    say(f"{gigabytes(sum(one.size for one in every)):>9}  in all, in {place.folder}")
+
+
+@app.command("list")
+@guarded
+def list_(kind: Annotated[str, typer.Argument(help="studies, methods, backbones or tasks")]) -> None:
+    """List what the package knows by name."""
+    listings = {"studies": _studies, "methods": _methods, "backbones": _backbones, "tasks": _tasks}
+    if kind not in listings:
+        raise unknown("kind of list", kind, listings)
+    for name, text in listings[kind]().items():
+        say(f"{name:<24} {text}", hang=25)
+
+
+def _studies() -> dict[str, str]:
+    from taskvec.study.files import packaged
+
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in packaged().items()}
+
+
+def _methods() -> dict[str, str]:
+    from taskvec.merging.registry import METHODS
+
+    return {method.name: method.about for method in METHODS.values()}
+
+
+def _backbones() -> dict[str, str]:
+    from taskvec.encoders.addresses import listing
+    from taskvec.lab.encoders import DESCRIPTIONS
+
+    return {f"lab:{name}": text for name, text in DESCRIPTIONS.items()} | listing()
+
+
+def _tasks() -> dict[str, str]:
+    from taskvec.lab.drawing.worlds import DESCRIPTIONS
+    from taskvec.paper.tasks import TASKS
+
+    lab_tasks = {f"lab:{name}": text for name, text in DESCRIPTIONS.items()}
+    papers = {f"paper:{name}": f"{task.description}, {task.classes} classes" for name, task in TASKS.items()}
+    return (
+        lab_tasks
+        | papers
+        | {
+            "paper:NAME@FOLDER": "the same from a folder of published data (data: FOLDER, $TASKVEC_DATA); @hf: the Hub",
+            "folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val, or in PATH itself",
+            "hf:DATASET": "a data set of the Hugging Face Hub (DATASET@CONFIG), or a local folder of parquet files",
+            "torchvision:NAME@FOLDER": "a data set of torchvision, which has been downloaded into FOLDER",
+        }
+    )
+
+
+@lab.command()
+@guarded
+def pretrain(
+    encoder: Annotated[str, typer.Argument(help="an encoder of the lab (taskvec list backbones), or all")],
+    steps: Annotated[int | None, typer.Option(min=1, help="optimiser steps; the shipped encoder's by default")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of weights and images")] = 0,
+    out: Annotated[Path, typer.Option(help="the folder to write the encoder and its record to")] = Path(),
+) -> None:
+    """Pre-train one of the lab's encoders, or all, where OUT lacks it; what was stopped continues."""
+    from taskvec.lab.encoders import pretrained
+
+    if encoder not in (*pretrained(), "all"):
+        raise unknown("pre-trained lab encoder", encoder, (*pretrained(), "all"))
+    from rich.progress import Progress
+
+    from taskvec.lab.pretraining.pretrain import is_made
+    from taskvec.lab.pretraining.pretrain import pretrain as make
+
+    for name in pretrained() if encoder == "all" else (encoder,):
+        if is_made(name, out, steps, seed):
+            say(f"{name} is there already")
+            continue
+        with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+            task = bar.add_task(f"pre-training {name}", total=1.0)
+            path = make(name, out, steps, seed, lambda share: bar.update(task, completed=share))  # noqa: B023
+        say(f"{path} and its record {path.with_suffix('.json').name}")

@@ -1,0 +1,262 @@
+"""Merging and comparing files of weights: from paths and options to files, tables and the lines that tell of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from taskvec.core.errors import TaskvecError
+from taskvec.core.locks import workspace
+from taskvec.encoders.addresses import split_key
+from taskvec.engine.publishing import check_names, check_outside, settle
+from taskvec.engine.store import disk_errors, write_text
+from taskvec.merging import plugins
+from taskvec.merging.entries import Kind
+from taskvec.merging.matching import SHOWN, Matched, match
+from taskvec.merging.on_disk import SLICE, Streams, Watch, check_new, merge_files, plan_target, unwatched
+from taskvec.merging.registry import ADDITION, Recipe, find_recipe
+from taskvec.weights.reader import FLOATS, Checkpoint, labels
+from taskvec.weights.writer import alone
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from taskvec.merging.differences import Differences
+
+FILES = ("diff.csv", "cosines.csv", "diff.png", "diff.pdf")
+"""What a comparison writes into a folder."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
+    """Open checkpoints, of FILE#NAME a part, until the stack ends; their labels tell them apart."""
+    parts = [split_key(str(path)) for path in paths]
+    named = zip(parts, labels(paths), strict=True)
+    return [stack.enter_context(Checkpoint(Path(path), label, part)) for (path, part), label in named]
+
+
+# ---------------------------------------------------------------- merging
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge of files as it is asked for; ``settings`` are key=value, ``keep`` patterns, ``plugins`` Python files."""
+
+    base: Path
+    tuned: Sequence[Path]
+    out: Path
+    scale: float
+    method: str = ADDITION
+    settings: Sequence[str] = ()
+    keep: Sequence[str] = ()
+    dtype: str | None = None
+    shard_size: str | None = None
+    seed: int = 0
+    plugins: Sequence[Path] = ()
+
+    def run(self, watch: Watch = unwatched) -> list[str]:
+        """Merge, and return what to tell about it; mistakes raise before anything is written."""
+        plugins.use(self.plugins)
+        recipe = find_recipe(self.method, parse_settings(self.settings))
+        check_possible(recipe, self.scale)
+        recipe.check_tasks(len(self.tuned))
+        limit = None if self.shard_size is None else parse_size(self.shard_size)
+        with ExitStack() as stack:
+            base, *tuned = open_all([self.base, *self.tuned], stack)
+            check_different([base, *tuned])
+            check_filled([base, *tuned])
+            with disk_errors(self.out):
+                target = plan_target(self.out, self.dtype, limit, [base, *tuned], recipe)
+            streams = Streams(
+                base,
+                tuned,
+                match(base, tuned, self.keep),
+                not recipe.elementwise,
+                not recipe.arrays,
+                self.seed,
+                watch=watch,
+            )
+            with alone(target.out):
+                check_new(target)
+                written = merge_files(recipe, streams, self.scale, target)
+            count = f"{len(tuned)} checkpoint{'s' if len(tuned) > 1 else ''}"
+            return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams, recipe), *map(str, written)]
+
+
+def check_different(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise for files that are given twice: their vector would count twice, or be zero and water an average down."""
+    seen: dict[frozenset[Any], int] = {}
+    for number, one in enumerate(checkpoints):
+        places = ((found.st_dev, found.st_ino) for found in map(Path.stat, one.files))
+        first = seen.setdefault(frozenset((*places, *one.tensors)), number)
+        if first < number:
+            told = "the base and a fine-tuned checkpoint" if first == 0 else "given twice"
+            raise TaskvecError(
+                f"'{one.path}' is {told}", "name every file once; a pattern such as * may have the base too"
+            )
+
+
+def check_filled(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise for files whose matrices are all zero: nothing was saved in them."""
+    for one in checkpoints:
+        floats = {name: stored for name, stored in one.tensors.items() if stored.dtype in FLOATS and stored.size}
+        matrices = {name: stored.size for name, stored in floats.items() if len(stored.shape) > 1}
+        slices = ((name, i, min(size, i + SLICE)) for name, size in matrices.items() for i in range(0, size, SLICE))
+        if matrices and not any(one.read(*place).any() for place in slices):
+            raise TaskvecError(
+                f"'{one.path}': all its matrices are zero", "give a checkpoint that holds trained weights"
+            )
+
+
+def check_possible(recipe: Recipe, scale: float) -> None:
+    """Raise for a scale that is no number, and for methods that need more than files."""
+    if not math.isfinite(scale):
+        raise TaskvecError(f"--scale {scale} is no finite number", "give one such as 0.3")
+    needs = sorted(recipe.needs - {"seed"})
+    if needs:
+        raise TaskvecError(
+            f"'{recipe.name}' needs {' and '.join(needs)}, which files of weights do not hold",
+            "use it in a study file (docs/study.md), or choose another method",
+        )
+
+
+def parse_settings(given: Sequence[str]) -> dict[str, Any]:
+    """Return hyperparameters of key=value; values are JSON (0.2, true, [1, 2]) or else text."""
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or key.strip() in found:
+            why = "given twice" if key.strip() in found else "not of the form key=value"
+            raise TaskvecError(f"--set '{text}' is {why}", "write for example --set drop=0.5")
+        try:
+            found[key.strip()] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[key.strip()] = value.strip()
+    return found
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 5GB, 500 MB or 2GiB."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?)B?", text.strip().upper())
+    size = int(float(found.group(1)) * UNITS.get(found.group(2), 0)) if found else 0
+    if size < 1:
+        raise TaskvecError(f"--shard-size '{text}' is no size", "write for example 5GB or 500MiB")
+    return size
+
+
+def told(streams: Streams, recipe: Recipe) -> list[str]:
+    """Return lines that account for every tensor of every file."""
+    matched, base = streams.matched, streams.base
+    numbers = sum(base.tensors[name].size for name in matched.merged)
+    lines = [f"merged {len(matched.merged)} of {len(base.tensors)} tensors ({numbers:,} numbers)"]
+    if matched.tied:
+        pairs = [f"{twin} = {first}" for twin, first in matched.tied.items()]
+        lines.append(f"tied in all files, and in the result: {len(pairs)} ({_some(pairs)})")
+    if recipe.matrices:
+        kinds = {kind: [name for name in matched.merged if streams.kinds[name][0] == kind] for kind in get_args(Kind)}
+        tables = f", {len(kinds['embedding'])} tables ({_some(kinds['embedding'])})" if kinds["embedding"] else ""
+        lines.append(f"as matrices: {len(kinds['matrix'])}; averaged: {len(kinds['vector'])} vectors{tables}")
+    ways = {"integers": matched.integers, "by --keep": matched.kept}
+    carried = [f"{len(names)} {way} ({_some(names)})" for way, names in ways.items() if names]
+    lines.append(f"carried over from the base: {', '.join(carried) or 'none'}; refused: none")
+    for one, names in zip(streams.tuned, matched.aside, strict=True):
+        if names:
+            lines.append(f"not used of {one.label}: {len(names)} ({_some(names)})")
+    unmoved = [one.label for one, moved in zip(streams.tuned, streams.moved, strict=True) if not moved]
+    return [*lines, *(f"{label} does not differ from the base: its task vector is zero" for label in unmoved)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def compare(base: Path, tuned: Sequence[Path], keep: Sequence[str] = (), watch: Watch = unwatched) -> Differences:
+    """Measure how checkpoints differ from their base; tensors of the patterns in ``keep`` are left out."""
+    with ExitStack() as stack:
+        first, *others = open_all([base, *tuned], stack)
+        matched: Matched = match(first, others, keep, split=True)
+        from taskvec.merging.differences import measure  # pandas
+
+        return measure(Streams(first, others, matched, watch=watch))
+
+
+def tables(found: Differences) -> dict[str, pd.DataFrame]:
+    """Return what the terminal shows: titles and tables of text."""
+    import pandas as pd
+
+    whole = found.by_checkpoint()
+    summary = pd.DataFrame(
+        {
+            "Checkpoint": whole["fine_tuned"],
+            "norm": whole["norm"].map("{:.4g}".format),
+            "of the base's": whole["relative"].map(_share),
+            "entries changed": whole["share"].map("{:.1%}".format),
+        }
+    )
+    layers = found.by_layer().pivot(index="layer", columns="fine_tuned", values="relative")
+    layers = layers.loc[list(found.products), list(found.labels)].map(_share)
+    shown = {
+        "task vectors": summary,
+        "norm of the task vector by layer, of the base's": _named("Layer", layers),
+    }
+    if len(found.labels) > 1:
+        shown["cosines between task vectors"] = _square(found.cosines())
+    return shown
+
+
+def _share(value: float) -> str:
+    """Write a share of the base's norm; of a base of zeros there is none."""
+    return "–" if math.isnan(value) else f"{value:.3%}"
+
+
+def _square(cosines: pd.DataFrame) -> pd.DataFrame:
+    """Return the cosines over all layers as a triangle, a row a checkpoint."""
+    import pandas as pd
+
+    whole = cosines[cosines["layer"] == ""]
+    names = list(dict.fromkeys([*whole["first"], *whole["second"]]))
+    texts = (whole["cosine"].round(3) + 0.0).map("{:.3f}".format)
+    values = dict(zip(zip(whole["first"], whole["second"], strict=True), texts, strict=True))
+    rows = [[values.get((other, name), "") for other in names[:-1]] for name in names[1:]]
+    return _named("Checkpoint", pd.DataFrame(rows, columns=names[:-1], index=names[1:]))
+
+
+def _named(heading: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """Put the names of the rows into a first column; a checkpoint may be called as that column is."""
+    frame = frame.copy()
+    frame.insert(0, heading, frame.index, allow_duplicates=True)
+    return frame
+
+
+def check_out(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise, before any work, if the files of a comparison cannot go to a folder."""
+    check_names(out, FILES)
+    check_outside(out, [Path(split_key(str(given))[0]) for given in inputs])
+
+
+def write(found: Differences, out: Path) -> list[str]:
+    """Write diff.csv (a row a tensor and checkpoint), cosines.csv, and the figure; return their names.
+
+    Other files of these names are kept aside.
+    """
+    from taskvec.report.figures import drawing as figures
+    from taskvec.report.figures.differences import differences
+
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with workspace(out / "diff") as fresh:
+            for name, frame in {"diff.csv": found.tensors, "cosines.csv": found.cosines()}.items():
+                write_text(fresh / name, frame.to_csv(index=False, lineterminator="\n"))
+            figures.save(differences(found.by_layer(), found.cosines()), fresh, "diff")
+            for name in FILES:
+                settle(fresh, out, name)
+    return list(FILES)

@@ -1,0 +1,1 @@
+"""What everything stands on: errors, notes, settings, device and precision, kinds of task, the one training loop."""

@@ -1,0 +1,103 @@
+"""Where and how precisely numbers are computed: device, precision and threads, by fixed rules that are recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from taskvec.core.errors import TaskvecError
+
+Precision = Literal["float32", "bfloat16"]
+Use = Literal["training", "evaluation"]
+
+WIDE = 128
+"""Feature width from which bfloat16 pays off in training on a CPU with AMX tiles (benchmarks/precision.py)."""
+
+
+def processor(device: str = "cpu") -> str:
+    """Name the processor that computes: another one may give other last digits, and so other choices.
+
+    A name alone may stand for many CPUs: the instructions that torch uses follow it.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    tiles = ", AMX" if has_fast_bfloat16() else ""
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{tiles})"
+
+
+def choose_device(setting: str = "auto") -> str:
+    """Return ``cuda`` where there is one and ``cpu`` elsewhere, or the device asked for if it is usable."""
+    if setting == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=setting)
+    except (RuntimeError, AssertionError) as error:
+        raise TaskvecError(
+            f"device '{setting}' cannot be used: {error}".splitlines()[0], "use auto, cpu or cuda"
+        ) from None
+    return setting
+
+
+def choose_precision(setting: str, use: Use, width: int, device: str) -> Precision:
+    """Return the precision for a use, by rule: evaluation, where scales are compared, is always float32.
+
+    ``auto`` trains in bfloat16 on GPUs that have it, and on CPUs with AMX tiles when the encoder is at least ``WIDE``
+    features wide. An explicit ``bfloat16`` is for training only: a move of 0.05 task vectors is below its resolution.
+    """
+    resolved = "float32" if use == "evaluation" else resolve_precision(setting, device)
+    wide: Precision = "bfloat16" if width >= WIDE else "float32"
+    return wide if resolved == "wide" else resolved
+
+
+def resolve_precision(setting: str, device: str) -> Precision | Literal["wide"]:
+    """Return what a setting means for training on this machine; ``wide`` is bfloat16 from ``WIDE`` features on.
+
+    Steps are told this and not ``auto``, so that what they do does not depend on where they run.
+    """
+    if setting in ("float32", "bfloat16", "wide"):
+        return cast("Precision | Literal['wide']", setting)
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "wide" if has_fast_bfloat16() else "float32"
+
+
+def has_fast_bfloat16() -> bool:
+    """Say whether this CPU multiplies bfloat16 matrices in hardware (AMX tiles)."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe and probe())
+
+
+@contextlib.contextmanager
+def autocast(precision: Precision, device: str) -> Iterator[None]:
+    """Run the body under autocast for bfloat16, and plainly for float32.
+
+    On a CPU the fused attention's backward pass is slow in bfloat16 (benchmarks/precision.py): the plain one is taken.
+    """
+    kind = device.split(":")[0]
+    with contextlib.ExitStack() as stack:
+        if precision == "bfloat16":
+            stack.enter_context(torch.autocast(kind, torch.bfloat16))
+            if kind == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with ``count`` threads inside: the number changes the last bits, so a step's fingerprint holds it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

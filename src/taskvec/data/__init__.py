@@ -1,0 +1,1 @@
+"""Images and tasks: sources, splits, and the two decoded caches."""

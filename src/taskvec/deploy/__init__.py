@@ -1,0 +1,1 @@
+"""The model that a study keeps, ready to use."""

@@ -1,0 +1,1 @@
+"""Models that transformers wrote: their folders, their processors, their modules."""

@@ -1,0 +1,455 @@
+"""Vision models of transformers, from a folder or the hub: ViT and its family, CLIP's image tower, and CNNs.
+
+The feature is the class token after the final norm, without the pooler; of CLIP it is projected where the checkpoint
+has the projection; models without a class token give their own pooled feature. Nothing is masked: a checkpoint of MAE
+is read into ViTModel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from taskvec.core.errors import TaskvecError, did_you_mean, first_line
+from taskvec.encoders.addresses import Checkpoint
+from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, DECODERS
+from taskvec.encoders.loaders.hf import processors, saved
+from taskvec.encoders.loaders.requests import (
+    Family,
+    Loaded,
+    Request,
+    State,
+    Texts,
+    check_affordable,
+    check_bounds,
+    extra,
+    no_projection,
+)
+from taskvec.weights.flat import check_keys
+from taskvec.weights.keys import COUNTER
+from taskvec.weights.reader import tell_other
+
+HEADS = (*CLASSIFIERS, *DECODERS, "pooler.", "embeddings.mask_token")
+"""Key prefixes of what an encoder does without: classifiers, decoders, the pooler and the token of hidden patches."""
+TEXTS = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.")
+OTHERS = ("model_type", "architectures", "dtype", "return_dict", "torchscript")
+"""What a configuration says that is none of the encoder's architecture."""
+Images = Float[Tensor, "batch 3 size size"]
+
+
+@dataclass(frozen=True)
+class Type:
+    """How a type of model in transformers is read: the type whose encoder it has, and which output is its feature."""
+
+    encoder: str
+    feature: str
+
+
+TYPES = {
+    **{name: Type(name, "class") for name in ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")},
+    "vit_mae": Type("vit", "class"),
+    "vit_msn": Type("vit_msn", "class"),
+    "clip": Type("clip_vision_model", "clip"),
+    "clip_vision_model": Type("clip_vision_model", "clip"),
+    "siglip": Type("siglip_vision_model", "pooled"),
+    **{
+        name: Type(name, "pooled")
+        for name in (
+            "siglip_vision_model", "beit", "data2vec-vision", "swin", "swinv2", "focalnet", "resnet", "regnet", "bit",
+            "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "mobilenet_v1", "mobilenet_v2", "levit",
+        )
+    },
+}  # fmt: skip
+"""The types of model that are known, by ``model_type`` of config.json."""
+
+
+class Encoder(nn.Module):
+    """A model of transformers that gives one feature an image."""
+
+    def __init__(self, model: nn.Module, resampled: bool) -> None:
+        """Keep the model; ``resampled`` lets it resample its position embeddings to the images' size."""
+        super().__init__()
+        self.model = model
+        self.resampled = {"interpolate_pos_encoding": True} if resampled else {}
+
+    def outputs(self, images: Images) -> Any:
+        """Return all outputs of the model."""
+        return self.model(images, **self.resampled)
+
+
+class ClassToken(Encoder):
+    """The class token after the final norm."""
+
+    patches: int
+
+    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
+        """Return the feature of every image."""
+        feature: Tensor = self.outputs(images).last_hidden_state[:, 0]
+        return feature
+
+    def tokens(self, images: Images) -> Float[Tensor, "batch patches width"]:
+        """Return the final token of every patch, without class and register tokens."""
+        tokens: Tensor = self.outputs(images).last_hidden_state[:, -self.patches :]
+        return tokens
+
+
+class Pooled(Encoder):
+    """The model's own pooled feature; of CLIP's image tower that is the normalised class token."""
+
+    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
+        """Return the feature of every image."""
+        feature: Tensor = self.outputs(images).pooler_output.flatten(1)
+        return feature
+
+
+class Projected(Encoder):
+    """The embedding after CLIP's projection, not normalised."""
+
+    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
+        """Return the feature of every image."""
+        feature: Tensor = self.outputs(images).image_embeds
+        return feature
+
+
+class Classifier(Encoder):
+    """A classifier of the library, which gives its scores."""
+
+    def forward(self, images: Images) -> Float[Tensor, "batch classes"]:
+        """Return the scores of every image."""
+        scores: Tensor = self.outputs(images).logits
+        return scores
+
+
+# ---------------------------------------------------------------- models
+
+
+def identify(request: Request) -> dict[str, Any]:
+    """Return a digest of the folder, where it is on this machine."""
+    folder = saved.locate(request)
+    extra("transformers", "transformers", "hf", request.address)
+    return {"content": saved.digest(folder, request.allow_pickle)} if folder else {}
+
+
+def missing(request: Request) -> str:
+    """Say what would have to be downloaded."""
+    return f"{request.name}/{saved.WEIGHTS[0]}" if saved.locate(request) is None else ""
+
+
+def load(request: Request) -> Loaded:
+    """Find a model's folder and read its configuration."""
+    extra("transformers", "transformers", "hf", request.address)
+    folder = saved.obtain(request)
+    config = saved.read_config(folder)
+    kind = type_of(request, config)
+    own = edge(vision_of(config, folder).get("image_size"))
+    seen = processors.preprocessing(folder, kind, own)
+    seen = replace(seen, size=request.size or seen.size)
+    files = saved.checked_files(folder, request.allow_pickle)
+    tell_other(files[0] if len(files) == 1 else folder)
+    projects = TYPES[kind].feature == "clip" and saved.holds(files, "visual_projection.", config)
+    options = options_of(request, config, vision_of(config, folder), kind, seen.size, projects)
+    check_affordable(lambda: build(options), files, f"'{folder / saved.CONFIG}'")
+    where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
+    return Loaded(
+        {"family": "hf", "options": options},
+        lambda _: seen,
+        lambda _: state_for(folder, options),
+        lambda: {"from": where, "sha256": saved.content(files)},
+    )
+
+
+def type_of(request: Request, config: dict[str, Any]) -> str:
+    """Return the type of a model; one that is not known is an error."""
+    kind = str(config.get("model_type"))
+    if "architecture" in config:
+        name = config["architecture"]
+        raise TaskvecError(f"'{request.address}' is a folder of timm", f"write timm:{name}@{Path(request.name)}")
+    if kind not in TYPES:
+        raise TaskvecError(f"'{request.address}' is a model of type '{kind}'", did_you_mean(kind, TYPES))
+    return kind
+
+
+def vision_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a copy of the part of a configuration that is the image tower's."""
+    older = config.get("vision_config_dict") if config.get("model_type") == "clip" else None  # goes before the other
+    vision = older or config.get("vision_config") or config
+    if not isinstance(vision, dict):
+        raise TaskvecError(f"'{folder / saved.CONFIG}': vision_config is '{vision}'", "copy it again")
+    check_bounds(vision, f"'{folder / saved.CONFIG}'")
+    return dict(vision)
+
+
+def options_of(
+    request: Request, config: dict[str, Any], vision: dict[str, Any], kind: str, size: int, has_projection: bool
+) -> dict[str, Any]:
+    """Return what ``build`` makes the encoder from."""
+    if has_projection and "projection_dim" in config:
+        vision["projection_dim"] = config["projection_dim"]
+    elif not has_projection:
+        no_projection(request, "its checkpoint holds none")
+    own = edge(vision.get("image_size"))
+    return {
+        "type": kind,
+        "config": {key: value for key, value in vision.items() if key not in OTHERS},
+        "size": size,
+        "resampled": own is not None and size != own,
+        "has_projection": has_projection,
+        "projection": has_projection and request.projection is not False,
+    }
+
+
+def check_row(options: dict[str, Any], row: Checkpoint, request: Request) -> None:
+    """Raise unless a folder's model is of the kind, width, depth, patch and input size of a row of the paper."""
+    made, kinds = make_config(options), ("clip", "clip_vision_model") if row.projection else ("vit", "vit_mae")
+    sizes = [edge(getattr(made, key, None)) for key in ("hidden_size", "num_hidden_layers", "patch_size", "image_size")]
+    projected = made.projection_dim if options["has_projection"] else 0
+    wanted = row.projection if request.projection is not False else projected
+    if options["type"] not in kinds or sizes != [*row.shape, 224] or projected != wanted:
+        raise TaskvecError(
+            f"'{request.address}': '{request.name}' is a {options['type']} of width, depth, patch and input size "
+            f"{sizes}, projected to {projected or 'nothing'}; the paper's is a {kinds[0]} of {[*row.shape, 224]}"
+            + (f", projected to {row.projection}" if row.projection else ""),
+            f"give that encoder's folder, or load this one as hf:{request.name}",
+        )
+
+
+def make_config(options: dict[str, Any]) -> Any:
+    """Make the configuration of an encoder."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with refused(options):
+        return CONFIG_MAPPING[TYPES[options["type"]].encoder](**options["config"])
+
+
+@contextlib.contextmanager
+def refused(options: dict[str, Any]) -> Iterator[None]:
+    """Turn what transformers says of a configuration that it cannot use into an error."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, its checks' own among them
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TaskvecError(
+            f"no '{options['type']}' can be made from its {saved.CONFIG}: {type(error).__name__}: {said}",
+            "mend that file, or copy it again",
+        ) from None
+
+
+def model_class(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a model, and with what else it is made: no pooler where the class token counts, else one."""
+    import inspect
+
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if options["has_projection"]:
+        return transformers.CLIPVisionModelWithProjection, {}
+    found = MODEL_MAPPING[type(make_config(options))]
+    pools = "add_pooling_layer" in inspect.signature(found.__init__).parameters
+    return found, {"add_pooling_layer": TYPES[options["type"]].feature != "class"} if pools else {}
+
+
+def build(options: dict[str, Any]) -> nn.Module:
+    """Make an encoder with random weights."""
+    extra("transformers", "transformers", "hf", f"hf:{options['type']}")
+    made, more = model_class(options)
+    config = make_config(options)
+    with quiet(), refused(options):
+        model = made(config, **more)
+    return wrap(model, options)
+
+
+def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """Make a model give its feature."""
+    if options["has_projection"] and not options["projection"]:
+        model = model.vision_model  # type: ignore[assignment]
+    resampled = options["resampled"] and takes_size(model)
+    if options["projection"]:
+        return Projected(model, resampled)
+    if TYPES[options["type"]].feature != "class":
+        return Pooled(model, resampled)
+    encoder, patch = ClassToken(model, resampled), edge(options["config"].get("patch_size")) or 16
+    encoder.patches = (options["size"] // patch) ** 2
+    return encoder
+
+
+def state_for(folder: Path, options: dict[str, Any]) -> State:
+    """Let transformers read and translate the weights of a folder; what is missing or not known raises."""
+    saved.check_types(saved.checked_files(folder, True))
+    model, info = read_model(folder, options)
+    allowed = (*HEADS, *TEXTS) if TYPES[options["type"]].feature == "clip" or "siglip" in options["type"] else HEADS
+    unexpected = sorted(info["unexpected_keys"])
+    dropped = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"] or key.endswith(COUNTER)}
+    found |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
+    found |= {key: () for key in unexpected if key not in dropped}
+    fix = f"give a folder whose weights are those of its {saved.CONFIG}"
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        fix += ", or set use_mean_pooling to false there: then the class token is the feature"
+    check_keys(found, shapes, f"'{saved.weights_in(folder)}'", fix)
+    inner = wrap(model, options).state_dict()
+    if options["has_projection"] and not options["projection"]:
+        dropped.append("visual_projection.weight")
+    return State(inner, tuple(dropped))
+
+
+def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Read a folder into its model by transformers, which also says which keys did not fit."""
+    made, more = model_class(options)
+    config, weights = make_config(options), saved.weights_in(folder)
+    named = None if weights is None or weights.name in saved.WEIGHTS else str(weights.relative_to(folder))
+    config.transformers_weights = named
+    return read_as(made, folder, config=config, **more)
+
+
+def read_as(made: Any, folder: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """Read a folder into a model of a class of transformers, which also says which keys did not fit."""
+    weights = saved.weights_in(folder)
+    safe = weights is not None and ".safetensors" in weights.name
+    state = saved.bare_state(saved.checked_files(folder, True))
+    if state is not None and "config" not in more:
+        more["config"] = made.config_class.from_pretrained(folder, local_files_only=True)
+    try:
+        with quiet():
+            model, info = made.from_pretrained(
+                folder if state is None else None,
+                state_dict=state,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                use_safetensors=safe,
+                weights_only=True,
+                dtype=torch.float32,
+                **more,
+            )
+    except Exception as error:  # its readers raise errors of many kinds
+        raise TaskvecError(
+            f"'{weights}' cannot be read: {first_line(error)}", "is it complete? copy or convert it again"
+        ) from None
+    return model, info
+
+
+def classifier(request: Request, options: Mapping[str, Any], outputs: int) -> nn.Module | None:
+    """Read the classifier of a fine-tuned folder by the class that wrote it; None where the library has none."""
+    folder = Path(request.file).parent
+    if not saved.is_folder(folder) or saved.weights_in(folder) != Path(request.file):
+        return None
+    for made in classifier_classes(saved.read_config(folder)):
+        model, info = read_as(made, folder)
+        if not info["missing_keys"] and not info["mismatched_keys"]:
+            return Classifier(model, options["resampled"] and takes_size(model))
+    return None
+
+
+def classifier_classes(config: Mapping[str, Any]) -> list[Any]:
+    """Return the library's classifiers of a configuration's type: the one that it names, or all where it names none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as KNOWN
+
+    made = KNOWN.get(CONFIG_MAPPING[config["model_type"]], ())
+    every = list(made) if isinstance(made, tuple | list) else [made]
+    named = saved.architectures(config) or [one.__name__ for one in every]
+    return [one for one in every if one.__name__ in named]
+
+
+def takes_size(model: nn.Module) -> bool:
+    """Say whether a model can resample its position embeddings to the images' size."""
+    import inspect
+
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting what is checked here: keys that do not fit, and bars of progress."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------- sizes and texts
+
+
+def edge(size: Any) -> int | None:
+    """Return a side in pixels out of transformers' ways to say a size."""
+    if isinstance(size, list | tuple):
+        size = size[0] if size else None
+    if isinstance(size, dict):
+        size = next((size[name] for name in ("shortest_edge", "height") if size.get(name)), None)
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise TaskvecError(
+            f"a size is '{size}', not a number of pixels", f"mend it in {saved.CONFIG}, or copy that again"
+        )
+    return size
+
+
+def has_text(request: Request) -> bool:
+    """Say whether zero-shot heads can be built: of CLIP models with both towers; of one not here, by its name."""
+    if request.projection is False:
+        return False
+    folder = saved.locate(request)
+    if folder is None:
+        return "clip" in request.name.lower()
+    config = saved.read_config(folder)
+    files = saved.checked_files(folder, request.allow_pickle)
+    return config.get("model_type") == "clip" and saved.holds(files, "text_model.", config)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise unless a folder holds its tokenizer, in whose place transformers would make an empty one."""
+    names = {name for name in saved.TOKENIZER if (folder / name).is_file()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise TaskvecError(
+            f"'{folder}' holds no tokenizer, which its text tower needs",
+            "copy tokenizer.json there (or vocab.json and merges.txt), or leave out the open regimes",
+        )
+
+
+def identify_text(request: Request) -> str:
+    """Return a digest of weights and tokenizer, where they are on this machine."""
+    folder = saved.locate(request)
+    return saved.digest(folder, request.allow_pickle, saved.TOKENIZER) if folder else ""
+
+
+@torch.inference_mode()
+def texts(request: Request, captions: Sequence[str]) -> Texts:
+    """Return the features of captions by a CLIP model's text tower, and its logit scale."""
+    transformers = extra("transformers", "transformers", "hf", request.address)
+    folder = saved.obtain(request)
+    saved.checked_files(folder, request.allow_pickle)
+    check_tokenizer(folder)
+    try:
+        with quiet():
+            model, info = read_as(transformers.CLIPModel, folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            words = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt")
+    except Exception as error:
+        raise TaskvecError(
+            f"the text tower in '{folder}' cannot be used: {first_line(error)}", "leave out the open regimes"
+        ) from None
+    if missing := sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}):
+        raise TaskvecError(
+            f"'{folder}': its text tower is not whole: {', '.join(missing[:3])}",
+            "copy the whole folder again, or leave out the open regimes",
+        )
+    found = model.eval().get_text_features(**words)
+    features: Tensor = getattr(found, "pooler_output", found)
+    return nn.functional.normalize(features.float(), dim=1), float(model.logit_scale.exp())
+
+
+FAMILY = Family(("transformers",), load, identify, missing, has_text, identify_text, texts, classifier)

@@ -1,0 +1,1 @@
+"""Content-addressed steps: what is done is not done again."""

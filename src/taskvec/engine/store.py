@@ -1,0 +1,472 @@
+"""Content-addressed artifacts on disk: folders that appear whole, know what made them, and are checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import reprlib
+import shutil
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from taskvec.core.errors import TaskvecError
+from taskvec.core.locks import abandoned, claim, replacing, sweep
+from taskvec.core.notes import note
+
+Kind = TypeVar("Kind", bound="Record")
+RECORD = "record.json"
+NOTES = "notes.json"
+"""What a step tells the user about its work: with the record, no part of an artifact's content."""
+MARKER = ".taskvec-store"
+"""The file that tells a store from other folders."""
+DAMAGED, FOREIGN = "damaged", "foreign"
+"""Folders of a store: damaged artifacts, and what others had put into artifacts that were cleared."""
+ID = re.compile("[0-9a-f]{20}")
+ASIDE = re.compile(r"[0-9a-f]{20}(-\d+)?")
+SESSION = re.compile("[0-9a-f]{12}")
+
+
+def canonical(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces; values that JSON cannot hold stably raise TypeError or ValueError."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def fingerprint(value: Any) -> str:
+    """Return the first 20 hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:20]
+
+
+def default_store() -> Path:
+    """Return where artifacts are kept unless told: ``$TASKVEC_STORE``, or ``~/.cache/taskvec``."""
+    return Path(os.environ.get("TASKVEC_STORE") or Path.home() / ".cache" / "taskvec")
+
+
+def gigabytes(count: float) -> str:
+    """Write a number of bytes for people: 48.5 GB, 12 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(int(count > 0), round(count / 1e6))} MB"
+
+
+REFUSED = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EIO,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.EBUSY,
+    errno.ESTALE,
+    errno.EOPNOTSUPP,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+)
+"""What a user can mend about a path: permissions, its kind or length, its disk, too many open files."""
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write into one clear message that says where and how to go on."""
+    try:
+        yield
+    except ValueError as error:
+        if "null byte" in str(error):
+            raise TaskvecError(f"{str(where)!r} is no path", "choose another") from None
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TaskvecError(
+                f"no space left on the disk of '{where}'", "free some space and run again: it resumes"
+            ) from None
+        if error.errno in REFUSED:
+            place = error.filename or where
+            raise TaskvecError(
+                f"cannot use '{place}': {error.strerror}", "mend its permissions or choose another"
+            ) from None
+        raise
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal; one that cannot be read is an error with its path."""
+    with disk_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON that appears whole or not at all."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return the indented JSON that ``write_json`` writes."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a damaged one is an error with its path."""
+    try:
+        with disk_errors(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TaskvecError(f"'{path}' is damaged: {error}", "run the study again, or restore the file") from None
+
+
+class Record(BaseModel):
+    """What a JSON file holds whose fields are known: values of their types only, and finite numbers."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def read_record(path: Path, kind: type[Kind]) -> Kind:
+    """Read a JSON file as a record; the first field that is missing or odd is an error that says what it should be."""
+    value = read_json(path)
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        given = "" if first["type"] == "missing" else f", not {reprlib.repr(first['input'])}"
+        raise TaskvecError(f"'{path}': {field}: {first['msg']}{given}", "restore the file, or make it again") from None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder: its id, where it lies, and the digest of its content (not of its record)."""
+
+    id: str
+    folder: Path
+    digest: str
+
+    def json(self, name: str) -> Any:
+        """Read one of its JSON files."""
+        return read_json(self.folder / name)
+
+    def seconds(self) -> float:
+        """Return the seconds that its step took, where and when it was run; NaN where its record does not tell."""
+        return seconds(read_json(self.folder / RECORD)["about"])
+
+    def notes(self) -> list[str]:
+        """Return what the step had to tell the user; damaged notes are told as such."""
+        place = self.folder / NOTES
+        try:
+            notes = read_json(place) if place.exists() else []
+        except (OSError, TaskvecError):
+            notes = None
+        if isinstance(notes, list) and all(isinstance(one, str) for one in notes):
+            return notes
+        return [f"what this step noted is damaged; taskvec store --clear {self.id} makes it again"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a store holds of one artifact: its id, its kind (the name of its step), label, bytes, folder."""
+
+    id: str
+    kind: str
+    label: str
+    size: int
+    folder: Path
+
+
+class Store:
+    """Artifacts by id under one folder; several processes may write to it at once.
+
+    What is in the folder and is not of a store's own form is never touched.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._checked: dict[str, Artifact] = {}
+        self._session = ""
+
+    def find(self, id: str) -> Artifact | None:
+        """Return a finished artifact after checking its files against the record; a damaged one is moved aside."""
+        if id in self._checked:
+            return self._checked[id]
+        folder = self._place(id)
+        with disk_errors(folder):
+            if not os.path.lexists(folder):
+                return None
+            artifact = _checked(id, folder)
+            if artifact is None:
+                with contextlib.suppress(FileNotFoundError):  # another process was first
+                    aside = move_aside(folder, self.folder / DAMAGED / id)
+                    note(f"'{folder}' was damaged; it is made again, and what was there is kept in '{aside}'")
+                return None
+        self._checked[id] = artifact
+        return artifact
+
+    def look(self, id: str) -> tuple[str, dict[str, Any]] | None:
+        """Return an artifact's digest and what made it, by its record alone: for estimates, nothing is checked."""
+        record = self._record(self._place(id))
+        return (fingerprint(record["files"]), record["about"]) if record else None
+
+    def _record(self, folder: Path) -> dict[str, Any] | None:
+        """Return an artifact's record, if it can be read."""
+        with contextlib.suppress(OSError):
+            return artifact_record(folder)
+        return None
+
+    def begin(self) -> Path:
+        """Return a new temporary folder to write an artifact into, which is this store's until its process ends."""
+        with disk_errors(self.folder):
+            folder = self.folder / "tmp" / f"{self.open()}-{uuid.uuid4().hex[:12]}"
+            folder.mkdir(parents=True)
+        return folder
+
+    def open(self) -> str:
+        """Make the store where there is none; return the name of the lock that says which folders are being written."""
+        if not self._session:
+            locks, session = self.folder / "locks", uuid.uuid4().hex[:12]
+            with disk_errors(self.folder):
+                locks.mkdir(parents=True, exist_ok=True)
+                if not (self.folder / MARKER).exists():
+                    write_text(self.folder / MARKER, "a store of taskvec: taskvec store lists and clears it\n")
+                weakref.finalize(self, _end, locks / session, claim(locks / session))
+            self._session = session
+        return self._session
+
+    def finish(self, id: str, folder: Path, about: dict[str, Any]) -> Artifact:
+        """Write the record last, then rename the temporary folder into place; who comes second gives way."""
+        place = self._place(id)
+        try:
+            with disk_errors(self.folder):
+                with present([], folder):
+                    write_json(folder / RECORD, {"about": about, "files": digests(folder)})
+                place.parent.mkdir(parents=True, exist_ok=True)
+                while not _renamed(folder, place) and self.find(id) is None:
+                    pass  # what was damaged there has been moved aside
+                shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        artifact = self.find(id)
+        if artifact is None:
+            raise TaskvecError(f"artifact '{place}' was damaged while it was written", "check the disk and run again")
+        return artifact
+
+    def held(self) -> list[Held]:
+        """Say what is kept, in the order of kind and label, and what was damaged and moved aside."""
+        found = []
+        for folder in (path for path in self.folder.glob("[0-9a-f][0-9a-f]/*") if not path.is_symlink()):
+            if ID.fullmatch(folder.name) and folder == self._place(folder.name) and (record := self._record(folder)):
+                kind, label = step_name(record["about"]), record["about"]["label"]
+                found.append(Held(folder.name, kind, label, _size(folder), folder))
+        for folder in (path for path in (self.folder / DAMAGED).glob("*") if not path.is_symlink()):
+            if ASIDE.fullmatch(folder.name):
+                found.append(Held(folder.name, DAMAGED, folder.name, _size(folder), folder))
+        return sorted(found, key=lambda one: (one.kind, one.label, one.id))
+
+    def is_store(self) -> bool:
+        """Say whether a folder is a store: it says so itself, or holds an artifact, or nothing at all."""
+        with disk_errors(self.folder):
+            return (self.folder / MARKER).is_file() or not any(self.folder.iterdir()) or bool(self.held())
+
+    def unfinished(self) -> int:
+        """Return the bytes of steps that are under way, or that another machine left when it was stopped."""
+        return _size(self.folder / "tmp")
+
+    def clear(self, chosen: Iterable[Held]) -> list[Held]:
+        """Remove artifacts, each at once, and return those that were there; what reads one keeps its open files.
+
+        A file that an artifact does not know is another's: it is kept among the foreign ones, and a note says so.
+        """
+        return [one for one in chosen if self._clear(one)]
+
+    def _clear(self, one: Held) -> bool:
+        self._checked.pop(one.id, None)
+        with disk_errors(self.folder):
+            gone = self.begin() / one.id
+            with contextlib.suppress(FileNotFoundError):
+                one.folder.rename(gone)
+            found = gone.exists()
+            record = artifact_record(gone)
+            if record and (foreign := _foreign(gone, record)):
+                for name in (*record["files"], RECORD, NOTES):
+                    if not (gone / name).is_dir():
+                        (gone / name).unlink(missing_ok=True)
+                aside = move_aside(gone, self.folder / FOREIGN / one.id)
+                note(f"{', '.join(foreign)} in '{one.folder}' is no part of it: kept in '{aside}'")
+            shutil.rmtree(gone.parent, ignore_errors=True)
+        return found and not gone.exists()
+
+    def sweep(self) -> None:
+        """Remove what processes that were killed have left: folders whose lock nobody holds any more."""
+        for folder in (self.folder, self.folder / "digests"):
+            sweep(folder)
+        for lock in (self.folder / "locks").glob("*"):
+            if SESSION.fullmatch(lock.name) and abandoned(lock):
+                for folder in (self.folder / "tmp").glob(f"{lock.name}-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+
+    def tree_digest(self, root: Path, files: Sequence[str]) -> str:
+        """Return a digest of the content of ``files``, read again only when one of them may have changed."""
+        seen, memo = self._tree(root, files)
+        if (known := self._remembered(seen, memo)) is not None:
+            return known
+        digest = fingerprint({name: file_digest(root / name) for name in files if (root / name).exists()})
+        with disk_errors(self.folder):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memo, {"seen": seen, "digest": digest})
+        return digest
+
+    def known_digest(self, root: Path, files: Sequence[str]) -> str:
+        """Return the digest of files that ``tree_digest`` has read before; of others a name for them: none is read."""
+        seen, memo = self._tree(root, files)
+        return self._remembered(seen, memo) or f"not read: {fingerprint([str(root.resolve()), seen])}"
+
+    def _tree(self, root: Path, files: Sequence[str]) -> tuple[str, Path]:
+        """Return what tells whether files have changed, and where their digest is remembered.
+
+        Copying tools keep sizes and times of modification; a file's number and the time of its inode are the disk's.
+        """
+        with disk_errors(root):
+            stats = {name: (root / name).stat() for name in files if (root / name).exists()}  # no links to nothing
+        seen = fingerprint({n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats.items()})
+        return seen, self.folder / "digests" / f"{fingerprint([str(root.resolve()), sorted(stats)])}.json"
+
+    def _remembered(self, seen: str, memo: Path) -> str | None:
+        with contextlib.suppress(OSError, TaskvecError, KeyError, TypeError):
+            if (known := read_json(memo))["seen"] == seen:
+                return str(known["digest"])
+        return None
+
+    def _place(self, id: str) -> Path:
+        return self.folder / id[:2] / id
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in a folder; what another process takes away meanwhile counts nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the digest of every file in a folder by relative path, but of record, notes and hidden files."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (RECORD, NOTES))
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files if not path.name.startswith(".")}
+
+
+def seconds(about: Mapping[str, Any]) -> float:
+    """Return the seconds that a record tells; NaN where they are missing or no number."""
+    told = about.get("seconds")
+    with contextlib.suppress(OverflowError):
+        return float(told) if isinstance(told, int | float) and 0 <= told < math.inf else math.nan
+    return math.nan
+
+
+def is_within(name: str) -> bool:
+    """Say whether a name is that of a file in a folder, by a path that does not leave it."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
+
+
+def artifact_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of an artifact; None where there is none such as a store writes."""
+    if not (folder / RECORD).is_file():
+        return None
+    try:
+        record = read_json(folder / RECORD)
+        files, step, label = record["files"], step_name(record["about"]), record["about"]["label"]
+        texts = (*files, *files.values(), step, label)
+        sound = all(isinstance(text, str) for text in texts) and all(map(is_within, files)) and step
+    except (FileNotFoundError, TaskvecError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    return record if sound else None
+
+
+def step_name(about: Mapping[str, Any]) -> str:
+    """Return the name of the step that made an artifact; records of older versions name its function's place."""
+    name: str = about["step"] if "step" in about else about["function"].rpartition(":")[2]
+    return name
+
+
+def _checked(id: str, folder: Path) -> Artifact | None:
+    """Return an artifact whose recorded files are as they were written, whatever else lies beside them."""
+    record = artifact_record(folder)
+    if record is None:
+        return None
+    same = ((folder / name).is_file() and file_digest(folder / name) == sha for name, sha in record["files"].items())
+    return Artifact(id, folder, fingerprint(record["files"])) if all(same) else None
+
+
+def _foreign(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """List the files in an artifact that are not its own."""
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(folder).as_posix() for path in files)
+    return sorted(name for name in names if name not in (*record["files"], RECORD, NOTES))
+
+
+def _renamed(folder: Path, place: Path) -> bool:
+    """Rename a folder, or say that something is there already."""
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
+def move_aside(path: Path, place: Path) -> Path:
+    """Move what is at a path to a new place, whose name gets a number where it is taken; return where it is now."""
+    names = itertools.chain([place.name], (f"{place.stem}-{n}{place.suffix}" for n in itertools.count(2)))
+    free = next(place.with_name(name) for name in names if not os.path.lexists(place.with_name(name)))
+    free.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(free)
+    return free
+
+
+@contextlib.contextmanager
+def present(folders: Iterable[Path], out: Path | None = None) -> Iterator[None]:
+    """Tell apart work that failed because what it reads or writes in the store was removed meanwhile."""
+    try:
+        yield
+    except Exception:
+        gone = [folder for folder in folders if not _is_whole(folder)]
+        if out is not None and not out.is_dir():
+            gone.append(out)
+        if not gone:
+            raise
+        problem, fix = f"'{gone[0]}' was removed while a run needed it", "run again: what is missing is made again"
+        raise TaskvecError(problem, fix) from None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Say whether an artifact has all its files."""
+    record = artifact_record(folder)
+    return record is not None and all((folder / name).is_file() for name in record["files"])
+
+
+def _end(lock: Path, handle: int) -> None:
+    """Give a lock file up."""
+    with contextlib.suppress(OSError):
+        lock.unlink()
+    os.close(handle)

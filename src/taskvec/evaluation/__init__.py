@@ -1,0 +1,1 @@
+"""Accuracy, intervals, the choice of scales, disentanglement."""

@@ -1,0 +1,51 @@
+"""How alike two encoders see the same images, without labels: a cheap guess of the scale for re-probed heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+from torch import Tensor
+
+from taskvec.core.training import Progress, no_progress
+from taskvec.encoders.backbone import Backbone
+from taskvec.weights import vectors
+from taskvec.weights.flat import Weights
+
+
+def linear_cka(first: Float[Tensor, "count *patches width"], second: Float[Tensor, "count *patches other"]) -> float:
+    """Return the linear centred kernel alignment of two sets of features of the same images, 0 to 1.
+
+    It stays the same when features are rotated, shifted or scaled as a whole, which a new linear head undoes (arXiv
+    1905.00414, section 3). Features that do not vary agree with nothing: 0.
+    """
+    x, y = (features.double().flatten(0, -2) for features in (first, second))
+    x, y = x - x.mean(0), y - y.mean(0)
+    within = torch.linalg.norm(x.T @ x) * torch.linalg.norm(y.T @ y)
+    return float(torch.linalg.norm(x.T @ y) ** 2 / within) if within > 0 else 0.0
+
+
+def agreement_curve(
+    backbone: Backbone,
+    merged: Weights,
+    fine_tuned: Weights,
+    images: UInt8[ndarray, "count 3 size size"],
+    scales: Sequence[float],
+    per_patch: bool = False,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Return at each scale along a merged vector how far its features agree with a fine-tuned encoder's (linear CKA).
+
+    The mean over tasks is a guess of where re-probed heads do best; how merged representations align with those of
+    single tasks is what arXiv 2604.12935 works on.
+    """
+    values = []
+    with backbone.at(fine_tuned):
+        wanted = backbone.features(images, per_patch=per_patch)
+        for index, scale in enumerate(scales):
+            vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
+            values.append(linear_cka(backbone.features(images, per_patch=per_patch), wanted))
+            progress((index + 1) / len(scales))
+    return values

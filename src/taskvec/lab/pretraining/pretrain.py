@@ -1,0 +1,291 @@
+"""Pre-training of the lab's encoders: every recipe by name, one thread, a file and its record, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from taskvec.core.errors import TaskvecError, unknown
+from taskvec.core.locks import replacing, workspace
+from taskvec.core.notes import note
+from taskvec.core.training import Progress, Schedule, make_optimizer, no_progress, train
+from taskvec.engine.publishing import check_names, settle
+from taskvec.engine.store import disk_errors
+from taskvec.lab.drawing.looks import one_thread
+from taskvec.lab.pretraining.contrastive import Contrastive
+from taskvec.lab.pretraining.distillation import SelfDistillation
+from taskvec.lab.pretraining.masked import MaskedAutoencoder
+from taskvec.lab.pretraining.objective import WARMUP, WEIGHT_DECAY, Objective, mean_of_last
+from taskvec.lab.pretraining.supervised import Supervised
+from taskvec.lab.vit import VisionTransformer
+
+MEAN = STD = (0.5, 0.5, 0.5)
+"""Mean and standard deviation of the pixels, by which images are normalised before they enter an encoder."""
+EVERY = 100
+"""Steps after which a checkpoint is written."""
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One way to pre-train: its objective, made from steps and seed, and the length of the shipped run."""
+
+    objective: Callable[[int, int], Objective[Any]]
+    steps: int
+    version: int = 1
+    """The version of the recipe's meaning: raise it when the same steps and seed would give other weights."""
+
+
+PRETRAININGS: Mapping[str, Pretraining] = MappingProxyType(
+    {
+        "supervised": Pretraining(Supervised, 7000),
+        "supervised-few": Pretraining(partial(Supervised, few=True), 7000),
+        "supervised-vit-l": Pretraining(partial(Supervised, width=160, depth=6, heads=5), 7000),
+        "mae": Pretraining(MaskedAutoencoder, 7000),
+        "dino": Pretraining(SelfDistillation, 8000, version=2),
+        "contrastive": Pretraining(Contrastive, 4000),
+        "contrastive-few": Pretraining(partial(Contrastive, few=True), 4000),
+    }
+)
+"""How every encoder is pre-trained, by its name."""
+
+
+class Run:
+    """One pre-training under way: objective, optimizer, the losses so far and the CPU seconds they took."""
+
+    def __init__(self, recipe: Pretraining, steps: int, seed: int) -> None:
+        """Start from random weights."""
+        self.objective = recipe.objective(steps, seed)
+        self.schedule = Schedule(steps, warmup=round(WARMUP * steps), weight_decay=WEIGHT_DECAY)
+        self.optimizer = make_optimizer(self.objective.groups(), self.schedule)
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch and note it."""
+        loss = self.objective.loss(batch)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def advance(self, stop: int, after_step: Callable[[int], None], progress: Progress = no_progress) -> None:
+        """Train up to step ``stop`` of the schedule."""
+        steps = range(len(self.losses), stop)
+        begin, before = time.process_time(), self.seconds
+
+        def after(step: int) -> None:
+            self.objective.after_step(step)
+            self.seconds = before + time.process_time() - begin
+            after_step(step)
+
+        batches = map(self.objective.batch, steps)
+        groups = self.objective.groups()
+        train(
+            groups,
+            self.loss,
+            batches,
+            self.schedule,
+            optimizer=self.optimizer,
+            steps=steps,
+            after_step=after,
+            progress=progress,
+        )
+
+    def state(self) -> Facts:
+        """Return all that a resumed run needs."""
+        return {
+            "modules": self.objective.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.objective.generator.get_state(),
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: Facts) -> None:
+        """Go back to where ``state`` was taken."""
+        self.objective.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.generator.set_state(state["generator"])
+        self.losses, self.seconds = list(state["losses"]), state["seconds"]
+
+
+class Checkpoint:
+    """The file in which an unfinished run waits; one of another command or of other versions is not taken up."""
+
+    def __init__(self, path: Path, command: str, recipe: int) -> None:
+        """Keep the state of ``command`` by a version of its recipe at ``path``."""
+        self.path = path
+        self.key = {"command": command, "recipe": recipe, **versions()}
+
+    def write(self, run: Run) -> None:
+        """Replace the file as a whole."""
+        with replacing(self.path) as new:
+            torch.save({"key": self.key, **run.state()}, new)
+
+    def read(self) -> Facts | None:
+        """Return the state that is kept, if it is whole and of this run."""
+        try:
+            state: Facts = torch.load(self.path, weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+            return None
+        if state.pop("key", None) == self.key:
+            return state
+        note(f"'{self.path}' is of another command or other versions, and is begun anew")
+        return None
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all; another one of its name is kept aside."""
+    with workspace(path) as fresh:
+        (fresh / path.name).write_bytes(data)
+        settle(fresh, path.parent, path.name)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions on which the bytes of an encoder depend."""
+    packages = ("torch", "pillow", "matplotlib", "numpy")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def round_to_half(module: nn.Module) -> None:
+    """Round the weights to float16, the precision in which they are kept, but leave them in float32."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.half())
+
+
+def half_bytes(module: nn.Module) -> bytes:
+    """Write a module's weights as a safetensors file in float16."""
+    return save({key: tensor.half().contiguous() for key, tensor in module.state_dict().items()})
+
+
+def write_encoder(encoder: VisionTransformer, folder: Path, name: str, facts: Mapping[str, Any]) -> Path:
+    """Write ``NAME.safetensors`` in float16, then ``NAME.json`` with ``facts`` and what belongs to the file itself."""
+    path, data = folder / f"{name}.safetensors", half_bytes(encoder)
+    replace(path, data)
+    known = {
+        **facts,
+        "versions": versions(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "architecture": encoder.architecture,
+        "mean": MEAN,
+        "std": STD,
+    }
+    replace(path.with_suffix(".json"), (json.dumps(known, indent=2) + "\n").encode())
+    return path
+
+
+def write_text(objective: Objective[Any], folder: Path, name: str) -> Facts:
+    """Write the text encoder of a contrastive objective as ``NAME.text.safetensors``; return what the record says."""
+    if not isinstance(objective, Contrastive):
+        return {}
+    data = half_bytes(objective.text)
+    replace(folder / f"{name}.text.safetensors", data)
+    return {"text_sha256": hashlib.sha256(data).hexdigest(), "vocabulary": " ".join(objective.text.indices)}
+
+
+def command(name: str, steps: int, seed: int) -> str:
+    """Return the command that makes an encoder."""
+    return f"taskvec lab pretrain {name} --steps {steps} --seed {seed}"
+
+
+def finish(run: Run, name: str, out: Path, seed: int) -> Path:
+    """Round what ships to float16, measure it, and write it with its record."""
+    objective, steps, begin = run.objective, run.schedule.steps, time.process_time()
+    for module in (objective.encoder, *([objective.text] if isinstance(objective, Contrastive) else [])):
+        round_to_half(module.eval())
+    figures = {"final_loss": mean_of_last(run.losses), **objective.figures()}
+    facts = {
+        "command": command(name, steps, seed),
+        "recipe": checked(name).version,
+        "seed": seed,
+        "steps": steps,
+        "threads": 1,
+        "seconds": round(run.seconds + time.process_time() - begin, 1),
+        "figures": figures,
+        **write_text(objective, out, name),
+    }
+    return write_encoder(objective.encoder, out, name, facts)
+
+
+def checked(name: str) -> Pretraining:
+    """Return a recipe by name; an unknown name raises with the nearest."""
+    if name not in PRETRAININGS:
+        raise unknown("pre-trained lab encoder", name, PRETRAININGS)
+    return PRETRAININGS[name]
+
+
+def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, progress: Progress = no_progress) -> Path:
+    """Pre-train one of ``PRETRAININGS`` on one thread and write it to the folder ``out``; return the weights' path.
+
+    The same steps, seed and versions give the same bytes on one type of processor, also if the run was killed and
+    started again: it continues from ``.NAME.checkpoint`` in ``out``. An unknown name, a full disk and a file in the
+    place of the folder raise.
+    """
+    recipe = checked(name)
+    steps = recipe.steps if steps is None else steps
+    if steps < 1:
+        raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
+    check_names(out, (f"{name}.safetensors", f"{name}.json", f"{name}.text.safetensors"))
+    checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed), recipe.version)
+    with disk_errors(out), one_thread():
+        out.mkdir(parents=True, exist_ok=True)
+        run = Run(recipe, steps, seed)
+        if state := checkpoint.read():
+            run.restore(state)
+
+        def keep(step: int) -> None:
+            if (step + 1) % EVERY == 0:
+                checkpoint.write(run)
+
+        run.advance(steps, keep, progress)
+        path = finish(run, name, out, seed)
+        checkpoint.path.unlink(missing_ok=True)
+    return path
+
+
+def is_made(name: str, out: Path, steps: int | None = None, seed: int = 0) -> bool:
+    """Say whether the folder ``out`` holds an encoder, whole and made by the same command."""
+    path = out / f"{name}.safetensors"
+    try:
+        known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        digests = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        if "text_sha256" in known:
+            text = path.with_suffix(".text.safetensors")
+            digests["text_sha256"] = hashlib.sha256(text.read_bytes()).hexdigest()
+    except (OSError, ValueError, TypeError):
+        return False
+    recipe = checked(name)
+    made_by = command(name, recipe.steps if steps is None else steps, seed)
+    wanted = {**digests, "command": made_by, "recipe": recipe.version}
+    return isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
+
+
+def snapshot(name: str, step: int) -> VisionTransformer:
+    """Return the encoder as it was after ``step`` steps of the shipped run (seed 0), rounded to float16.
+
+    Step 0 is its random start, the last step the shipped encoder. It is trained again up to there. A step outside the
+    run raises.
+    """
+    recipe = checked(name)
+    if not 0 <= step <= recipe.steps:
+        raise TaskvecError(f"'{name}' has no step {step}", f"choose 0 to {recipe.steps}")
+    with one_thread():
+        run = Run(recipe, recipe.steps, 0)
+        run.advance(step, lambda _: None)
+    round_to_half(run.objective.encoder)
+    return run.objective.encoder.eval()

@@ -1,0 +1,1 @@
+"""Heads and fine-tuning."""

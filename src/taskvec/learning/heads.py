@@ -1,0 +1,278 @@
+"""Heads: linear probes on frozen features, all learning rates at once, and re-probing on a merged encoder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from taskvec.core.errors import TaskvecError
+from taskvec.core.settings import Probe
+from taskvec.core.task_types import CLASSIFICATION, KINDS, Kind
+from taskvec.core.training import Group, Progress, Schedule, index_batches, no_progress, train
+from taskvec.data.tasks import Split, Task
+from taskvec.encoders.backbone import Backbone
+from taskvec.weights.flat import read, read_metadata, save_tensors
+
+Told = TypeVar("Told")
+Names = list[Annotated[str, pydantic.Field(coerce_numbers_to_str=True)]]
+PARTS = ("weight", "bias", "down", "up")
+"""The tensors of a head in a file; the last two are there where it corrects features."""
+Features = Float[Tensor, "count *patches width"]
+Labels = Shaped[Tensor, "count ..."]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear layer on features: one row of weights a class, or an output of another kind of task.
+
+    Where it is ``normalised``, features are brought to unit length first. One with ``down`` and ``up`` corrects
+    features before anything else (representation surgery, arXiv 2402.02705).
+    """
+
+    weight: Float[Tensor, "classes width"]
+    bias: Float[Tensor, " classes"]
+    normalised: bool = False
+    kind: str = CLASSIFICATION
+    down: Float[Tensor, "rank width"] | None = None
+    up: Float[Tensor, "width rank"] | None = None
+
+    @property
+    def rules(self) -> Kind:
+        """What its kind of task says of its scores."""
+        return KINDS[self.kind]
+
+    def logits(self, features: Features) -> Float[Tensor, "count *patches classes"]:
+        """Return scores in float32, on the features' device."""
+        features = self.corrected(features.float())
+        features = F.normalize(features, dim=-1) if self.normalised else features
+        return F.linear(features, self.weight.to(features.device), self.bias.to(features.device))
+
+    def corrected(self, features: Features) -> Features:
+        """Return features z as z - up relu(down z), or as they are for a head without a correction."""
+        if self.down is None or self.up is None:
+            return features
+        device = features.device
+        return features - F.linear(F.linear(features, self.down.to(device)).relu(), self.up.to(device))
+
+    def on(self, device: str, learns: bool = False) -> Head:
+        """Return a copy on a device, whose weights are leaves that learn or constants."""
+        weight, bias = (p.detach().to(device, copy=True).requires_grad_(learns) for p in (self.weight, self.bias))
+        return replace(self, weight=weight, bias=bias)
+
+    def predict(self, features: Features) -> Int64[Tensor, " count *patches"]:
+        """Return the class of highest score, ties to the first; -1 (no class) where a score is NaN or infinite.
+
+        A head for regression gives the sector of the predicted angle (``kinds.sector``).
+        """
+        return self.rules.decide(self.logits(features))
+
+    def score(self, features: Features, labels: Labels) -> Shaped[Tensor, " count"]:
+        """Return how right the head is on every image: true or false, or the share of patches."""
+        return self.rules.score(self.logits(features), labels)
+
+    def loss(self, features: Features, labels: Labels) -> Float[Tensor, ""]:
+        """Return the mean training loss."""
+        return self.rules.loss(self.logits(features), labels)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The outcome of probing: a head and its validation accuracy (a fraction) for each learning rate."""
+
+    rates: tuple[float, ...]
+    heads: tuple[Head, ...]
+    validation: tuple[float, ...]
+
+    def best(self) -> int:
+        """Return the index of the rate with the highest validation accuracy; ties go to the smaller rate."""
+        return max(range(len(self.rates)), key=lambda i: (self.validation[i], -self.rates[i]))
+
+
+def accuracy(head: Head, features: Features, labels: Labels) -> float:
+    """Return the share of samples whose predicted class is their label, or what the head's kind measures instead."""
+    return float(head.score(features, labels).double().mean())
+
+
+def fit(
+    features: Features,
+    labels: Labels,
+    classes: int,
+    rates: Sequence[float],
+    settings: Probe,
+    seed: int,
+    progress: Progress = no_progress,
+    kind: str = CLASSIFICATION,
+) -> list[Head]:
+    """Fit one linear head for every learning rate on the same batches, from the same random start."""
+    start = random_head(features.shape[-1], classes, seed, kind)
+    heads = [start.on("cpu", learns=True) for _ in rates]
+
+    def loss(batch: Tensor) -> Tensor:
+        inputs, targets = features[batch], labels[batch]
+        return torch.stack([head.loss(inputs, targets) for head in heads]).sum()
+
+    schedule = Schedule(settings.steps, min(settings.warmup, settings.steps // 2), settings.weight_decay)
+    groups = [Group([head.weight, head.bias], rate) for head, rate in zip(heads, rates, strict=True)]
+    train(groups, loss, index_batches(len(labels), settings.batch_size, seed), schedule, progress=progress)
+    return [head.on("cpu") for head in heads]
+
+
+def probe(
+    train_features: Float[Tensor, "train *patches width"],
+    train_labels: Shaped[Tensor, "train ..."],
+    validation_features: Float[Tensor, "validation *patches width"],
+    validation_labels: Shaped[Tensor, "validation ..."],
+    classes: int,
+    settings: Probe,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    kind: str = CLASSIFICATION,
+) -> Probed:
+    """Fit heads for all learning rates on cached features and measure each on the validation split."""
+    heads = fit(train_features, train_labels, classes, settings.learning_rates, settings, seed, progress, kind)
+    values = tuple(accuracy(head, validation_features, validation_labels) for head in heads)
+    return Probed(tuple(settings.learning_rates), tuple(heads), values)
+
+
+def features_of(
+    backbone: Backbone, split: Split, kind: str = CLASSIFICATION, progress: Progress = no_progress
+) -> tuple[Features, Labels]:
+    """Return the features that a kind of task needs, and the labels, of a split under the backbone's present weights.
+
+    Raises where the encoder has another number of patches than are labelled.
+    """
+    per_patch = KINDS[kind].per_patch
+    features = backbone.features(split.images, progress=progress, per_patch=per_patch)
+    if per_patch and features.shape[1] != split.labels.shape[1]:
+        raise TaskvecError(
+            f"'{backbone.name}' has {features.shape[1]} patches an image, but {split.labels.shape[1]} are labelled",
+            "choose an encoder or an input size with as many patches, or leave out the tasks with a label a patch",
+        )
+    return features, torch.from_numpy(split.labels)
+
+
+def fit_head(backbone: Backbone, task: Task, settings: Probe | None = None, seed: int = 0) -> Head:
+    """Probe a task on the backbone's present weights and return the head of the best rate on validation."""
+    probed = probe(
+        *features_of(backbone, task.train, task.kind),
+        *features_of(backbone, task.validation, task.kind),
+        len(task.classes),
+        settings or Probe(),
+        seed,
+        kind=task.kind,
+    )
+    return probed.heads[probed.best()]
+
+
+def random_head(width: int, classes: int, seed: int, kind: str = CLASSIFICATION) -> Head:
+    """Return a head as torch initialises a linear layer after ``manual_seed``; threads share no random state in it."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = math.sqrt(3) * (math.sqrt(2 / (1 + math.sqrt(5) ** 2)) / math.sqrt(width))  # as torch, to the bit
+    weight = torch.empty(classes, width).uniform_(-bound, bound, generator=generator)
+    bias = torch.empty(classes).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+    return Head(weight, bias, kind=kind)
+
+
+def class_texts(texts: Float[Tensor, "captions width"], counts: Sequence[int]) -> Float[Tensor, "classes width"]:
+    """Return one feature a class: the mean of its captions' features, each of unit length, brought to unit length.
+
+    ``counts`` says how many captions each class has, in their order (CLIP, arXiv 2103.00020, section 3.1.4).
+    """
+    unit = F.normalize(texts.float(), dim=1)
+    return F.normalize(torch.stack([group.mean(0) for group in unit.split(list(counts))]), dim=1)
+
+
+def zero_shot_head(texts: Float[Tensor, "classes width"], scale: float) -> Head:
+    """Return the head that scores by the cosine of features and text features, times ``scale`` (paper, appendix B)."""
+    weight = scale * F.normalize(texts.float(), dim=1)
+    return Head(weight, torch.zeros(len(weight)), normalised=True)
+
+
+def save_heads(heads: dict[str, Head], path: Path) -> None:
+    """Write heads by name to a safetensors file: ``NAME.weight`` and ``NAME.bias``; what else they are is metadata."""
+    tensors = {f"{name}.weight": head.weight.contiguous() for name, head in heads.items()}
+    tensors |= {f"{name}.bias": head.bias.contiguous() for name, head in heads.items()}
+    for name, head in heads.items():
+        if head.down is not None and head.up is not None:
+            tensors |= {f"{name}.down": head.down.contiguous(), f"{name}.up": head.up.contiguous()}
+    about = {name: _unusual(head) for name, head in heads.items() if _unusual(head)}
+    save_tensors(tensors, path, {"heads": json.dumps(about, sort_keys=True)} if about else None)
+
+
+def _unusual(head: Head) -> dict[str, bool | str]:
+    """Return what tells a head from a plain classifier."""
+    return ({"normalised": True} if head.normalised else {}) | (
+        {"kind": head.kind} if head.kind != CLASSIFICATION else {}
+    )
+
+
+class Unusual(pydantic.BaseModel):
+    """What metadata may say of a head that is no plain classifier."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    normalised: bool = False
+    kind: Literal["classification", "segmentation", "regression"] = "classification"
+
+
+UNUSUAL = pydantic.TypeAdapter(pydantic.Json[dict[str, Unusual]])
+
+
+def told(path: Path, key: str, kind: pydantic.TypeAdapter[Told]) -> Told | None:
+    """Return what the metadata of a file of heads say by a key, as JSON; what is not of its kind is an error."""
+    text = read_metadata(path).get(key)
+    try:
+        return None if text is None else kind.validate_python(text)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, [key, *first["loc"]]))
+        what = f"its metadata cannot be understood: {where}: {first['msg']}"
+        raise TaskvecError(f"'{path}': {what}", "write the file again without them, or as they should be") from None
+
+
+def unusual_heads(path: Path) -> dict[str, Unusual]:
+    """Return what tells heads of a file from plain classifiers, by their names."""
+    return told(path, "heads", UNUSUAL) or {}
+
+
+def read_heads(path: Path) -> dict[str, Head]:
+    """Read heads by name from a safetensors file; tensors that are no heads, or do not fit together, are an error.
+
+    There may be none: a round of re-probing that had no scale left to try fitted no head.
+    """
+    tensors, about = read(path), unusual_heads(path)
+    names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
+    odd = sorted(set(tensors) - {f"{name}.{part}" for name in names for part in PARTS} | set(about) - set(names))
+    if odd:
+        raise TaskvecError(f"'{path}' is no file of heads: {', '.join(odd[:3])}", "make it again")
+    return {name: read_parts(name, tensors, about.get(name, Unusual()), path) for name in names}
+
+
+def read_parts(name: str, tensors: Mapping[str, Tensor], about: Unusual, path: Path) -> Head:
+    """Return one head of a file, or raise where its tensors are no finite numbers or do not fit together."""
+    parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
+    for part, tensor in parts.items():
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise TaskvecError(
+                f"'{path}': '{name}.{part}' holds other than finite numbers", "restore it, or train again"
+            )
+    shapes = {part: list(tensor.shape) for part, tensor in parts.items()}
+    outputs, width, rank = *[*shapes["weight"], 0, 0][:2], [*shapes.get("down", []), 0][0]
+    wanted = {"weight": [outputs, width], "bias": [outputs]}
+    wanted |= {"down": [rank, width], "up": [width, rank]} if set(shapes) - set(wanted) else {}
+    if shapes != wanted or not outputs * width or (about.kind == "regression" and outputs != 2):
+        raise TaskvecError(f"'{path}': head '{name}' of {about.kind} cannot have the shapes {shapes}", "make it again")
+    weight, bias, down, up = (parts[part].float() if part in parts else None for part in PARTS)
+    assert weight is not None
+    assert bias is not None
+    return Head(weight, bias, about.normalised, about.kind, down, up)

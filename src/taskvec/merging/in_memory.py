@@ -1,0 +1,198 @@
+"""Merging in memory: recipes over the flat buffers of a study."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, UInt8
+from torch import Tensor
+
+from taskvec.core.errors import TaskvecError
+from taskvec.merging.entries import Data, Entries, Kind, Masked, Part, describe
+from taskvec.merging.recipes import Recipe, apply
+from taskvec.weights import vectors
+from taskvec.weights.flat import Entry, Weights, distinct, read, read_metadata, save_tensors, view
+
+DIRECTIONS = "directions.safetensors"
+"""The file of a per-task result, where other merges have one direction."""
+NO_STATISTICS: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The entries of task vectors that lie in flat buffers; tied tensors are one entry, by the first of their names."""
+
+    pretrained: Weights
+    vectors: Sequence[Weights]
+    seed: int = 0
+    statistics: Mapping[str, Tensor] = field(default_factory=lambda: NO_STATISTICS)
+
+    @cached_property
+    def kinds(self) -> dict[str, tuple[Kind, float | None]]:
+        """What every entry is, and how deep."""
+        return describe({entry.name: entry.shape for entry in self.pretrained.layout})
+
+    @cached_property
+    def layout(self) -> tuple[Entry, ...]:
+        """The entries without twins."""
+        return distinct(self.pretrained)
+
+    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
+        """Yield every entry with its task vectors, one stacked on the other."""
+        for entry in self.layout:
+            kind, depth = self.kinds[entry.name]
+            base = view(self.pretrained.flat, entry)
+            statistics = self.statistics.get(entry.name)
+            part = Part(entry.name, base, kind, depth, self.seed, statistics=statistics)
+            yield part, torch.stack([view(vector.flat, entry) for vector in self.vectors])
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Entries of which none holds NaN or infinity; one that does raises, by name."""
+
+    entries: Entries
+
+    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
+        """Yield every entry that is in order, or raise."""
+        for part, found in self.entries:
+            if not bool(found.isfinite().all()):
+                raise TaskvecError(
+                    f"tensor '{part.name}' of a task vector holds NaN or infinity",
+                    "merge checkpoints that did not diverge",
+                )
+            yield part, found
+
+
+def direction(recipe: Recipe, entries: Buffers) -> Weights:
+    """Return a recipe's merged task vector, in the layout of the pre-trained weights.
+
+    Raises for a recipe that gives each task its own (``task_directions``), and for NaN and infinity.
+    """
+    if recipe.per_task:
+        raise TaskvecError(f"'{recipe.name}' gives each task its own weights", "choose a method with one result")
+    merged = torch.zeros_like(entries.pretrained.flat)
+    starts = {entry.name: entry for entry in entries.layout}
+    for part, found in apply(recipe, checked(recipe, entries)):
+        assert isinstance(found, Tensor)
+        view(merged, starts[part.name]).copy_(found)
+    return entries.pretrained.with_flat(merged)
+
+
+@dataclass(frozen=True)
+class TaskDirections:
+    """What a per-task recipe gives: a common vector, one bit an element and task, one rescale an entry and task."""
+
+    common: Weights
+    masks: UInt8[Tensor, "tasks bytes"]
+    rescales: Float32[Tensor, "tasks entries"]
+    names: tuple[str, ...]
+    """Of the entries, in the order of ``rescales``."""
+
+    def of(self, task: int) -> Weights:
+        """Return one task's direction."""
+        bits = unpack_bits(self.masks[task], self.common.flat.numel()).to(self.common.flat.device)
+        flat = self.common.flat * bits
+        entries = {entry.name: entry for entry in self.common.layout}
+        for name, factor in zip(self.names, self.rescales[task], strict=True):
+            view(flat, entries[name]).mul_(factor.to(flat.device))
+        return self.common.with_flat(flat)
+
+    @property
+    def bytes_per_task(self) -> int:
+        """What every task costs in memory beside the common vector and its head."""
+        return self.masks.shape[1] + 4 * self.rescales.shape[1]
+
+
+def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
+    """Return the result of a recipe that gives each task its own direction."""
+    tasks, flat = len(entries.vectors), entries.pretrained.flat
+    common, masks = torch.zeros_like(flat), torch.zeros(tasks, flat.numel(), dtype=torch.bool)
+    starts = {entry.name: entry for entry in entries.layout}
+    rescales = []
+    for part, found in apply(recipe, checked(recipe, entries)):
+        assert isinstance(found, Masked)
+        entry = starts[part.name]
+        view(common, entry).copy_(found.common)
+        masks[:, entry.start : entry.start + entry.size] = found.masks.reshape(tasks, -1).cpu()
+        rescales.append(found.rescales.cpu())
+    packed = torch.stack([pack_bits(mask) for mask in masks])
+    return TaskDirections(entries.pretrained.with_flat(common), packed, torch.stack(rescales, 1), tuple(starts))
+
+
+def checked(recipe: Recipe, entries: Buffers) -> Checked:
+    """Return the entries, of which none may hold NaN; raise where they are not what the recipe needs."""
+    for vector in entries.vectors:
+        vectors.matching(vector, entries.pretrained)
+    recipe.check_tasks(len(entries.vectors))
+    if recipe.measures and not entries.statistics:
+        needed = " and ".join(sorted(recipe.needs - {"seed"}))
+        raise TaskvecError(f"'{recipe.name}' needs {needed}", "merge by it in a study, or choose another method")
+    return Checked(entries)
+
+
+def transformed(recipe: Recipe, entries: Buffers) -> Sequence[Weights]:
+    """Return the task vectors as the last method of a recipe is given them: after the transforms."""
+    before = replace(recipe, stages=recipe.stages[:-1])
+    if not before.stages:
+        return entries.vectors
+    flats = [torch.zeros_like(entries.pretrained.flat) for _ in entries.vectors]
+    starts = {entry.name: entry for entry in entries.layout}
+    for part, found in apply(before, Checked(entries)):
+        assert isinstance(found, Tensor)
+        for flat, row in zip(flats, found, strict=True):
+            view(flat, starts[part.name]).copy_(row)
+    return [entries.pretrained.with_flat(flat) for flat in flats]
+
+
+def measure(recipe: Recipe, data: Data) -> dict[str, Tensor]:
+    """Measure on data what the last method of a recipe needs, by entry, along transformed vectors; nothing for most."""
+    found: dict[str, Tensor] = {}
+    if recipe.measures:
+        entries = Buffers(data.backbone.pretrained, data.vectors, data.seed)
+        data = replace(data, vectors=transformed(recipe, entries))
+    for method, config in recipe.measures:
+        module, _, function = method.measure.partition(":")
+        found |= getattr(importlib.import_module(module), function)(data, config)
+    return found
+
+
+def save_directions(result: TaskDirections, path: Path) -> None:
+    """Write a per-task result to a safetensors file, as compact as it is in memory."""
+    tensors = {"common": result.common.flat.cpu(), "masks": result.masks, "rescales": result.rescales.contiguous()}
+    save_tensors(tensors, path, {"names": json.dumps(result.names)})
+
+
+def read_directions(path: Path, like: Weights) -> TaskDirections:
+    """Read a per-task result for an encoder with the layout of ``like``; one of another encoder is an error."""
+    tensors, names = read(path), [entry.name for entry in distinct(like)]
+    found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    size, tasks = like.flat.numel(), len(tensors.get("masks", ()))
+    wanted = {
+        "common": (torch.float32, (size,)),
+        "masks": (torch.uint8, (tasks, -(-size // 8))),
+        "rescales": (torch.float32, (tasks, len(names))),
+    }
+    if found != wanted or read_metadata(path).get("names") != json.dumps(names):
+        raise TaskvecError(f"'{path}' holds no directions for this encoder", "restore the file, or make it again")
+    if not (tensors["common"].isfinite().all() and tensors["rescales"].isfinite().all()):
+        raise TaskvecError(f"'{path}' holds NaN or infinity", "restore the file, or make it again")
+    common = like.with_flat(tensors["common"].to(like.flat.device))
+    return TaskDirections(common, tensors["masks"], tensors["rescales"], tuple(names))
+
+
+def pack_bits(mask: Bool[Tensor, " count"]) -> UInt8[Tensor, " bytes"]:
+    """Return the bits of a boolean vector, eight a byte, the first in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.numpy()))
+
+
+def unpack_bits(packed: UInt8[Tensor, " bytes"], count: int) -> Bool[Tensor, " count"]:
+    """Return the first ``count`` bits of bytes."""
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count).astype(bool))

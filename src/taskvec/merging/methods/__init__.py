@@ -1,0 +1,1 @@
+"""The merging methods: short functions over one entry of all task vectors."""

@@ -1,0 +1,205 @@
+"""What methods that look at data measure before they merge: Fisher information, Gram matrices, coefficients.
+
+They look at training images, never at their labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor, nn
+
+from taskvec.core.errors import TaskvecError
+from taskvec.core.training import index_batches
+from taskvec.data.images import normalise
+from taskvec.data.tasks import Task
+from taskvec.encoders.backbone import encode
+from taskvec.learning.heads import Head
+from taskvec.merging.entries import Data
+from taskvec.merging.methods.adaptive import Adamerging, Fisher, Regmean
+from taskvec.weights import vectors
+from taskvec.weights.flat import Entry, distinct, mend_variances, view
+
+BATCH = 64
+Measured = TypeVar("Measured")
+
+
+def images_of(task: Task, count: int, seed: int) -> list[int]:
+    """Return the places of at most so many training images, by a seeded choice."""
+    return sorted(np.random.default_rng(seed).permutation(len(task.train))[:count].tolist())
+
+
+def scored(
+    data: Data, head: Head, images: UInt8[np.ndarray, "batch 3 size size"]
+) -> Float[Tensor, "batch *patches outputs"]:
+    """Return a head's scores of images under the encoder's present weights."""
+    backbone = data.backbone
+    inputs = normalise(torch.from_numpy(np.array(images)), backbone.preprocessing, backbone.device)
+    return head.logits(encode(backbone.module, inputs, head.rules.per_patch))
+
+
+def at_fine_tuned(data: Data, measured: Callable[[Task, Head], Measured]) -> list[Measured]:
+    """Return what is measured of every task and its head while the encoder is at that task's fine-tuned weights."""
+    backbone, found = data.backbone, []
+    with backbone.at():
+        backbone.module.eval()
+        for vector, task, head in zip(data.vectors, data.tasks, data.heads, strict=True):
+            vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
+            found.append(measured(task, head))
+            data.progress(len(found) / len(data.tasks))
+    return found
+
+
+def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *shape"]]:
+    """Return the diagonal Fisher information of every parameter at each task's weights.
+
+    F = E_x E_y (d log p(y|x) / d theta)^2 with one y drawn from the model's own prediction for each x, an unbiased
+    estimate (arXiv 2111.09832). MergeLM adds gradients over classes and images up before it squares them,
+    which is another quantity.
+    """
+    generator = torch.Generator().manual_seed(data.seed)
+    names, parameters = zip(*data.backbone.module.named_parameters(), strict=True)
+
+    def squares(task: Task, head: Head) -> list[Tensor]:
+        chosen = images_of(task, config.examples, data.seed)
+        sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+        for place in chosen:
+            surprise = drawn_surprise(head, scored(data, head, task.train.images[place : place + 1]), generator)
+            for square, gradient in zip(
+                sums, torch.autograd.grad(surprise, parameters, allow_unused=True), strict=True
+            ):
+                if gradient is not None:
+                    square += gradient.square() / len(chosen)
+        return sums
+
+    found = at_fine_tuned(data, squares)
+    return {name: torch.stack(rows) for name, rows in zip(names, zip(*found, strict=True), strict=True)}
+
+
+def drawn_surprise(
+    head: Head, scores: Float[Tensor, "batch *patches outputs"], generator: torch.Generator
+) -> Float[Tensor, ""]:
+    """Return -log p of an answer drawn from the prediction: classes by softmax, an angle's outputs as Gaussian."""
+    if head.kind == "regression":
+        noise = torch.randn(scores.shape, generator=generator).to(scores.device)
+        return 0.5 * ((scores + noise).detach() - scores).square().sum()
+    flat = scores.flatten(0, -2)
+    drawn = torch.multinomial(flat.detach().cpu().softmax(1), 1, generator=generator)[:, 0]
+    return F.cross_entropy(flat, drawn.to(flat.device), reduction="sum")
+
+
+def grams(data: Data, config: Regmean) -> dict[str, Float32[Tensor, "tasks inputs inputs"]]:
+    """Return the mean of x^T x over the inputs x of every linear layer and convolution, at each task's weights.
+
+    A convolution's inputs are the patches under its kernel; grouped ones are left out. Layers that are not called as
+    modules (torch's own multi-head attention) have none.
+    """
+
+    def own(task: Task, head: Head) -> dict[str, Tensor]:
+        chosen = images_of(task, config.examples, data.seed)
+        batches = [task.train.images[chosen[start : start + BATCH]] for start in range(0, len(chosen), BATCH)]
+        with torch.no_grad():
+            return watch(data.backbone.module, lambda: [scored(data, head, batch) for batch in batches])
+
+    found = at_fine_tuned(data, own)
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+
+def watch(module: nn.Module, run: Callable[[], object]) -> dict[str, Float32[Tensor, "inputs inputs"]]:
+    """Return the mean of x^T x of every linear map's inputs while something runs, by the weight's name."""
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = rows_of(layer, inputs[0]).float()
+            sums[name] = sums[name] + x.mT @ x if name in sums else x.mT @ x
+            rows[name] = rows.get(name, 0) + len(x)
+
+        return hook
+
+    layers = {f"{name}.weight": layer for name, layer in module.named_modules() if is_linear(layer)}
+    hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: found / rows[name] for name, found in sums.items()}
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Say whether a layer multiplies each input row with one matrix."""
+    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear) or plain
+
+
+def rows_of(layer: nn.Module, inputs: Tensor) -> Float[Tensor, "rows inputs"]:
+    """Return what a layer multiplies its weight with: its inputs, or the patches under its kernel."""
+    if isinstance(layer, nn.Conv2d):
+        patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        return patches.mT.flatten(0, 1)
+    return inputs.flatten(0, -2)
+
+
+def coefficients(data: Data, config: Adamerging) -> dict[str, Float32[Tensor, " tasks"]]:
+    """Minimise the sum of the tasks' mean entropies over lambda in [0, 1] by Adam (arXiv 2310.02575).
+
+    The authors adapt to test images; here they are training images. The gradient of a coefficient is the product of the
+    weights' gradient with its vector, so that no graph of the merge is kept. Running statistics of batch norm have no
+    gradient: by layer they keep the coefficient they start with.
+    """
+    if any(head.kind == "regression" for head in data.heads):
+        raise TaskvecError("adamerging: a regression head has no entropy", "leave that task out, or adamerging")
+    entries, backbone = distinct(data.backbone.pretrained), data.backbone
+    groups = torch.arange(len(entries)) if config.level == "layer" else torch.zeros(len(entries), dtype=torch.int64)
+    raw = torch.full((int(groups.max()) + 1, len(data.vectors)), config.start, requires_grad=True)
+    optimizer = torch.optim.Adam([raw], lr=config.learning_rate)
+    batches = [index_batches(len(task.train), config.batch_size, data.seed) for task in data.tasks]
+    with backbone.at():
+        backbone.module.eval()
+        for step in range(config.steps):
+            each = raw.clamp(0, 1)[groups]
+            write_merged(data, entries, each.detach())
+            images = [task.train.images[next(own).numpy()] for task, own in zip(data.tasks, batches, strict=True)]
+            optimizer.zero_grad()
+            each.backward(gradients(data, entries, images))
+            optimizer.step()
+            data.progress((step + 1) / config.steps)
+    return dict(zip((entry.name for entry in entries), raw.detach().clamp(0, 1)[groups], strict=True))
+
+
+def write_merged(data: Data, entries: Sequence[Entry], factors: Float32[Tensor, "entries tasks"]) -> None:
+    """Move the encoder to theta_pre + sum_t factor_t tau_t, with factors of each entry's own."""
+    bound = data.backbone.bound
+    bound.flat.copy_(data.backbone.pretrained.flat)
+    for entry, row in zip(entries, factors.tolist(), strict=True):
+        for vector, factor in zip(data.vectors, row, strict=True):
+            view(bound.flat, entry).add_(view(vector.flat, entry), alpha=factor)
+    mend_variances(bound)
+
+
+def gradients(
+    data: Data, entries: Sequence[Entry], images: Sequence[UInt8[np.ndarray, "batch 3 size size"]]
+) -> Float32[Tensor, "entries tasks"]:
+    """Return the gradient of the summed entropies by every coefficient, at the encoder's present weights."""
+    parameters = dict(data.backbone.module.named_parameters())
+    each = [entropy(scored(data, head, batch)) for head, batch in zip(data.heads, images, strict=True)]
+    loss = torch.stack(each).sum()
+    found = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True))
+    rows = torch.zeros(len(entries), len(data.vectors))
+    for row, entry in zip(rows, entries, strict=True):
+        gradient = found.get(entry.name)
+        if gradient is not None:
+            row.copy_(torch.stack([(gradient * view(vector.flat, entry)).sum() for vector in data.vectors]))
+    return rows
+
+
+def entropy(scores: Float[Tensor, "batch *patches classes"]) -> Float[Tensor, ""]:
+    """Return the mean entropy of the predictions."""
+    return -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()

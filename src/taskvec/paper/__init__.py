@@ -1,0 +1,1 @@
+"""What is known of the paper without reading anything: its numbers and its eight tasks."""

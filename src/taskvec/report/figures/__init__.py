@@ -1,0 +1,1 @@
+"""Rows in; PNG and PDF out."""

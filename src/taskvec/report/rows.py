@@ -1,0 +1,294 @@
+"""Result rows of a study out of its artifacts, in the columns of results.csv and disentanglement.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, cast
+
+import pandas as pd
+
+from taskvec.engine.pipeline import Step
+from taskvec.engine.store import Artifact, canonical
+from taskvec.merging.registry import ADDITION, PER_TASK
+from taskvec.study.experiment import Candidate, Cell
+
+COLUMNS = (
+    "study backbone regime seed tasks method config heads scale task split metric value artifact".split()  # noqa: SIM905
+)
+HEATMAP_COLUMNS = "backbone regime seed task_1 task_2 scale_1 scale_2 error_1 error_2 n".split()  # noqa: SIM905
+NEGATION_COLUMNS = (
+    "backbone regime seed forget control scale split forget_accuracy control_accuracy chosen".split()  # noqa: SIM905
+)
+SCALE = {"probing": 0.0, "zero_shot": 0.0, "joint": 1.0, "fine_tuned": 1.0}
+"""The scale under which each baseline stands."""
+NO_CONFIG: Mapping[str, Any] = MappingProxyType({})
+Done = Mapping[Step, Artifact]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes the rows of one cell: backbone, regime and seed."""
+
+    study: str
+    cell: Cell
+    done: Done
+
+    def rows(self) -> Iterator[Row]:
+        """Yield all rows: validation for every scale tried, test for what was chosen."""
+        cell = self.cell
+        for method, steps in (("probing", cell.head), ("zero_shot", cell.zero_shot), ("fine_tuned", cell.finetuned)):
+            if steps:
+                made_by = {t: self.done[s].id for t, s in steps.items()} | {"": self._id(cell.model)}
+                yield from self.measured(method, "kept", SCALE[method], "validation", self.validation(steps), made_by)
+        if cell.joint:
+            values = dict(zip(cell.tasks, self.metrics(cell.joint)["validation"], strict=True))
+            made_by = dict.fromkeys([*cell.tasks, ""], self._id(cell.joint))
+            yield from self.measured("joint", "kept", SCALE["joint"], "validation", values, made_by)
+        for candidate in cell.candidates:
+            yield from self.tried_together(candidate) if candidate.name == PER_TASK else self.searched(candidate)
+        yield from self.test_rows()
+        for names, step in cell.subsets.items():
+            yield from self.subset_rows(names, step)
+        yield from self.learning_rates()
+        for candidate in cell.candidates:
+            yield from self.agreements(candidate)
+
+    def metrics(self, step: Step) -> dict[str, Any]:
+        """Return what a step has measured on validation."""
+        found: dict[str, Any] = self.done[step].json("metrics.json")
+        return found
+
+    def validation(self, steps: Mapping[str, Step]) -> dict[str, float]:
+        """Return the validation accuracy that the step of each task has measured."""
+        return {t: self.metrics(step)["validation"] for t, step in steps.items()}
+
+    def config_of(self, candidate: Candidate) -> Mapping[str, Any]:
+        """Return the hyperparameters of a candidate that are not the authors'; of several options those chosen."""
+        if candidate.option:
+            return cast("dict[str, Any]", self.done[candidate.option].json("option.json")["settings"])
+        return candidate.settings
+
+    def searched(self, candidate: Candidate) -> Iterator[Row]:
+        """Yield the validation rows of a candidate, after those of the options that were not chosen."""
+        for option in candidate.options:
+            if self.config_of(option) != self.config_of(candidate):
+                yield from self.curve(option)
+        yield from self.curve(candidate)
+
+    def curve(self, candidate: Candidate) -> Iterator[Row]:
+        """Yield the validation rows of every scale that a candidate tried, in rising order."""
+        config = self.config_of(candidate)
+        found: dict[float, tuple[dict[str, float], dict[str, str]]] = {}
+        for steps in candidate.rounds:
+            for task, step in steps.items():
+                curve = self.done[step].json("curve.json")
+                for scale, value in zip(curve["scales"], curve["validation"], strict=True):
+                    values, made_by = found.setdefault(scale, ({}, {"": self._id(candidate.choice)}))
+                    values[task], made_by[task] = value, self.done[step].id
+        for scale, (values, made_by) in sorted(found.items()):
+            yield from self.measured(candidate.name, candidate.read_by, scale, "validation", values, made_by, config)
+
+    def tried_together(self, candidate: Candidate) -> Iterator[Row]:
+        """Yield the validation rows of every set of scales, one a task; ``scale`` is their mean.
+
+        Those that were tried on a sample of the split have no normalised rows: the whole cannot normalise them.
+        """
+        made_by = dict.fromkeys([*self.cell.tasks, ""], self._id(candidate.choice))
+        found = self.done[candidate.choice].json("choice.json")
+        for part in ("tried", "measured"):
+            for scales, accuracies in found[part]:
+                values = dict(zip(self.cell.tasks, accuracies, strict=True))
+                mean, config = self.scales_of(scales)
+                rows = self.measured(candidate.name, candidate.read_by, mean, "validation", values, made_by, config)
+                yield from (row for row in rows if part == "measured" or not row["metric"].startswith("normalised"))
+
+    def scales_of(self, scales: Sequence[float]) -> tuple[float, dict[str, Any]]:
+        """Return the mean of one scale a task, and the configuration that tells them all."""
+        return sum(scales) / len(scales), {"scales": dict(zip(self.cell.tasks, scales, strict=True))}
+
+    def test_rows(self) -> Iterator[Row]:
+        """Yield the test rows: the baselines, fine-tuned, and the chosen scale of every candidate with its gain."""
+        cell = self.cell
+        measured = {t: self.done[s].json("test.json") for t, s in cell.test.items()}
+        made_by = {t: self.done[s].id for t, s in cell.test.items()} | {"": self._id(cell.gains)}
+        for method, scale in SCALE.items():
+            if all(method in found for found in measured.values()):
+                values = {t: found[method] for t, found in measured.items()}
+                yield from self.measured(method, "kept", scale, "test", values, made_by)
+        gains = self.done[cell.gains].json("gains.json") if cell.gains else {}
+        for index, candidate in enumerate(cell.candidates):
+            choice = self.done[candidate.choice].json("choice.json")
+            own = choice["scale"], self.config_of(candidate)
+            scale, config = self.scales_of(choice["scales"]) if "scales" in choice else own
+            values = {t: found[str(index)] for t, found in measured.items()}
+            name, heads = candidate.name, candidate.read_by
+            yield from self.measured(name, heads, scale, "test", values, made_by, config)
+            for baseline, gained in gains.items():
+                for place, gain in gained[str(index)].items():
+                    task = cell.tasks[int(place)] if place else ""
+                    for part, end in ENDS.items():
+                        metric = f"gain_over_{baseline}{end}"
+                        yield self.row(name, heads, scale, task, "test", metric, gain[part], made_by[task], config)
+
+    def subset_rows(self, names: tuple[str, ...], step: Step) -> Iterator[Row]:
+        """Yield the rows of one set of tasks: scales tried, the test of the chosen one, and the error in the box."""
+        found, smaller = self.done[step].json("subset.json"), replace(self, cell=replace(self.cell, tasks=names))
+        made_by = dict.fromkeys([*names, ""], self.done[step].id)
+        if "test" in found:
+            for scale, values in zip(found["scales"], found["validation"], strict=True):
+                by_task = dict(zip(names, values, strict=True))
+                rows = smaller.measured(ADDITION, "kept", scale, "validation", by_task, made_by)
+                # a sample of the split, which its whole cannot normalise
+                yield from (row for row in rows if not row["metric"].startswith("normalised"))
+            by_task = dict(zip(names, found["test"], strict=True))
+            yield from smaller.measured(ADDITION, "kept", found["scale"], "test", by_task, made_by)
+        if "error" in found:
+            error, id = found["error"], self.done[step].id
+            yield smaller.row(ADDITION, "kept", "", "", "test", "disentanglement_error", error, id)
+
+    def learning_rates(self) -> Iterator[Row]:
+        """Yield the learning rates that were used, and what each rate that was tried reached on validation."""
+        cell = self.cell
+        for task, step in cell.probe.items():
+            tried = self.done[step].json("probe.json")
+            for rate, value in zip(tried["rates"], tried["validation"], strict=True):
+                yield self.tried_rate("probing", task, rate, value, step)
+        for task, step in cell.finetuned.items():
+            if (rate := self.metrics(step).get("learning_rate")) is not None:  # none for a checkpoint that was brought
+                yield self.row("fine_tuned", "kept", 1.0, task, "", "learning_rate", rate, self.done[step].id)
+        if cell.joint:
+            rate = self.metrics(cell.joint)["learning_rate"]
+            yield self.row("joint", "kept", SCALE["joint"], "", "", "learning_rate", rate, self.done[cell.joint].id)
+        if cell.rate:
+            for rate, step in cell.rate[1].items():
+                yield self.tried_rate("fine_tuned", cell.rate[0], rate, self.metrics(step)["validation"], step)
+
+    def agreements(self, candidate: Candidate) -> Iterator[Row]:
+        """Yield how far features agree with each task's fine-tuned encoder at every scale, and the mean over tasks."""
+        found = {task: self.done[step].json("agreement.json") for task, step in candidate.agreement.items()}
+        config, metric = self.config_of(candidate), "agreement"
+        for place, scale in enumerate(candidate.grid if found else ()):
+            values = {task: one["values"][place] for task, one in found.items()}
+            for task, value in values.items():
+                id = self.done[candidate.agreement[task]].id
+                yield self.row(candidate.name, candidate.read_by, scale, task, "train", metric, value, id, config)
+            mean = sum(values.values()) / len(values)
+            yield self.row(candidate.name, candidate.read_by, scale, "", "train", metric, mean, "", config)
+
+    def tried_rate(self, method: str, task: str, rate: float, value: float, step: Step) -> Row:
+        """Return the row of one learning rate that was tried on one task."""
+        config, id = {"learning_rate": rate}, self.done[step].id
+        return self.row(method, "kept", SCALE[method], task, "validation", self.metric(task), value, id, config)
+
+    @cached_property
+    def tuned(self) -> dict[str, dict[str, float]]:
+        """Return the accuracy of every fine-tuned encoder by split, which normalises all others."""
+        test = {t: self.done[step].json("test.json")["fine_tuned"] for t, step in self.cell.test.items()}
+        return {"validation": self.validation(self.cell.finetuned), "test": test}
+
+    def metric(self, task: str) -> str:
+        """Return the name of a task's own metric, which the step that fine-tuned on it has told."""
+        return str(self.metrics(self.cell.finetuned[task]).get("metric", "accuracy"))
+
+    def measured(
+        self,
+        method: str,
+        heads: str,
+        scale: float,
+        split: str,
+        values: Mapping[str, float],
+        made_by: Mapping[str, str],
+        config: Mapping[str, Any] = NO_CONFIG,
+    ) -> Iterator[Row]:
+        """Yield accuracy and normalised accuracy of every task and their means, and likewise other kinds' metrics."""
+        for metric, column in self.columns({t: values[t] for t in self.cell.tasks}, self.tuned[split]).items():
+            for task, value in column.items():
+                yield self.row(method, heads, scale, task, split, metric, value, made_by[task], config)
+            mean = sum(column.values()) / len(column)
+            yield self.row(method, heads, scale, "", split, metric, mean, made_by[""], config)
+
+    def columns(self, values: Mapping[str, float], tuned: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Return the metrics of some tasks, each with the tasks that have it; nothing is normalised by zero.
+
+        With tasks of several kinds every task has ``normalised_metric``, its own over the fine-tuned encoder's.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for task, value in values.items():
+            found.setdefault(self.metric(task), {})[task] = value
+        normal = {"normalised_accuracy": found.get("accuracy", {})}
+        normal |= {"normalised_metric": dict(values)} if set(found) != {"accuracy"} else {}
+        for name, column in normal.items():
+            if column and all(tuned[t] > 0 for t in column):
+                found[name] = {t: value / tuned[t] for t, value in column.items()}
+        return found
+
+    def row(
+        self,
+        method: str,
+        heads: str,
+        scale: float | str,
+        task: str,
+        split: str,
+        metric: str,
+        value: float,
+        artifact: str,
+        config: Mapping[str, Any] = NO_CONFIG,
+    ) -> Row:
+        """Return one row of results.csv."""
+        cell = self.cell
+        place = (self.study, cell.backbone, cell.regime, cell.seed, "+".join(cell.tasks))
+        about = (method, canonical(dict(config)), heads, scale, task, split, metric, value, artifact)
+        return dict(zip(COLUMNS, (*place, *about), strict=True))
+
+    def _id(self, step: Step | None) -> str:
+        return self.done[step].id if step is not None else ""
+
+
+ENDS = {"mean": "", "low": "_low", "high": "_high"}
+"""The parts of a gain, and how the names of their metrics end."""
+
+
+def results(study: str, cells: list[Cell], done: Done) -> pd.DataFrame:
+    """Return all rows of a study in the columns of results.csv."""
+    return pd.DataFrame([row for cell in cells for row in Writer(study, cell, done).rows()], columns=COLUMNS)
+
+
+def heatmaps(cells: list[Cell], done: Done) -> pd.DataFrame | None:
+    """Return the rows of disentanglement.csv, or None where a study measured no heatmap."""
+    rows = [
+        row for cell in cells for pair, step in cell.heatmaps.items() for row in heatmap_rows(cell, pair, done[step])
+    ]
+    return pd.DataFrame(rows, columns=HEATMAP_COLUMNS) if rows else None
+
+
+def negations(cells: list[Cell], done: Done) -> pd.DataFrame | None:
+    """Return the rows of negation.csv, or None where a study forgets nothing: validation, then the test."""
+    rows = [
+        row for cell in cells for pair, step in cell.negation.items() for row in negation_rows(cell, pair, done[step])
+    ]
+    return pd.DataFrame(rows, columns=NEGATION_COLUMNS) if rows else None
+
+
+def negation_rows(cell: Cell, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
+    """Yield a row for every scale of negation that one cell tried, and for the test at 0 and at the chosen one."""
+    found = artifact.json("negation.json")
+    place = (cell.backbone, cell.regime, cell.seed, *pair)
+    tried = [("validation", *one) for one in zip(found["scales"], found["forgotten"], found["control"], strict=True)]
+    before, after = found["test"]["before"], found["test"]["after"]
+    for split, scale, *accuracies in (*tried, ("test", 0.0, *before), ("test", found["scale"], *after)):
+        values = (scale, split, *accuracies, scale == found["scale"])
+        yield dict(zip(NEGATION_COLUMNS, (*place, *values), strict=True))
+
+
+def heatmap_rows(cell: Cell, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
+    """Yield a row for every point of one heatmap; ``n`` is the smaller number of images of the two tasks."""
+    errors = artifact.json("errors.json")
+    place = (cell.backbone, cell.regime, cell.seed, *pair)
+    for i, one in enumerate(errors["scales"]):
+        for j, two in enumerate(errors["scales"]):
+            values = (one, two, errors["first"][i][j], errors["second"][i][j], min(errors["n"]))
+            yield dict(zip(HEATMAP_COLUMNS, (*place, *values), strict=True))

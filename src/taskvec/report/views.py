@@ -1,0 +1,365 @@
+"""Metric rows in, numbers out: one backbone in one regime over its seeds, its sets of tasks, its errors in the box."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pandas as pd
+
+from taskvec.core.errors import TaskvecError, unknown
+from taskvec.merging.registry import ADDITION, PER_TASK
+
+BASELINES = ("probing", "zero_shot", "fine_tuned", "joint")
+HEADS = {"kept": "kept heads", "reprobed": "re-probed heads"}
+METRICS = {"accuracy": "accuracy", "patch_accuracy": "patch accuracy", "within_15_degrees": "within 15°"}
+BOX = 1.0  # half the width of the red box of the paper's Figure 1
+NEEDED = ("backbone", "regime", "seed", "tasks", "method", "heads", "scale", "task", "split", "metric", "value")
+NUMBER = 4
+"""Bytes of a float32."""
+OF_SETS = ("accuracy", "normalised_accuracy", "disentanglement_error")  # the columns of ``task_sets``
+
+
+class Spread(NamedTuple):
+    """One number over seeds: mean, standard deviation (NaN for one seed), smallest and largest scale."""
+
+    mean: float
+    sd: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+NOTHING = Spread(math.nan)
+
+
+def _over_seeds(entries: list[tuple[float, float]]) -> Spread:
+    """Sum up the (scale, value) of every seed; NaN counts as not measured."""
+    scales = [scale for scale, _ in entries if not math.isnan(scale)] or [math.nan]
+    values = [value for _, value in entries if not math.isnan(value)]
+    if not values:
+        return NOTHING
+    sd = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Spread(statistics.fmean(values), sd, min(scales), max(scales))
+
+
+class Gained(NamedTuple):
+    """Accuracy over probing as fractions: mean and spread over seeds, the ends of its interval, the scales chosen."""
+
+    heads: str
+    mean: float
+    sd: float
+    low: float
+    high: float
+    scale: Spread
+
+    @property
+    def beats(self) -> bool:
+        """Say whether the whole interval, as it is printed, lies above zero."""
+        return round(100 * self.low, 1) > 0
+
+    @property
+    def loses(self) -> bool:
+        """Say whether the whole interval, as it is printed, lies below zero."""
+        return round(100 * self.high, 1) < 0
+
+    @property
+    def stays(self) -> bool:
+        """Say whether every seed chose to add nothing and its heads are the probes, so that the merge is probing."""
+        return self.heads == "kept" and self.scale.low == self.scale.high == 0 and abs(self.mean) < 1e-9
+
+
+@dataclass(frozen=True)
+class View:
+    """The rows of one backbone in one regime, on the largest set of tasks that was merged there."""
+
+    backbone: str
+    regime: str
+    rows: pd.DataFrame
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str, str, str], Spread]:
+        """Take mean and spread over seeds of every (method, heads, metric, task) on the test split."""
+        test = self.rows[self.rows["split"] == "test"]
+        entries: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
+        keys = zip(*(test[name] for name in ("method", "heads", "metric", "task")), strict=True)
+        for key, scale, value in zip(keys, test["scale"], test["value"], strict=True):
+            entries[cast("tuple[str, str, str, str]", key)].append((scale, value))
+        return {key: _over_seeds(found) for key, found in entries.items()}
+
+    def cell(self, method: str, heads: str = "kept", metric: str = "accuracy", task: str = "") -> Spread:
+        """Look up a number of the test split as a fraction; an empty task is the mean over tasks."""
+        return self._cells.get((method, heads, metric, task), NOTHING)
+
+    @cached_property
+    def metrics(self) -> dict[str, str]:
+        """Name the own metric of every task."""
+        own = self.rows[self.rows["metric"].isin(METRICS) & (self.rows["task"] != "")].drop_duplicates("task")
+        return {str(task): str(metric) for task, metric in zip(own["task"], own["metric"], strict=True)}
+
+    @property
+    def metric(self) -> str:
+        """Name the metric that all tasks share, empty where they differ in kind."""
+        found = set(self.metrics.values()) or {"accuracy"}
+        return found.pop() if len(found) == 1 else ""
+
+    @property
+    def mixed(self) -> bool:
+        """Say whether there are tasks that are no classification."""
+        return self.metric != "accuracy"
+
+    @property
+    def normalised(self) -> str:
+        """Name the metric by which validation chose: each task's own over that of its fine-tuned encoder."""
+        return "normalised_metric" if self.mixed else "normalised_accuracy"
+
+    @cached_property
+    def unlearned(self) -> list[str]:
+        """Name the tasks whose fine-tuned encoder has, of some seed, nothing right on validation: none is normalised.
+
+        Validation chose by the mean of what is not normalised then.
+        """
+        own = self.rows[(self.rows["method"] == "fine_tuned") & (self.rows["split"] == "validation")]
+        own = own[own["metric"].isin(METRICS) & (own["config"] == "{}") & (own["value"] == 0)]
+        return [task for task in self.tasks if task in set(own["task"])]
+
+    def own(self, method: str, heads: str = "kept", task: str = "") -> Spread:
+        """Look up a task in its own metric; tasks that differ in theirs have no mean (NaN), but its scales are told."""
+        metric = self.metrics.get(task, "accuracy") if task else self.metric
+        if metric:
+            return self.cell(method, heads, metric, task)
+        return self.own(method, heads, self.tasks[0])._replace(mean=math.nan, sd=math.nan)
+
+    def overall(self, method: str, heads: str = "kept") -> Spread:
+        """Look up the mean over tasks by which backbones compare: of accuracies, or of normalised metrics if mixed."""
+        return self.cell(method, heads, self.normalised if self.mixed else "accuracy")
+
+    def gain(self, method: str, heads: str = "kept", task: str = "", over: str = "probing") -> Gained:
+        """Look up what a merge adds to probing, or to the separate fine-tuned encoders."""
+        middle, low, high = (self.cell(method, heads, f"gain_over_{over}{end}", task) for end in ("", "_low", "_high"))
+        return Gained(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
+
+    @cached_property
+    def own_scales(self) -> pd.DataFrame:
+        """Read the lambdas, one a task, that went to the test split: a row for each seed, a column for each task."""
+        rows = self.rows[(self.rows["method"] == PER_TASK) & (self.rows["split"] == "test")]
+        configs = rows[rows["heads"] == "kept"].drop_duplicates("seed")["config"]
+        return pd.DataFrame([json.loads(config).get("scales", {}) for config in configs], dtype=float).dropna(how="all")
+
+    @cached_property
+    def tried(self) -> dict[tuple[str, str], float]:
+        """Score each method and kind of heads by its best on validation, as the search did, mean over seeds.
+
+        Where a fine-tuned metric is zero nothing can be normalised by it, and the search looks at the plain mean.
+        """
+        rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
+        normal = rows[rows["metric"] == self.normalised]
+        plain = rows[rows["metric"].isin(METRICS) & ~rows["seed"].isin(normal["seed"])]
+        rows = pd.concat([normal, plain])
+        best = rows.groupby(["method", "heads", "seed"], sort=False)["value"].max()
+        means = best.groupby(["method", "heads"], sort=False).mean()
+        return {(str(method), str(heads)): float(means[method, heads]) for method, heads in means.index}
+
+    @cached_property
+    def validation(self) -> dict[str, float]:
+        """Score each method by its better kind of heads on validation."""
+        methods = dict.fromkeys(method for method, _ in self.tried)
+        return {name: max(value for (method, _), value in self.tried.items() if method == name) for name in methods}
+
+    @cached_property
+    def kept(self) -> tuple[str, str]:
+        """Name the method and heads that are best on validation: probing, or a merge of all seeds that is better."""
+        rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
+        seeds = rows.groupby(["method", "heads"])["seed"].nunique()
+        able = [key for key in self.tried if key[0] not in BASELINES and seeds[key] == self.seeds]
+        floor = ("probing", "kept")
+        return max([floor, *able], key=lambda key: self.tried.get(key, -math.inf))
+
+    def foreseen(self, method: str, heads: str) -> float:
+        """Return the level on validation by which backbones compare, at the scales that validation chose."""
+        metric = self.normalised if self.mixed else "accuracy"
+        rows = self.rows[(self.rows["method"] == method) & (self.rows["heads"] == heads) & (self.rows["task"] == "")]
+        chosen = rows.loc[rows["split"] == "test", ["seed", "scale", "config"]].drop_duplicates()
+        tried = rows[(rows["split"] == "validation") & (rows["metric"] == metric)]
+        value = tried.merge(chosen, on=["seed", "scale", "config"])["value"].mean()
+        return -1.0 if math.isnan(value) else float(value)
+
+    @cached_property
+    def tried_rates(self) -> dict[float, float]:
+        """Return what each learning rate of fine-tuning that was searched reached on validation."""
+        rows = self.rows[(self.rows["method"] == "fine_tuned") & (self.rows["split"] == "validation")]
+        rows = rows[rows["config"].str.contains("learning_rate", regex=False)]
+        return {
+            json.loads(config)["learning_rate"]: value
+            for config, value in zip(rows["config"], rows["value"], strict=True)
+        }
+
+    def unmoved(self, task: str) -> bool:
+        """Say whether a fine-tuned encoder has, on every split and seed, exactly the result of its probe."""
+        own = self.rows[(self.rows["task"] == task) & self.rows["metric"].isin(METRICS) & (self.rows["config"] == "{}")]
+        values = [
+            own[own["method"] == method].set_index(["seed", "split"])["value"] for method in ("probing", "fine_tuned")
+        ]
+        return bool(len(values[0]) and values[0].sort_index().equals(values[1].sort_index()))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Name the tasks in the order of the study, in which rows of several metrics are not."""
+        order = str(self.rows["tasks"].iloc[0]).split("+")
+        found = [task for task in _unique(self.rows["task"]) if task]
+        return sorted(found, key=lambda task: order.index(task) if task in order else len(order))
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Name the merging methods, the paper's addition first."""
+        found = _unique(self._merges["method"])
+        return sorted(found, key=lambda method: method != ADDITION)
+
+    @cached_property
+    def heads(self) -> list[str]:
+        """Name the kinds of heads that merged encoders were read with."""
+        return [heads for heads in HEADS if heads in set(self._merges["heads"])]
+
+    @cached_property
+    def _merges(self) -> pd.DataFrame:
+        return self.rows[~self.rows["method"].isin(BASELINES) & self.rows["metric"].isin(METRICS)]
+
+    @cached_property
+    def seeds(self) -> int:
+        """Count the seeds."""
+        return int(self.rows["seed"].nunique())
+
+
+def own_costs(one: View, costs: pd.DataFrame) -> pd.DataFrame:
+    """Take the costs of one backbone in one regime on its largest set of tasks, with the bytes that are ``stored``."""
+    place = (costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)
+    own: pd.DataFrame = costs[place & (costs["tasks"] == one.rows["tasks"].iloc[0])]
+    return own.assign(stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"])
+
+
+def views(results: pd.DataFrame) -> list[View]:
+    """Split results into backbones and regimes, each on its largest set of tasks; subsets of tasks are left out."""
+    settings = numeric(results).groupby(["backbone", "regime"], sort=False)
+    keyed = ((cast("tuple[str, str]", key), rows) for key, rows in settings)
+    return [View(str(backbone), str(regime), _largest_set(rows)) for (backbone, regime), rows in keyed]
+
+
+def numeric(results: pd.DataFrame) -> pd.DataFrame:
+    """Check that the columns are there, and read scales and values as numbers."""
+    lacking = [column for column in NEEDED if column not in results.columns]
+    if lacking or results.empty:
+        problem = f"results without the columns {', '.join(lacking)}" if lacking else "results without a row"
+        raise TaskvecError(problem, "give the rows of results.csv, read with keep_default_na=False")
+    return results.assign(**{name: pd.to_numeric(results[name], errors="coerce") for name in ("scale", "value")})
+
+
+def view(results: pd.DataFrame, backbone: str, regime: str) -> View:
+    """Take one backbone in one regime out of the results."""
+    if {"backbone", "regime"} <= set(results.columns):
+        own = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
+        if len(own):
+            return views(own)[0]
+    raise unknown(
+        "backbone and regime", f"{backbone}, {regime}", (f"{one.backbone}, {one.regime}" for one in views(results))
+    )
+
+
+def _largest_set(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of the merged set with the most tasks."""
+    sizes = rows[rows["task"] != ""].groupby("tasks", sort=False)["task"].nunique()
+    return rows if sizes.empty else rows[rows["tasks"] == sizes.idxmax()]
+
+
+def _unique(values: pd.Series[Any]) -> list[str]:
+    return [str(value) for value in values.drop_duplicates()]
+
+
+def line_search(one: View, method: str, heads: str) -> pd.DataFrame:
+    """Read the normalised metric on validation by scale: mean and std (%) over seeds, and whether a seed chose it.
+
+    Of several configurations only the one that went to the test split.
+    """
+    rows = one.rows[(one.rows["method"] == method) & (one.rows["heads"] == heads) & (one.rows["task"] == "")]
+    rows = rows[rows["metric"] == one.normalised]
+    test = rows[rows["split"] == "test"]
+    tried = rows[rows["split"] == "validation"].merge(test[["seed", "config"]].drop_duplicates(), on=["seed", "config"])
+    values = 100 * tried.groupby("scale")["value"].agg(["mean", "std"]).fillna({"std": 0.0})
+    return values.assign(chosen=values.index.isin(test["scale"])).reset_index()
+
+
+# ---------------------------------------------------------------- sets of tasks
+
+
+def task_sets(results: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame:
+    """Put each merged set of tasks in one row: tasks, size, and as fractions accuracy, normalised accuracy and error.
+
+    Of addition with kept heads, on the test split, over the seeds that merged more than one set; else without a row.
+    Where a set has tasks that are no classification, normalised is each task's own metric, and there is no accuracy.
+    """
+    others = [*(metric for metric in METRICS if metric != "accuracy"), "normalised_metric"]
+    rows = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
+    rows = rows[(rows["split"] == "test") & (rows["task"] == "") & rows["metric"].isin([*OF_SETS, *others])]
+    added = (rows["method"] == ADDITION) & (rows["heads"] == "kept")
+    rows = rows[added | (rows["metric"] == "disentanglement_error")]
+    size = rows["tasks"].str.count(r"\+") + 1
+    rows = rows.assign(size=size, value=pd.to_numeric(rows["value"], errors="coerce"))
+    rows = rows[rows["seed"].isin(rows.loc[size < size.max(), "seed"])]
+    table = rows.pivot_table(index=["size", "tasks"], columns="metric", values="value", aggfunc="mean")
+    table = table.reindex(columns=[*OF_SETS, *others])
+    mixed = table[others].notna().any(axis=1)
+    table["normalised_accuracy"] = table["normalised_metric"].where(mixed, table["normalised_accuracy"])
+    table["accuracy"] = math.nan if mixed.any() else table["accuracy"]
+    return table[list(OF_SETS)].reset_index()
+
+
+# ---------------------------------------------------------------- the disentanglement error
+
+
+def with_errors(heatmap: pd.DataFrame) -> pd.DataFrame:
+    """Add to the rows of a heatmap the error 0..2, whether a point is in the box, and its share of the box's mean."""
+    inside = (heatmap["scale_1"].abs() <= BOX + 1e-9) & (heatmap["scale_2"].abs() <= BOX + 1e-9)
+    share = heatmap["scale_1"].map(box_shares(heatmap["scale_1"])) * heatmap["scale_2"].map(
+        box_shares(heatmap["scale_2"])
+    )
+    return heatmap.assign(error=heatmap["error_1"] + heatmap["error_2"], inside=inside, share=share)
+
+
+def box_shares(scales: Iterable[float]) -> dict[float, float]:
+    """Return each coefficient's share of the box's width, for means of what is linear between coefficients.
+
+    A mean over the points that happen to lie in the box would depend on how many points an axis has.
+    """
+    axis = np.unique(list(scales))
+    knots = np.union1d(axis[np.abs(axis) < BOX], [-BOX, BOX])
+    hats = np.array([np.interp(knots, axis, row) for row in np.eye(len(axis))]).reshape(-1, len(knots))
+    shares = (hats[:, 1:] + hats[:, :-1]) @ np.diff(knots) / 2 / (2 * BOX)
+    return dict(zip(axis.tolist(), shares.tolist(), strict=True))
+
+
+def error_rows(heatmap: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame:
+    """Take the heatmap rows of one backbone in one regime, with errors."""
+    return with_errors(heatmap[(heatmap["backbone"] == backbone) & (heatmap["regime"] == regime)])
+
+
+def box_mean(rows: pd.DataFrame, by: list[str]) -> pd.Series[float]:
+    """Average the error over the area of the box, bilinear between points, for every group of whole heatmaps."""
+    weighted = rows.assign(error=rows["error"] * rows["share"]).groupby(by)[["error", "share"]].sum()
+    found: pd.Series[float] = weighted["error"] / weighted["share"]
+    return found
+
+
+def box_error(heatmap: pd.DataFrame | None, backbone: str, regime: str) -> Spread:
+    """Average the disentanglement error (0..2) over the area of the box and the pairs; its spread is over seeds."""
+    if heatmap is None:
+        return NOTHING
+    rows = error_rows(heatmap, backbone, regime)
+    means = box_mean(rows, ["seed"])
+    if means.empty:
+        return NOTHING
+    return Spread(float(means.mean()), float(means.std()) if len(means) > 1 else math.nan)

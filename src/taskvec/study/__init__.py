@@ -1,0 +1,1 @@
+"""A validated study, its plan and its steps."""

@@ -1,0 +1,406 @@
+"""Study files: YAML read into studies within bounds; every mistake is told with its line and how to mend it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from taskvec.core.errors import TaskvecError, did_you_mean, near, unknown
+from taskvec.core.settings import Finetune, Heatmap, Lora, Negation, Probe, Subsets, Surgery
+from taskvec.engine.store import disk_errors
+from taskvec.merging import plugins
+from taskvec.study.schema import (
+    LONGEST_NAME,
+    BackboneChoice,
+    Choice,
+    MethodChoice,
+    RegimeChoice,
+    Study,
+    StudyFile,
+    TaskChoice,
+    name_problem,
+    plugin_files,
+)
+
+MOST_BYTES = 100_000
+"""A study file is a few kilobytes; a larger one is something else."""
+MOST_VALUES, DEEPEST = 20_000, 20
+"""How many keys and values a study has at most, with all aliases written out, and how deep they are nested."""
+LONGEST_KEY, LONGEST_NUMBER, LONGEST_TEXT = 100, 40, 10_000
+"""How many characters a key, a number and any other text has at most."""
+SHOWN = 10
+"""How many mistakes of one file are told at once."""
+KEYS_AND_VALUES = "docs/study.md has every key and its values"
+Place = tuple[Any, ...]
+SAID = {
+    r"but found another document": "a study is one document, and a second one begins here",
+    r"found undefined alias": "an alias (*) of something that has no anchor (&)",
+    r"found unexpected end of stream": "a quotation mark that nothing closes",
+    r".*'<stream end>'": "a bracket that nothing closes",
+    r"expected <block end>.*|expected '<document start>'.*": "it is indented otherwise than the lines above",
+    r"mapping values are not allowed here": "a second ': ' where one belongs; text that has one needs quotes",
+    r"found character ('[^\\]'|\"'\") that cannot start any token": r"text that begins with \1 needs quotes",
+}
+"""Plainer words for what the YAML reader says."""
+UNCLOSED = ("a quotation mark", "a bracket")
+NEEDED = "every study names its backbones and tasks"
+SHOWN_AS = {"None": "nothing", "True": "true", "False": "false"}
+OPTIONS = ("out", "smoke", "store", "workers")
+"""What belongs to the command taskvec run, not into a study."""
+READ_AS = {
+    "tag:yaml.org,2002:bool": "yes or no",
+    "tag:yaml.org,2002:int": "a number",
+    "tag:yaml.org,2002:float": "a number",
+    "tag:yaml.org,2002:null": "nothing",
+}
+WORDS = {
+    r"Input should be a valid tuple": "should be a list",
+    r"Input should be a valid (dictionary|mapping)( or .*)?": "should be a mapping",
+    r"Input should be a valid string": "should be text",
+    r"Input should be a valid integer.*": "should be a whole number",
+    r"Input should be a valid number.*": "should be a number",
+    r"Input should be a valid boolean.*": "should be true or false",
+    r"Input should be": "should be",
+    r"String should have at least 1 character": "should have some text",
+    r"String should match pattern '\^\(auto.*": "should be auto, cpu, cuda, cuda:N or mps",
+    r"String should match pattern.*": "should have letters a to z, digits, . _ and - only, the first no sign",
+    r"\w+ should have at (most|least) (\d+) items? after validation, not (\d+)": r"has \3, at \1 \2 belong here",
+}
+
+
+INSIDE: dict[str, type[BaseModel]] = {
+    "backbones": BackboneChoice,
+    "tasks": TaskChoice,
+    "regimes": RegimeChoice,
+    "methods": MethodChoice,
+    "heatmap": Heatmap,
+    "subsets": Subsets,
+    "surgery": Surgery,
+    "probe": Probe,
+    "finetune": Finetune,
+    "lora": Lora,
+    "negation": Negation,
+}
+"""What may stand under a key of a study."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key's or a list item's line (from 1; 0 is unknown) and its value."""
+
+    line: int
+    node: yaml.Node | None
+
+
+NOWHERE = Entry(0, None)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is wrong with a study: the line (0 where there is none), what it is, and how to mend it."""
+
+    line: int
+    problem: str
+    fix: str = ""
+
+    @property
+    def short(self) -> bool:
+        """Say whether its fix is no list of everything that is known."""
+        return bool(self.fix) and not self.fix.startswith("known: ")
+
+
+class Loader(yaml.SafeLoader):
+    """Mappings, lists, text, numbers, true and false: no tags, no dates, no times, no octal numbers.
+
+    So 0:1:0.05, 007 and 2024-01-01 are text, as they are written.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a value, or raise where it has a tag or lies too deep."""
+        event, self.depth = self.peek_event(), self.depth + 1
+        if getattr(event, "tag", None) is not None:
+            raise refused(event, f"the tag '{event.tag}' is not known here", "leave it out")
+        if self.depth > DEEPEST:
+            raise refused(event, f"nested more than {DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.ScalarNode):  # JSON writes some characters as pairs of surrogates
+            node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        return node
+
+
+Loader.yaml_implicit_resolvers = {}
+for tag, form, starts in (
+    ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{form})$"), list(starts))
+
+
+def packaged() -> dict[str, str]:
+    """Return the packaged studies: name to text."""
+    files = resources.files("taskvec.study.packaged").iterdir()
+    return {
+        f.name.removesuffix(".yaml"): f.read_text("utf-8")
+        for f in sorted(files, key=lambda f: f.name)
+        if f.name.endswith(".yaml")
+    }
+
+
+def open_study(name: str) -> StudyFile:
+    """Read a study from a file, or a packaged one by name."""
+    path, known = Path(name).expanduser(), packaged()
+    with disk_errors(path):
+        there = "\0" not in name and path.exists()
+    if there and (path.is_file() or name not in known):
+        text, folder = read_text(path), path.resolve().parent
+        return StudyFile(parse_study(text, str(path), folder), text, folder)
+    if name not in known:
+        if path.suffix in (".yaml", ".yml") or "/" in name:
+            raise TaskvecError(
+                f"no study file at '{name}'", f"give a YAML file, or a packaged study: {', '.join(known)}"
+            )
+        raise unknown("study", name, known)
+    return StudyFile(parse_study(known[name], name), known[name], Path.cwd())
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a study file, or raise: it is a file of UTF-8 text, and not large."""
+    if not path.is_file():
+        raise TaskvecError(f"'{path}' is {'a folder' if path.is_dir() else 'no regular file'}", "give a YAML file")
+    with disk_errors(path), path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise TaskvecError(f"'{path}' has more than {MOST_BYTES:,} bytes, too many for a study", "give a YAML file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        kind = "UTF-16, not UTF-8 text" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8 text"
+        raise TaskvecError(f"study file '{path}', line {line}, is {kind}", "give a YAML file saved as UTF-8") from None
+
+
+def parse_study(text: str, source: str, folder: Path | None = None) -> Study:
+    """Validate a study's YAML; errors name the lines, the keys and what would be right.
+
+    Its plugins are run, so that their methods are known; relative paths start from ``folder``, or else from where one
+    is.
+    """
+    data, entries = read_yaml(text, source)
+    if not isinstance(data, dict):
+        raise TaskvecError(f"{source}: a study is a mapping of keys to values", "see docs/study.md for an example")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem)[:LONGEST_NAME].strip("-._")
+    data.setdefault("name", "study" if not stem or name_problem(stem) else stem)
+    use_plugins(data.get("plugins"), folder or Path.cwd())
+    try:
+        return Study.model_validate(data)
+    except ValidationError as error:
+        raise TaskvecError(*explain(error, entries, source)) from None
+
+
+def use_plugins(names: Any, folder: Path) -> None:
+    """Import the plugins that a study names; what is no list of names is left to its validation."""
+    if names is None or (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+        plugins.use(plugin_files(names or (), folder))
+
+
+def read_yaml(text: str, source: str) -> tuple[Any, dict[Place, Entry]]:
+    """Return what a YAML document holds, and every key and list item by its place."""
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        entries = bounded(node)
+        return (None if node is None else loader.construct_document(node)), entries
+    except yaml.reader.ReaderError as error:
+        line, code = text.count("\n", 0, error.position) + 1, ord(text[error.position])
+        raise TaskvecError(f"{source}, line {line}: a character U+{code:04X} is no text", "leave it out") from None
+    except yaml.MarkedYAMLError as error:
+        said = plain(str(error.problem or error.context), SAID)
+        first, last = error.context_mark, error.problem_mark
+        mark = (first or last) if said.startswith(UNCLOSED) else (last or first)
+        where = f", line {mark.line + 1}" if mark else ""
+        if error.note:  # refused here
+            raise TaskvecError(f"{source}{where}: {error.problem}", error.note) from None
+        fix = "indent with spaces" if r"'\t'" in said else "mend that line"
+        raise TaskvecError(f"{source}{where}: not valid YAML: {said}", fix) from None
+
+
+def bounded(node: yaml.Node | None) -> dict[Place, Entry]:
+    """Return every key and list item of a document by its place, or raise where they are too many."""
+    found: dict[Place, Entry] = {}
+    for count, (place, entry) in enumerate(entries_of(node) if node else ()):
+        if count == MOST_VALUES:
+            raise refused(entry.node or node, f"more than {MOST_VALUES:,} values, with every alias written out")
+        found[place] = entry
+    return found
+
+
+def entries_of(node: yaml.Node, at: Place = ()) -> Iterator[tuple[Place, Entry]]:
+    """Yield every key and list item of a YAML document with its place, aliases written out."""
+    if len(at) > DEEPEST:
+        raise refused(node, f"nested more than {DEEPEST} deep")
+    if isinstance(node, yaml.ScalarNode):
+        check_scalar(node)
+    for key, line, child in children_of(node):
+        yield (*at, key), Entry(line + 1, child)
+        yield from entries_of(child, (*at, key))
+
+
+def children_of(node: yaml.Node) -> Iterator[tuple[str | int, int, yaml.Node]]:
+    """Yield the keys or numbers of a value's items, with their lines (from 0) and values."""
+    if isinstance(node, yaml.MappingNode):
+        yield from pairs_of(node)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from ((index, item.start_mark.line, item) for index, item in enumerate(node.value))
+
+
+def pairs_of(node: yaml.MappingNode) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Yield the keys of a mapping with their lines (from 0) and values; one that is given twice is an error."""
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag in READ_AS:
+            kind = READ_AS.get(key.tag, "a list or a mapping")
+            raise refused(key, f"a key is {kind}, where a word belongs", "give a word, in quotes if need be")
+        check_scalar(key, LONGEST_KEY)
+        if key.value in lines:
+            first = lines[key.value] + 1
+            raise refused(key, f"the key '{key.value}' is given twice, first on line {first}", "leave one of them out")
+        lines[key.value] = key.start_mark.line
+        yield key.value, key.start_mark.line, value
+
+
+def check_scalar(node: yaml.ScalarNode, most: int = LONGEST_TEXT) -> None:
+    """Raise for text and numbers that are too long, and for text with signs that no name or sentence has."""
+    number = node.tag.endswith((":int", ":float"))
+    if len(node.value) > (LONGEST_NUMBER if number else most):
+        raise refused(node, f"a {'number' if number else 'text'} of {len(node.value):,} characters")
+    for sign in node.value:
+        if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t":
+            raise refused(node, f"a character U+{ord(sign):04X} is no text", "leave it out")
+
+
+def refused(at: Any, problem: str, fix: str = "write less") -> yaml.MarkedYAMLError:
+    """Build the error for what is well-formed and not taken."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark, note=fix)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def explain(error: ValidationError, entries: dict[Place, Entry], source: str) -> tuple[str, str]:
+    """Say in plain words what is wrong with a study, each mistake with its line, and how to mend it."""
+    found = sorted(mistakes(error, entries), key=lambda one: one.line)
+    if len(found) == 1:
+        [one] = found
+        return f"{source}{f', line {one.line}' if one.line else ''}: {one.problem}", one.fix or KEYS_AND_VALUES
+    lines = [
+        (f"line {one.line}: " if one.line else "") + one.problem + (f"; {one.fix}" if one.short else "")
+        for one in found[:SHOWN]
+    ]
+    lines += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return "\n  ".join((f"{source} has {len(found)} mistakes:", *lines)), KEYS_AND_VALUES
+
+
+def mistakes(error: ValidationError, entries: dict[Place, Entry]) -> list[Mistake]:
+    """List what is wrong, but for what only follows from another mistake."""
+    every = error.errors(include_url=False)
+    return list(dict.fromkeys(found for one in every if not follows(one, every) for found in told(one, entries)))
+
+
+def follows(one: ErrorDetails, every: Sequence[ErrorDetails]) -> bool:
+    """Say whether a key is missing because another is misspelt, or a list is short because its items are wrong."""
+    place = one["loc"]
+    if one["type"] == "too_short":
+        return any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in every)
+    extra = [other["loc"] for other in every if other["type"] == "extra_forbidden"]
+    return one["type"] == "missing" and any(
+        other[:-1] == place[:-1] and near(str(other[-1]), [str(place[-1])]) for other in extra
+    )
+
+
+def told(one: ErrorDetails, entries: dict[Place, Entry]) -> Iterator[Mistake]:
+    """Yield the mistakes that one error of validation tells: a validator of a whole study joins several by lines.
+
+    Those begin with the study's key that they are about, if they are about one.
+    """
+    place: Place = ()
+    for part in one["loc"]:  # pydantic names the branches of a choice as well
+        place += (part,) if (*place, part) in entries else ()
+    entry = entries.get(place, NOWHERE)
+    key = ".".join(map(str, place))
+    if one["type"] == "extra_forbidden":
+        yield Mistake(entry.line, f"unknown key '{key}'", where_it_belongs(place))
+    elif one["type"] == "missing":
+        key = ".".join(map(str, (*place, one["loc"][-1])))
+        yield Mistake(entry.line, f"the key '{key}' is missing", "" if place else NEEDED)
+    elif isinstance(entry.node, yaml.ScalarNode) and wants_text(one, place) and entry.node.tag in READ_AS:
+        raw = entry.node.value
+        fix = f'put it in quotes: "{raw}"' if raw.strip("~") else "write some, or leave it out"
+        problem = f"'{key}': YAML reads {raw or 'an empty place'} as {READ_AS[entry.node.tag]}, where text belongs"
+        yield Mistake(entry.line, problem, fix)
+    else:
+        for message in one["msg"].removeprefix("Value error, ").split("\n"):
+            line = entry.line or entries.get((message.partition(" ")[0],), NOWHERE).line
+            problem = plain(message) + given(one["input"], message)
+            yield Mistake(line, f"'{key}': {problem}" if key else problem, in_brackets(one, entry))
+
+
+def wants_text(one: ErrorDetails, place: Place) -> bool:
+    """Say whether text belongs at a place, for which an item of a list of choices may stand."""
+    return one["type"] == "string_type" or (one["type"].startswith("model_") and isinstance(place[-1], int))
+
+
+def in_brackets(one: ErrorDetails, entry: Entry) -> str:
+    """Say how to write a list of one value; empty for any other mistake."""
+    alone = one["type"] == "tuple_type" and isinstance(entry.node, yaml.ScalarNode) and one["input"] is not None
+    return f"put it in brackets: [{entry.node.value}]" if alone and entry.node else ""
+
+
+def where_it_belongs(place: Place) -> str:
+    """Say where a key belongs that is known elsewhere, or which keys are near it here."""
+    key = str(place[-1])
+    if len(place) == 1 and key in OPTIONS:
+        return f"it is an option of the command: --{key}"
+    sections = {name: kind.model_fields for name, kind in INSIDE.items() if not issubclass(kind, Choice)}
+    homes = [name for name, keys in sections.items() if len(place) == 1 and key in keys]
+    if homes:
+        return f"it belongs in {' or '.join(homes)}"
+    known = known_keys(place[:-1])
+    if place[0] == "methods" and not near(key, known):
+        return f"hyperparameters belong in config: {{{key}: ...}}"
+    return did_you_mean(key, known)
+
+
+def plain(message: str, words: Mapping[str, str] = MappingProxyType(WORDS)) -> str:
+    """Say in the words of study files what pydantic says in Python's, or the reader in YAML's."""
+    for theirs, ours in words.items():
+        message = re.sub(theirs, ours, message)
+    return message
+
+
+def given(value: Any, message: str) -> str:
+    """Repeat what was given, where it is short enough to be looked at and the message does not."""
+    if isinstance(value, dict | list | tuple) or f"'{value}'" in message:
+        return ""
+    text = SHOWN_AS.get(repr(value), repr(value))
+    return f" (given: {text if len(text) <= LONGEST_KEY else text[:LONGEST_KEY] + '...'})"
+
+
+def known_keys(place: Sequence[Any]) -> list[str]:
+    """Return the keys that may stand at a place of the study file."""
+    return list((INSIDE[place[0]] if place else Study).model_fields)

@@ -1,0 +1,283 @@
+"""How long a study takes and how much of it is done, before it runs: ``taskvec plan``."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from taskvec.data.decoding import view_bytes
+from taskvec.encoders.backbone import to_download
+from taskvec.engine.pipeline import Step, ordered, step_id
+from taskvec.engine.store import Artifact, Store, canonical, fingerprint, json_text
+from taskvec.engine.store import seconds as recorded
+from taskvec.study.experiment import Cell
+from taskvec.study.forecast.model_cost import input_size
+from taskvec.study.forecast.step_cost import Counter, Work, memory, total
+from taskvec.study.remote import UNKNOWN_IMAGES, absent_task
+
+STARTING = 0.005
+"""Seconds that any step takes beside what is counted."""
+HEAD_STEP = 0.7e-3
+"""Seconds of a core that one step of one linear head takes beside its FLOPs."""
+DISK = 0.5e9
+"""Bytes a second that are written and hashed."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak FLOP/s of evaluation and of training, and the share of each that is assumed to be reached.
+
+    ``about`` says what the peaks are of.
+    """
+
+    about: str
+    evaluation: float
+    training: float
+    evaluation_share: float
+    training_share: float
+
+
+DEVICES: Mapping[str, Device] = MappingProxyType(
+    {
+        "h100": Device("float32 without tensor cores; training in bfloat16 (SXM)", 67e12, 989e12, 0.5, 0.35),
+        "a100": Device("float32 without tensor cores; training in bfloat16", 19.5e12, 312e12, 0.6, 0.4),
+        "cpu": Device("a core with AVX-512 at 2 GHz", 128e9, 128e9, 0.35, 0.5),
+    }
+)
+"""GPUs by NVIDIA's data sheets (dense); their shares are assumed, a core's are near what the lab reaches."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step, what it takes, its memory in bytes (device, main), and the seconds it took where it is done."""
+
+    step: Step
+    work: Work
+    memory: tuple[float, float]
+    seconds: float | None
+
+    @property
+    def kind(self) -> str:
+        """Name what it does."""
+        return self.step.type.name
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """All steps of a study, those that are the same counted once, and what of it is not on this machine."""
+
+    name: str
+    planned: tuple[Planned, ...]
+    notes: tuple[str, ...]
+    downloads: tuple[str, ...]
+
+    @property
+    def ahead(self) -> list[Planned]:
+        """List what is not done."""
+        return [one for one in self.planned if one.seconds is None]
+
+    @property
+    def done(self) -> list[Planned]:
+        """List what is done."""
+        return [one for one in self.planned if one.seconds is not None]
+
+
+def forward_seconds(work: Work, device: Device) -> float:
+    """Return the time of passes that train nothing."""
+    return work.forward_flops / (device.evaluation * device.evaluation_share)
+
+
+def training_seconds(work: Work, device: Device) -> float:
+    """Return the time of passes forward and back."""
+    return work.training_flops / (device.training * device.training_share)
+
+
+def host_seconds(work: Work) -> float:
+    """Return the time of a CPU core beside the device: decoding, linear heads, files."""
+    core = DEVICES["cpu"]
+    heads = work.head_steps * HEAD_STEP + work.head_flops / (core.evaluation * core.evaluation_share)
+    return work.decoding + heads + work.disk / DISK + STARTING
+
+
+def seconds(work: Work, device: Device) -> float:
+    """Return the time of a worker that does one after the other."""
+    return forward_seconds(work, device) + training_seconds(work, device) + host_seconds(work)
+
+
+def forecast(name: str, cells: Sequence[Cell], store: Store) -> Forecast:
+    """Say what the steps of a study take, and which of them the store holds; no weight and no image is read."""
+    count, seen, found = Counter(), dict[Step, Artifact](), dict[str, Planned]()
+    steps = ordered(step for cell in cells for step in cell.steps())
+    for step in steps:
+        inputs = {role: [seen[s] for s in read] for role, read in step.inputs.items()}
+        id = step_id(step, inputs)
+        known = store.look(id)
+        seen[step] = Artifact(id, store.folder, known[0] if known else expected_digest(step, id, count))
+        if id not in found:
+            took = (told if math.isfinite(told := recorded(known[1])) else 0.0) if known else None
+            found[id] = Planned(step, count.work(step), memory(count, step), took)
+    planned = tuple(found.values())
+    return Forecast(name, planned, tuple(unknown_shapes(count)), tuple(downloads(planned)))
+
+
+def expected_digest(step: Step, id: str, count: Counter) -> str:
+    """Return the digest that a step's output will have, where it is known before: that of the view to decode.
+
+    Backbones that look at images alike so share decoded tasks. Other outputs stand for themselves.
+    """
+    view = count.backbone(step).view if step.type.name == "preprocessing" else None
+    if view is None:
+        return id
+    text = json_text(view.decoding())
+    return fingerprint({"preprocessing.json": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def unknown_shapes(count: Counter) -> Iterator[str]:
+    """Name backbones whose architecture is told by no file here."""
+    for (address, *_), shape in count.anatomies.items():
+        if shape is None:
+            yield f"the architecture of {address} is not on this machine: counted as a ViT-B/16 at 224 px"
+
+
+def downloads(planned: Sequence[Planned]) -> Iterator[str]:
+    """Name what is not on this machine: weights that no step has loaded yet, and data of the paper's tasks."""
+    for one in planned:
+        config = one.step.config
+        if one.kind != "load_backbone" or one.seconds is not None:
+            continue
+        if file := config["source"].get("absent") or to_download(one.step.untracked["address"], True):
+            yield f"{config['address']}: {file} (its encoder is {size_text(one.work.disk)})"
+    absent = {one.step.config["source"].get("absent") for one in planned if one.kind == "decode_task"}
+    for address in sorted(absent - {None}):
+        unknown = "" if absent_task(address) else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
+        yield f"{address}: its images{unknown}"
+
+
+def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
+    """Return about how many bytes of evaluation views the store lacks for a study; no weight and no image is read."""
+    done, sizes = dict[Step, Artifact](), dict[str, float]()
+    for step in ordered(steps):
+        kind = step.type.name
+        if kind not in ("load_backbone", "preprocessing", "decode_task"):
+            continue
+        if all(read in done for read in step.dependencies()):
+            id = step_id(step, {role: [done[one] for one in read] for role, read in step.inputs.items()})
+            if known := store.look(id):
+                done[step] = Artifact(id, store.folder, known[0])
+                continue
+        if kind == "decode_task":
+            size, source = size_of(step.inputs["preprocessing"][0].inputs["backbone"][0]), step.config["source"]
+            images = min(source["images"], 3 * (step.config["limit"] or source["images"]))
+            sizes[canonical([source, size])] = view_bytes(images, size)
+    return sum(sizes.values())
+
+
+def size_of(encoder: Step) -> int:
+    """Return the pixels that the backbone of a step sees."""
+    config = encoder.config
+    return input_size(encoder.untracked["address"], config["size"], config.get("projection"))
+
+
+def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:
+    """Return for every kind of step how many there are, how many are done, and the work of those that are not."""
+    names = dict.fromkeys(one.kind for one in forecast.planned)
+    every = {name: [one for one in forecast.planned if one.kind == name] for name in names}
+    ahead = {name: [one for one in held if one.seconds is None] for name, held in every.items()}
+    return [
+        (name, len(held), len(held) - len(ahead[name]), total(one.work for one in ahead[name]))
+        for name, held in every.items()
+    ]
+
+
+def size_text(count: float) -> str:
+    """Write bytes in steps of a thousand."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB" if count < 10 else f"{count:.0f} TB"
+
+
+def time_text(duration: float) -> str:
+    """Write a duration with about two digits."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if duration >= 2 * length:
+            count = duration / length
+            return f"{count:.1f} {unit}" if count < 10 else f"{count:,.0f} {unit}"
+    return f"{duration:.0f} seconds"
+
+
+def flops_text(flops: float) -> str:
+    """Write FLOPs with a prefix."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if flops < 999.5:
+            return f"{flops:.3g} {unit}FLOP"
+        flops /= 1000
+    return f"{flops:.3g} EFLOP"
+
+
+def report(found: Forecast, devices: Sequence[str], workers: int) -> Iterator[str]:
+    """Yield the lines of ``taskvec plan``: steps by kind, time by device, disk, memory, downloads, and a check."""
+    yield f"{found.name}: {len(found.planned)} steps, {len(found.done)} of them done; the rest takes"
+    yield ""
+    yield from table(found)
+    yield ""
+    for name in devices:
+        yield from device_lines(name, found, workers)
+    yield ""
+    yield from resources(found)
+    yield from (f"download  {what}" for what in found.downloads)
+    yield from (f"note      {what}" for what in found.notes)
+    yield from check(found)
+
+
+def table(found: Forecast) -> Iterator[str]:
+    """Yield a line for every kind of step, and one for all; images and FLOPs are those still to come."""
+    yield f"{'step':<24}{'steps':>6}{'done':>6}{'images forward':>16}{'trained on':>14}{'FLOPs':>13}"
+    rows = kinds(found)
+    rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows), total(r[3] for r in rows)))
+    for name, steps, done, work in rows:
+        images = f"{work.forward:>16,.0f}{work.trained:>14,.0f}"
+        yield f"{name:<24}{steps:>6}{done:>6}{images}{flops_text(work.flops):>13}"
+
+
+def device_lines(name: str, found: Forecast, workers: int) -> Iterator[str]:
+    """Yield the time on a device, what it is made of, and the rates that it assumes."""
+    device = DEVICES[name]
+    each = [seconds(one.work, device) for one in found.ahead]
+    shared = max(sum(each) / workers, max(each, default=0)) if name == "cpu" else sum(each)
+    several = f" with {workers} workers" if name == "cpu" and workers > 1 else ""
+    yield f"{name:<10}{time_text(shared)}{several}"
+    work = total(one.work for one in found.ahead)
+    passes = forward_seconds(work, device), training_seconds(work, device)
+    parts = zip(("evaluation", "training"), passes, strict=True)
+    yield (
+        " " * 10
+        + ", ".join(f"{what} {time_text(duration)}" for what, duration in parts)
+        + (f", decoding, linear heads and files on the CPU {time_text(sum(each) - sum(passes))}")
+    )
+    rates = (device.evaluation_share, device.evaluation), (device.training_share, device.training)
+    reached = " and ".join(f"{share:.0%} of {flops_text(peak)}/s" for share, peak in rates)
+    yield " " * 10 + f"at {reached} ({device.about})"
+
+
+def resources(found: Forecast) -> Iterator[str]:
+    """Yield disk by the largest kinds of step, and the memory of the largest step."""
+    by_kind = {name: work.disk for name, _, _, work in kinds(found)}
+    largest = [name for name in sorted(by_kind, key=lambda name: -by_kind[name])[:3] if by_kind[name] >= 1e6]
+    named = ", ".join(f"{name} {size_text(by_kind[name])}" for name in largest)
+    yield f"disk      {size_text(sum(by_kind.values()))} more in the store" + (f" ({named})" if named else "")
+    for place, where in enumerate(("the device", "main memory")):
+        top = max(found.planned, key=lambda one: one.memory[place])
+        yield f"memory    {size_text(top.memory[place])} of {where} ({top.step.label})"
+
+
+def check(found: Forecast) -> Iterator[str]:
+    """Yield how the estimate compares with what finished steps took on the CPU of this machine."""
+    held = [one for one in found.done if one.step.config.get("device", "cpu") == "cpu"]
+    took, wanted = sum(one.seconds or 0 for one in held), sum(seconds(one.work, DEVICES["cpu"]) for one in held)
+    if took >= 1:
+        yield f"check     {len(held)} finished steps took {time_text(took)}; expected of a core {time_text(wanted)}"

@@ -1,0 +1,1 @@
+"""A study as a list of steps: who reads what."""

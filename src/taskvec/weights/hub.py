@@ -1,0 +1,88 @@
+"""Files of the Hugging Face hub: what its cache holds, and downloads that fail soon and clearly with no network."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from taskvec.core.errors import TaskvecError, first_line
+from taskvec.weights.formats import check_pickle
+from taskvec.weights.network import SECONDS
+
+
+def cached(repo: str, file: str) -> Path | None:
+    """Return the file in the hub's cache on this machine, or None; nothing is asked of the network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo, file)
+    except HFValidationError as error:
+        raise TaskvecError(f"'{repo}' names no repository of the hub: {first_line(error)}", "give OWNER/NAME") from None
+    return Path(found) if isinstance(found, str) else None
+
+
+def first_cached(repo: str, files: Sequence[str]) -> Path | None:
+    """Return the first of ``files`` that the cache holds, or None."""
+    return next((found for file in files if (found := cached(repo, file))), None)
+
+
+def fetch(repo: str, files: Sequence[str], allow_pickle: bool, wanted: str, instead: str) -> Path:
+    """Return the first of ``files`` that the cache or else the hub holds; what is in the cache is not asked for again.
+
+    ``wanted`` is the address that needs it and ``instead`` what to give with no network; both are in the error, which
+    comes within seconds: the hub is asked once.
+    """
+    safe = [file for file in files if allow_pickle or file.endswith((".safetensors", ".json"))]
+    found = first_cached(repo, safe)
+    for file in safe if found is None else ():
+        if exists(repo, file, wanted, instead):
+            return download(repo, file, wanted, instead)
+    if found is None and len(safe) < len(files):
+        check_pickle(f"{repo}/{next(file for file in files if file not in safe)}", allow_pickle)
+    if found is None:
+        raise TaskvecError(f"'{wanted}' needs {' or '.join(files)} of '{repo}', which the hub does not hold", instead)
+    return found
+
+
+def exists(repo: str, file: str, wanted: str, instead: str) -> bool:
+    """Ask the hub once, and for at most a few seconds, whether it holds a file; raise where it does not answer."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    asked = f"'{wanted}' needs {file} of the Hugging Face hub's repository '{repo}'"
+    if constants.HF_HUB_OFFLINE:
+        raise TaskvecError(f"{asked}, which is not in the cache, and HF_HUB_OFFLINE is set", instead)
+    answers: queue.Queue[Exception | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, file), timeout=SECONDS)
+            answers.put(None)
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # looking up a host may hang, and no timeout covers it
+    try:
+        answer = answers.get(timeout=1.5 * SECONDS)
+    except queue.Empty:
+        answer = TimeoutError(f"no answer within {1.5 * SECONDS:g} s")
+    if isinstance(answer, EntryNotFoundError):
+        return False
+    if answer is not None:
+        raise TaskvecError(f"{asked}, and {constants.ENDPOINT} says: {first_line(answer)}", instead)
+    return True
+
+
+def download(repo: str, file: str, wanted: str, instead: str) -> Path:
+    """Download a file into the hub's cache and return its path there."""
+    from huggingface_hub import hf_hub_download
+
+    print(f"'{wanted}': downloading {file} of '{repo}' from the Hugging Face hub", file=sys.stderr)
+    try:
+        return Path(hf_hub_download(repo, file))
+    except Exception as error:  # hub and network libraries raise their own many kinds
+        raise TaskvecError(f"'{wanted}': downloading {repo}/{file} broke off: {first_line(error)}", instead) from None

@@ -1,0 +1,425 @@
+"""Safetensors files and sharded folders, read in slices: memory does not grow with a model. No torch."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float, Float32, Shaped
+from numpy import ndarray
+
+from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.notes import note
+from taskvec.engine.store import disk_errors, json_text
+from taskvec.weights.formats import format_of
+
+INDEX = ".safetensors.index.json"
+FLOATS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+"""Types that can be computed with, and how numpy holds their bytes (it has no bfloat16)."""
+INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+HEADER_LIMIT = 100_000_000
+LONGEST_NAME = 255
+"""Bytes of the name of a shard."""
+NESTED = 50
+"""Levels that an index has at most."""
+DIMENSIONS = 60
+"""Dimensions that a tensor may have; numpy and torch know no more than 64, some for all checkpoints together."""
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+PIECE = 1 << 22
+"""Bytes that are copied or compared at once."""
+SAMPLE = 4096
+"""Elements by which tensors are compared before they are read as a whole."""
+
+Shape = tuple[int, ...]
+Metadata = Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its type as safetensors writes it, shape, the file's number, first byte, number of bytes."""
+
+    dtype: str
+    shape: Shape
+    file: int
+    start: int
+    length: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class Checkpoint:
+    """The tensors of one model, in one safetensors file or in the shards of a folder; open until closed."""
+
+    def __init__(self, path: Path, label: str = "", part: str = "") -> None:
+        """Open ``path``: a file, an index file, or a folder with either. Damaged or missing files raise.
+
+        Of a ``part`` only the tensors are held whose names have it, such as ``teacher``.
+        """
+        self.path, self.label = path, label or path.name
+        with disk_errors(path):
+            self.files, self.index, self.index_name = _find(path)
+        self.tensors: dict[str, Stored] = {}
+        self.metadata: list[Metadata] = []
+        self._handles: list[int] = []
+        self._looks: dict[str, Hashable] = {}
+        self._contents: dict[str, bytes] = {}
+        try:
+            for number, file in enumerate(self.files):
+                self._open(number, file)
+            self._check_index()
+            self._narrow(part)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def stem(self) -> str:
+        """The name that a folder's weights go by, ``model`` or what its library calls them; ``model`` for a file."""
+        if self.index is not None:
+            return self.index_name.removesuffix(INDEX)
+        return self.files[0].stem if self.path.is_dir() else "model"
+
+    def __enter__(self) -> Self:
+        """Stay open for a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all files."""
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._handles:
+            os.close(self._handles.pop())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether an index says which file holds what."""
+        return self.index is not None
+
+    def read(
+        self, name: str, start: int, stop: int, room: Float32[ndarray, " count"] | None = None
+    ) -> Float[ndarray, " count"]:
+        """Return the elements from ``start`` to ``stop`` of a flattened tensor as float32 (float64 stays), exactly.
+
+        They are read into ``room`` where it is given and they are stored as float32.
+        """
+        stored = self.tensors[name]
+        kind = FLOATS[stored.dtype]
+        raw: Shaped[ndarray, " count"] = (
+            room if room is not None and stored.dtype == "F32" else np.empty(stop - start, kind)
+        )
+        self._fill(stored, start * kind.itemsize, raw.view(np.uint8).data)
+        return widen(raw, stored.dtype)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, bytearray]]:
+        """Yield the bytes of any tensor, piece by piece with their position in it."""
+        stored = self.tensors[name]
+        for start in range(0, stored.length, PIECE):
+            piece = bytearray(min(PIECE, stored.length - start))
+            self._fill(stored, start, memoryview(piece))
+            yield start, piece
+
+    def looks(self, name: str) -> Hashable:
+        """Return what tied tensors have in common: type, shape and first elements; its name where it can have no twin.
+
+        Tensors of fewer than two dimensions, and those that begin with one value only, are alike by chance.
+        """
+        if name not in self._looks:
+            stored, start = self.tensors[name], b""
+            if len(stored.shape) > 1 and stored.dtype in FLOATS:
+                first = self.read(name, 0, min(stored.size, SAMPLE))
+                start = hashlib.blake2b(first.tobytes()).digest() if len(np.unique(first)) > 1 else b""
+            self._looks[name] = (stored.dtype, stored.shape, start) if start else name
+        return self._looks[name]
+
+    @cached_property
+    def alike(self) -> dict[Hashable, list[str]]:
+        """All names by looks."""
+        groups: dict[Hashable, list[str]] = {}
+        for name in self.tensors:
+            groups.setdefault(self.looks(name), []).append(name)
+        return groups
+
+    def content(self, name: str) -> Hashable:
+        """Return what tells tied tensors from others: looks, and a digest of all bytes where another looks alike."""
+        if name not in self._contents:
+            digest = hashlib.blake2b()
+            for _, piece in self.pieces(name) if self.looks(name) != name else ():
+                digest.update(piece)
+            self._contents[name] = digest.digest()
+        return self.looks(name), self._contents[name]
+
+    def _fill(self, stored: Stored, start: int, buffer: memoryview) -> None:
+        done, path = 0, self.files[stored.file]
+        while done < len(buffer):
+            with disk_errors(path):
+                count = os.preadv(self._handles[stored.file], [buffer[done:]], stored.start + start + done)
+            if not count:
+                raise _damaged(path, "it was cut short while it was read")
+            done += count
+
+    def _open(self, number: int, file: Path) -> None:
+        with disk_errors(file):
+            handle = open_file(file, os.O_RDONLY)
+        self._handles.append(handle)
+        metadata, tensors = _header(handle, number, file)
+        for name in tensors:
+            if name in self.tensors:
+                raise _damaged(file, f"tensor '{name}' is also in '{self.files[self.tensors[name].file].name}'")
+        self.tensors |= tensors
+        self.metadata.append(metadata)
+
+    def _check_index(self) -> None:
+        if self.index is None:
+            return
+        listed = self.index["weight_map"]
+        for name in {**listed, **self.tensors}:
+            held = self.files[self.tensors[name].file].name if name in self.tensors else "no file"
+            if listed.get(name) != held:
+                where = f"in '{listed[name]}'" if name in listed else "nowhere"
+                raise TaskvecError(
+                    f"the index of '{self.path}' lists tensor '{name}' {where}, and {held} holds it",
+                    "is the folder complete? copy or convert it again",
+                )
+
+    def _narrow(self, part: str) -> None:
+        """Hold the tensors of a part alone."""
+        held = {name: stored for name, stored in self.tensors.items() if not part or f".{part}." in f".{name}"}
+        if part and not held:
+            known = [name.partition(".")[0] for name in self.tensors]
+            raise TaskvecError(f"'{self.path}' has no part '{part}'", did_you_mean(part, dict.fromkeys(known)))
+        if other := len(self.tensors) - len(held):
+            note(f"'{self.path}': took '{part}', not the other {other} tensors")
+        self.tensors = held
+
+
+def open_file(path: Path, flags: int) -> int:
+    """Open a file; many shards may need more open files than a process is given at first."""
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return os.open(path, flags, 0o666)
+
+
+def same(first: Checkpoint, name: str, second: Checkpoint, other: str) -> bool:
+    """Say whether two tensors have the same type, shape and bytes."""
+    a, b = first.tensors[name], second.tensors[other]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return all(p == q for (_, p), (_, q) in zip(first.pieces(name), second.pieces(other), strict=True))
+
+
+def labels(paths: Iterable[Path]) -> list[str]:
+    """Return short names that tell checkpoints apart: the last parts of their paths, as many as it takes."""
+    parts = [_speaking(path) for path in paths]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        short = ["/".join(part[-depth:]) for part in parts]
+        if len(set(short)) == len(short):
+            return short
+    return [f"{part[-1]} ({number})" for number, part in enumerate(parts, 1)]
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Return names with a number behind those that came before."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        found.append(next(one for one in itertools.chain([name], numbered) if one not in found))
+    return found
+
+
+def _speaking(path: Path) -> tuple[str, ...]:
+    """Return the parts of a path without its suffix; a file called model or pytorch_model says nothing."""
+    path = Path(os.path.normpath(path.absolute()))
+    name = path.name.removesuffix(INDEX).removesuffix(".safetensors")
+    return path.parts[1:-1] if path.is_file() and name in ("model", "pytorch_model") else (*path.parts[1:-1], name)
+
+
+def _find(path: Path) -> tuple[tuple[Path, ...], dict[str, Any] | None, str]:
+    """Return the files of a checkpoint, and its index and the name of that if it has one."""
+    path = _single(path) if path.is_dir() else path
+    if not path.is_file():
+        raise TaskvecError(f"no weights at '{path}'", "give a .safetensors file, or a folder with a model in it")
+    return (*_indexed(path), path.name) if path.name.endswith(INDEX) else ((path,), None, "")
+
+
+def _single(folder: Path) -> Path:
+    """Return the file of a folder's weights, or its index; as transformers does, a whole model goes before an index."""
+    indices, files = sorted(folder.glob(f"*{INDEX}")), sorted(folder.glob("*.safetensors"))
+    whole = [one for one in files if one.with_name(one.stem + INDEX) in indices]
+    found = whole or indices or files
+    if len(found) == 1:
+        tell_other(found[0])
+        return found[0]
+    others = [(one.name, told) for one in sorted(folder.iterdir()) if (told := format_of(one.name))]
+    if not found and others:
+        raise TaskvecError(f"'{folder}' holds {others[0][1][0]} ('{others[0][0]}')", others[0][1][1])
+    names = ", ".join(one.name for one in found[:4]) or "none"
+    raise TaskvecError(
+        f"'{folder}' holds no single model: there should be one *{INDEX} or *.safetensors (found: {names})",
+        "name the file itself; pickled weights must be saved as safetensors first",
+    )
+
+
+def tell_other(weights: Path) -> None:
+    """Tell of an index beside a whole model: its parts are other weights, which are not read."""
+    index = weights.with_name(weights.stem + INDEX)
+    if weights.suffix == ".safetensors" and index.is_file():
+        note(f"'{weights.parent}' holds two sets of weights: took '{weights.name}', not those of '{index.name}'")
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Read an index of weights in several files, which lie in its folder or below."""
+    try:
+        index = parse_json(path.read_bytes())
+        if not _texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
+            raise TypeError("weight_map is to map names to files, and metadata to be a mapping")
+        if _nested(index):
+            raise ValueError(f"more than {NESTED} levels")
+        json_text(index).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"no index of shards ({error})") from None
+    for name in set(index["weight_map"].values()):
+        parts, odd = Path(name).parts, "\0" in name or len(name.encode()) > LONGEST_NAME
+        if odd or not parts or Path(name).is_absolute() or ".." in parts:
+            raise TaskvecError(
+                f"'{path}' names '{name}', which is no file of its folder", "copy the whole folder again"
+            )
+    return dict(index)
+
+
+def _nested(value: Any, levels: int = NESTED) -> bool:
+    """Say whether containers are nested more than so many levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_nested(one, levels - 1) for one in inner)
+
+
+def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
+    """Read an index; every file it names lies beside it."""
+    index = read_index(path)
+    files = tuple(path.parent / name for name in sorted(set(index["weight_map"].values())))
+    for file in files:
+        if file.parent != path.parent or not file.is_file():
+            raise TaskvecError(
+                f"'{path}' names the shard '{file.name}', which is not beside it", "copy the missing shard"
+            )
+    return files, index
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON as the standard has it: UTF-8, each key once, no NaN and infinity; else a ValueError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
+
+
+def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, Stored]]:
+    """Read and check a safetensors header: ranges of bytes follow one another and fill the file."""
+    if other := format_of(path.name):
+        raise TaskvecError(f"'{path}' is {other[0]}", other[1])
+    if path.suffix in PICKLES:
+        raise TaskvecError(
+            f"'{path}' is a pickle by its name, and unpickling can run code",
+            "save it with safetensors.torch.save_file first",
+        )
+    size = os.fstat(handle).st_size
+    length = int.from_bytes(os.pread(handle, 8, 0), "little")
+    if size < 8 or length > min(size - 8, HEADER_LIMIT):
+        raise _damaged(path, "it has no header, or was cut short")
+    try:
+        header = parse_json(os.pread(handle, length, 8))
+        metadata = header.pop("__metadata__", None)
+        if not _texts({} if metadata is None else metadata):
+            raise TypeError("__metadata__ is no mapping of texts")
+        tensors = {name: _stored(info, number, 8 + length) for name, info in header.items()}
+        "".join([*tensors, *(text for pair in (metadata or {}).items() for text in pair)]).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise _damaged(path, f"its header is wrong ({error})") from None
+    end = 8 + length
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].length)))
+    for name, stored in tensors.items():
+        each = bits(stored.dtype)
+        if stored.start != end or stored.length < 0 or (each and (stored.size * each + 7) // 8 != stored.length):
+            raise _damaged(path, f"the bytes of '{name}' are not where they should be")
+        end += stored.length
+    if end != size:
+        raise _damaged(path, f"it has {size} bytes, and its header tells of {end}")
+    return metadata, tensors
+
+
+def _texts(found: Any) -> bool:
+    """Say whether something is a mapping of texts to texts."""
+    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+
+
+def bits(dtype: str) -> int:
+    """Return the bits of an element by its type's name (F8_E4M3: 8), 0 where it does not say."""
+    found = re.search(r"\d{1,4}", dtype)
+    return 8 if dtype == "BOOL" else int(found.group()) if found else 0
+
+
+def _stored(info: Mapping[str, Any], number: int, origin: int) -> Stored:
+    start, stop = info["data_offsets"]
+    shape, dtype = info["shape"], info["dtype"]
+    if not isinstance(shape, list) or len(shape) > DIMENSIONS:
+        raise TypeError(f"a shape is a list of at most {DIMENSIONS} whole numbers")
+    if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{1,15}", dtype):
+        raise TypeError("a type has a name such as F32")
+    for count in (start, stop, *shape):
+        if type(count) is not int:
+            raise TypeError(f"{count} is no whole number")
+    if math.prod(max(1, count) for count in shape) >= 2**63 or not all(
+        0 <= count < 2**63 for count in (*shape, start, stop)
+    ):
+        raise ValueError("a number is negative, or larger than any file")
+    return Stored(dtype, tuple(shape), number, origin + start, stop - start)
+
+
+def _damaged(path: Path, why: str) -> TaskvecError:
+    return TaskvecError(f"'{path}' cannot be read as safetensors: {why}", "is it complete? copy or convert it again")
+
+
+def widen(raw: Shaped[ndarray, " count"], dtype: str) -> Shaped[ndarray, " count"]:
+    """Return stored numbers as float32 (float64 stays), exactly."""
+    if dtype == "BF16":
+        bits = raw.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    return raw if dtype in ("F32", "F64") else raw.astype(np.float32)
