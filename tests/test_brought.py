@@ -18,11 +18,12 @@ from torch import nn
 
 import taskvec as tv
 from taskvec.command import runs
+from taskvec.core.files import read_json
 from taskvec.data.images import normalise
 from taskvec.encoders.loaders.checkpoints import stripped
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
-from taskvec.engine.store import Store, read_json
+from taskvec.engine.store import Store
 from taskvec.evaluation.accuracy import correct
 from taskvec.learning.external import arranged, head_of, read_finetuned, read_head
 from taskvec.learning.heads import Head, save_heads

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from taskvec.command import runs
 from taskvec.command.cli import app
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import write_json
 from taskvec.core.notes import listen
 from taskvec.core.settings import Finetune
 from taskvec.core.training import no_progress
@@ -35,7 +36,7 @@ from taskvec.data.images import Preprocessing, crop_box, cut, open_image, resize
 from taskvec.encoders.backbone import Backbone
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline
-from taskvec.engine.store import Store, write_json
+from taskvec.engine.store import Store
 from taskvec.learning.finetuning import cropped_batches, finetune, training_batches
 from taskvec.learning.heads import random_head
 from taskvec.study.files import parse_study

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from taskvec.command.cli import app
 from taskvec.core.errors import TaskvecError
+from taskvec.core.formatting import size_text, time_text
 from taskvec.encoders import backbone as backbones
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
@@ -28,16 +29,7 @@ from taskvec.learning import finetuning
 from taskvec.paper.numbers import MODELS
 from taskvec.paper.tasks import TASKS
 from taskvec.study.files import open_study, parse_study
-from taskvec.study.forecast.estimate import (
-    DEVICES,
-    Forecast,
-    decoded_bytes,
-    forecast,
-    report,
-    seconds,
-    size_text,
-    time_text,
-)
+from taskvec.study.forecast.estimate import DEVICES, Forecast, decoded_bytes, forecast, report, seconds
 from taskvec.study.forecast.model_cost import PAPER, Transformer, anatomy, counted, input_size
 from taskvec.study.forecast.step_cost import COUNTS, Work, task_size, total
 from taskvec.study.plan.experiments import plan

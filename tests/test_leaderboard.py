@@ -19,7 +19,8 @@ from test_pipeline import Quiet
 import taskvec as tv
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError
-from taskvec.engine.store import Store, read_json
+from taskvec.core.files import read_json
+from taskvec.engine.store import Store
 from taskvec.report import costs, page
 from taskvec.report.figures import drawing as figures
 from taskvec.report.leaderboard import (

@@ -14,6 +14,7 @@ from conftest import write_folder_task
 from test_pipeline import Quiet
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import read_json
 from taskvec.core.settings import Finetune
 from taskvec.data.images import open_image, resize_and_crop
 from taskvec.data.tasks import Task
@@ -21,7 +22,7 @@ from taskvec.deploy import model
 from taskvec.encoders.backbone import load_backbone
 from taskvec.engine.executors import open_executor
 from taskvec.engine.pipeline import run
-from taskvec.engine.store import Store, read_json
+from taskvec.engine.store import Store
 from taskvec.evaluation import scale_search as search
 from taskvec.learning import heads
 from taskvec.learning.finetuning import finetune

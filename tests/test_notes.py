@@ -21,11 +21,12 @@ from test_pipeline import Quiet
 
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import library_warnings, listen, note, note_lines
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline, Processes, message_of
 from taskvec.engine.pipeline import Step
-from taskvec.engine.store import NOTES, RECORD, Store, read_json, write_json
+from taskvec.engine.store import NOTES, RECORD, Store
 from taskvec.report.figures import drawing as figures
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan

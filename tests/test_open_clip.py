@@ -21,6 +21,7 @@ from test_pipeline import Quiet
 
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import read_json
 from taskvec.data import prompts as templates
 from taskvec.data import tasks
 from taskvec.data.images import normalise, resize_and_crop
@@ -31,7 +32,7 @@ from taskvec.encoders.backbone import load_backbone
 from taskvec.encoders.loaders.checkpoints import TEXTS, separate
 from taskvec.encoders.loaders.open_clip import build, preprocessing, tag_config
 from taskvec.encoders.loaders.requests import Request
-from taskvec.engine.store import Store, read_json
+from taskvec.engine.store import Store
 from taskvec.learning import heads
 from taskvec.study.files import parse_study
 from taskvec.study.schema import StudyFile

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 from taskvec.core import locks
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import canonical, disk_errors, fingerprint, read_json
 from taskvec.core.notes import listen
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline, Processes, decode, encode
 from taskvec.engine.pipeline import Job, Step, always, step_type
-from taskvec.engine.store import RECORD, Store, canonical, disk_errors, fingerprint, read_json
+from taskvec.engine.store import RECORD, Store
 
 PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 """Where worker processes find the steps of these tests."""

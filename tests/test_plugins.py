@@ -21,10 +21,11 @@ from test_pipeline import Quiet
 
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import read_json
 from taskvec.core.notes import listen
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
-from taskvec.engine.store import Store, read_json
+from taskvec.engine.store import Store
 from taskvec.merging import plugins
 from taskvec.merging.entries import Part
 from taskvec.merging.recipes import apply

@@ -20,10 +20,11 @@ from test_pipeline import Quiet
 
 import taskvec as tv
 from taskvec.command import runs
+from taskvec.core.files import file_digest, read_json
 from taskvec.core.locks import workspace
 from taskvec.core.notes import listen
 from taskvec.engine.publishing import publish
-from taskvec.engine.store import Store, file_digest, read_json
+from taskvec.engine.store import Store
 from taskvec.report.rows import COLUMNS
 from taskvec.study.files import parse_study
 from taskvec.study.schema import StudyFile

@@ -16,6 +16,7 @@ from test_brought import make_task
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import read_json
 from taskvec.core.notes import listen
 from taskvec.data.images import normalise
 from taskvec.encoders import backbone as backbones
@@ -24,7 +25,6 @@ from taskvec.encoders.backbone import load_backbone, read_backbone, write_backbo
 from taskvec.encoders.loaders.hf.saved import is_whole
 from taskvec.encoders.loaders.hf.transformers import TYPES, check_row
 from taskvec.encoders.loaders.requests import Request
-from taskvec.engine.store import read_json
 from taskvec.learning import heads
 from taskvec.learning.external import head_of, read_finetuned
 from taskvec.learning.heads import Head

@@ -164,8 +164,9 @@ def run(
     file = open_study(study)
     counts = f"backbones: {len(file.study.backbones)}, tasks: {len(file.study.tasks)}"
     say(f"planning {file.study.name} ({counts})", sys.stderr)
-    from taskvec.command.progress import Terminal, clock
+    from taskvec.command.progress import Terminal
     from taskvec.command.runs import run_study
+    from taskvec.core.formatting import clock
     from taskvec.engine.store import Store, default_store
 
     if smoke:
@@ -183,7 +184,7 @@ def run(
 
 def _tell(outcome: Outcome, duration: str) -> None:
     """Say what a run did, its results, and where its page is."""
-    from taskvec.engine.store import read_json
+    from taskvec.core.files import read_json
     from taskvec.report.verdict import SMOKE
 
     folder, lock = outcome.folder, read_json(outcome.folder / "study.lock.json")
@@ -354,7 +355,8 @@ def store_(
     ] = None,
 ) -> None:
     """List what the store keeps: decoded images one by one, other steps by kind. With --clear, remove some of it."""
-    from taskvec.engine.store import Store, default_store, gigabytes
+    from taskvec.core.formatting import gigabytes
+    from taskvec.engine.store import Store, default_store
 
     place = Store((store or default_store()).expanduser())
     if store is not None and not place.folder.is_dir():

@@ -11,22 +11,13 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Column
 from rich.text import Text
 
+from taskvec.core.formatting import clock
 from taskvec.core.notes import printable
 from taskvec.engine.pipeline import Step
 from taskvec.report.texts import one_line, shorten
 
 FIRST = 0.02
 """Share of the work before which there is no estimate of the time left."""
-
-
-def clock(seconds: float) -> str:
-    """Write a duration as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class Left(ProgressColumn):

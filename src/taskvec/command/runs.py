@@ -16,6 +16,8 @@ import pandas as pd
 
 from taskvec.core.compute import choose_device, processor
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import disk_errors, file_digest, fingerprint, read_json, write_json, write_text
+from taskvec.core.formatting import gigabytes
 from taskvec.core.locks import holding, sweep, workspace
 from taskvec.core.notes import library_warnings, listen, note_lines, some
 from taskvec.data.folders import folders_in, splits_in
@@ -27,19 +29,7 @@ from taskvec.engine import pipeline
 from taskvec.engine.executors import cores, open_executor
 from taskvec.engine.pipeline import Watcher
 from taskvec.engine.publishing import Known, check_outside, check_place, inside, mark, obstacle, owned, publish, refuse
-from taskvec.engine.store import (
-    Artifact,
-    Store,
-    digests,
-    disk_errors,
-    file_digest,
-    fingerprint,
-    gigabytes,
-    present,
-    read_json,
-    write_json,
-    write_text,
-)
+from taskvec.engine.store import Artifact, Store, digests, present
 from taskvec.merging import plugins
 from taskvec.merging.in_memory import DIRECTIONS
 from taskvec.report.costs import costs

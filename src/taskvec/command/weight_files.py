@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import disk_errors, write_text
 from taskvec.core.locks import workspace
 from taskvec.encoders.addresses import split_key
 from taskvec.engine.publishing import check_names, check_outside, settle
-from taskvec.engine.store import disk_errors, write_text
 from taskvec.merging import plugins
 from taskvec.merging.entries import Kind
 from taskvec.merging.matching import SHOWN, Matched, match

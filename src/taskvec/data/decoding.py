@@ -22,6 +22,7 @@ from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.formatting import gigabytes
 from taskvec.core.training import Progress
 from taskvec.data.images import (
     PEAK,
@@ -37,7 +38,6 @@ from taskvec.data.images import (
 )
 from taskvec.data.index import Items, Labels, name_of
 from taskvec.engine.executors import cores
-from taskvec.engine.store import gigabytes
 
 CHUNK = 64
 """Images that are decoded between two reports of progress."""

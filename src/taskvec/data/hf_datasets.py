@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.files import fingerprint
 from taskvec.data.folders import visible
 from taskvec.data.images import CorruptImage, Encoded, corrupt
 from taskvec.data.index import Items, Labels, Listing, check_trained, rename_classes, split_classes, validation_as_test
-from taskvec.engine.store import fingerprint
 from taskvec.weights.network import asked_once, endpoint
 
 NAMES = {

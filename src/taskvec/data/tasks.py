@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.files import fingerprint, read_json, write_json
 from taskvec.core.notes import listen, note
 from taskvec.core.task_types import CLASSIFICATION, KINDS
 from taskvec.core.training import Progress, no_progress
@@ -41,7 +42,6 @@ from taskvec.data.index import SPLITS, Items, Labels, Listing, alike, pick, spli
 from taskvec.data.paper_layouts import list_paper
 from taskvec.data.torchvision_sets import list_own
 from taskvec.engine.pipeline import versions
-from taskvec.engine.store import fingerprint, read_json, write_json
 from taskvec.paper import tasks as papertasks
 
 LAB_COUNTS = {"train": 4000, "test": 1000}

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from taskvec.core.compute import choose_device
 from taskvec.core.errors import TaskvecError, unknown
+from taskvec.core.files import Record, file_digest, read_record, write_json
 from taskvec.data.images import Source, corrupt, decode, named, resize_and_crop
 from taskvec.encoders.backbone import AROUND, Backbone, Encoder, linearised, read_weights, restore
 from taskvec.encoders.loaders import families as loaders
 from taskvec.engine.pipeline import versions
-from taskvec.engine.store import Record, file_digest, read_record, write_json
 from taskvec.learning.heads import Head, read_heads, save_heads
 from taskvec.merging.in_memory import DIRECTIONS, TaskDirections, read_directions, save_directions
 from taskvec.weights import vectors

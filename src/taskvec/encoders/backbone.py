@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from taskvec.core.compute import choose_device
 from taskvec.core.errors import TaskvecError, first_line
+from taskvec.core.files import Record, read_record, write_json
 from taskvec.core.notes import note
 from taskvec.core.training import Progress, no_progress
 from taskvec.data.images import Preprocessing, normalise
@@ -28,7 +29,6 @@ from taskvec.encoders.loaders.checkpoints import parts
 from taskvec.encoders.loaders.families import build
 from taskvec.encoders.loaders.requests import check_affordable, check_bounds
 from taskvec.engine.pipeline import versions
-from taskvec.engine.store import Record, read_record, write_json
 from taskvec.lab import encoders
 from taskvec.weights.flat import Weights, align, bind, check_filled, read, save
 from taskvec.weights.keys import COUNTER

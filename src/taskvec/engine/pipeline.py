@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import disk_errors, fingerprint, write_json
 from taskvec.core.notes import library_warnings, listen
-from taskvec.engine.store import NOTES, Artifact, Store, disk_errors, fingerprint, present, write_json
+from taskvec.engine.store import NOTES, Artifact, Store, present
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
 

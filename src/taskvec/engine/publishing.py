@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import disk_errors, file_digest, is_within, move_aside, read_json, write_json
 from taskvec.core.notes import note
-from taskvec.engine.store import digests, disk_errors, file_digest, is_within, move_aside, read_json, write_json
+from taskvec.engine.store import digests
 
 CHANGED = "changed"
 """The folder in which files of ours are kept that the user has changed."""

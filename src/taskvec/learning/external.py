@@ -19,6 +19,7 @@ from pydantic import Json, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.files import read_json
 from taskvec.core.notes import note
 from taskvec.core.task_types import CLASSIFICATION
 from taskvec.data.tasks import Task
@@ -27,7 +28,6 @@ from taskvec.encoders.backbone import AROUND, Backbone, tried
 from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, check_file, parts, read_checkpoint
 from taskvec.encoders.loaders.families import FAMILIES
 from taskvec.encoders.loaders.requests import Request
-from taskvec.engine.store import read_json
 from taskvec.learning.heads import Head, Names, Unusual, told, unusual_heads
 from taskvec.weights.flat import Weights, align, check_filled, check_kinds
 from taskvec.weights.keys import COUNTER

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Float32
 from numpy import ndarray
 
 from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.files import write_json
 from taskvec.engine.publishing import check_outside
-from taskvec.engine.store import write_json
 from taskvec.merging.entries import Kind, Masked, Part, describe
 from taskvec.merging.matching import Matched
 from taskvec.merging.recipes import prepare

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from taskvec.core.errors import TaskvecError
-from taskvec.engine.store import disk_errors
+from taskvec.core.files import disk_errors
 from taskvec.merging.registry import BUILT_IN, METHODS, Method, Recipe, register
 
 

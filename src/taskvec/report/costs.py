@@ -12,8 +12,9 @@ from typing import Any
 
 import pandas as pd
 
+from taskvec.core.files import canonical
 from taskvec.engine.pipeline import Step, ordered
-from taskvec.engine.store import Artifact, canonical
+from taskvec.engine.store import Artifact
 from taskvec.report.rows import Done, Writer
 from taskvec.study.experiment import Candidate, Cell
 from taskvec.weights.reader import Checkpoint

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import pandas as pd
 
+from taskvec.core.files import canonical
 from taskvec.engine.pipeline import Step
-from taskvec.engine.store import Artifact, canonical
+from taskvec.engine.store import Artifact
 from taskvec.merging.registry import ADDITION, PER_TASK
 from taskvec.study.experiment import Candidate, Cell
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from taskvec.core.compute import choose_device
+from taskvec.core.files import read_json
 from taskvec.data.images import Preprocessing
 from taskvec.data.tasks import Task, read_task
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone
-from taskvec.engine.store import read_json
 from taskvec.learning.finetuning import task_vector
 from taskvec.learning.heads import Head, read_heads, save_heads
 from taskvec.merging import in_memory as buffers

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from taskvec.core.errors import TaskvecError, did_you_mean, near, unknown
+from taskvec.core.files import disk_errors
 from taskvec.core.settings import Finetune, Heatmap, Lora, Negation, Probe, Subsets, Surgery
-from taskvec.engine.store import disk_errors
 from taskvec.merging import plugins
 from taskvec.study.schema import (
     LONGEST_NAME,

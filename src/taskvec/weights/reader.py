@@ -21,8 +21,8 @@ from jaxtyping import Float, Float32, Shaped
 from numpy import ndarray
 
 from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.files import disk_errors, json_text
 from taskvec.core.notes import note
-from taskvec.engine.store import disk_errors, json_text
 from taskvec.weights.formats import format_of
 
 INDEX = ".safetensors.index.json"

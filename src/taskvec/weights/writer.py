@@ -19,8 +19,8 @@ from jaxtyping import Float32, Float64, Shaped
 from numpy import ndarray
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import disk_errors
 from taskvec.core.locks import beside, holding, workspace
-from taskvec.engine.store import disk_errors
 from taskvec.weights.reader import FLOATS, Checkpoint, Metadata, Shape, Stored, bits, open_file
 
 LARGEST = {"F64": math.inf} | {

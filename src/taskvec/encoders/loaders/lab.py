@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import file_digest
 from taskvec.data.images import Preprocessing
 from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, Reading, check_file, read_checkpoint, separate
 from taskvec.encoders.loaders.requests import Family, Loaded, Request, State, Texts, no_projection
-from taskvec.engine.store import file_digest
 from taskvec.lab import encoders
 
 

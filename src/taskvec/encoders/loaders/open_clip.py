@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError, did_you_mean, first_line, unknown
+from taskvec.core.files import file_digest
 from taskvec.core.notes import note
 from taskvec.data.images import RESAMPLING, Preprocessing
 from taskvec.encoders.addresses import CLIP, is_file
@@ -31,7 +32,6 @@ from taskvec.encoders.loaders.requests import (
     origin_of,
     read_object,
 )
-from taskvec.engine.store import file_digest
 from taskvec.weights import hub
 from taskvec.weights.flat import check_keys, read_keys, save_tensors
 from taskvec.weights.keys import unwrapped

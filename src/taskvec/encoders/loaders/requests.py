@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import disk_errors, file_digest, read_json
 from taskvec.data.images import RESAMPLING, Preprocessing
-from taskvec.engine.store import disk_errors, file_digest, read_json
 
 LARGEST = 4096
 """Side in pixels of the largest images that an encoder may see."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError, first_line, unknown
+from taskvec.core.files import file_digest
 from taskvec.core.notes import note
 from taskvec.data.images import Preprocessing
 from taskvec.encoders.loaders.checkpoints import (
@@ -35,7 +36,6 @@ from taskvec.encoders.loaders.requests import (
     origin_of,
     read_object,
 )
-from taskvec.engine.store import file_digest
 from taskvec.weights import hub
 from taskvec.weights.keys import COUNTER
 

@@ -20,11 +20,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError, unknown
+from taskvec.core.files import disk_errors
 from taskvec.core.locks import replacing, workspace
 from taskvec.core.notes import note
 from taskvec.core.training import Progress, Schedule, make_optimizer, no_progress, train
 from taskvec.engine.publishing import check_names, settle
-from taskvec.engine.store import disk_errors
 from taskvec.lab.drawing.looks import one_thread
 from taskvec.lab.pretraining.contrastive import Contrastive
 from taskvec.lab.pretraining.distillation import SelfDistillation

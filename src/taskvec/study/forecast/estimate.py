@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from taskvec.core.files import canonical, fingerprint, json_text
+from taskvec.core.formatting import flops_text, size_text, time_text
 from taskvec.data.decoding import view_bytes
 from taskvec.encoders.backbone import to_download
 from taskvec.engine.pipeline import Step, ordered, step_id
-from taskvec.engine.store import Artifact, Store, canonical, fingerprint, json_text
+from taskvec.engine.store import Artifact, Store
 from taskvec.engine.store import seconds as recorded
 from taskvec.study.experiment import Cell
 from taskvec.study.forecast.model_cost import input_size
@@ -149,7 +151,7 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
         if one.kind != "load_backbone" or one.seconds is not None:
             continue
         if file := config["source"].get("absent") or to_download(one.step.untracked["address"], True):
-            yield f"{config['address']}: {file} (its encoder is {size_text(one.work.disk)})"
+            yield f"{one.step.untracked['address']}: {file} (its encoder is {size_text(one.work.disk)})"
     absent = {one.step.config["source"].get("absent") for one in planned if one.kind == "decode_task"}
     for address in sorted(absent - {None}):
         unknown = "" if absent_task(address) else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
@@ -190,33 +192,6 @@ def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:
         (name, len(held), len(held) - len(ahead[name]), total(one.work for one in ahead[name]))
         for name, held in every.items()
     ]
-
-
-def size_text(count: float) -> str:
-    """Write bytes in steps of a thousand."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB" if count < 10 else f"{count:.0f} TB"
-
-
-def time_text(duration: float) -> str:
-    """Write a duration with about two digits."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if duration >= 2 * length:
-            count = duration / length
-            return f"{count:.1f} {unit}" if count < 10 else f"{count:,.0f} {unit}"
-    return f"{duration:.0f} seconds"
-
-
-def flops_text(flops: float) -> str:
-    """Write FLOPs with a prefix."""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if flops < 999.5:
-            return f"{flops:.3g} {unit}FLOP"
-        flops /= 1000
-    return f"{flops:.3g} EFLOP"
 
 
 def report(found: Forecast, devices: Sequence[str], workers: int) -> Iterator[str]:

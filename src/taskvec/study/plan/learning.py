@@ -6,11 +6,11 @@ from importlib import metadata
 from typing import Any
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import file_digest
 from taskvec.core.settings import Finetune
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders.addresses import split_key
 from taskvec.engine.pipeline import Step
-from taskvec.engine.store import file_digest
 from taskvec.learning import external as brought
 from taskvec.study.experiment import LEARNING, LINEARISED, LORA, OPEN, Cell, Ground, Inputs
 from taskvec.study.plan.planner import Planner

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
 from taskvec.core.settings import Finetune, Lora, Probe
 from taskvec.core.task_types import CLASSIFICATION
@@ -17,7 +18,6 @@ from taskvec.encoders import backbone as backbones
 from taskvec.encoders.backbone import Backbone
 from taskvec.encoders.loaders.checkpoints import parts
 from taskvec.engine.pipeline import always, on_cpu, step_type
-from taskvec.engine.store import read_json, write_json
 from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import scale_search as search
 from taskvec.learning import external as brought

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from taskvec.core.files import read_json, write_json
 from taskvec.core.training import Progress
 from taskvec.data import tasks
 from taskvec.data.images import Preprocessing
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import on_cpu, step_type
-from taskvec.engine.store import read_json, write_json
 from taskvec.learning.heads import features_of
 from taskvec.study.artifacts import Config, Inputs, open_backbone, open_task, open_view
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from taskvec.core.files import read_json, write_json
 from taskvec.core.training import Progress
 from taskvec.deploy import model
 from taskvec.engine.pipeline import on_cpu, step_type
-from taskvec.engine.store import read_json, write_json
 from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import disentanglement as disentangling
 from taskvec.evaluation import negation as arithmetic

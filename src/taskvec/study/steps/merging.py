@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
 from taskvec.core.settings import Probe, Surgery
 from taskvec.core.task_types import KINDS
 from taskvec.core.training import Progress
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import always, on_cpu, step_type
-from taskvec.engine.store import read_json, write_json
 from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import scale_search as search
 from taskvec.evaluation.alignment import agreement_curve

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import file_digest, fingerprint
 from taskvec.encoders.loaders.checkpoints import dictionaries, read_pickle
 from taskvec.encoders.loaders.hf import processors
 from taskvec.encoders.loaders.requests import Request, read_object
-from taskvec.engine.store import file_digest, fingerprint
 from taskvec.weights import hub
 from taskvec.weights.flat import COMPUTED, check_kinds, read, read_keys
 from taskvec.weights.formats import check_pickle
