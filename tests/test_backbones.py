@@ -158,7 +158,7 @@ def test_pickles_load_only_when_asked_for(tmp_path: Path) -> None:
     backbone = load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
     assert torch.equal(backbone.pretrained.flat, load_backbone(f"timm:{VIT}@{path}", size=32).pretrained.flat)
     torch.save({"state_dict": load_file(path), "odd": Preprocessing(3)}, pickled)
-    with pytest.raises(TaskvecError, match=r"weights_only=True: .*taskvec\.images\.Preprocessing") as caught:
+    with pytest.raises(TaskvecError, match=r"weights_only=True: .*taskvec\.data\.images\.Preprocessing") as caught:
         load_backbone(f"timm:{VIT}@{pickled}", size=32, allow_pickle=True)
     assert "\x1b" not in str(caught.value)
     pickled.write_bytes(b"rubbish")

@@ -20,6 +20,7 @@ import taskvec as tv
 from taskvec.command import runs
 from taskvec.core.files import read_json
 from taskvec.data.images import normalise
+from taskvec.data.tasks import Split
 from taskvec.encoders.loaders.checkpoints import stripped
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
@@ -164,8 +165,8 @@ def test_a_head_file_goes_before_the_classifier_and_what_is_left_out_is_recorded
 
 
 def make_task(classes: tuple[str, ...], name: str = "one") -> tv.Task:
-    empty = tv.tasks.Split(np.zeros((0, 3, 8, 8), np.uint8), np.zeros(0, np.int64))
-    return tv.tasks.Task(name, classes, empty, empty, empty)
+    empty = Split(np.zeros((0, 3, 8, 8), np.uint8), np.zeros(0, np.int64))
+    return tv.Task(name, classes, empty, empty, empty)
 
 
 def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path) -> None:

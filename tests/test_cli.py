@@ -157,10 +157,11 @@ def test_a_small_study_runs_and_predicts(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(tmp_path: Path, full: str) -> None:
     """The first write of weights to the store, or of a model to the run folder, finds the disk full."""
     code = (
-        "import errno, sys\nfrom pathlib import Path\nfrom taskvec import runs, steps, store, weights\n"
+        "import errno, sys\nfrom pathlib import Path\nfrom taskvec.command import runs\n"
+        "from taskvec.weights import flat\n"
         "from taskvec.command.cli import app\n"
         "def no_room(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        f"if {full!r} == 'store': weights.save_file = no_room\n"
+        f"if {full!r} == 'store': flat.save_file = no_room\n"
         "else: runs.shutil.copyfile = no_room\n"
         "app(sys.argv[1:])"
     )
@@ -192,7 +193,7 @@ def test_ctrl_c_in_the_first_moments_is_no_traceback(tmp_path: Path) -> None:
 def test_a_library_that_catches_everything_does_not_undo_ctrl_c(after: str) -> None:
     code = f"""
 import signal, sys, time
-import taskvec.cli
+import taskvec.command.cli
 from taskvec import __main__ as entry
 
 def app():

@@ -289,8 +289,8 @@ def test_a_run_folder_of_an_older_version_names_its_files_in_the_lock(tmp_path: 
 KILLED = """
 import os, sys
 from pathlib import Path
-from taskvec.locks import workspace
-from taskvec.publishing import publish
+from taskvec.core.locks import workspace
+from taskvec.engine.publishing import publish
 out, texts, left = Path(sys.argv[1]), eval(sys.argv[2]), 0
 
 def counted(one):

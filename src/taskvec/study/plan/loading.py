@@ -27,7 +27,7 @@ def lay_ground(planner: Planner, name: str, choice: BackboneChoice) -> Ground:
 def load(planner: Planner, name: str, choice: BackboneChoice) -> Step:
     """Plan to load a backbone; where an estimate does without its weights, by what its address is."""
     address = planner.sources.address_of(choice)
-    about: dict[str, Any] = {"absent": absent_weights(address)}
+    about: dict[str, Any] = {"absent": absent_weights(address), "address": address}
     if not planner.sources.is_absent(choice):
         about = backbones.describe(address, choice.size, planner.study.allow_pickle, choice.projection)
     config: dict[str, Any] = {"source": about, "size": choice.size}
