@@ -17,7 +17,7 @@ import pandas as pd
 from taskvec.core.compute import choose_device, processor
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors, file_digest, fingerprint, read_json, write_json, write_text
-from taskvec.core.formatting import gigabytes
+from taskvec.core.formatting import bytes_text
 from taskvec.core.locks import holding, sweep, workspace
 from taskvec.core.notes import library_warnings, listen, note_lines, some
 from taskvec.data.folders import folders_in, splits_in
@@ -179,10 +179,10 @@ def tidy(out: Path) -> None:
 def say_size(views: float, store: Store, watcher: Watcher) -> None:
     """Say before the work how much room decoded images take, where that is much."""
     if views >= LARGE:
-        free = gigabytes(shutil.disk_usage(store.folder if store.folder.exists() else Path()).free)
+        free = bytes_text(shutil.disk_usage(store.folder if store.folder.exists() else Path()).free)
         watcher.noted(
             "decoded images",
-            f"about {gigabytes(views)} of evaluation views, and whole training images beside them, in '{store.folder}' "
+            f"about {bytes_text(views)} of evaluation views, and whole training images beside them, in '{store.folder}' "
             f"({free} free there); taskvec store lists and clears them",
         )
 

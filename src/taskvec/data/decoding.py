@@ -22,7 +22,7 @@ from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
 from taskvec.core.errors import TaskvecError
-from taskvec.core.formatting import gigabytes
+from taskvec.core.formatting import bytes_text
 from taskvec.core.training import Progress
 from taskvec.data.images import (
     PEAK,
@@ -225,7 +225,7 @@ def check_room(needed: float, folder: Path, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed * (1 + SPARE) > free:
         raise TaskvecError(
-            f"decoding {what} takes about {gigabytes(needed)}, and '{folder}' has {gigabytes(free)} free",
+            f"decoding {what} takes about {bytes_text(needed)}, and '{folder}' has {bytes_text(free)} free",
             "free some space (taskvec store lists and clears), choose another --store, or set a smaller size or limit",
         )
 

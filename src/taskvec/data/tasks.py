@@ -18,7 +18,7 @@ from jaxtyping import Int64, UInt8
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import fingerprint, read_json, write_json
 from taskvec.core.notes import listen, note
-from taskvec.core.task_types import CLASSIFICATION, KINDS
+from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
 from taskvec.core.training import Progress, no_progress
 from taskvec.data import prompts as templates
 from taskvec.data.decoding import (
@@ -372,7 +372,7 @@ def list_whole(address: str, to: Preprocessing, known: Mapping[str, Any] | None)
     """List a task's images and labels, unchanged; a view that cuts images may not have labels of patches."""
     listing = list_task(address)
     check_unchanged(listing, known or {}, address)
-    if KINDS[listing.kind].per_patch and to.crop < 1:
+    if TASK_TYPES[listing.kind].per_patch and to.crop < 1:
         raise TaskvecError(
             f"task '{address}' labels the patches of whole images, and the encoder sees {to.crop:.0%} of their side",
             "choose an encoder with a crop share of 1, or leave the task out",

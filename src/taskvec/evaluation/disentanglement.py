@@ -39,7 +39,7 @@ class Errors:
 def predictions(backbone: Backbone, head: Head, images: Images) -> Int64[np.ndarray, " count *patches"]:
     """Return the predicted classes (of every patch, or sectors of angles) under the backbone's present weights."""
     predicted: Int64[np.ndarray, " count *patches"] = head.predict(
-        backbone.features(images, per_patch=head.rules.per_patch)
+        backbone.features(images, per_patch=head.task_type.per_patch)
     ).numpy()
     return predicted
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from taskvec.core.compute import Precision, autocast, choose_precision
 from taskvec.core.errors import TaskvecError
 from taskvec.core.settings import Finetune, Lora
-from taskvec.core.task_types import CLASSIFICATION, KINDS
+from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
 from taskvec.core.training import Group, Progress, Schedule, index_batches, no_progress, train
 from taskvec.data.decoding import Whole
 from taskvec.data.images import normalise, random_resized_crop
@@ -59,7 +59,7 @@ def training_batches(
     seed.
     """
     labels = torch.from_numpy(split.labels)
-    if split.whole is not None and KINDS[kind].crops:
+    if split.whole is not None and TASK_TYPES[kind].crops:
         size, device = backbone.preprocessing.size, backbone.device
         for indices, crops in cropped_batches(split.whole, batch_size, size, seed):
             yield normalise(torch.from_numpy(crops), backbone.preprocessing, device), labels[indices].to(device)
@@ -67,7 +67,7 @@ def training_batches(
     for indices in index_batches(len(split), batch_size, seed):
         images = torch.from_numpy(split.images[indices.numpy()])
         inputs = normalise(images, backbone.preprocessing, backbone.device)
-        cropped = random_resized_crop(inputs, generator) if KINDS[kind].crops else inputs
+        cropped = random_resized_crop(inputs, generator) if TASK_TYPES[kind].crops else inputs
         yield cropped, labels[indices].to(backbone.device)
 
 
@@ -172,7 +172,7 @@ def optimise(
     check_batch(module, images * len(tasks))
     chosen = training_precision(backbone, precision)
     heads = [head.on(backbone.device, learns=heads_learn) for head in heads]
-    per_patch = [head.rules.per_patch for head in heads]
+    per_patch = [head.task_type.per_patch for head in heads]
 
     def loss(batches: Sequence[Batch]) -> Float[Tensor, ""]:
         with autocast(chosen, backbone.device):

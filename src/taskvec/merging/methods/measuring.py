@@ -40,7 +40,7 @@ def scored(
     """Return a head's scores of images under the encoder's present weights."""
     backbone = data.backbone
     inputs = normalise(torch.from_numpy(np.array(images)), backbone.preprocessing, backbone.device)
-    return head.logits(encode(backbone.module, inputs, head.rules.per_patch))
+    return head.logits(encode(backbone.module, inputs, head.task_type.per_patch))
 
 
 def at_fine_tuned(data: Data, measured: Callable[[Task, Head], Measured]) -> list[Measured]:
