@@ -26,13 +26,14 @@ from taskvec.command.cli import app
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import write_json
 from taskvec.core.notes import listen
+from taskvec.core.progress import no_progress
 from taskvec.core.settings import Finetune
-from taskvec.core.training import no_progress
 from taskvec.data import decoding as decoded
 from taskvec.data import tasks
+from taskvec.data.augment import crop_box, cut
 from taskvec.data.decoding import Whole, check_room, write_whole
 from taskvec.data.folders import is_flat
-from taskvec.data.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
+from taskvec.data.images import Preprocessing, open_image, resize_and_crop, shrink
 from taskvec.encoders.backbone import Backbone
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline

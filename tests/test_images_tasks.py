@@ -23,17 +23,10 @@ from timm.data import create_transform
 from taskvec.core.errors import TaskvecError
 from taskvec.core.notes import listen
 from taskvec.data import tasks
+from taskvec.data.augment import random_resized_crop
 from taskvec.data.folders import list_folder
-from taskvec.data.images import (
-    Encoded,
-    Preprocessing,
-    Room,
-    normalise,
-    open_image,
-    random_resized_crop,
-    resize_and_crop,
-)
-from taskvec.data.index import validation_indices
+from taskvec.data.images import Encoded, Preprocessing, Room, normalise, open_image, resize_and_crop
+from taskvec.data.splits import validation_indices
 
 
 @settings(deadline=None, max_examples=30)

@@ -111,11 +111,20 @@ def test_angles_that_are_not_numbers_are_wrong_and_in_no_sector() -> None:
 
 
 def test_answers_are_a_class_a_count_of_patches_and_an_angle() -> None:
-    assert TASK_TYPES["classification"].describe(torch.tensor([0.0, math.log(3)]), ["a", "b"]) == ("b", pytest.approx(0.75))
+    assert TASK_TYPES["classification"].describe(torch.tensor([0.0, math.log(3)]), ["a", "b"]) == (
+        "b",
+        pytest.approx(0.75),
+    )
     patches = torch.log(torch.tensor([[1.0, 3.0], [3.0, 1.0], [9.0, 1.0]]))
-    assert TASK_TYPES["segmentation"].describe(patches, ["a", "b"]) == ("2 a, 1 b", pytest.approx((0.75 + 0.75 + 0.9) / 3))
+    assert TASK_TYPES["segmentation"].describe(patches, ["a", "b"]) == (
+        "2 a, 1 b",
+        pytest.approx((0.75 + 0.75 + 0.9) / 3),
+    )
     assert TASK_TYPES["segmentation"].describe(patches[:1], ["a", "b"])[0] == "1 b"
-    assert TASK_TYPES["regression"].describe(unit(-90, 0.5)[0], ["cosine", "sine"]) == ("270 degrees", pytest.approx(0.5))
+    assert TASK_TYPES["regression"].describe(unit(-90, 0.5)[0], ["cosine", "sine"]) == (
+        "270 degrees",
+        pytest.approx(0.5),
+    )
     assert TASK_TYPES["regression"].describe(unit(30, 2.0)[0], ["cosine", "sine"]) == ("30 degrees", 1.0)
 
 

@@ -102,7 +102,9 @@ CLASSIFICATION = "classification"
 TASK_TYPES: Mapping[str, TaskType] = MappingProxyType(
     {
         CLASSIFICATION: TaskType("accuracy", False, True, cross_entropy, is_right, best_class, describe_class),
-        "segmentation": TaskType("patch_accuracy", True, False, cross_entropy, share_right, best_class, describe_patches),
+        "segmentation": TaskType(
+            "patch_accuracy", True, False, cross_entropy, share_right, best_class, describe_patches
+        ),
         "regression": TaskType("within_15_degrees", False, False, F.mse_loss, is_near, sector, describe_angle),
     }
 )

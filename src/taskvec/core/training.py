@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from taskvec.core.progress import Progress, no_progress
+
 Batch = TypeVar("Batch")
-Progress = Callable[[float], None]
-"""Called with the share of the work that is done, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,6 @@ class Group:
 
     parameters: Sequence[Tensor]
     learning_rate: float
-
-
-def no_progress(_: float) -> None:
-    """Report to nobody."""
 
 
 def make_optimizer(groups: Sequence[Group], schedule: Schedule) -> torch.optim.AdamW:

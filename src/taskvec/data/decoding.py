@@ -23,21 +23,12 @@ from PIL import Image
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.formatting import bytes_text
-from taskvec.core.training import Progress
-from taskvec.data.images import (
-    PEAK,
-    CorruptImage,
-    Preprocessing,
-    corrupt,
-    crop_box,
-    cut,
-    opened,
-    quiet,
-    resize_and_crop,
-    shrink,
-)
+from taskvec.core.machine import cores
+from taskvec.core.progress import Progress
+from taskvec.data.augment import crop_box, cut
+from taskvec.data.images import CorruptImage, Preprocessing, corrupt, opened, quiet, resize_and_crop, shrink
 from taskvec.data.index import Items, Labels, name_of
-from taskvec.engine.executors import cores
+from taskvec.data.rgb import PEAK
 
 CHUNK = 64
 """Images that are decoded between two reports of progress."""

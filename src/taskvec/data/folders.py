@@ -14,7 +14,8 @@ import numpy as np
 
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.data.images import SUFFIXES
-from taskvec.data.index import Listing, split_classes, validation_as_test
+from taskvec.data.index import Listing
+from taskvec.data.splits import split_classes, validation_as_test
 
 LAYOUT = "expected train/, test/ and perhaps val/ in it, each with one folder a class, or the class folders themselves"
 SPELT = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")

@@ -21,7 +21,8 @@ from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import fingerprint
 from taskvec.data.folders import visible
 from taskvec.data.images import CorruptImage, Encoded, corrupt
-from taskvec.data.index import Items, Labels, Listing, check_trained, rename_classes, split_classes, validation_as_test
+from taskvec.data.index import Items, Labels, Listing, check_trained, rename_classes
+from taskvec.data.splits import split_classes, validation_as_test
 from taskvec.weights.network import asked_once, endpoint
 
 NAMES = {

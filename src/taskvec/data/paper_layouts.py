@@ -17,16 +17,8 @@ import numpy as np
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.data.folders import class_files, is_flat, left_out, list_splits
 from taskvec.data.hf_datasets import read_splits, table_files
-from taskvec.data.index import (
-    Items,
-    Labels,
-    Listing,
-    check_files,
-    check_trained,
-    rename_classes,
-    split_classes,
-    split_validation,
-)
+from taskvec.data.index import Items, Labels, Listing, check_files, check_trained, rename_classes
+from taskvec.data.splits import split_classes, split_validation
 from taskvec.data.torchvision_sets import list_torchvision, signs
 from taskvec.paper import tasks as papertasks
 from taskvec.paper.tasks import PaperTask, canonical, find_task, in_order

@@ -18,8 +18,8 @@ from jaxtyping import Int64, UInt8
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import fingerprint, read_json, write_json
 from taskvec.core.notes import listen, note
+from taskvec.core.progress import Progress, no_progress, share_of
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
-from taskvec.core.training import Progress, no_progress
 from taskvec.data import prompts as templates
 from taskvec.data.decoding import (
     Whole,
@@ -38,8 +38,9 @@ from taskvec.data.decoding import (
 from taskvec.data.folders import list_folder
 from taskvec.data.hf_datasets import address_parts, describe_hub, folder_of, list_hub
 from taskvec.data.images import Preprocessing
-from taskvec.data.index import SPLITS, Items, Labels, Listing, alike, pick, split_validation, warned
+from taskvec.data.index import Items, Labels, Listing, alike, pick
 from taskvec.data.paper_layouts import list_paper
+from taskvec.data.splits import SPLITS, seeded_choice, split_validation, warned
 from taskvec.data.torchvision_sets import list_own
 from taskvec.engine.pipeline import versions
 from taskvec.paper import tasks as papertasks
@@ -66,7 +67,7 @@ class Split:
 
     def sample(self, count: int) -> Split:
         """Return a seeded choice of at most ``count`` images."""
-        order = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
+        order = seeded_choice(len(self), count)
         return Split(self.images[order], self.labels[order])
 
 
@@ -355,14 +356,9 @@ def check_unchanged(listing: Listing, known: Mapping[str, Any], address: str) ->
         )
 
 
-def share_of(progress: Progress, start: float, share: float) -> Progress:
-    """Return a report of progress within a part of the work."""
-    return lambda done: progress(start + share * done)
-
-
 def few(listing: Listing, limit: int | None) -> Listing:
     """Return a listing with a seeded choice of at most ``limit`` images a split."""
-    chosen = {split: _chosen(len(listing.labels[split]), limit) for split in SPLITS}
+    chosen = {split: seeded_choice(len(listing.labels[split]), limit) for split in SPLITS}
     items: dict[str, Items] = {split: pick(listing.items[split], indices) for split, indices in chosen.items()}
     labels: dict[str, Labels] = {split: listing.labels[split][indices] for split, indices in chosen.items()}
     return replace(listing, items=items, labels=labels)
@@ -378,13 +374,6 @@ def list_whole(address: str, to: Preprocessing, known: Mapping[str, Any] | None)
             "choose an encoder with a crop share of 1, or leave the task out",
         )
     return listing
-
-
-def _chosen(count: int, limit: int | None) -> Int64[np.ndarray, " chosen"]:
-    """Return all indices in order, or a seeded choice of ``limit``."""
-    if limit is None or count <= limit:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(0).permutation(count)[:limit])
 
 
 def read_task(folder: Path, name: str, whole: Path | None = None, mmap_mode: Literal["r"] | None = "r") -> Task:

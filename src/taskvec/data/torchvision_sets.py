@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from taskvec.core.errors import TaskvecError, did_you_mean
-from taskvec.data.index import Items, Labels, Listing, check_files, check_trained, rename_classes, split_classes
+from taskvec.data.index import Items, Labels, Listing, check_files, check_trained, rename_classes
+from taskvec.data.splits import split_classes
 
 FLAG = {"train": {"train": True}, "test": {"train": False}}
 TWO = {"train": {"split": "train"}, "test": {"split": "test"}}

@@ -70,7 +70,9 @@ class MultiTaskModel:
         self, features: Float[Tensor, "batch *patches width"], per_patch: bool = False
     ) -> dict[str, Float[Tensor, "batch *patches classes"]]:
         """Return the scores of every task that reads features of images, or of every patch."""
-        return {task: head.logits(features) for task, head in self.heads.items() if head.task_type.per_patch == per_patch}
+        return {
+            task: head.logits(features) for task, head in self.heads.items() if head.task_type.per_patch == per_patch
+        }
 
     def scores(self, images: UInt8[np.ndarray, "count 3 size size"], tasks: Sequence[str]) -> dict[str, Tensor]:
         """Return the scores of tasks and of those that read the same features, from one pass for each kind."""

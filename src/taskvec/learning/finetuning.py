@@ -21,15 +21,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from taskvec.core.compute import Precision, autocast, choose_precision
 from taskvec.core.errors import TaskvecError
+from taskvec.core.machine import cores
+from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Finetune, Lora
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
-from taskvec.core.training import Group, Progress, Schedule, index_batches, no_progress, train
+from taskvec.core.training import Group, Schedule, index_batches, train
+from taskvec.data.augment import random_resized_crop
 from taskvec.data.decoding import Whole
-from taskvec.data.images import normalise, random_resized_crop
+from taskvec.data.images import normalise
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone, encode
-from taskvec.engine.executors import cores
 from taskvec.learning import lora as adapters
 from taskvec.learning.heads import Head, random_head
 from taskvec.weights.flat import Weights, bind

@@ -16,9 +16,10 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Probe
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES, TaskType
-from taskvec.core.training import Group, Progress, Schedule, index_batches, no_progress, train
+from taskvec.core.training import Group, Schedule, index_batches, train
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.weights.flat import read, read_metadata, save_tensors

@@ -23,7 +23,8 @@ from taskvec.core.errors import TaskvecError, unknown
 from taskvec.core.files import disk_errors
 from taskvec.core.locks import replacing, workspace
 from taskvec.core.notes import note
-from taskvec.core.training import Progress, Schedule, make_optimizer, no_progress, train
+from taskvec.core.progress import Progress, no_progress
+from taskvec.core.training import Schedule, make_optimizer, train
 from taskvec.engine.publishing import check_names, settle
 from taskvec.lab.drawing.looks import one_thread
 from taskvec.lab.pretraining.contrastive import Contrastive

@@ -255,4 +255,5 @@ def check(found: Forecast) -> Iterator[str]:
     held = [one for one in found.done if one.step.config.get("device", "cpu") == "cpu"]
     took, wanted = sum(one.seconds or 0 for one in held), sum(seconds(one.work, DEVICES["cpu"]) for one in held)
     if took >= 1:
-        yield f"check     {len(held)} finished steps took {duration_text(took)}; expected of a core {duration_text(wanted)}"
+        expected = duration_text(wanted)
+        yield f"check     {len(held)} finished steps took {duration_text(took)}; expected of a core {expected}"

@@ -11,9 +11,9 @@ import torch
 
 from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
+from taskvec.core.progress import Progress
 from taskvec.core.settings import Finetune, Lora, Probe
 from taskvec.core.task_types import CLASSIFICATION
-from taskvec.core.training import Progress
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders.backbone import Backbone
 from taskvec.encoders.loaders.checkpoints import parts

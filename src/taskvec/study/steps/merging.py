@@ -12,9 +12,9 @@ import torch
 
 from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
+from taskvec.core.progress import Progress
 from taskvec.core.settings import Probe, Surgery
 from taskvec.core.task_types import TASK_TYPES
-from taskvec.core.training import Progress
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import always, on_cpu, step_type
 from taskvec.evaluation import accuracy as evaluation
