@@ -1,4 +1,4 @@
-"""What a task's source holds before anything is decoded: images and labels by split, and the protocol's splits."""
+"""The index of a task before anything is decoded: where its images are, with their labels, by split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from taskvec.core.task_types import CLASSIFICATION
 from taskvec.data.images import Encoded
 
 Labels = Int64[np.ndarray, " count *patches"] | Float32[np.ndarray, "count 2"]
-"""A class of each image (or each patch, row by row), or the cosine and sine of its angle."""
+"""The class of each image (or of each of its patches, row by row), or the cosine and sine of its angle."""
 
 
 class Rows(Protocol):
@@ -35,14 +35,15 @@ class Rows(Protocol):
 
 
 Items = Sequence[Path] | Rows | UInt8[np.ndarray, "count 3 height width"]
+"""Images of a split: files, rows of a table, or pixels."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a task address holds before decoding: images and labels by split, and what identifies them.
+    """The images of a task and their labels by split, not decoded yet.
 
-    ``root`` is the folder that file names start from, ``files`` are those that images are read from where the items
-    are not files themselves, and ``origin`` identifies what is on no disk. ``notes`` are for the user.
+    ``kind`` is the type of task. ``root`` is the folder that paths are relative to in digests. ``files`` are the tables
+    that hold the images, where the items are not files themselves. ``notes`` are for the user.
     """
 
     classes: tuple[str, ...]
@@ -57,6 +58,11 @@ class Listing:
         """Return the number of images of each split."""
         return {split: len(labels) for split, labels in self.labels.items()}
 
+    def with_splits(self, **sources: str) -> Listing:
+        """Return a listing with these splits only, each made of the named split."""
+        items = {split: self.items[source] for split, source in sources.items()}
+        return replace(self, items=items, labels={split: self.labels[source] for split, source in sources.items()})
+
 
 def pick(items: Items, indices: Int64[np.ndarray, " chosen"]) -> Items:
     """Return the items at ``indices``."""
@@ -67,23 +73,23 @@ def pick(items: Items, indices: Int64[np.ndarray, " chosen"]) -> Items:
 
 
 def name_of(items: Items, split: str, index: int) -> str:
-    """Name an item for the user: its path, or the place it has in its split."""
+    """Return an item's name for the user: its path, or its number in its split."""
     item = items[index] if not isinstance(items, np.ndarray) else None
     return str(item) if isinstance(item, Path) else item.name if item is not None else f"{split} image {index}"
 
 
 def alike(classes: Sequence[str]) -> tuple[str, ...]:
-    """Say which two class names differ in capitals and blanks only: are they one class, written in two ways?"""
+    """Return a note where two class names differ in capitals or blanks only."""
     first: dict[str, str] = {}
     pairs = [(first.setdefault("".join(name.split()).casefold(), name), name) for name in classes]
-    two = next((pair for pair in pairs if pair[0] != pair[1]), None)
-    return (f"'{two[0]}' and '{two[1]}' are two classes: their names differ in capitals or blanks only",) if two else ()
+    twins = next((f"'{one}' and '{other}'" for one, other in pairs if one != other), "")
+    return (f"{twins} are two classes: their names differ in capitals or blanks only",) if twins else ()
 
 
 def rename_classes(
     listing: Listing, name: Callable[[str], str], order: Callable[[list[str]], tuple[str, ...]]
 ) -> Listing:
-    """Give classes other names and another order; those without an image in any split are left out, with a note."""
+    """Return a listing with other names and another order of classes; classes without an image are left out."""
     used = sorted({int(label) for labels in listing.labels.values() for label in np.unique(labels)})
     if used and (used[0] < 0 or used[-1] >= len(listing.classes)):
         raise TaskvecError(
@@ -92,12 +98,12 @@ def rename_classes(
         )
     names = {label: name(listing.classes[label]) for label in used}
     classes = order(list(names.values()))
-    places = np.full(len(listing.classes), -1, np.int64)
-    for label, new in names.items():
-        places[label] = classes.index(new)
-    left = len(listing.classes) - len(used)
-    notes = (f"left out {left} classes without an image",) if left else ()
-    labels = {split: places[labels] for split, labels in listing.labels.items()}
+    new_labels = np.full(len(listing.classes), -1, np.int64)
+    for label, new_name in names.items():
+        new_labels[label] = classes.index(new_name)
+    unused = len(listing.classes) - len(used)
+    notes = (f"left out {unused} classes without an image",) if unused else ()
+    labels = {split: new_labels[labels] for split, labels in listing.labels.items()}
     return replace(listing, classes=classes, labels=labels, notes=listing.notes + notes)
 
 
@@ -119,7 +125,7 @@ def check_trained(listing: Listing, source: str) -> None:
 
 
 def check_files(listing: Listing) -> None:
-    """Raise if files that a list names are not there."""
+    """Raise where files of a listing are missing."""
     paths = [item for items in listing.items.values() if isinstance(items, list) for item in items]
     missing = [path for path in paths if not path.exists()]
     if missing:

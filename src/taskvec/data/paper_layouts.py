@@ -16,7 +16,8 @@ import numpy as np
 
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.data.folders import class_files, is_flat, left_out, list_splits
-from taskvec.data.hf_datasets import read_splits, table_files
+from taskvec.data.hf_datasets import read_splits
+from taskvec.data.hf_tables import table_files
 from taskvec.data.index import Items, Labels, Listing, check_files, check_trained, rename_classes
 from taskvec.data.splits import split_classes, split_validation
 from taskvec.data.torchvision_sets import list_torchvision, signs
@@ -124,13 +125,7 @@ def settled(listing: Listing, task: PaperTask) -> Listing:
         return listing
     if task.validation == "join":
         return joined(listing, ("train", "validation"))
-    return keep(listing, ("train", "test"))
-
-
-def keep(listing: Listing, splits: tuple[str, ...]) -> Listing:
-    """Return a listing with those splits only."""
-    items = {split: listing.items[split] for split in splits}
-    return replace(listing, items=items, labels={split: listing.labels[split] for split in splits})
+    return listing.with_splits(train="train", test="test")
 
 
 def joined(listing: Listing, splits: tuple[str, ...]) -> Listing:

@@ -1,4 +1,4 @@
-"""The splits of a task: the protocol's validation split, flat data sets divided class by class, seeded choices."""
+"""Splits of a task by fixed seeds: the protocol's validation split, flat data sets divided by class, small choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def seeded_choice(count: int, limit: int | None, seed: int | np.random.Generator = 0) -> Int64[np.ndarray, " chosen"]:
-    """Return the indices of at most ``limit`` of ``count`` things, chosen by a seed or generator, in rising order."""
+    """Return the indices of at most ``limit`` of ``count`` items, drawn by a seed or generator and sorted."""
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
@@ -29,18 +29,18 @@ def validation_indices(count: int) -> tuple[Int64[np.ndarray, " train"], Int64[n
 
 
 def split_validation(listing: Listing, source: str) -> Listing:
-    """Take int(0.1 N) training images, at most 5000, for validation, as the paper's code does (protocol, Data)."""
+    """Return a listing with int(0.1 N) training images, at most 5000, held out for validation (protocol, Data)."""
     train, validation = validation_indices(len(listing.labels["train"]))
     if not len(validation):
         count = len(listing.labels["train"])
         raise TaskvecError(
             f"task '{source}' has {count} training images: too few to hold out a tenth", "add images or a val/ folder"
         )
-    return _divide(listing, "train", {"train": train, "validation": validation})
+    return _divided(listing, {"train": train, "validation": validation})
 
 
 def warned(listing: Listing) -> Listing:
-    """Return a listing with a note where classes have no training image."""
+    """Return a listing with a note where a class has no training image left after validation was held out."""
     lacking = np.setdiff1d(np.arange(len(listing.classes)), listing.labels["train"])
     if not len(lacking) or listing.kind != CLASSIFICATION:
         return listing
@@ -50,31 +50,32 @@ def warned(listing: Listing) -> Listing:
 
 
 def split_classes(listing: Listing, held_out: int | None = None) -> Listing:
-    """Divide a flat data set (all of it in ``train``) class by class and always alike: validation, test, train.
+    """Return a flat data set (all of it in ``train``) divided class by class, by a fixed seed.
 
-    ``held_out`` images of a class are validated on and as many tested on, a tenth when left out; a class that has not
-    ten times as many, or is too small for a tenth, gives a tenth, at least one image each.
+    Validation and test split each get ``held_out`` images of a class. They get a tenth, one image at least, where
+    ``held_out`` is left out or the class has fewer than four times as many.
     """
     generator = torch.Generator().manual_seed(0)
     parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
     labels = listing.labels["train"]
     for index, name in enumerate(listing.classes):
-        mine = np.flatnonzero(labels == index)
-        if len(mine) < 3:
+        members = np.flatnonzero(labels == index)
+        if len(members) < 3:
             raise TaskvecError(
-                f"class '{name}' has {len(mine)} images, too few to divide into train, validation and test",
+                f"class '{name}' has {len(members)} images, too few to divide into train, validation and test",
                 "add images, or divide them yourself: train/, val/ and test/ with one folder a class each",
             )
-        count = held_out if held_out and len(mine) >= 4 * held_out else max(1, len(mine) // 10)
-        order = mine[torch.randperm(len(mine), generator=generator).numpy()]
+        count = held_out if held_out and len(members) >= 4 * held_out else max(1, len(members) // 10)
+        order = members[torch.randperm(len(members), generator=generator).numpy()]
         parts["validation"].append(order[:count])
         parts["test"].append(order[count : 2 * count])
         parts["train"].append(order[2 * count :])
-    return _divide(listing, "train", {split: np.sort(np.concatenate(chosen)) for split, chosen in parts.items()})
+    return _divided(listing, {split: np.sort(np.concatenate(chosen)) for split, chosen in parts.items()})
 
 
-def _divide(listing: Listing, split: str, parts: dict[str, Int64[np.ndarray, " part"]]) -> Listing:
-    items, labels = listing.items[split], listing.labels[split]
+def _divided(listing: Listing, parts: dict[str, Int64[np.ndarray, " part"]]) -> Listing:
+    """Return a listing whose training images are divided into splits, by their indices."""
+    items, labels = listing.items["train"], listing.labels["train"]
     return replace(
         listing,
         items=listing.items | {name: pick(items, indices) for name, indices in parts.items()},
@@ -84,11 +85,5 @@ def _divide(listing: Listing, split: str, parts: dict[str, Int64[np.ndarray, " p
 
 def validation_as_test(listing: Listing, source: str) -> Listing:
     """Return a listing whose validation split is the test split, with a note that says so."""
-    own = {"train": "train", "test": "validation"}
     note = f"{source} has no test split: its validation split is tested on"
-    return replace(
-        listing,
-        items={split: listing.items[source] for split, source in own.items()},
-        labels={split: listing.labels[source] for split, source in own.items()},
-        notes=(*listing.notes, note),
-    )
+    return replace(listing.with_splits(train="train", test="validation"), notes=(*listing.notes, note))

@@ -36,7 +36,8 @@ from taskvec.data.decoding import (
     write_whole,
 )
 from taskvec.data.folders import list_folder
-from taskvec.data.hf_datasets import address_parts, describe_hub, folder_of, list_hub
+from taskvec.data.hf_datasets import describe_hub, list_hub
+from taskvec.data.hf_tables import address_parts, folder_of
 from taskvec.data.images import Preprocessing
 from taskvec.data.index import Items, Labels, Listing, alike, pick
 from taskvec.data.paper_layouts import list_paper
