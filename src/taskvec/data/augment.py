@@ -15,7 +15,7 @@ from torch import Tensor
 def random_resized_crop(
     images: Float[Tensor, "batch 3 size size"], generator: torch.Generator, smallest: float = 0.9
 ) -> Float[Tensor, "batch 3 size size"]:
-    """Cut a random part of each image (area ``smallest``..1, aspect 3/4..4/3) and resize it back bicubically.
+    """Return a random part of each image (area ``smallest``..1, aspect 3/4..4/3) and resize it back bicubically.
 
     For images whose evaluation view is the whole image, as the lab's: the draws, on a continuous scale, come from the
     CPU generator, so any device sees the same. ``crop_box`` is the transform of all others.
@@ -35,7 +35,7 @@ def random_resized_crop(
 def crop_box(
     height: int, width: int, generator: np.random.Generator, smallest: float = 0.9
 ) -> tuple[int, int, int, int]:
-    """Draw the top, left, height and width of a training crop, in pixels (protocol, RandomResizedCrop).
+    """Return the top, left, height and width of a random training crop, in pixels (protocol, RandomResizedCrop).
 
     The rule is torchvision's ``RandomResizedCrop.get_params``: an area share of ``smallest``..1 and an aspect of
     3/4..4/3, ten tries to fit them into the image, else the largest centred part of an aspect within those limits.
@@ -58,7 +58,7 @@ def crop_box(
 def cut(
     image: UInt8[np.ndarray, "3 height width"], box: tuple[int, int, int, int], size: int
 ) -> UInt8[np.ndarray, "3 size size"]:
-    """Cut a part out of an image and resize it bicubically to a square, pixel for pixel as torchvision does with PIL.
+    """Return a part of an image, resized bicubically to a square: pixel for pixel as torchvision does with PIL.
 
     ``box`` is top, left, height and width.
     """

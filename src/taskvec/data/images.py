@@ -27,19 +27,19 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "PPM", "WEBP")
-"""What is opened, whatever a file is called: Pillow knows formats that start other programs."""
-TEXT = 2**26
-"""Bytes that a text or colour profile in a PNG may have, uncompressed; Pillow refuses what is over a megabyte."""
-PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, TEXT)
-for order in (TiffImagePlugin.II, TiffImagePlugin.MM):  # kinds of grey that Pillow can unpack and does not list
+"""The formats that are opened, whatever a file is called; some others of Pillow start programs."""
+LARGEST_TEXT = 2**26
+"""Bytes of the largest text or colour profile in a PNG, uncompressed; Pillow's own limit is a megabyte."""
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, LARGEST_TEXT)
+for order in (TiffImagePlugin.II, TiffImagePlugin.MM):  # grey modes that Pillow can unpack and does not list
     for white in (0, 1):
         TiffImagePlugin.OPEN_INFO.setdefault((order, white, (1,), 1, (12,), ()), ("I;16", "I;12"))
 TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 PIXELS = 100_000_000
-"""Pixels of files that all threads together hold at once, at up to sixteen bytes each; one image may have them all."""
+"""Pixels that all threads together may have open at once, at up to sixteen bytes each; one image may take them all."""
 Image.core.set_block_size(2**26)  # type: ignore[attr-defined]  # larger parts go back to the system when freed
 TILE_WIDTH, TILE_HEIGHT = 322, 323
-"""Tags of a TIFF: the size of a part, which may be larger than the image."""
+"""Tags of a TIFF: the size of a tile, which may be larger than the image."""
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -50,7 +50,7 @@ RESAMPLING = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What an encoder expects: square size in pixels, crop share, interpolation, mean and std of values in 0..1.
+    """The input of an encoder: square size in pixels, crop share, interpolation, mean and std of values in 0..1.
 
     With ``squash`` the whole image is resized to a square, whatever its aspect.
     """
@@ -63,7 +63,7 @@ class Preprocessing:
     squash: bool = False
 
     def decoding(self) -> dict[str, Any]:
-        """Return the part that decides the decoded pixels; mean and std do not."""
+        """Return the fields that determine decoded pixels, which mean and std do not."""
         return {name: value for name, value in asdict(self).items() if name not in ("mean", "std")}
 
     def to_json(self) -> dict[str, Any]:
@@ -72,14 +72,14 @@ class Preprocessing:
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Preprocessing:
-        """Read the fields back."""
+        """Return what ``to_json`` wrote as a preprocessing."""
         mean, std = tuple(fields["mean"]), tuple(fields["std"])
         return Preprocessing(**{**fields, "mean": mean, "std": std})
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image file that lies in a data set's table: its bytes, and a name for messages."""
+    """The bytes of an image file that lies in a table or in memory, with a name for messages."""
 
     data: bytes
     name: str
@@ -90,17 +90,17 @@ class Encoded:
 
 
 class CorruptImage(TaskvecError):
-    """An image that cannot be used, and may be left out; what else goes wrong in reading stops the work."""
+    """An image that cannot be decoded and may be left out; other errors of reading stop the work."""
 
 
-class Hush:
-    """Who is inside ``quiet``: how many, and what puts the filters of warnings back when the last one leaves."""
+class WarningFilters:
+    """The state of ``quiet``: how many threads are inside, and what restores the filters after the last one."""
 
     def __init__(self) -> None:
-        self.turn, self.inside, self.filters = threading.Lock(), 0, contextlib.ExitStack()
+        self.lock, self.inside, self.restore = threading.Lock(), 0, contextlib.ExitStack()
 
 
-_HUSH = Hush()
+_FILTERS = WarningFilters()
 
 
 @contextlib.contextmanager
@@ -109,25 +109,25 @@ def quiet() -> Iterator[None]:
 
     Python keeps its filters for all threads at once: the first thread inside sets them, the last puts them back.
     """
-    with _HUSH.turn:
-        if not _HUSH.inside:
-            _HUSH.filters.enter_context(warnings.catch_warnings())
+    with _FILTERS.lock:
+        if not _FILTERS.inside:
+            _FILTERS.restore.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", category=UserWarning)
             warnings.simplefilter("ignore", category=Image.DecompressionBombWarning)
-        _HUSH.inside += 1
+        _FILTERS.inside += 1
     try:
         yield
     finally:
-        with _HUSH.turn:
-            _HUSH.inside -= 1
-            if not _HUSH.inside:
-                _HUSH.filters.close()
+        with _FILTERS.lock:
+            _FILTERS.inside -= 1
+            if not _FILTERS.inside:
+                _FILTERS.restore.close()
 
 
 def open_image(source: Path | Encoded, to: Preprocessing | None = None) -> Image.Image:
-    """Open an image file as upright 8-bit RGB; a corrupt or huge one is an error that names the file.
+    """Return an image file as upright 8-bit RGB; a corrupt or huge one is an error that names the file.
 
-    It may be huge as it is, or once it is resized ``to`` what an encoder expects.
+    It may be huge by itself, or once it is resized ``to`` the input of an encoder.
     """
     with quiet(), opened(source, to) as image:
         return image
@@ -135,18 +135,18 @@ def open_image(source: Path | Encoded, to: Preprocessing | None = None) -> Image
 
 @contextlib.contextmanager
 def opened(source: Path | Encoded, to: Preprocessing | None = None) -> Iterator[Image.Image]:
-    """Hold an image as ``open_image`` returns it, where somebody else has silenced the warnings.
+    """Yield an image as ``open_image`` returns it; the caller silences warnings (``quiet``).
 
-    Sizes are looked at before pixels are; threads with large images wait for each other.
+    Sizes are checked before pixels are read; threads with large images wait for each other.
     """
-    with corrupt(source), data_of(source) as file, Image.open(file, formats=FORMATS) as image:
+    with corrupt(source), byte_stream(source) as file, Image.open(file, formats=FORMATS) as image:
         check_sizes(image, to)
-        with ROOM.taken(math.prod(image.size)):
+        with PIXEL_BUDGET.taken(math.prod(image.size)):
             yield to_rgb(upright(image))
 
 
-def data_of(source: Path | Encoded) -> BinaryIO:
-    """Open an image's bytes: Pillow maps what it opens by name, and scrambles TIFFs that lie on their side."""
+def byte_stream(source: Path | Encoded) -> BinaryIO:
+    """Return a stream of an image's bytes; by name, Pillow would map the file and scramble TIFFs that need turning."""
     file: BinaryIO = source.open("rb") if isinstance(source, Path) else io.BytesIO(source.data)
     if isinstance(source, Encoded) and not source.data:
         fix = "replace it or remove it; a file that was read to its end has to be opened again"
@@ -154,8 +154,8 @@ def data_of(source: Path | Encoded) -> BinaryIO:
     return file
 
 
-class Room:
-    """A number of pixels that threads share; who needs more than there are waits for all of them."""
+class PixelBudget:
+    """A number of pixels that threads share; a thread that needs more than all of them takes all."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels = self.left = pixels
@@ -163,7 +163,7 @@ class Room:
 
     @contextlib.contextmanager
     def taken(self, pixels: int) -> Iterator[None]:
-        """Take pixels for a while."""
+        """Hold so many pixels during a block, once they are free."""
         share = min(pixels, self.pixels)
         with self.changed:
             self.changed.wait_for(lambda: self.left >= share)
@@ -176,17 +176,17 @@ class Room:
                 self.changed.notify_all()
 
 
-ROOM = Room(PIXELS)
+PIXEL_BUDGET = PixelBudget(PIXELS)
 LOADING = threading.Lock()
-"""Held while pixels of an image of Pillow are read: threads may share one, and Pillow reads it when it is looked at."""
+"""Held while a given Pillow image reads its pixels, which it does when first used: threads may share one."""
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
-"""What an image may be given as: a path, an encoded file or its bytes, an image of Pillow, or uint8 pixels."""
+"""An image as users give it: a path, an encoded file or its bytes, a Pillow image, or uint8 pixels."""
 ARRAYS = "uint8 values as [height, width], [height, width, 3] or, with transparency, [height, width, 4]"
 CHANNELS_FIRST = "uint8 values as [3, height, width] (or 1 or 4 channels), as torchvision reads them"
 
 
 def named(images: Source | Iterable[Source]) -> Iterator[tuple[str, Source]]:
-    """Yield every image with its path, or its place among all as ``image 0``; a single one is one, not its parts."""
+    """Yield every image with its name: its path, or its number such as ``image 0``; a single image is taken as one."""
     pixels = isinstance(images, np.ndarray | Tensor) and images.ndim in (0, 2, 3)
     single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
     if pixels or single or hasattr(images, "read"):
@@ -198,7 +198,7 @@ def named(images: Source | Iterable[Source]) -> Iterator[tuple[str, Source]]:
 
 
 def decode(image: Source, name: str, to: Preprocessing) -> Image.Image:
-    """Return an image that is given in any way as upright 8-bit RGB; what is none is an error that names it."""
+    """Return an image of any source as upright 8-bit RGB; anything else is an error with its name."""
     with quiet(), corrupt(name):
         if isinstance(image, str | os.PathLike):
             if Path(name).is_dir():
@@ -208,7 +208,7 @@ def decode(image: Source, name: str, to: Preprocessing) -> Image.Image:
         if isinstance(content, bytes | bytearray | memoryview):
             return open_image(Encoded(bytes(content), name), to)
         if isinstance(content, np.ndarray | Tensor):
-            content = of_pixels(content, name)
+            content = from_pixels(content, name)
         if isinstance(content, Image.Image):
             check_sizes(content, to)
             with LOADING:
@@ -218,8 +218,8 @@ def decode(image: Source, name: str, to: Preprocessing) -> Image.Image:
     raise TaskvecError(f"{name} is a {type(content).__name__}", fix)
 
 
-def of_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
-    """Return an array of pixels, or a tensor with its channels first, as an image; other values are an error."""
+def from_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
+    """Return an array of pixels, or a tensor with channels first, as an image; other shapes or types raise."""
     tensor = isinstance(pixels, Tensor)
     shape = (*pixels.shape[1:], pixels.shape[0]) if tensor and pixels.ndim == 3 else tuple(pixels.shape)
     sides, channels = shape[:2], shape[2:]
@@ -237,9 +237,9 @@ def of_pixels(pixels: np.ndarray | Tensor, name: str) -> Image.Image:
 
 @contextlib.contextmanager
 def corrupt(source: object) -> Iterator[None]:
-    """Turn what decoders raise into a ``CorruptImage`` that names the image.
+    """Turn what decoders raise into a ``CorruptImage`` with the image's name.
 
-    Where the system refuses to read it, or has no memory, the error is another: the image may be sound.
+    Where the system refuses to read it, or memory is short, it is a plain error: the image may be sound.
     """
     try:
         yield
@@ -261,7 +261,7 @@ def corrupt(source: object) -> Iterator[None]:
 
 
 def check_sizes(image: Image.Image, to: Preprocessing | None) -> None:
-    """Raise where an image, a part of it in its file, or what it becomes once it is resized ``to``, is too large."""
+    """Raise where an image, a tile of its file, or the image once resized ``to`` an encoder's input, is too large."""
     check_size(image.size)
     check_size((tag(image, TILE_WIDTH, 1), tag(image, TILE_HEIGHT, 1)))
     if to is not None:
@@ -269,7 +269,7 @@ def check_sizes(image: Image.Image, to: Preprocessing | None) -> None:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raise for no pixels, and for a decompression bomb; Pillow refuses only twice as many pixels as it warns about."""
+    """Raise for no pixels, and for a decompression bomb; Pillow itself allows twice the pixels that it warns of."""
     limit = Image.MAX_IMAGE_PIXELS
     if not all(size):
         raise ValueError("it has no pixels")
@@ -314,7 +314,7 @@ def shrink(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, "3 height
 def normalise(
     images: UInt8[Tensor, "batch 3 size size"], to: Preprocessing, device: str
 ) -> Float[Tensor, "batch 3 size size"]:
-    """Turn uint8 pixels into the encoder's float32 input on the device."""
+    """Return uint8 pixels as the encoder's float32 input on the device."""
     pixels = images.to(device).to(torch.float32) / 255
     mean = torch.tensor(to.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(to.std, device=device).view(1, 3, 1, 1)

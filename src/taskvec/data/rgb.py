@@ -11,15 +11,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 PEAK = "taskvec-peak"
-"""Where an opened image has the highest value of its file, which had 16 bits of unknown use."""
-
-
+"""The key of an image's ``info`` under which the highest value of a 16-bit file stands."""
 PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT, LOWEST, HIGHEST = 262, 258, 339, 340, 341
 """Tags of a TIFF: whether zero is white, what its numbers are, and their range."""
 BITS = "taskvec-bits"
-"""Where an opened PNG has the number of bits that were measured."""
-
-
+"""The key of an image's ``info`` under which a PNG's number of significant bits stands."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,19 +25,15 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""How an image is turned upright, by its orientation in EXIF."""
-
-
+"""The transposition that turns an image upright, by its orientation in EXIF."""
 UNBOUNDED = "its values are {} numbers without a range; save it with 8 or 16 unsigned bits"
-
-
-STEPS = {"L;2": 85, "L;4": 17}
-"""What Pillow multiplies greys of 2 and 4 bits by, but not the one of them that is transparent."""
+GREY_FACTORS = {"L;2": 85, "L;4": 17}
+"""The factors by which Pillow scales greys of 2 and 4 bits to 8; it forgets the transparent grey."""
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Read an image's pixels and turn them as its EXIF says; an EXIF that cannot be read says nothing."""
-    deep = prepared(image)
+    """Return an image with its pixels read, turned upright by its EXIF; a damaged EXIF is ignored."""
+    deep = prepare(image)
     image.load()
     orientation = 1
     with contextlib.suppress(Exception):  # as many kinds as there are ways to damage it
@@ -54,45 +46,45 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def prepared(image: Image.Image) -> bool:
-    """Note beside an image whose pixels are not read yet what Pillow leaves out; say whether it has 16 bits a channel.
+def prepare(image: Image.Image) -> bool:
+    """Return whether an image has 16 bits a channel, and mend what Pillow leaves out; its pixels are not read yet.
 
-    That is how many bits of a PNG were measured, and which of its greys is transparent.
+    Mended are the ``info`` of a PNG: its number of significant bits, and which grey is transparent.
     """
     layouts = [str(tile[3]) for tile in getattr(image, "tile", ())]
     deep = any(";16" in layout for layout in layouts)
     if isinstance(image, ImageFile.ImageFile) and image.format == "PNG":
         if deep:
             image.info[BITS] = significant_bits(image.fp)
-        if "transparency" in image.info and layouts and layouts[0] in STEPS:
-            image.info["transparency"] *= STEPS[layouts[0]]
+        if "transparency" in image.info and layouts and layouts[0] in GREY_FACTORS:
+            image.info["transparency"] *= GREY_FACTORS[layouts[0]]
     if tag(image, BITS_PER_SAMPLE, 1) == 8 and tag(image, SAMPLE_FORMAT, 1) == 2:
         raise ValueError(UNBOUNDED.format("signed"))
     return deep
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Say whether an image is one channel of more than 8 bits."""
+    """Return whether an image has one channel of more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def significant_bits(file: Any) -> int:
-    """Return how many of a PNG's 16 bits were measured, as its sBIT chunk says; the place in the file is kept."""
-    place, found = file.tell(), 16
+    """Return how many of a PNG's 16 bits are significant, by its sBIT chunk; the file's position is restored."""
+    position, bits = file.tell(), 16
     file.seek(8)
     while len(header := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         if kind == b"sBIT":
-            found = int.from_bytes(file.read(1), "big")
+            bits = int.from_bytes(file.read(1), "big")
         if kind in (b"sBIT", b"IDAT"):
             break
         file.seek(length + 4, io.SEEK_CUR)
-    file.seek(place)
-    return found if 0 < found < 16 else 16
+    file.seek(position)
+    return bits if 0 < bits < 16 else 16
 
 
 def grey(image: Image.Image, source: Image.Image) -> Image.Image:
-    """Convert a channel of more than 8 bits to 8, by the range that the file gives its numbers; white may be zero."""
+    """Return an image of one deep channel with 8 bits, scaled by the range of its file; zero may be white."""
     values = np.asarray(image)
     low, high = sample_range(source, values)
     scaled: np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -104,23 +96,23 @@ def grey(image: Image.Image, source: Image.Image) -> Image.Image:
         np.subtract(255, scaled, out=scaled)
     if "transparency" in source.info:
         scaled[values == source.info["transparency"]] = 255
-    found = Image.fromarray(scaled.astype(np.uint8))
+    result = Image.fromarray(scaled.astype(np.uint8))
     if (low, high) == (0, 65535):
-        found.info[PEAK] = int(values.max(initial=0))
-    return found
+        result.info[PEAK] = int(values.max(initial=0))
+    return result
 
 
 def tag(image: Image.Image, number: int, default: Any) -> Any:
-    """Return a tag of the first channel of a TIFF; another image has the default."""
-    found = image.tag_v2.get(number, default) if hasattr(image, "tag_v2") else default
-    return found[0] if isinstance(found, tuple) else found
+    """Return a TIFF tag's value, for the first channel where there are several; the default for other images."""
+    value = image.tag_v2.get(number, default) if hasattr(image, "tag_v2") else default
+    return value[0] if isinstance(value, tuple) else value
 
 
 def sample_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
-    """Return the numbers that are black and white: what a TIFF says, or all that so many unsigned bits can hold.
+    """Return the values of black and white: a TIFF's own, or the smallest and largest number of so many unsigned bits.
 
-    A PNG's 16 bits are full range by the standard, but some writers leave measured bits in the lower places: they do
-    where bits are said that are fewer, no value is beyond them, and the places below them are used.
+    A PNG's 16 bits are full range by the standard, but some writers leave fewer significant bits in the lower places.
+    They do where the sBIT chunk says fewer, no value exceeds them, and places below the upper ones are used.
     """
     if image.format != "TIFF":
         bits = image.info.get(BITS, 16)
@@ -138,7 +130,7 @@ def sample_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert 8-bit images of all kinds to RGB; transparency is laid on white."""
+    """Return an 8-bit image of any mode as RGB; transparency is composited on white."""
     peak: dict[str | tuple[int, int], Any] = {PEAK: image.info[PEAK]} if PEAK in image.info else {}
     if image.mode == "LAB":
         image = lab_to_rgb(image)
@@ -151,10 +143,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def lab_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert CIELAB to sRGB."""
+    """Return a CIELAB image as sRGB."""
     from PIL import ImageCms
 
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    found = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
-    assert found is not None
-    return found
+    converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    assert converted is not None
+    return converted

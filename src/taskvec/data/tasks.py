@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +21,11 @@ from taskvec.core.progress import Progress, no_progress, share_of
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
 from taskvec.data import prompts as templates
 from taskvec.data.decoding import (
+    DecodedSplit,
     Whole,
-    Written,
     check_room,
-    dark,
-    doubles,
+    decoding_notes,
     read_whole,
-    skips,
-    twins,
     view_bytes,
     whole_bytes,
     write_views,
@@ -287,7 +283,7 @@ def write_task(
     listing = few(list_whole(address, to, known), limit)
     total, before = sum(listing.sizes().values()), 0
     check_room(view_bytes(total, to.size), folder, f"{total} images of {default_name(address)}")
-    written: dict[str, Written] = {}
+    written: dict[str, DecodedSplit] = {}
     for split in SPLITS:
         count = len(listing.labels[split])
         ours = share_of(progress, before / total, count / total)
@@ -301,18 +297,11 @@ def write_task(
     if has_whole(address):
         check_kept(listing, written, address)
         write_json(folder / KEPT, kept_digest(listing, written["train"].kept))
-        told = (
-            skips(written),
-            dark(written),
-            doubles(written, listing.items, listing.labels),
-            twins(written, listing.items),
-        )
-        notes = [*listing.notes, *chain(*told)]
-        for line in notes:
+        for line in (*listing.notes, *decoding_notes(written, listing.items, listing.labels)):
             note(line)
 
 
-def check_kept(listing: Listing, written: dict[str, Written], address: str) -> None:
+def check_kept(listing: Listing, written: dict[str, DecodedSplit], address: str) -> None:
     """Raise if a class lost all its training images, or a split all its images, because none could be read."""
     kept = {split: listing.labels[split][one.kept] for split, one in written.items()}
     lost = sorted(set(listing.labels["train"].tolist()) - set(kept["train"].tolist()))
