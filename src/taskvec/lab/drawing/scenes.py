@@ -40,38 +40,13 @@ ROOM = 1.25
 """How much smaller a letter is drawn to be turned, so that its corners stay inside."""
 
 INK_LOOK = Look(
-    turn=12,
-    shear=0.15,
-    shrink=0.5,
-    stretch=0.15,
-    shift=0.2,
-    weight=0.5,
-    outline=0.4,
-    warp=0.04,
-    fade=0.65,
-    colour=0.35,
-    dark=0.5,
-    gradient=0.3,
-    texture=0.1,
-    clutter=1.0,
-    blur=0.6,
-    noise=0.05,
-)
+    turn=12, shear=0.15, shrink=0.5, stretch=0.15, shift=0.2, weight=0.5, outline=0.4, warp=0.04, fade=0.65,
+    colour=0.35, dark=0.5, gradient=0.3, texture=0.1, clutter=1.0, blur=0.6, noise=0.05
+)  # fmt: skip
 ANGLE_LOOK = Look(
-    shrink=0.35,
-    shift=0.15,
-    weight=0.5,
-    outline=0.3,
-    hatch=0.6,
-    warp=0.03,
-    fade=0.6,
-    colour=0.4,
-    dark=0.5,
-    gradient=0.2,
-    texture=0.12,
-    blur=0.8,
-    noise=0.06,
-)
+    shrink=0.35, shift=0.15, weight=0.5, outline=0.3, hatch=0.6, warp=0.03, fade=0.6, colour=0.4, dark=0.5,
+    gradient=0.2, texture=0.12, blur=0.8, noise=0.06
+)  # fmt: skip
 Drawn = tuple[UInt8[Tensor, "count 3 32 32"], Tensor]
 
 

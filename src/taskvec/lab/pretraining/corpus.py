@@ -58,24 +58,9 @@ TASK_WORDS = frozenset({"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "DIGIT", "NUMB
 CATEGORIES = frozenset({"Lu", "Ll", "Lo", "Nd", "No", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "So"})
 """Unicode categories of what stands alone: letters without modifiers, numbers, punctuation, symbols."""
 PRETRAINING_LOOK = Look(
-    turn=12,
-    shear=0.15,
-    shrink=0.45,
-    stretch=0.15,
-    shift=0.15,
-    weight=0.6,
-    warp=0.04,
-    fade=0.65,
-    colour=0.4,
-    dark=0.5,
-    gradient=0.25,
-    texture=0.12,
-    clutter=0.4,
-    occlusion=0.25,
-    disc=0.2,
-    blur=0.8,
-    noise=0.1,
-)
+    turn=12, shear=0.15, shrink=0.45, stretch=0.15, shift=0.15, weight=0.6, warp=0.04, fade=0.65, colour=0.4,
+    dark=0.5, gradient=0.25, texture=0.12, clutter=0.4, occlusion=0.25, disc=0.2, blur=0.8, noise=0.1
+)  # fmt: skip
 """The full difficulty of the pre-training images, which the curriculum reaches."""
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from taskvec.core.compute import threads
 from taskvec.core.errors import TaskvecError, unknown
 from taskvec.core.files import disk_errors
 from taskvec.core.locks import replacing, workspace
@@ -26,7 +27,6 @@ from taskvec.core.notes import note
 from taskvec.core.progress import Progress, no_progress
 from taskvec.core.training import Schedule, make_optimizer, train
 from taskvec.engine.publishing import check_names, settle
-from taskvec.lab.drawing.looks import one_thread
 from taskvec.lab.pretraining.contrastive import Contrastive
 from taskvec.lab.pretraining.distillation import SelfDistillation
 from taskvec.lab.pretraining.masked import MaskedAutoencoder
@@ -243,7 +243,7 @@ def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, prog
         raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
     check_names(out, (f"{name}.safetensors", f"{name}.json", f"{name}.text.safetensors"))
     checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed), recipe.version)
-    with disk_errors(out), one_thread():
+    with disk_errors(out), threads(1):
         out.mkdir(parents=True, exist_ok=True)
         run = Run(recipe, steps, seed)
         if state := checkpoint.read():
@@ -285,7 +285,7 @@ def snapshot(name: str, step: int) -> VisionTransformer:
     recipe = checked(name)
     if not 0 <= step <= recipe.steps:
         raise TaskvecError(f"'{name}' has no step {step}", f"choose 0 to {recipe.steps}")
-    with one_thread():
+    with threads(1):
         run = Run(recipe, recipe.steps, 0)
         run.advance(step, lambda _: None)
     round_to_half(run.objective.encoder)
