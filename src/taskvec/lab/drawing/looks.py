@@ -1,4 +1,4 @@
-"""Looks: how ink becomes 32 x 32 colour images, in batches, every nuisance with a strength of its own."""
+"""Looks: the strengths of all nuisances with which ink masks become 32 x 32 colour images, and their drawing."""
 
 from __future__ import annotations
 

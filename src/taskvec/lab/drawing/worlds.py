@@ -1,4 +1,4 @@
-"""The lab's tasks: the eight with a class an image here (which classes, fonts and look), and those of ``scenes``."""
+"""The lab's tasks by name: eight of one class an image, their classes, fonts and looks, and those of ``scenes``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from taskvec.lab.drawing.textures import FIELDS, texture_ink
 
 SPLITS = ("train", "test")
 VERSION = 1
-"""Raise it when the same task, split, count and seed would give other images: finished work is kept under it."""
+"""The version of the drawing: raise it when the same task, split, count and seed would give other images."""
 CHUNK = 500
 """Images that are drawn at a time."""
 TEST_DIGITS = 500
@@ -111,7 +111,7 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         **{name: scene.description for name, scene in SCENES.items()},
     }
 )
-"""What every task shows, by name."""
+"""The description of every task by name."""
 TASKS: tuple[str, ...] = tuple(name for name in DESCRIPTIONS if name not in SCENES)
 """The tasks with a class an image."""
 
@@ -184,7 +184,7 @@ def handwritten_digits() -> Any:
 
 @cache
 def digit_split() -> dict[str, Int64[np.ndarray, " images"]]:
-    """Divide scikit-learn's 1797 handwritten digits, class by class and always alike: 1297 to train, 500 to test."""
+    """Return the indices of 1297 handwritten digits to train and 500 to test, divided by class and a fixed seed."""
     from sklearn.model_selection import train_test_split
 
     target = handwritten_digits().target
@@ -193,7 +193,7 @@ def digit_split() -> dict[str, Int64[np.ndarray, " images"]]:
 
 
 def digit_sources(split: str, count: int, seed: int) -> Int64[np.ndarray, " images"]:
-    """Choose up to ``count`` of a split's handwritten digits in a random order, as many of each class as can be."""
+    """Return the indices of up to ``count`` of a split's digits in random order, balanced over the classes."""
     indices = digit_split()[split]
     indices = indices[torch.randperm(len(indices), generator=stream("digits", split, count, seed)).numpy()]
     target = handwritten_digits().target[indices]
