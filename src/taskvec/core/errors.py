@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TaskvecError(Exception):
@@ -45,6 +45,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def unknown(kind: str, given: str, known: Iterable[str]) -> TaskvecError:
     """Return the error for a name that is not in a registry, with the nearest names that are."""
     return TaskvecError(f"unknown {kind} '{given}'", did_you_mean(given, known))
+
+
+def and_more(names: Sequence[str]) -> str:
+    """Return how many names follow the first, such as `` (and 3 more)``; nothing where it is the only one."""
+    return f" (and {len(names) - 1} more)" if names[1:] else ""
 
 
 def first_line(error: BaseException) -> str:

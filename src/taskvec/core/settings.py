@@ -124,7 +124,7 @@ class Negation(Settings):
     @field_validator("scales")
     @classmethod
     def _positive(cls, scales: str) -> str:
-        if min(parsed_scales(scales)) < 0:
+        if min(parse_scales(scales)) < 0:
             raise ValueError("scales of negation are 0 or more: negation puts the sign itself")
         return scales
 
@@ -217,25 +217,18 @@ class Subsets(Settings):
 
 def parse_scales(text: str) -> list[float]:
     """Return the scales of ``start:stop:step``, both ends included, without rounding drift; at most 1001 of them."""
+    invalid = f"'{text}' is not start:stop:step, for example 0:1:0.05"
     try:
         start, stop, step = (float(part) for part in text.split(":"))
     except ValueError:
-        raise ValueError("want three numbers") from None
+        raise ValueError(f"{invalid} (want three numbers)") from None
     most = MOST_SCALES - 1
     if not all(map(math.isfinite, (start, stop, step))) or step <= 0 or stop < start or (stop - start) / step > most:
-        raise ValueError(f"want start <= stop, step > 0 and at most {MOST_SCALES} scales")
+        raise ValueError(f"{invalid} (want start <= stop, step > 0 and at most {MOST_SCALES} scales)")
     count = round((stop - start) / step)
     if abs(start + count * step - stop) > 1e-9:
-        raise ValueError("the steps do not end at stop")
+        raise ValueError(f"{invalid} (the steps do not end at stop)")
     return [round(start + index * step, 10) + 0.0 for index in range(count + 1)]
-
-
-def parsed_scales(text: str) -> list[float]:
-    """Return the scales of ``start:stop:step``, or raise as a validator does."""
-    try:
-        return parse_scales(text)
-    except ValueError as error:
-        raise ValueError(f"'{text}' is not start:stop:step, for example 0:1:0.05 ({error})") from None
 
 
 def coarse(grid: Sequence[float]) -> list[float]:

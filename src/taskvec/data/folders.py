@@ -12,17 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.errors import TaskvecError, and_more, did_you_mean
 from taskvec.data.images import SUFFIXES
-from taskvec.data.index import Listing
+from taskvec.data.index import SPLIT_NAMES, Listing
 from taskvec.data.splits import split_classes, validation_as_test
 
 LAYOUT = "expected train/, test/ and perhaps val/ in it, each with one folder a class, or the class folders themselves"
-SPELT = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
-SPELT |= dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")
-"""The split that a folder's name in lower case means."""
 FOLDERS = {"train": "train", "test": "test", "validation": "val"}
 """The folder of each split."""
+SPELT = {name: FOLDERS[split] for split, names in SPLIT_NAMES.items() for name in names} | {"eval": "val"}
+"""The split's folder that a name in lower case stands for."""
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 """Folders that systems and archives leave; that of a network disk holds small copies of all images."""
 IMAGES = ("images", "image", "imgs", "img")
@@ -193,11 +192,21 @@ def notes_on_files(root: Path, class_folders: list[ClassFiles]) -> list[str]:
     return notes
 
 
+def contents(folder: Path) -> str:
+    """Return the names of at most eight things in a folder, as text."""
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+
+
+def sibling_folders(path: Path) -> list[str]:
+    """Return the names of the folders beside a path, for suggestions."""
+    return [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir()] if path.parent.is_dir() else []
+
+
 def check_given(root: Path) -> None:
     """Raise unless a path is a folder."""
     if not root.is_dir():
-        near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        hint = did_you_mean(root.name, near) if near else LAYOUT
+        siblings = sibling_folders(root)
+        hint = did_you_mean(root.name, siblings) if siblings else LAYOUT
         raise TaskvecError(f"no task folder at '{root}'", hint)
 
 
@@ -214,7 +223,7 @@ def check_root(root: Path) -> None:
         return
     if not any(map(is_split, splits_in(root))):
         check_folders(root)
-    shown = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+    shown = contents(root)
     if not (root / "train").is_dir():
         raise TaskvecError(f"task folder '{root}' has no train/ folder; it holds {shown}", LAYOUT)
     if not (root / "test").is_dir() and not (root / "val").is_dir():
@@ -315,8 +324,7 @@ def _check_classes(folder: Path, files: dict[str, list[Path]], classes: tuple[st
     extra = sorted(set(files) - set(classes))
     if extra:
         raise TaskvecError(
-            f"class '{extra[0]}' is in '{folder}' but not in train/"
-            + (f" (and {len(extra) - 1} more)" if extra[1:] else ""),
+            f"class '{extra[0]}' is in '{folder}' but not in train/{and_more(extra)}",
             f"add training images for it, or remove it; {did_you_mean(extra[0], classes)}",
         )
     empty = sorted(name for name, images in files.items() if not images)

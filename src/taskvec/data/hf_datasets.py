@@ -14,7 +14,6 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data.hf_labels import class_labels, is_empty
 from taskvec.data.hf_tables import (
     ENDINGS,
-    NAMES,
     Shard,
     address_parts,
     folder_of,
@@ -26,7 +25,7 @@ from taskvec.data.hf_tables import (
     table_files,
 )
 from taskvec.data.images import CorruptImage, Encoded, corrupt
-from taskvec.data.index import Items, Listing, check_trained, rename_classes
+from taskvec.data.index import SPLIT_NAMES, Items, Listing, check_trained, rename_classes
 from taskvec.data.splits import split_classes, validation_as_test
 
 LABELS = ("label", "labels", "fine_label")
@@ -96,7 +95,7 @@ def read_splits(address: str) -> Listing:
             f"images in folders are read as folder:{local}",
         )
     by_name = local_shards(local, address_parts(address)[1]) if local else hub_shards(address)
-    splits = {split: by_name[name] for split, names in NAMES.items() for name in names if name in by_name}
+    splits = {split: by_name[name] for split, names in SPLIT_NAMES.items() for name in names if name in by_name}
     if "train" not in splits:
         raise TaskvecError(
             f"data set '{address}' has no train split; it has {', '.join(map(str, by_name))}",

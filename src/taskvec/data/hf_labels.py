@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from taskvec.core.errors import TaskvecError
+from taskvec.core.errors import TaskvecError, and_more
 from taskvec.data.hf_tables import Shard, class_names_of, label_text
 from taskvec.data.index import Labels
 
@@ -90,7 +90,7 @@ def contradictions(shards: list[Shard], column: str) -> tuple[str, ...]:
     if not differing:
         return ()
     what = "names its classes otherwise than is declared beside it, and is read by its own names"
-    return (f"{differing[0]} {what}" + (f" (and {len(differing) - 1} more)" if differing[1:] else ""),)
+    return (f"{differing[0]} {what}{and_more(differing)}",)
 
 
 def are_numbers(labels: list[Any]) -> bool:

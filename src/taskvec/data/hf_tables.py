@@ -16,15 +16,10 @@ from typing import Any
 
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import fingerprint
-from taskvec.data.folders import visible
+from taskvec.data.folders import contents, sibling_folders, visible
+from taskvec.data.index import SPLIT_NAMES
 from taskvec.weights.network import asked_once, endpoint
 
-NAMES = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "validation": ("validation", "valid", "val", "dev"),
-}
-"""Names of each split in published data sets."""
 ENDINGS = (".parquet", ".arrow")
 FOOTER = 2**16
 """Bytes of one read of a file of the Hub, where only the schema in its footer is wanted."""
@@ -50,8 +45,7 @@ def folder_of(name: str) -> Path | None:
     if path.is_dir():
         return path
     if name.startswith(("/", ".", "~")):
-        near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise TaskvecError(f"no data set folder at '{path}'", did_you_mean(path.name, near))
+        raise TaskvecError(f"no data set folder at '{path}'", did_you_mean(path.name, sibling_folders(path)))
     return None
 
 
@@ -195,9 +189,8 @@ def local_shards(folder: Path, config: str) -> dict[str, list[Shard]]:
                 for split, paths in splits.items()
             }
     except problems() as error:
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         fix = "expected parquet files such as train-00000-of-00001.parquet and test-00000-of-00001.parquet"
-        message = f"'{folder}' cannot be read as a data set: {summary(error)} (it holds {held})"
+        message = f"'{folder}' cannot be read as a data set: {summary(error)} (it holds {contents(folder)})"
         raise TaskvecError(message, fix) from None
 
 
@@ -240,7 +233,7 @@ def check_spelling(files: dict[str, list[Path]], folder: Path) -> None:
     """Raise for a file named after another split in capitals, which ``datasets`` would take for training data."""
     for path in files["train"] if set(files) == {"train"} else []:
         words = set(re.split(r"[^A-Za-z]+", str(path)))
-        meant = [word for word in sorted(words) if word.lower() in NAMES["test"] + NAMES["validation"]]
+        meant = [word for word in sorted(words) if word.lower() in SPLIT_NAMES["test"] + SPLIT_NAMES["validation"]]
         if meant and not any(word.islower() for word in meant):
             raise TaskvecError(
                 f"'{folder / path}' would be read as training images: '{meant[0]}' means no split in capitals",

@@ -10,10 +10,16 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from taskvec.core.errors import TaskvecError
+from taskvec.core.errors import TaskvecError, and_more
 from taskvec.core.task_types import CLASSIFICATION
 from taskvec.data.images import Encoded
 
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
+"""Names of each split in folders and in published data sets."""
 Labels = Int64[np.ndarray, " count *patches"] | Float32[np.ndarray, "count 2"]
 """The class of each image (or of each of its patches, row by row), or the cosine and sine of its angle."""
 
@@ -118,8 +124,7 @@ def check_trained(listing: Listing, source: str) -> None:
     missing = [name for index, name in enumerate(listing.classes) if index not in trained]
     if missing:
         raise TaskvecError(
-            f"class '{missing[0]}' of task '{source}' has no training images"
-            + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
+            f"class '{missing[0]}' of task '{source}' has no training images{and_more(missing)}",
             "add some, or remove the class",
         )
 

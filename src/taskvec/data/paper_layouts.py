@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from taskvec.core.errors import TaskvecError, did_you_mean
-from taskvec.data.folders import class_files, is_flat, list_splits, notes_on_files
+from taskvec.data.folders import class_files, contents, is_flat, list_splits, notes_on_files
 from taskvec.data.hf_datasets import read_splits
 from taskvec.data.hf_tables import table_files
 from taskvec.data.index import Items, Labels, Listing, check_files, check_trained, rename_classes
@@ -74,10 +74,9 @@ def read_paper(name: str, task: PaperTask, where: str) -> Listing:
     for place, address in table_folders(folder, name, task):
         if place.is_dir() and table_files(place):
             return from_hub(task, address, name)
-    held = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
     wanted = "; ".join((*task.layouts, "parquet files of " + " or ".join(task.hub)))
     raise TaskvecError(
-        f"paper:{name} is not in '{folder}', which holds {held}",
+        f"paper:{name} is not in '{folder}', which holds {contents(folder)}",
         f"expected {wanted}. paper:{name}@hf downloads it, paper:{name}@FOLDER looks elsewhere",
     )
 
