@@ -62,6 +62,11 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     squash: bool = False
 
+    @property
+    def short_side(self) -> int:
+        """The short side of a resized image, of which the centre is seen, in pixels."""
+        return max(self.size, math.floor(self.size / self.crop))
+
     def decoding(self) -> dict[str, Any]:
         """Return the fields that determine decoded pixels, which mean and std do not."""
         return {name: value for name, value in asdict(self).items() if name not in ("mean", "std")}
@@ -279,7 +284,7 @@ def check_size(size: tuple[int, int]) -> None:
 
 def resized(size: tuple[int, int], to: Preprocessing) -> tuple[int, int]:
     """Return the size of an image with its short side at size / crop, or of a square where it is squashed."""
-    short = max(to.size, math.floor(to.size / to.crop))
+    short = to.short_side
     width, height = size
     if to.squash:
         return short, short
@@ -302,7 +307,7 @@ def resize_and_crop(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, 
 
 def shrink(image: Image.Image, to: Preprocessing) -> UInt8[np.ndarray, "3 height width"]:
     """Return the whole image with its short side at size / crop pixels, never upscaled: what training crops from."""
-    short = max(to.size, math.floor(to.size / to.crop))
+    short = to.short_side
     width, height = image.size
     if min(width, height) > short:
         scale = short / min(width, height)
