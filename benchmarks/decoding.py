@@ -17,9 +17,10 @@ from sklearn.datasets import load_sample_images
 from timing import seconds
 from torchvision import transforms
 
-from taskvec.core.training import no_progress
+from taskvec.core.progress import no_progress
+from taskvec.data.augment import crop_box, cut
 from taskvec.data.decoding import read_whole, write_views, write_whole
-from taskvec.data.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
+from taskvec.data.images import Preprocessing, open_image, resize_and_crop, shrink
 
 
 def write_photos(folder: Path, count: int) -> list[Path]:

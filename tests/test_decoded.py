@@ -26,13 +26,14 @@ from taskvec.command.cli import app
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import write_json
 from taskvec.core.notes import listen
+from taskvec.core.progress import no_progress
 from taskvec.core.settings import Finetune
-from taskvec.core.training import no_progress
 from taskvec.data import decoding as decoded
 from taskvec.data import tasks
+from taskvec.data.augment import crop_box, cut
 from taskvec.data.decoding import Whole, check_room, write_whole
 from taskvec.data.folders import is_flat
-from taskvec.data.images import Preprocessing, crop_box, cut, open_image, resize_and_crop, shrink
+from taskvec.data.images import Preprocessing, open_image, resize_and_crop, shrink
 from taskvec.encoders.backbone import Backbone
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline
@@ -300,7 +301,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
     items = write_sizes(tmp_path / "in", [(40, 60)] * 4)
     assert decoded.whole_bytes(items, TO) == 4 * 3 * 17 * 26
     assert decoded.view_bytes(322_284, 224) == pytest.approx(48.5e9, rel=0.01)
-    with pytest.raises(TaskvecError, match=r"decoding 4 images takes about 1000000\.0 GB, and .* free"):
+    with pytest.raises(TaskvecError, match=r"decoding 4 images takes about 1,000 TB, and .* free"):
         check_room(1e15, tmp_path, "4 images")
     check_room(1.0, tmp_path, "4 images")
 
@@ -449,11 +450,11 @@ def test_the_store_is_listed_and_cleared(tmp_path: Path) -> None:
         return found.output
 
     listed = say()
-    assert "2 MB  " + "aa" + "1" * 18 + "  decode_task of greek" in listed
-    assert "2 MB  finetune: 1 steps" in listed
-    assert "6 MB  in all" in listed
+    assert "2.0 MB  " + "aa" + "1" * 18 + "  decode_task of greek" in listed
+    assert "2.0 MB  finetune: 1 steps" in listed
+    assert "6.0 MB  in all" in listed
     assert "unknown part of the store 'decode'" in say("--clear", "decode")
-    assert "removed 2 steps, 4 MB" in say("--clear", "decoded")
+    assert "removed 2 steps, 4.0 MB" in say("--clear", "decoded")
     assert [one.kind for one in Store(tmp_path / "store").held()] == ["finetune"]
     assert store.find("cc" + "1" * 18) is not None
     assert "removed 1 steps" in say("--clear", "cc" + "1" * 18)
@@ -466,11 +467,11 @@ def test_the_store_is_listed_and_cleared(tmp_path: Path) -> None:
     elsewhere.mkdir(parents=True)
     (elsewhere / "x.npy").write_bytes(bytes(1_000_000))
     mine = sorted((tmp_path / "store").rglob("x.npy"))
-    assert "damaged" not in say() and "1 MB  unfinished: " in say()
+    assert "damaged" not in say() and "1.0 MB  unfinished: " in say()
     assert "removed 0 steps" in say("--clear", "all")
     assert Store(tmp_path / "store").find("dd" + "1" * 18) is None
-    assert "3 MB  damaged: 1 steps" in say()
-    assert "removed 1 steps, 3 MB" in say("--clear", "damaged")
+    assert "3.0 MB  damaged: 1 steps" in say()
+    assert "removed 1 steps, 3.0 MB" in say("--clear", "damaged")
     assert len(mine) == 7 and sorted((tmp_path / "store").rglob("x.npy")) == [p for p in mine if "dd1" not in str(p)]
 
 
@@ -494,4 +495,4 @@ def test_much_room_is_told_before_the_work(tmp_path: Path) -> None:
     runs.say_size(48.5e9, Store(tmp_path / "none"), watcher)
     runs.say_size(1e6, Store(tmp_path / "none"), watcher)
     assert len(watcher.notes) == 1
-    assert watcher.notes[0].startswith("decoded images: about 48.5 GB of evaluation views")
+    assert watcher.notes[0].startswith("decoded images: about 48 GB of evaluation views")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from taskvec.command.cli import app
 from taskvec.core.errors import TaskvecError
-from taskvec.core.formatting import size_text, time_text
+from taskvec.core.formatting import bytes_text, duration_text
 from taskvec.encoders import backbone as backbones
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
@@ -305,8 +305,8 @@ def test_a_mistake_is_told_and_another_device_needs_not_be_here(data: Path) -> N
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert [size_text(n) for n in (12, 3456, 2.5e9, 3e12)] == ["12 B", "3.5 kB", "2.5 GB", "3.0 TB"]
-    assert [time_text(n) for n in (3, 150, 7300, 3.6e6)] == ["3 seconds", "2.5 minutes", "2.0 hours", "1,000 hours"]
+    assert [bytes_text(n) for n in (12, 3456, 2.5e9, 3e12)] == ["12 B", "3.5 kB", "2.5 GB", "3.0 TB"]
+    assert [duration_text(n) for n in (3, 150, 7300, 3.6e6)] == ["3 s", "2 min 30 s", "2 h 01 min", "1,000 h"]
     assert total([Work(1, 2), Work(3, 4)]) == Work(4, 6)
 
 

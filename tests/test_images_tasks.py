@@ -23,17 +23,10 @@ from timm.data import create_transform
 from taskvec.core.errors import TaskvecError
 from taskvec.core.notes import listen
 from taskvec.data import tasks
+from taskvec.data.augment import random_resized_crop
 from taskvec.data.folders import list_folder
-from taskvec.data.images import (
-    Encoded,
-    Preprocessing,
-    Room,
-    normalise,
-    open_image,
-    random_resized_crop,
-    resize_and_crop,
-)
-from taskvec.data.index import validation_indices
+from taskvec.data.images import Encoded, PixelBudget, Preprocessing, normalise, open_image, resize_and_crop
+from taskvec.data.splits import validation_indices
 
 
 @settings(deadline=None, max_examples=30)
@@ -283,7 +276,7 @@ def test_sizes_are_looked_at_before_pixels(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_large_images_wait_for_each_other() -> None:
-    room, most, held = Room(100), [0], [0]
+    room, most, held = PixelBudget(100), [0], [0]
 
     def take(pixels: int) -> None:
         with room.taken(pixels):

@@ -20,7 +20,7 @@ from test_pipeline import Quiet
 
 import taskvec as tv
 from taskvec.core.settings import Finetune, Probe
-from taskvec.core.task_types import KINDS
+from taskvec.core.task_types import TASK_TYPES
 from taskvec.data import tasks
 from taskvec.data.images import Preprocessing, normalise
 from taskvec.data.tasks import Split, Task
@@ -68,13 +68,13 @@ def unit(degrees: float, length: float = 1.0) -> torch.Tensor:
 def test_segmentation_is_classification_of_every_patch() -> None:
     torch.manual_seed(0)
     scores, labels = torch.randn(5, 4, 3), torch.randint(0, 3, (5, 4))
-    patches, images = KINDS["segmentation"], KINDS["classification"]
+    patches, images = TASK_TYPES["segmentation"], TASK_TYPES["classification"]
     each = [images.loss(scores[i, j][None], labels[i, j][None]) for i in range(5) for j in range(4)]
     assert torch.allclose(patches.loss(scores, labels), torch.stack(each).mean())
     shares = [np.mean([int(scores[i, j].argmax()) == labels[i, j] for j in range(4)]) for i in range(5)]
     assert patches.score(scores, labels).tolist() == shares
     scores[2, 1, 0] = torch.nan
-    decided = patches.decide(scores)
+    decided = patches.predict(scores)
     assert decided[2, 1] == -1
     assert int((decided < 0).sum()) == 1
 
@@ -82,7 +82,7 @@ def test_segmentation_is_classification_of_every_patch() -> None:
 def test_classification_scores_as_it_always_did() -> None:
     torch.manual_seed(0)
     scores, labels = torch.randn(9, 4), torch.randint(0, 4, (9,))
-    kind = KINDS["classification"]
+    kind = TASK_TYPES["classification"]
     assert torch.equal(kind.loss(scores, labels), F.cross_entropy(scores, labels))
     assert torch.equal(kind.score(scores, labels), scores.argmax(1) == labels)
     assert kind.score(scores, labels).dtype == torch.bool
@@ -92,31 +92,40 @@ def test_classification_scores_as_it_always_did() -> None:
 def test_angles_are_near_within_15_degrees_whatever_the_length(one: float, other: float, length: float) -> None:
     apart = abs((one - other + 180) % 360 - 180)
     if abs(apart - 15) > 0.05:
-        assert bool(KINDS["regression"].score(unit(one, length), unit(other))) == (apart < 15)
+        assert bool(TASK_TYPES["regression"].score(unit(one, length), unit(other))) == (apart < 15)
 
 
 @given(DEGREES, st.floats(0.01, 100))
 def test_angles_agree_by_sectors_of_15_degrees(degrees: float, length: float) -> None:
     edge = abs((degrees - 7.5) % 15)
     if 0.05 < edge < 14.95:
-        assert int(KINDS["regression"].decide(unit(degrees, length))) == math.floor((degrees + 7.5) / 15) % 24
+        assert int(TASK_TYPES["regression"].predict(unit(degrees, length))) == math.floor((degrees + 7.5) / 15) % 24
 
 
 def test_angles_that_are_not_numbers_are_wrong_and_in_no_sector() -> None:
     broken = torch.tensor([[torch.nan, 0.0], [torch.inf, 1.0], [1.0, 0.0]])
-    kind, labels = KINDS["regression"], torch.tensor([[1.0, 0.0]]).expand(3, 2)
-    assert kind.decide(broken).tolist() == [-1, -1, 0]
+    kind, labels = TASK_TYPES["regression"], torch.tensor([[1.0, 0.0]]).expand(3, 2)
+    assert kind.predict(broken).tolist() == [-1, -1, 0]
     assert kind.score(broken, labels).tolist() == [False, False, True]
     assert float(kind.loss(torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))) == 0.5
 
 
 def test_answers_are_a_class_a_count_of_patches_and_an_angle() -> None:
-    assert KINDS["classification"].answer(torch.tensor([0.0, math.log(3)]), ["a", "b"]) == ("b", pytest.approx(0.75))
+    assert TASK_TYPES["classification"].describe(torch.tensor([0.0, math.log(3)]), ["a", "b"]) == (
+        "b",
+        pytest.approx(0.75),
+    )
     patches = torch.log(torch.tensor([[1.0, 3.0], [3.0, 1.0], [9.0, 1.0]]))
-    assert KINDS["segmentation"].answer(patches, ["a", "b"]) == ("2 a, 1 b", pytest.approx((0.75 + 0.75 + 0.9) / 3))
-    assert KINDS["segmentation"].answer(patches[:1], ["a", "b"])[0] == "1 b"
-    assert KINDS["regression"].answer(unit(-90, 0.5)[0], ["cosine", "sine"]) == ("270 degrees", pytest.approx(0.5))
-    assert KINDS["regression"].answer(unit(30, 2.0)[0], ["cosine", "sine"]) == ("30 degrees", 1.0)
+    assert TASK_TYPES["segmentation"].describe(patches, ["a", "b"]) == (
+        "2 a, 1 b",
+        pytest.approx((0.75 + 0.75 + 0.9) / 3),
+    )
+    assert TASK_TYPES["segmentation"].describe(patches[:1], ["a", "b"])[0] == "1 b"
+    assert TASK_TYPES["regression"].describe(unit(-90, 0.5)[0], ["cosine", "sine"]) == (
+        "270 degrees",
+        pytest.approx(0.5),
+    )
+    assert TASK_TYPES["regression"].describe(unit(30, 2.0)[0], ["cosine", "sine"]) == ("30 degrees", 1.0)
 
 
 def test_a_feature_a_patch_is_the_final_token(transformer: Backbone) -> None:
@@ -156,7 +165,7 @@ def test_one_pass_for_all_gives_each_task_its_own_features(transformer: Backbone
 
 def test_images_are_cropped_only_where_labels_stay_right(transformer: Backbone) -> None:
     split = lab_task("ink").train
-    for kind in KINDS:
+    for kind in TASK_TYPES:
         images, labels = next(training_batches(transformer, split, 4, 0, kind))
         whole = normalise(torch.from_numpy(split.images), transformer.preprocessing, "cpu")
         same = [(split.labels == one.numpy()).all(1).nonzero()[0] for one in labels]

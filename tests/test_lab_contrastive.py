@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from taskvec.core.compute import seeded
 from taskvec.core.errors import TaskvecError
 from taskvec.lab import encoders
 from taskvec.lab.drawing import worlds
@@ -17,7 +18,7 @@ from taskvec.lab.drawing.glyphs import caption
 from taskvec.lab.drawing.looks import stream
 from taskvec.lab.pretraining import contrastive, corpus
 from taskvec.lab.pretraining.contrastive import Contrastive, TextEncoder, info_nce, words
-from taskvec.lab.pretraining.objective import features, seeded
+from taskvec.lab.pretraining.objective import features
 from taskvec.lab.vit import VisionTransformer
 
 SHIPPED = [name for name in encoders.pretrained() if encoders.has_text(name)]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from taskvec.command.cli import app
+from taskvec.core.compute import seeded
 from taskvec.core.errors import TaskvecError
 from taskvec.core.training import Group, Schedule, train
 from taskvec.lab import encoders
@@ -247,7 +248,7 @@ def test_shipped_encoder_is_the_recorded_one(name: str) -> None:
 
 def encode(name: str, images: torch.Tensor) -> torch.Tensor:
     """Return standardised features of a shipped encoder, or of random weights."""
-    encoder = objective.seeded(lambda: VisionTransformer(**encoders.options(name)), 0)
+    encoder = seeded(lambda: VisionTransformer(**encoders.options(name)), 0)
     if name != "random":
         encoder.load_state_dict(load_file(encoders.WEIGHTS / f"{name}.safetensors"))
     features = objective.features(encoder, images)

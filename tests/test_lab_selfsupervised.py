@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from taskvec.core.compute import threads
 from taskvec.core.training import Schedule, train
-from taskvec.lab.drawing.looks import one_thread, stream
+from taskvec.lab.drawing.looks import stream
 from taskvec.lab.pretraining import distillation, masked, objective
 from taskvec.lab.pretraining.distillation import SelfDistillation
 from taskvec.lab.pretraining.masked import MASKED, MaskedAutoencoder
@@ -21,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(objective, "HELD_OUT", 32)
     monkeypatch.setattr(masked, "BATCH", 3)
     monkeypatch.setattr(distillation, "BATCH", 4)
-    with one_thread():
+    with threads(1):
         yield
 
 

@@ -288,7 +288,7 @@ def test_the_drawn_estimate_of_fisher_information_is_unbiased() -> None:
 
 def test_gram_matrices_are_those_of_the_layers_inputs(ground: Data) -> None:
     """tr(W G W^T) is the mean of abs(W x)^2, which a forward pass gives."""
-    from taskvec.merging.methods.measuring import images_of
+    from taskvec.data.splits import seeded_choice
 
     found = buffers.measure(find_recipe("regmean", {"examples": 10}), ground)
     kinds = {part.name: part.kind for part, _ in buffers.Buffers(ground.backbone.pretrained, ground.vectors)}
@@ -299,7 +299,7 @@ def test_gram_matrices_are_those_of_the_layers_inputs(ground: Data) -> None:
     for name in (next(iter(found)), list(found)[-1]):
         layer, outputs = backbone.module.get_submodule(name.removesuffix(".weight")), []
         hook = layer.register_forward_hook(lambda module, inputs, output, outputs=outputs: outputs.append(output))
-        backbone.features(task.train.images[images_of(task, 10, 0)])
+        backbone.features(task.train.images[seeded_choice(len(task.train), 10, 0)])
         hook.remove()
         weight, bias = layer.weight.detach().flatten(1), getattr(layer, "bias", None)
         moved = outputs[0].movedim(1, -1) if outputs[0].ndim == 4 else outputs[0]

@@ -91,9 +91,9 @@ def test_threads_that_share_a_model_get_the_answers_of_one_alone(tmp_path: Path,
         for place, (name, head) in enumerate(heads.items()):
             alone = np.ascontiguousarray(images[:1].transpose(0, 3, 1, 2))
             with backbone.at(vectors.add(backbone.pretrained, taus[place], 0.7)):
-                scores = head.logits(backbone.features(alone, per_patch=head.rules.per_patch))
+                scores = head.logits(backbone.features(alone, per_patch=head.task_type.per_patch))
             [own] = kept.predict(images[0], name)
-            assert (own.label, own.probability) == head.rules.answer(scores[0], CLASSES[name])
+            assert (own.label, own.probability) == head.task_type.describe(scores[0], CLASSES[name])
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(lambda job: kept.predict(*job), jobs * 3)) == want * 3
 

@@ -35,8 +35,9 @@ from taskvec.data import tasks
 from taskvec.data.decoding import opened_item
 from taskvec.data.hf_datasets import read_splits
 from taskvec.data.images import Preprocessing, resize_and_crop
-from taskvec.data.index import Items, Listing, split_classes, validation_indices
+from taskvec.data.index import Items, Listing
 from taskvec.data.paper_layouts import FIXTURE, check_classes, check_sizes, list_paper
+from taskvec.data.splits import split_classes, validation_indices
 from taskvec.data.torchvision_sets import list_torchvision
 from taskvec.paper import tasks as papertasks
 from taskvec.weights.network import answers

@@ -42,7 +42,7 @@ def test_the_time_left_follows_the_cost_that_is_done(now: list[float]) -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "7 s"), (125, "2 min 05 s"), (7505, "2 h 05 min")])
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
-    assert progress.clock(seconds) == text
+    assert progress.duration_text(seconds) == text
 
 
 def test_lines_of_a_file_fit_80_columns_have_no_colour_and_no_control_characters() -> None:

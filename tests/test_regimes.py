@@ -29,7 +29,6 @@ from taskvec.evaluation.disentanglement import (
     choose_sets,
     disentanglement,
     latin_points,
-    sample,
     set_error,
     single_predictions,
     spread_sets,
@@ -150,7 +149,7 @@ def test_coarse_search_agrees_with_a_full_one_where_it_looked(backbone: Backbone
 def test_the_error_of_two_tasks_is_the_mean_of_the_papers(backbone: Backbone, tasks: list[Task]) -> None:
     probed, _, taus = tune(backbone, tasks)
     axis = [-3.0, -1.0, 1.0, 3.0]
-    images = [sample(task.test.images, 20) for task in tasks]
+    images = [task.test.sample(20).images for task in tasks]
     singles = [
         single_predictions(backbone, tau, head, own, axis) for tau, head, own in zip(taus, probed, images, strict=True)
     ]

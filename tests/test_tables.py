@@ -12,7 +12,7 @@ import report_fixture as fixture
 from rich.cells import cell_len
 
 from taskvec.core.errors import TaskvecError
-from taskvec.core.task_types import KINDS
+from taskvec.core.task_types import TASK_TYPES
 from taskvec.report import tables, verdict
 from taskvec.report.texts import MISSING, escape_latex, escape_markdown, short_backbone, shorten, text_table
 from taskvec.report.views import METRICS, box_error, line_search, task_sets, view
@@ -344,7 +344,7 @@ def test_rows_read_back_from_a_file_give_the_same_tables(tmp_path: Path) -> None
 
 
 def test_metrics_are_those_of_the_kinds_of_task() -> None:
-    assert set(METRICS) == {kind.metric for kind in KINDS.values()}
+    assert set(METRICS) == {kind.metric for kind in TASK_TYPES.values()}
 
 
 def test_each_task_of_another_kind_is_told_in_its_own_metric() -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from taskvec.core.errors import TaskvecError
-from taskvec.data import hf_datasets as hub
+from taskvec.data import hf_tables as hub
 from taskvec.data import tasks
 from taskvec.data.images import Preprocessing
 from taskvec.engine.store import Store
@@ -253,10 +253,10 @@ def test_a_data_set_of_the_hub_whose_files_have_other_names_is_refused(tmp_path:
     write(tmp_path / "t", train=named(MANY, THREE), test=named(FEW, TWO))
     builder = datasets.load_dataset_builder(str(tmp_path / "t"))
     with pytest.raises(TaskvecError, match=r"test.parquet' names the classes of column 'label' otherwise.*\ndownload"):
-        hub.checked(builder, datasets.load_dataset(str(tmp_path / "t")))
+        hub.check_class_names(builder, datasets.load_dataset(str(tmp_path / "t")))
     write(tmp_path / "same", train=named(MANY, THREE), test=named(FEW, THREE))
     found = datasets.load_dataset(str(tmp_path / "same"))
-    assert hub.checked(datasets.load_dataset_builder(str(tmp_path / "same")), found) is found
+    assert hub.check_class_names(datasets.load_dataset_builder(str(tmp_path / "same")), found) is found
 
 
 def test_tables_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

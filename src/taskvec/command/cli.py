@@ -166,7 +166,7 @@ def run(
     say(f"planning {file.study.name} ({counts})", sys.stderr)
     from taskvec.command.progress import Terminal
     from taskvec.command.runs import run_study
-    from taskvec.core.formatting import clock
+    from taskvec.core.formatting import duration_text
     from taskvec.engine.store import Store, default_store
 
     if smoke:
@@ -179,7 +179,7 @@ def run(
         outcome = run_study(file, folder, Store((store or default_store()).expanduser()), workers, watcher, command)
     finally:
         watcher.close()
-    _tell(outcome, clock(time.monotonic() - begin))
+    _tell(outcome, duration_text(time.monotonic() - begin))
 
 
 def _tell(outcome: Outcome, duration: str) -> None:
@@ -355,7 +355,7 @@ def store_(
     ] = None,
 ) -> None:
     """List what the store keeps: decoded images one by one, other steps by kind. With --clear, remove some of it."""
-    from taskvec.core.formatting import gigabytes
+    from taskvec.core.formatting import bytes_text
     from taskvec.engine.store import Store, default_store
 
     place = Store((store or default_store()).expanduser())
@@ -370,16 +370,16 @@ def store_(
         if not chosen and clear != "all":
             raise unknown("part of the store", clear, {"all", "decoded", *(one.kind for one in every)})
         gone = place.clear(chosen)
-        say(f"removed {len(gone)} steps, {gigabytes(sum(one.size for one in gone))}, from {place.folder}")
+        say(f"removed {len(gone)} steps, {bytes_text(sum(one.size for one in gone))}, from {place.folder}")
         return
     for one in (one for one in every if one.kind in DECODED):
-        say(f"{gigabytes(one.size):>9}  {one.id}  {one.label}")
+        say(f"{bytes_text(one.size):>9}  {one.id}  {one.label}")
     for kind in sorted({one.kind for one in every} - set(DECODED)):
         sizes = [one.size for one in every if one.kind == kind]
-        say(f"{gigabytes(sum(sizes)):>9}  {kind}: {len(sizes)} steps")
+        say(f"{bytes_text(sum(sizes)):>9}  {kind}: {len(sizes)} steps")
     if (left := place.unfinished()) > 0:
-        say(f"{gigabytes(left):>9}  unfinished: being written now, or left in {place.folder / 'tmp'} by others")
-    say(f"{gigabytes(sum(one.size for one in every)):>9}  in all, in {place.folder}")
+        say(f"{bytes_text(left):>9}  unfinished: being written now, or left in {place.folder / 'tmp'} by others")
+    say(f"{bytes_text(sum(one.size for one in every)):>9}  in all, in {place.folder}")
 
 
 @app.command("list")

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Column
 from rich.text import Text
 
-from taskvec.core.formatting import clock
+from taskvec.core.formatting import duration_text
 from taskvec.core.notes import printable
 from taskvec.engine.pipeline import Step
 from taskvec.report.texts import one_line, shorten
@@ -26,7 +26,7 @@ class Left(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Show the estimate, once there is one."""
         left = task.fields.get("left")
-        return Text("" if left is None else f"about {clock(left)} left", style="cyan")
+        return Text("" if left is None else f"about {duration_text(left)} left", style="cyan")
 
 
 class Terminal:
@@ -82,7 +82,7 @@ class Terminal:
         """Write one line, which fits a terminal's width: names that are too long lose their middle."""
         left = self.left() if self.number < self.count else None
         count, took = f"[{self.number}/{self.count}] ", f": {seconds:.1f} s"
-        took += "" if left is None else f", about {clock(left)} left"
+        took += "" if left is None else f", about {duration_text(left)} left"
         name = shorten(one_line(label), self.console.width - len(count) - len(took))
         self.console.print(count + name + took, markup=False, highlight=False, soft_wrap=True)
 

@@ -17,8 +17,9 @@ import pandas as pd
 from taskvec.core.compute import choose_device, processor
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors, file_digest, fingerprint, read_json, write_json, write_text
-from taskvec.core.formatting import gigabytes
+from taskvec.core.formatting import bytes_text
 from taskvec.core.locks import holding, sweep, workspace
+from taskvec.core.machine import cores
 from taskvec.core.notes import library_warnings, listen, note_lines, some
 from taskvec.data.folders import folders_in, splits_in
 from taskvec.data.tasks import parse, resolve
@@ -26,7 +27,7 @@ from taskvec.deploy.model import ABOUT, ENCODER, HEADS
 from taskvec.encoders.addresses import default_name, split_key
 from taskvec.encoders.backbone import AROUND
 from taskvec.engine import pipeline
-from taskvec.engine.executors import cores, open_executor
+from taskvec.engine.executors import open_executor
 from taskvec.engine.pipeline import Watcher
 from taskvec.engine.publishing import Known, check_outside, check_place, inside, mark, obstacle, owned, publish, refuse
 from taskvec.engine.store import Artifact, Store, digests, present
@@ -179,11 +180,11 @@ def tidy(out: Path) -> None:
 def say_size(views: float, store: Store, watcher: Watcher) -> None:
     """Say before the work how much room decoded images take, where that is much."""
     if views >= LARGE:
-        free = gigabytes(shutil.disk_usage(store.folder if store.folder.exists() else Path()).free)
+        free = bytes_text(shutil.disk_usage(store.folder if store.folder.exists() else Path()).free)
         watcher.noted(
             "decoded images",
-            f"about {gigabytes(views)} of evaluation views, and whole training images beside them, in '{store.folder}' "
-            f"({free} free there); taskvec store lists and clears them",
+            f"about {bytes_text(views)} of evaluation views, and whole training images beside them, in "
+            f"'{store.folder}' ({free} free there); taskvec store lists and clears them",
         )
 
 

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, notes, settings, device and precision, kinds of task, the one training loop."""
+"""What every wing stands on: errors, notes, settings, files, device and precision, task types, the training loop."""

@@ -1,18 +1,19 @@
-"""Where and how precisely numbers are computed: device, precision and threads, by fixed rules that are recorded."""
+"""Device, precision, threads and seeds of a computation, by fixed rules."""
 
 from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taskvec.core.errors import TaskvecError
 
+Made = TypeVar("Made")
 Precision = Literal["float32", "bfloat16"]
 Use = Literal["training", "evaluation"]
 
@@ -21,9 +22,9 @@ WIDE = 128
 
 
 def processor(device: str = "cpu") -> str:
-    """Name the processor that computes: another one may give other last digits, and so other choices.
+    """Return the name of the processor that computes: another one may give other last digits, and so other choices.
 
-    A name alone may stand for many CPUs: the instructions that torch uses follow it.
+    The instructions that torch uses follow the name, which alone may stand for many CPUs.
     """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
@@ -49,7 +50,7 @@ def choose_device(setting: str = "auto") -> str:
 
 
 def choose_precision(setting: str, use: Use, width: int, device: str) -> Precision:
-    """Return the precision for a use, by rule: evaluation, where scales are compared, is always float32.
+    """Return the precision for a use; evaluation, where scales are compared, is always float32.
 
     ``auto`` trains in bfloat16 on GPUs that have it, and on CPUs with AMX tiles when the encoder is at least ``WIDE``
     features wide. An explicit ``bfloat16`` is for training only: a move of 0.05 task vectors is below its resolution.
@@ -60,9 +61,9 @@ def choose_precision(setting: str, use: Use, width: int, device: str) -> Precisi
 
 
 def resolve_precision(setting: str, device: str) -> Precision | Literal["wide"]:
-    """Return what a setting means for training on this machine; ``wide`` is bfloat16 from ``WIDE`` features on.
+    """Return the precision that a setting means on this machine; ``wide`` is bfloat16 from ``WIDE`` features on.
 
-    Steps are told this and not ``auto``, so that what they do does not depend on where they run.
+    The configuration of a step holds this and not ``auto``, so that its result does not depend on where it runs.
     """
     if setting in ("float32", "bfloat16", "wide"):
         return cast("Precision | Literal['wide']", setting)
@@ -72,32 +73,39 @@ def resolve_precision(setting: str, device: str) -> Precision | Literal["wide"]:
 
 
 def has_fast_bfloat16() -> bool:
-    """Say whether this CPU multiplies bfloat16 matrices in hardware (AMX tiles)."""
+    """Return whether this CPU multiplies bfloat16 matrices in hardware (AMX tiles)."""
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(probe and probe())
 
 
 @contextlib.contextmanager
 def autocast(precision: Precision, device: str) -> Iterator[None]:
-    """Run the body under autocast for bfloat16, and plainly for float32.
+    """Run a block under autocast for bfloat16, and unchanged for float32.
 
-    On a CPU the fused attention's backward pass is slow in bfloat16 (benchmarks/precision.py): the plain one is taken.
+    On a CPU it takes the plain attention: the fused one's backward pass is slow in bfloat16 (benchmarks/precision.py).
     """
-    kind = device.split(":")[0]
+    device_type = device.split(":")[0]
     with contextlib.ExitStack() as stack:
         if precision == "bfloat16":
-            stack.enter_context(torch.autocast(kind, torch.bfloat16))
-            if kind == "cpu":
+            stack.enter_context(torch.autocast(device_type, torch.bfloat16))
+            if device_type == "cpu":
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with ``count`` threads inside: the number changes the last bits, so a step's fingerprint holds it."""
+    """Compute with ``count`` threads during a block; their number changes last bits, so fingerprints hold it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def seeded(make: Callable[[], Made], seed: int) -> Made:
+    """Return what ``make`` returns when random numbers come from ``seed``; torch's global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()

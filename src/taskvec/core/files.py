@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: text, JSON and records in and out, digests, and clear errors of disks."""
+"""Text, JSON and typed records as files that appear whole or not at all; digests; clear errors of the disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from taskvec.core.errors import TaskvecError
 from taskvec.core.locks import replacing
 
-Kind = TypeVar("Kind", bound="Record")
+RecordType = TypeVar("RecordType", bound="Record")
 
 
 def canonical(value: Any) -> str:
@@ -51,12 +51,12 @@ REFUSED = (
     errno.EMFILE,
     errno.ENFILE,
 )
-"""What a user can mend about a path: permissions, its kind or length, its disk, too many open files."""
+"""Errors that a user can mend: permissions, kind or length of a path, its disk, too many open files."""
 
 
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk or a refused write into one clear message that says where and how to go on."""
+    """Turn a full disk or a refused write into one clear error that says where, and how to go on."""
     try:
         yield
     except ValueError as error:
@@ -99,7 +99,7 @@ def json_text(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a damaged one is an error with its path."""
+    """Return the value of a JSON file; a damaged one is an error with its path."""
     try:
         with disk_errors(path):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -108,16 +108,16 @@ def read_json(path: Path) -> Any:
 
 
 class Record(BaseModel):
-    """What a JSON file holds whose fields are known: values of their types only, and finite numbers."""
+    """The content of a JSON file with known fields: values of their exact types, and finite numbers."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-def read_record(path: Path, kind: type[Kind]) -> Kind:
-    """Read a JSON file as a record; the first field that is missing or odd is an error that says what it should be."""
+def read_record(path: Path, record: type[RecordType]) -> RecordType:
+    """Return a JSON file as a record; the first missing or wrong field is an error that says what it should be."""
     value = read_json(path)
     try:
-        return kind.model_validate(value)
+        return record.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "the file"
@@ -126,13 +126,13 @@ def read_record(path: Path, kind: type[Kind]) -> Kind:
 
 
 def is_within(name: str) -> bool:
-    """Say whether a name is that of a file in a folder, by a path that does not leave it."""
+    """Return whether a relative path stays within its folder."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\0" not in name
 
 
 def move_aside(path: Path, place: Path) -> Path:
-    """Move what is at a path to a new place, whose name gets a number where it is taken; return where it is now."""
+    """Move a path to a new place, with a number in its name where that is taken; return where it is now."""
     names = itertools.chain([place.name], (f"{place.stem}-{n}{place.suffix}" for n in itertools.count(2)))
     free = next(place.with_name(name) for name in names if not os.path.lexists(place.with_name(name)))
     free.parent.mkdir(parents=True, exist_ok=True)

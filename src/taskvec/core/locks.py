@@ -1,7 +1,7 @@
-"""Locks and places to write in: what a process writes is its own until it ends, and what a killed one left goes away.
+"""Locks on files, and hidden folders to write in that hold one: what a killed process left is found and removed.
 
-A lock is one on an open file (flock): it ends with its process, and no number of a process is looked at, which another
-container may have as well. Where the system or the disk has no locks nothing is refused and nothing is swept.
+A lock is one on an open file (flock), which ends with its process. Process numbers are not used: another container may
+have the same. Where the system or the disk has no locks, nothing is refused and nothing is swept.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
 HIDDEN = re.compile(r"\..*\.[0-9a-f]{12}\.tmp", re.DOTALL)
-"""What a hidden folder to write in is called."""
+"""The name of a hidden folder to write in."""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
-"""What tells a running system from all others: containers on it share it, and its locks."""
+"""The file with the identity of the running system; containers on it share the identity and the locks."""
 
 
 def machine() -> set[str]:
-    """Return what this machine is known by: its running system and its name."""
+    """Return the names of this machine: the identity of its running system, and its host name."""
     with contextlib.suppress(OSError):
         return {BOOT.read_text().strip(), socket.gethostname()}
     return {socket.gethostname()}
 
 
 def lock(handle: int, wait: bool = False) -> bool:
-    """Lock an open file, or say that files cannot be locked here; one that another holds raises BlockingIOError."""
+    """Lock an open file; return False where files cannot be locked, raise BlockingIOError where another holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -47,7 +47,7 @@ def lock(handle: int, wait: bool = False) -> bool:
 
 
 def claim(path: Path) -> int:
-    """Make a new lock file, which says on what machine it is held, and hold it until the returned handle is closed."""
+    """Make a new lock file that names this machine; the lock is held until the returned handle is closed."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         lock(handle, wait=True)  # who looks whether it is abandoned holds it for a moment
@@ -59,7 +59,7 @@ def claim(path: Path) -> int:
 
 
 def abandoned(path: Path) -> bool:
-    """Say whether the process that held a lock file has ended, which only its own machine can tell."""
+    """Return whether the process that held a lock file has ended; other machines than its own return False."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     except OSError:
@@ -74,7 +74,7 @@ def abandoned(path: Path) -> bool:
 
 @contextlib.contextmanager
 def holding(path: Path, busy: TaskvecError) -> Iterator[None]:
-    """Hold a lock file during a block and remove it then; ``busy`` is raised where it is held already."""
+    """Hold a lock file during a block, then remove it; raise ``busy`` where it is held already."""
     handle = _open_locked(path, busy)
     try:
         yield
@@ -100,16 +100,16 @@ def _open_locked(path: Path, busy: TaskvecError) -> int:
 
 
 def beside(path: Path) -> str:
-    """Return how the hidden names begin that lie beside a path for it; a long name is cut, so that they fit."""
+    """Return the beginning of the hidden names beside a path; a long name is cut, so that they fit."""
     return f".{os.fsencode(path.name)[:100].decode(errors='ignore')}."
 
 
 def sweep(folder: Path) -> None:
     """Remove the hidden folders that killed writers have left in a folder."""
     with contextlib.suppress(FileNotFoundError):
-        for left in [Path(entry) for entry in os.scandir(folder) if HIDDEN.fullmatch(entry.name)]:
-            if abandoned(left / "lock"):
-                shutil.rmtree(left, ignore_errors=True)
+        for path in [Path(entry) for entry in os.scandir(folder) if HIDDEN.fullmatch(entry.name)]:
+            if abandoned(path / "lock"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def workspace(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write a file that takes the place of ``path`` after the block: it appears whole or not at all."""
+    """Yield a path for a new file, which replaces ``path`` after the block: it appears whole or not at all."""
     with workspace(path) as folder:
         yield folder / path.name
         (folder / path.name).replace(path)

@@ -1,4 +1,4 @@
-"""Notes: what a step or a call has to tell its user about its input, heard by whoever runs it."""
+"""Notes: messages of a step or call for the user that stop nothing, collected by whoever runs it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _listeners: list[Callable[[str], None]] = []
-"""Who listens, the innermost last; a process does one step at a time, whatever threads the step has."""
+"""The functions that get notes, the innermost last; a process does one step at a time."""
 MOST_LABELS = 3
-"""How many of those that tell the same are named in a line."""
+"""Labels that are named in the line of a note."""
 
 
 def printable(text: str) -> str:
-    """Return text that a terminal and a file can take: control characters and bytes that are no text as escapes."""
+    """Return text for terminals and files: control characters, and bytes that are no text, become escapes."""
     odd = {c for c in text if unicodedata.category(c)[0] == "C" and c not in "\n\t"}
     return "".join(c.encode("unicode_escape").decode() if c in odd else c for c in text)
 
@@ -29,14 +29,14 @@ def print_note(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Tell the user something that stops nothing: whoever listens gets it, once; else it goes to standard error."""
+    """Give a note to the innermost listener, or write it to standard error where there is none."""
     hear = _listeners[-1] if _listeners else print_note
     hear(printable(text))
 
 
 @contextlib.contextmanager
 def listen(hear: Callable[[str], None] | None = None) -> Iterator[list[str]]:
-    """Collect the notes of a block in order, each once; ``hear`` gets each as soon as it is told."""
+    """Yield the list of notes of a block, each once and in order; ``hear`` gets each at once."""
     notes: list[str] = []
 
     def listener(text: str) -> None:
@@ -54,10 +54,10 @@ def listen(hear: Callable[[str], None] | None = None) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def library_warnings() -> Iterator[None]:
-    """Make notes of what libraries warn of in a block, by ``warnings`` or by ``logging``.
+    """Turn what libraries warn of in a block, by ``warnings`` or ``logging``, into notes.
 
-    What they say while they are imported is about the installation, and comes once a process, whoever is first to
-    import them: it stays on standard error.
+    Warnings during an import are about the installation, not about the step that happens to import first: they stay on
+    standard error.
     """
     shown, handled = warnings.showwarning, logging.Logger.callHandlers
     thread, depth = threading.get_ident(), len(_callers())
@@ -90,7 +90,7 @@ def library_warnings() -> Iterator[None]:
 
 
 def _text(record: logging.LogRecord) -> str | None:
-    """Return what a record says; None if that cannot be written, which stops nobody who logs."""
+    """Return the message of a log record, or None where it cannot be formatted."""
     try:
         return record.getMessage()
     except Exception:
@@ -98,7 +98,7 @@ def _text(record: logging.LogRecord) -> str | None:
 
 
 def _callers() -> list[str]:
-    """Return the files of all functions that are running in this thread, the innermost first."""
+    """Return the source files of the functions on this thread's stack, the innermost first."""
     frame, files = sys._getframe(1), []
     while frame is not None:
         files.append(frame.f_code.co_filename)
@@ -106,15 +106,15 @@ def _callers() -> list[str]:
     return files
 
 
-def note_lines(told: Iterable[dict[str, str]]) -> list[str]:
-    """Write what several steps told, each text once: the first labels, how many more there are, and the text."""
+def note_lines(notes: Iterable[dict[str, str]]) -> list[str]:
+    """Return one line for every text among the notes of several steps: the first labels, how many more, the text."""
     labels: dict[str, list[str]] = {}
-    for one in told:
-        labels.setdefault(one["text"], []).append(one["label"])
+    for entry in notes:
+        labels.setdefault(entry["text"], []).append(entry["label"])
     return [f"{some(names)}: {text}" for text, names in labels.items()]
 
 
 def some(names: list[str]) -> str:
-    """Name the first few, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     more = len(names) - MOST_LABELS
     return ", ".join(names) if more <= 1 else f"{', '.join(names[:MOST_LABELS])} and {more} more"

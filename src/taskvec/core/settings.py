@@ -1,4 +1,4 @@
-"""Settings of probing, fine-tuning and heatmaps: typed, with the paper's values as defaults (paper, appendix C)."""
+"""Settings of everything that a study does, typed, with the paper's values as defaults (paper, appendix C)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ from pydantic import (
 
 Rate = Annotated[float, Field(gt=0, le=100)]
 MOST = 10**9
-"""No count of steps, images or the like is larger."""
+"""The largest count of steps, images or the like."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
 STRIDE = 5
-"""A coarse search looks at every fifth scale of the grid, then at neighbours two places and one place away."""
-
-
+"""A coarse search tries every fifth scale of the grid, then neighbours two places and one place away."""
 MOST_SCALES = 1001
-"""How many scales are tried along one direction at most."""
+"""The largest number of scales along one direction."""
 
 
 def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -44,25 +42,25 @@ Rates = Annotated[tuple[Rate, ...], Field(max_length=64), AfterValidator(check_d
 
 
 class Settings(BaseModel):
-    """Frozen values; unknown keys are errors."""
+    """A frozen group of settings; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _numbers(cls, data: Any) -> Any:
-        """Refuse yes and no where a number belongs, which would be taken for 1 and 0."""
+        """Refuse true and false where a number belongs; pydantic would take them for 1 and 0."""
         for key, value in data.items() if isinstance(data, dict) else ():
-            kind = str(cls.model_fields[key].annotation) if key in cls.model_fields else ""
+            annotation = str(cls.model_fields[key].annotation) if key in cls.model_fields else ""
             items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
             wrong = [item for item in items if isinstance(item, bool)]
-            if wrong and ("int" in kind or "float" in kind):
+            if wrong and ("int" in annotation or "float" in annotation):
                 raise ValueError(f"{key} is {str(wrong[0]).lower()}, where a number belongs")
         return data
 
 
 class Probe(Settings):
-    """How linear heads are fitted on frozen features; all learning rates are tried at once.
+    """Settings of fitting linear heads on frozen features; all learning rates are tried at once.
 
     One rate serves all tasks of a study (the one with the best mean validation accuracy) unless ``rate_per_task``.
     """
@@ -76,7 +74,7 @@ class Probe(Settings):
 
 
 class Finetune(Settings):
-    """How an encoder is fine-tuned; ``accumulate`` splits a batch into so many passes of equal size.
+    """Settings of fine-tuning an encoder; ``accumulate`` splits a batch into so many passes of equal size.
 
     With ``learning_rates`` one of them is chosen for each backbone and regime, on the validation split of the study's
     first task (paper, appendix C), and ``learning_rate`` is not used.
@@ -113,7 +111,7 @@ class Lora(Settings):
 
 
 class Negation(Settings):
-    """Which task to forget, and which control task is to keep a share of its accuracy (arXiv 2212.04089, section 3).
+    """Settings of forgetting a task while a control task keeps a share of its accuracy (arXiv 2212.04089, section 3).
 
     ``scales`` are those of the negated task vector, ``start:stop:step``.
     """
@@ -126,12 +124,12 @@ class Negation(Settings):
     @field_validator("scales")
     @classmethod
     def _positive(cls, scales: str) -> str:
-        if min(parsed_scales(scales)) < 0:
+        if min(parse_scales(scales)) < 0:
             raise ValueError("scales of negation are 0 or more: negation puts the sign itself")
         return scales
 
     def shortened(self) -> Negation:
-        """Return what a trial run tries: the ends of the scales."""
+        """Return the settings of a smoke run: the ends of the scales."""
         scales = parse_scales(self.scales)
         first, last = scales[0], scales[-1]
         return self.model_copy(update={"scales": f"{first}:{last}:{round(last - first, 10) or 1}"})
@@ -145,7 +143,7 @@ class Negation(Settings):
 
 
 class Surgery(Settings):
-    """How features are corrected by representation surgery, with its authors' values as defaults (arXiv 2402.02705)."""
+    """Settings of representation surgery, with its authors' values as defaults (arXiv 2402.02705)."""
 
     rank: Count = 16
     steps: Count = 1000
@@ -154,7 +152,7 @@ class Surgery(Settings):
 
 
 class Heatmap(Settings):
-    """Which disentanglement errors to measure: ``points`` coefficients in [-range, range] an axis, some pairs."""
+    """Settings of disentanglement errors: some pairs of tasks, ``points`` coefficients in [-range, range] an axis."""
 
     pairs: Annotated[int, Field(ge=0, le=10_000)] = 2
     points: Annotated[int, Field(ge=3, le=201)] = 11
@@ -174,7 +172,7 @@ class Heatmap(Settings):
         return [round(-self.range + index * step, 10) + 0.0 for index in range(self.points)]
 
     def shortened(self) -> Heatmap:
-        """Return what a trial run measures: few pairs, points and images."""
+        """Return the settings of a smoke run: few pairs, points and images."""
         least = {"pairs": min(self.pairs, 2), "points": min(self.points, 3), "samples": min(self.samples, 8)}
         return self.model_copy(update=least)
 
@@ -190,7 +188,7 @@ Sizes = Annotated[
 
 
 class Subsets(Settings):
-    """Which sets of fewer tasks to merge: their ``sizes`` (two up to all tasks), and how many sets in all.
+    """Settings of merging fewer tasks: the ``sizes`` of sets (two up to all tasks), and how many sets in all.
 
     lambda is chosen coarse to fine for every set, on ``samples`` validation images a task. ``points`` of the box
     [-1, 1]^T measure the disentanglement error of T tasks; 0 leaves it out.
@@ -207,37 +205,30 @@ class Subsets(Settings):
         return "all" if sizes == "all" else tuple(sorted(set(sizes)))
 
     def of(self, count: int) -> tuple[int, ...]:
-        """Return the sizes wanted among those that ``count`` tasks allow."""
+        """Return the sizes that ``count`` tasks allow."""
         possible = range(2, count + 1)
         return tuple(possible) if self.sizes == "all" else tuple(size for size in self.sizes if size in possible)
 
     def shortened(self) -> Subsets:
-        """Return what a trial run measures: few sets, images and points."""
+        """Return the settings of a smoke run: few sets, images and points."""
         least = {"limit": min(self.limit, 3), "samples": min(self.samples, 8), "points": min(self.points, 1)}
         return self.model_copy(update=least)
 
 
 def parse_scales(text: str) -> list[float]:
     """Return the scales of ``start:stop:step``, both ends included, without rounding drift; at most 1001 of them."""
+    invalid = f"'{text}' is not start:stop:step, for example 0:1:0.05"
     try:
         start, stop, step = (float(part) for part in text.split(":"))
     except ValueError:
-        raise ValueError("want three numbers") from None
+        raise ValueError(f"{invalid} (want three numbers)") from None
     most = MOST_SCALES - 1
     if not all(map(math.isfinite, (start, stop, step))) or step <= 0 or stop < start or (stop - start) / step > most:
-        raise ValueError(f"want start <= stop, step > 0 and at most {MOST_SCALES} scales")
+        raise ValueError(f"{invalid} (want start <= stop, step > 0 and at most {MOST_SCALES} scales)")
     count = round((stop - start) / step)
     if abs(start + count * step - stop) > 1e-9:
-        raise ValueError("the steps do not end at stop")
+        raise ValueError(f"{invalid} (the steps do not end at stop)")
     return [round(start + index * step, 10) + 0.0 for index in range(count + 1)]
-
-
-def parsed_scales(text: str) -> list[float]:
-    """Return the scales of ``start:stop:step``, or raise as a validator does."""
-    try:
-        return parse_scales(text)
-    except ValueError as error:
-        raise ValueError(f"'{text}' is not start:stop:step, for example 0:1:0.05 ({error})") from None
 
 
 def coarse(grid: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
-"""Kinds of task: what the scores of a linear head mean, how they are trained, measured and told.
+"""Types of task: what the scores of a linear head mean, and how they are trained, measured and described.
 
-Scores are [count, outputs], or [count, patches, outputs] where a kind looks at every patch. Regression is of an angle:
+Scores are [count, outputs], or [count, patches, outputs] where a type looks at every patch. Regression is of an angle:
 its two outputs are the cosine and the sine.
 """
 
@@ -17,16 +17,17 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 TOLERANCE = 15
-"""How far a predicted angle may be off, and how wide the sectors are in which two angles agree, in degrees."""
+"""Largest error of a right angle, and width of the sectors in which two angles agree, in degrees."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How tasks of one kind are treated.
+class TaskType:
+    """How tasks of one type are trained and measured.
 
-    ``metric`` names the mean of ``score``, 0 to 1 an image, in results. ``per_patch`` heads read a feature of every
-    patch, others one an image. Labels stay right under random crops only with ``crops``. ``decide`` gives what two
-    models agree or differ in, -1 where a score is NaN or infinite; ``answer`` a label and how sure it is, 0 to 1.
+    ``metric`` is what results call the mean of ``score``, which is 0 to 1 for each image. A ``per_patch`` head reads a
+    feature of every patch, another head one of the image. Random crops leave labels right only with ``crops``.
+    ``predict`` returns the classes by which two models are compared, -1 where a score is NaN or infinite. ``describe``
+    returns one prediction as text, and its confidence from 0 to 1.
     """
 
     metric: str
@@ -34,8 +35,8 @@ class Kind:
     crops: bool
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
-    decide: Callable[[Tensor], Tensor]
-    answer: Callable[[Tensor, Sequence[str]], tuple[str, float]]
+    predict: Callable[[Tensor], Tensor]
+    describe: Callable[[Tensor, Sequence[str]], tuple[str, float]]
 
 
 def cross_entropy(
@@ -51,57 +52,60 @@ def best_class(scores: Float[Tensor, "count *patches classes"]) -> Int64[Tensor,
 
 
 def is_right(scores: Float[Tensor, "count classes"], labels: Int64[Tensor, " count"]) -> Bool[Tensor, " count"]:
-    """Say of every image whether its class is its label."""
+    """Return whether the predicted class of every image is its label."""
     return best_class(scores) == labels
 
 
 def share_right(
     scores: Float[Tensor, "count patches classes"], labels: Int64[Tensor, "count patches"]
 ) -> Float[Tensor, " count"]:
-    """Return of every image the share of its patches whose class is their label, in float64."""
+    """Return the share of patches whose predicted class is their label, in float64 for every image."""
     return is_right(scores, labels).double().mean(dim=1)
 
 
 def sector(scores: Float[Tensor, "count 2"]) -> Int64[Tensor, " count"]:
-    """Return which sector of 15 degrees the angle lies in, 0 around zero degrees; -1 for NaN or infinity."""
+    """Return the 15-degree sector of every angle: 0 is centred on zero degrees, -1 stands for NaN or infinity."""
     degrees = torch.rad2deg(torch.atan2(scores[:, 1], scores[:, 0]))
     sectors = (degrees / TOLERANCE).round().nan_to_num().long() % (360 // TOLERANCE)
     return sectors.where(scores.isfinite().all(dim=1), -1)
 
 
 def is_near(scores: Float[Tensor, "count 2"], labels: Float[Tensor, "count 2"]) -> Bool[Tensor, " count"]:
-    """Say of every image whether the predicted angle is within 15 degrees of its label."""
+    """Return whether the predicted angle of every image is within 15 degrees of its label."""
     return F.cosine_similarity(scores, labels, dim=1) >= math.cos(math.radians(TOLERANCE))
 
 
-def answer_class(scores: Float[Tensor, " classes"], classes: Sequence[str]) -> tuple[str, float]:
+def describe_class(scores: Float[Tensor, " classes"], classes: Sequence[str]) -> tuple[str, float]:
     """Return the name of the best class and its softmax probability."""
     best = int(scores.argmax())
     return classes[best], float(torch.softmax(scores, 0)[best])
 
 
-def answer_patches(scores: Float[Tensor, "patches classes"], classes: Sequence[str]) -> tuple[str, float]:
-    """Return how many patches each class has, such as ``9 ground, 7 glyph``, and their mean softmax probability."""
+def describe_patches(scores: Float[Tensor, "patches classes"], classes: Sequence[str]) -> tuple[str, float]:
+    """Return the count of patches by class, such as ``9 ground, 7 glyph``, and their mean softmax probability."""
     counts = torch.bincount(scores.argmax(1), minlength=len(classes)).tolist()
     label = ", ".join(f"{count} {name}" for count, name in zip(counts, classes, strict=True) if count)
     return label, float(torch.softmax(scores, 1).amax(1).mean())
 
 
-def answer_angle(scores: Float[Tensor, " 2"], classes: Sequence[str]) -> tuple[str, float]:
+def describe_angle(scores: Float[Tensor, " 2"], classes: Sequence[str]) -> tuple[str, float]:
     """Return the angle, such as ``90 degrees``, and the length of the predicted vector, at most 1.
 
-    The mean of unit vectors is the shorter, the more they differ: trained by mean squared error, so is the prediction.
+    The length is a confidence: a prediction trained by mean squared error is a mean of unit vectors, which is the
+    shorter, the more they differ.
     """
     degrees = round(math.degrees(math.atan2(float(scores[1]), float(scores[0])))) % 360
     return f"{degrees} degrees", min(1.0, float(scores.norm()))
 
 
 CLASSIFICATION = "classification"
-KINDS: Mapping[str, Kind] = MappingProxyType(
+TASK_TYPES: Mapping[str, TaskType] = MappingProxyType(
     {
-        CLASSIFICATION: Kind("accuracy", False, True, cross_entropy, is_right, best_class, answer_class),
-        "segmentation": Kind("patch_accuracy", True, False, cross_entropy, share_right, best_class, answer_patches),
-        "regression": Kind("within_15_degrees", False, False, F.mse_loss, is_near, sector, answer_angle),
+        CLASSIFICATION: TaskType("accuracy", False, True, cross_entropy, is_right, best_class, describe_class),
+        "segmentation": TaskType(
+            "patch_accuracy", True, False, cross_entropy, share_right, best_class, describe_patches
+        ),
+        "regression": TaskType("within_15_degrees", False, False, F.mse_loss, is_near, sector, describe_angle),
     }
 )
-"""Every kind of task by name."""
+"""Every type of task by name."""

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, linear warm-up then cosine to zero, gradient norm clipped (paper, appendix C)."""
+"""The one training loop: AdamW, linear warm-up, cosine to zero, clipped gradient norm (paper, appendix C)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from taskvec.core.progress import Progress, no_progress
+
 Batch = TypeVar("Batch")
-Progress = Callable[[float], None]
-"""Called with the share of the work that is done, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how hard to train; the learning rate itself belongs to each parameter group."""
+    """The length and regularisation of a training; the peak learning rate belongs to each parameter group."""
 
     steps: int
     warmup: int = 0
@@ -27,7 +27,7 @@ class Schedule:
     accumulate: int = 1
 
     def factor(self, step: int) -> float:
-        """Share of the peak learning rate at ``step`` (0-based): linear warm-up, then a half cosine to zero."""
+        """Return the share of the peak learning rate at a step: linear warm-up, then a half cosine to zero."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
@@ -41,12 +41,8 @@ class Group:
     learning_rate: float
 
 
-def no_progress(_: float) -> None:
-    """Report to nobody."""
-
-
 def make_optimizer(groups: Sequence[Group], schedule: Schedule) -> torch.optim.AdamW:
-    """Make AdamW with weight decay on all parameters, as in the paper's code."""
+    """Return AdamW with weight decay on all parameters, as in the paper's code."""
     settings = [{"params": list(group.parameters), "lr": group.learning_rate} for group in groups]
     return torch.optim.AdamW(settings, weight_decay=schedule.weight_decay)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -22,38 +23,29 @@ from numpy.lib.format import write_array_header_1_0
 from PIL import Image
 
 from taskvec.core.errors import TaskvecError
-from taskvec.core.formatting import gigabytes
-from taskvec.core.training import Progress
-from taskvec.data.images import (
-    PEAK,
-    CorruptImage,
-    Preprocessing,
-    corrupt,
-    crop_box,
-    cut,
-    opened,
-    quiet,
-    resize_and_crop,
-    shrink,
-)
+from taskvec.core.formatting import bytes_text
+from taskvec.core.machine import cores
+from taskvec.core.progress import Progress
+from taskvec.data.augment import crop_box, cut
+from taskvec.data.images import CorruptImage, Preprocessing, corrupt, opened, quiet, resize_and_crop, shrink
 from taskvec.data.index import Items, Labels, name_of
-from taskvec.engine.executors import cores
+from taskvec.data.rgb import PEAK
 
 CHUNK = 64
-"""Images that are decoded between two reports of progress."""
-SAMPLE = 32
-"""Images whose size is looked at to estimate the size of a cache of whole images."""
+"""Images between two reports of progress."""
+SAMPLES = 32
+"""Images that are decoded to estimate the size of a cache of whole images."""
 DARK = 2**14
-"""A value of 16 bits below which the brightest image of a split is suspiciously dark."""
+"""The value of 16 bits below which the brightest image of a split is suspiciously dark."""
 SPARE = 0.02
-"""Share of an estimate that must be free beside it."""
+"""Share of an estimate that must stay free on the disk."""
 Pixels = UInt8[np.ndarray, "3 height width"]
-Views = Callable[[Image.Image, Preprocessing], Pixels]
+MakeView = Callable[[Image.Image, Preprocessing], Pixels]
 
 
 @contextlib.contextmanager
 def opened_item(items: Items, place: int, to: Preprocessing) -> Iterator[Image.Image]:
-    """Hold an item as an RGB image: files are read, arrays taken as they are."""
+    """Yield an item as an RGB image: files are decoded, arrays taken as they are."""
     item = items[place]
     if isinstance(item, np.ndarray):
         with corrupt(f"number {place}"):
@@ -65,7 +57,7 @@ def opened_item(items: Items, place: int, to: Preprocessing) -> Iterator[Image.I
 
 @dataclass
 class Skipped:
-    """Images that could not be read, by place in their split, with what was wrong; None in place of it to refuse."""
+    """Images of a split that could not be read: their indices, and what was wrong with each."""
 
     places: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -74,19 +66,19 @@ class Skipped:
 def decode(
     items: Items,
     to: Preprocessing,
-    make: Views = resize_and_crop,
+    make: MakeView = resize_and_crop,
     skipped: Skipped | None = None,
     workers: int = 0,
     peaks: list[int] | None = None,
 ) -> Iterator[tuple[int, Pixels]]:
-    """Yield the place and the decoded view of every item, in order, made on ``workers`` threads (all cores for 0).
+    """Yield the index and the decoded view of every item, in order, made on ``workers`` threads (all cores for 0).
 
-    A corrupt image raises, or is left out and noted in ``skipped``. The highest values of files with 16 bits are
-    added to ``peaks``.
+    A corrupt image is left out and added to ``skipped``; it raises where there is no ``skipped``. The highest values of
+    files with 16 bits are added to ``peaks``.
     """
     peaks = [] if peaks is None else peaks
 
-    def one(place: int) -> Pixels | TaskvecError:
+    def view(place: int) -> Pixels | TaskvecError:
         try:
             with opened_item(items, place, to) as image:
                 peaks.extend([image.info[PEAK]] if PEAK in image.info else [])
@@ -97,7 +89,7 @@ def decode(
     with quiet(), ThreadPoolExecutor(workers or cores()) as pool:
         for start in range(0, len(items), CHUNK):
             places = range(start, min(start + CHUNK, len(items)))
-            for place, pixels in zip(places, pool.map(one, places), strict=True):
+            for place, pixels in zip(places, pool.map(view, places), strict=True):
                 if not isinstance(pixels, TaskvecError):
                     yield place, pixels
                 elif not isinstance(pixels, CorruptImage):
@@ -110,8 +102,8 @@ def decode(
 
 
 @dataclass(frozen=True)
-class Written:
-    """What became of a split: the places of the images that were kept, a digest of each view, and what was skipped.
+class DecodedSplit:
+    """The record of a decoded split: the indices of the images ``kept``, a digest of each view, the images skipped.
 
     ``peaks`` are the highest values of files with 16 bits, in no order.
     """
@@ -122,7 +114,7 @@ class Written:
     peaks: tuple[int, ...] = ()
 
 
-def write_views(items: Items, to: Preprocessing, path: Path, skip: bool, progress: Progress) -> Written:
+def write_views(items: Items, to: Preprocessing, path: Path, skip: bool, progress: Progress) -> DecodedSplit:
     """Decode the evaluation views of a split into an .npy file of uint8, count x 3 x size x size."""
     kept, digests, skipped = [], [], Skipped()
     peaks: list[int] = []
@@ -134,13 +126,13 @@ def write_views(items: Items, to: Preprocessing, path: Path, skip: bool, progres
             digests.append(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
             report(place, len(items), progress)
         _header(file, (len(kept), 3, to.size, to.size))
-    return Written(np.array(kept, np.int64), tuple(digests), skipped, tuple(peaks))
+    return DecodedSplit(np.array(kept, np.int64), tuple(digests), skipped, tuple(peaks))
 
 
 def write_whole(
     items: Items, to: Preprocessing, folder: Path, skip: bool, progress: Progress
 ) -> Int64[np.ndarray, " kept"]:
-    """Decode whole images into ``pixels.npy``, one after another, with sizes in ``shapes.npy``; return those kept."""
+    """Decode whole images into ``pixels.npy``, with sizes in ``shapes.npy``; return the indices of those kept."""
     shapes, kept, skipped = [], [], Skipped()
     with (folder / "pixels.npy").open("wb") as file:
         _header(file, (0,))
@@ -155,13 +147,13 @@ def write_whole(
 
 
 def report(place: int, count: int, progress: Progress) -> None:
-    """Report progress once a chunk."""
+    """Report progress at the end of every chunk."""
     if (place + 1) % CHUNK == 0 or place + 1 == count:
         progress((place + 1) / count)
 
 
 def _header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Write the header of an .npy file, or write it again: numpy leaves room for the first axis to grow."""
+    """Write the header of an .npy file, or write it anew: numpy leaves room for the first axis to grow."""
     file.seek(0)
     write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
@@ -175,13 +167,13 @@ class Whole:
 
     @cached_property
     def starts(self) -> Int64[np.ndarray, " count"]:
-        """Where each image begins."""
+        """The index of each image's first byte."""
         sizes: Int64[np.ndarray, " count"] = 3 * self.shapes.prod(axis=1)
         starts: Int64[np.ndarray, " count"] = sizes.cumsum() - sizes
         return starts
 
     def image(self, index: int) -> Pixels:
-        """Return one image."""
+        """Return the pixels of one image."""
         (height, width), start = self.shapes[index].tolist(), self.starts[index]
         image: Pixels = self.pixels[start : start + 3 * height * width].reshape(3, height, width)
         return image
@@ -194,27 +186,27 @@ class Whole:
         An image's draw comes from the seed, the step and its index alone: any number of workers gives the same.
         """
 
-        def one(index: int) -> Pixels:
+        def crop(index: int) -> Pixels:
             image = self.image(index)
             generator = np.random.default_rng((seed, step, index))
             return cut(image, crop_box(image.shape[1], image.shape[2], generator), size)
 
-        return np.stack(list(pool.map(one, map(int, indices))))
+        return np.stack(list(pool.map(crop, map(int, indices))))
 
 
 def read_whole(folder: Path, mmap_mode: Literal["r"] | None = "r") -> Whole:
-    """Open a cache of whole images; they stay on disk until they are looked at."""
+    """Return a cache of whole images, which stay on disk until they are read."""
     return Whole(np.load(folder / "pixels.npy", mmap_mode=mmap_mode), np.load(folder / "shapes.npy"))
 
 
 def view_bytes(images: float, size: int) -> float:
-    """Return the bytes of a cache of evaluation views."""
+    """Return the size of a cache of evaluation views, in bytes."""
     return images * 3 * size * size
 
 
 def whole_bytes(items: Items, to: Preprocessing) -> float:
-    """Estimate the bytes of a cache of whole images from a few of them; what cannot be read counts for nothing."""
-    places = np.unique(np.linspace(0, len(items) - 1, min(SAMPLE, len(items))).astype(int))
+    """Return an estimate of the size of a cache of whole images, in bytes, from a few that can be read."""
+    places = np.unique(np.linspace(0, len(items) - 1, min(SAMPLES, len(items))).astype(int))
     sample = [items[place] for place in places.tolist()]
     sizes = [pixels.size for _, pixels in decode(sample, to, shrink, Skipped())]  # type: ignore[arg-type]
     return float(np.mean(sizes)) * len(items) if sizes else 0.0
@@ -225,49 +217,33 @@ def check_room(needed: float, folder: Path, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed * (1 + SPARE) > free:
         raise TaskvecError(
-            f"decoding {what} takes about {gigabytes(needed)}, and '{folder}' has {gigabytes(free)} free",
+            f"decoding {what} takes about {bytes_text(needed)}, and '{folder}' has {bytes_text(free)} free",
             "free some space (taskvec store lists and clears), choose another --store, or set a smaller size or limit",
         )
 
 
-def twins(written: dict[str, Written], items: dict[str, Items]) -> list[str]:
-    """Say which images are in two splits, pixel for pixel as the encoder sees them, with the first pair's paths."""
-    found, splits = [], list(written)
-    places: dict[str, dict[bytes, int]] = {
-        split: dict(zip(reversed(one.digests), reversed(one.kept.tolist()), strict=True))
-        for split, one in written.items()
-    }
-    for index, first in enumerate(splits):
-        for second in splits[index + 1 :]:
-            both = [digest for digest in written[second].digests if digest in places[first]]
-            if both:
-                pair = [name_of(items[split], split, places[split][both[0]]) for split in (first, second)]
-                found.append(
-                    f"{len(both)} images of the {second} split are in the {first} split too, "
-                    f"such as '{pair[1]}', which is '{pair[0]}'"
-                )
-    return found
+def decoding_notes(decoded: dict[str, DecodedSplit], items: dict[str, Items], labels: dict[str, Labels]) -> list[str]:
+    """Return notes for the user on the decoded splits of a task: what is left out, dark, contradictory, or shared."""
+    return [
+        *left_out_images(decoded),
+        *dark_images(decoded),
+        *contradictory_labels(decoded, items, labels),
+        *shared_images(decoded, items),
+    ]
 
 
-def doubles(written: dict[str, Written], items: dict[str, Items], labels: dict[str, Labels]) -> list[str]:
-    """Say which images of a split have two labels, pixel for pixel as the encoder sees them, with a pair's paths."""
-    found = []
-    for split, one in written.items():
-        first: dict[bytes, int] = {}
-        pairs = [(first.setdefault(digest, place), place) for digest, place in zip(one.digests, one.kept, strict=True)]
-        two = [pair for pair in pairs if np.any(labels[split][pair[0]] != labels[split][pair[1]])]
-        if two:
-            names = [name_of(items[split], split, int(place)) for place in two[0]]
-            found.append(
-                f"{len(two)} images of the {split} split are there with another label too, "
-                f"such as '{names[1]}', which is '{names[0]}'"
-            )
-    return found
+def left_out_images(decoded: dict[str, DecodedSplit]) -> list[str]:
+    """Return a note for every split with images that could not be read: how many, and the first problem."""
+    return [
+        f"left out {len(split.skipped.places)} images of the {name} split: {split.skipped.problems[0]}"
+        for name, split in decoded.items()
+        if split.skipped.places
+    ]
 
 
-def dark(written: dict[str, Written]) -> list[str]:
-    """Say in which splits no image of 16 bits has a value above a quarter of what they hold."""
-    peaks = {split: max(one.peaks) for split, one in written.items() if one.peaks and max(one.peaks) < DARK}
+def dark_images(decoded: dict[str, DecodedSplit]) -> list[str]:
+    """Return a note on splits whose 16-bit images use less than a quarter of their range."""
+    peaks = {name: max(split.peaks) for name, split in decoded.items() if split.peaks and max(split.peaks) < DARK}
     if not peaks:
         return []
     bits = max(max(peaks.values()).bit_length(), 1)
@@ -277,10 +253,38 @@ def dark(written: dict[str, Written]) -> list[str]:
     ]
 
 
-def skips(written: dict[str, Written]) -> list[str]:
-    """Say how many images could not be read, and which came first."""
-    return [
-        f"left out {len(one.skipped.places)} images of the {split} split: {one.skipped.problems[0]}"
-        for split, one in written.items()
-        if one.skipped.places
-    ]
+def contradictory_labels(
+    decoded: dict[str, DecodedSplit], items: dict[str, Items], labels: dict[str, Labels]
+) -> list[str]:
+    """Return a note for every split where images of equal pixels have different labels, with one pair of them."""
+    notes = []
+    for name, split in decoded.items():
+        first: dict[bytes, int] = {}
+        images = zip(split.digests, split.kept.tolist(), strict=True)
+        pairs = [(first.setdefault(digest, place), place) for digest, place in images]
+        differing = [pair for pair in pairs if np.any(labels[name][pair[0]] != labels[name][pair[1]])]
+        if differing:
+            original, copy = (name_of(items[name], name, place) for place in differing[0])
+            notes.append(
+                f"{len(differing)} images of the {name} split are there with another label too, "
+                f"such as '{copy}', which is '{original}'"
+            )
+    return notes
+
+
+def shared_images(decoded: dict[str, DecodedSplit], items: dict[str, Items]) -> list[str]:
+    """Return a note for every two splits that share images of equal pixels, with one pair of them."""
+    notes = []
+    places: dict[str, dict[bytes, int]] = {
+        name: dict(zip(reversed(split.digests), reversed(split.kept.tolist()), strict=True))
+        for name, split in decoded.items()
+    }
+    for first, second in combinations(decoded, 2):
+        shared = [digest for digest in decoded[second].digests if digest in places[first]]
+        if shared:
+            original, copy = (name_of(items[name], name, places[name][shared[0]]) for name in (first, second))
+            notes.append(
+                f"{len(shared)} images of the {second} split are in the {first} split too, "
+                f"such as '{copy}', which is '{original}'"
+            )
+    return notes

@@ -12,22 +12,26 @@ from pathlib import Path
 
 import numpy as np
 
-from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.errors import TaskvecError, and_more, did_you_mean
 from taskvec.data.images import SUFFIXES
-from taskvec.data.index import Listing, split_classes, validation_as_test
+from taskvec.data.index import SPLIT_NAMES, Listing
+from taskvec.data.splits import split_classes, validation_as_test
 
 LAYOUT = "expected train/, test/ and perhaps val/ in it, each with one folder a class, or the class folders themselves"
-SPELT = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
-SPELT |= dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val")
-"""What names of a split's folder mean, in lower case."""
+FOLDERS = {"train": "train", "test": "test", "validation": "val"}
+"""The folder of each split."""
+SPELT = {name: FOLDERS[split] for split, names in SPLIT_NAMES.items() for name in names} | {"eval": "val"}
+"""The split's folder that a name in lower case stands for."""
+JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+"""Folders that systems and archives leave; that of a network disk holds small copies of all images."""
 IMAGES = ("images", "image", "imgs", "img")
-"""Names of a folder within a class that holds its images, where none lie in the class folder itself."""
+"""Names of a folder in a class folder that holds the images, where none lie in the class folder itself."""
 MASKS = ("masks", "mask")
-"""Names of a folder within a class whose images are none of the class."""
+"""Names of a folder in a class folder whose images are left out."""
 
 
 def list_folder(path: str) -> Listing:
-    """List ``train/ [val/] test/`` of class folders, or class folders alone, which are divided class by class.
+    """Return the images of ``train/ [val/] test/`` folders, or of class folders alone, divided class by class.
 
     Without ``test/`` the validation split is tested on. Classes and files are in the order of their names.
     """
@@ -37,36 +41,23 @@ def list_folder(path: str) -> Listing:
     check_root(root)
     if is_flat(root):
         listing = split_classes(list_splits(root, {"train": "."}))
-        notes = called_as_splits(root)
+        notes = notes_on_names(root)
     else:
-        listing = list_splits(root, {split: name for split, name in FOLDERS.items() if has(root, name)})
-        notes = beside_splits(root)
+        listing = list_splits(root, {split: name for split, name in FOLDERS.items() if (root / name).exists()})
+        notes = notes_on_folders(root)
         if "test" not in listing.labels:
             listing = validation_as_test(listing, f"'{root}'")
     inner = (f"'{given}' holds one folder only: the task is read from '{root}'",) if root != given else ()
     return replace(listing, notes=inner + notes + listing.notes)
 
 
-FOLDERS = {"train": "train", "test": "test", "validation": "val"}
-"""The folder of each split."""
-
-
-JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
-"""Folders that systems leave beside people's own; a network disk's has small copies of all images."""
-
-
 def hidden(name: str) -> bool:
-    """Say whether a file or folder is hidden, or what a system or an archive leaves beside the rest."""
+    """Return whether a file or folder is hidden, or was left by a system or an archive."""
     return name.startswith(".") or name in JUNK
 
 
-def has(root: Path, name: str) -> bool:
-    """Say whether a folder holds something of that name."""
-    return (root / name).exists()
-
-
 def is_image(name: str) -> bool:
-    """Say whether a file's name ends as an image's does."""
+    """Return whether a file's suffix is that of an image."""
     return Path(name).suffix.lower() in SUFFIXES
 
 
@@ -77,27 +68,27 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def holds_images(folder: Path) -> bool:
-    """Say whether images lie in a folder itself."""
+    """Return whether images lie in a folder itself."""
     return any(is_image(p.name) and not hidden(p.name) and not p.is_dir() for p in folder.iterdir())
 
 
 def is_class(folder: Path) -> bool:
-    """Say whether a folder is a class beyond doubt: images lie in it, or in a folder within that is called so."""
+    """Return whether a folder is surely a class: images lie in it, or it holds a folder named ``images``."""
     return holds_images(folder) or any(p.name.casefold() in IMAGES for p in folders_in(folder))
 
 
 def is_split(folder: Path) -> bool:
-    """Say whether a folder can be a split: it holds folders, and is no class itself."""
+    """Return whether a folder can be a split: it holds folders, and is no class itself."""
     return folder.is_dir() and bool(folders_in(folder)) and not is_class(folder)
 
 
 def splits_in(root: Path) -> list[Path]:
-    """Return the folders in a folder that are called as splits are."""
+    """Return the folders in a folder that are named as splits."""
     return [p for p in folders_in(root) if p.name.casefold() in SPELT]
 
 
 def is_flat(root: Path) -> bool:
-    """Say whether a folder holds class folders and no splits, of whatever names."""
+    """Return whether a folder holds class folders and no splits, whatever their names."""
     named = splits_in(root)
     if any(map(is_split, named)) or {"train", "test"} <= {SPELT[p.name.casefold()] for p in named}:
         return False
@@ -111,9 +102,9 @@ def class_folders(root: Path) -> list[Path]:
 
 
 def are_splits(folders: list[Path]) -> bool:
-    """Say whether folders look like splits: no image lies in them, but folders of one name, or they are called so.
+    """Return whether folders look like splits: they hold folders of the same names, or are named as splits.
 
-    One folder of one name in each, or one called images, is where classes have their images.
+    One folder of the same name in each, or one named ``images``, is where classes keep their images.
     """
     if len(folders) < 2 or any(map(holds_images, folders)) or all(map(is_class, folders)):
         return False
@@ -123,23 +114,23 @@ def are_splits(folders: list[Path]) -> bool:
 
 
 def holds_image(folder: Path) -> bool:
-    """Say whether there is an image in a folder or below it."""
+    """Return whether there is an image in a folder or below it."""
     return any(is_image(name) for _, _, names in visible(folder) for name in names)
 
 
-def called_as_splits(root: Path) -> tuple[str, ...]:
-    """Say which classes of a flat tree are called as splits are."""
+def notes_on_names(root: Path) -> tuple[str, ...]:
+    """Return a note for every class of a flat tree that is named as a split."""
     return tuple(f"'{p.name}' is taken for a class: it holds images and no class folders" for p in splits_in(root))
 
 
-def beside_splits(root: Path) -> tuple[str, ...]:
-    """Say which folders lie beside the splits' and are not read."""
+def notes_on_folders(root: Path) -> tuple[str, ...]:
+    """Return a note on folders beside the splits, which are not read."""
     others = [p.name for p in folders_in(root) if p.name not in FOLDERS.values()]
     return (f"left out {', '.join(others[:4])}: of no split, which are train, val and test",) if others else ()
 
 
 def unpacked(folder: Path) -> Path:
-    """Return the folder that a task lies in: where a folder holds one folder only, as archives leave it, that one."""
+    """Return the folder of a task: where a folder holds one folder only, as unpacked archives do, the inner one."""
     inner = folders_in(folder)
     while len(inner) == 1 and not holds_images(folder) and is_split(inner[0]) and inner[0].name.casefold() not in SPELT:
         folder, inner = inner[0], folders_in(inner[0])
@@ -148,64 +139,74 @@ def unpacked(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class ClassFiles:
-    """What lies in a class folder: its images, those of them that lie ``deeper`` than in it, and what is left out.
+    """The files of a class folder: its images, those of them in ``deeper`` folders, and what is left out.
 
-    Images ``aside`` are in folders beside the class's own; the ``others`` are no images.
+    Of those left out, ``unused`` images lie beside the folder of the class's images; the ``others`` are no images.
     """
 
     images: list[Path]
     deeper: list[Path]
-    aside: list[Path]
+    unused: list[Path]
     others: list[Path]
 
 
 def list_splits(root: Path, names: dict[str, str]) -> Listing:
-    """List the class folders of each split, which lies in the folder of that name; training decides the classes."""
-    found = {split: class_files(root / name) for split, name in names.items()}
-    files = {split: {c: one.images for c, one in of.items()} for split, of in found.items()}
-    classes = tuple(sorted(files["train"]))
+    """Return the images in the class folders of each split, whose folder is named; training gives the classes."""
+    folders = {split: class_files(root / name) for split, name in names.items()}
+    images = {split: {c: files.images for c, files in by_class.items()} for split, by_class in folders.items()}
+    classes = tuple(sorted(images["train"]))
     for split in names:
-        _check_classes(root / names[split], files[split], classes, split == "train")
-    items = {split: [file for c in classes for file in of.get(c, [])] for split, of in files.items()}
+        _check_classes(root / names[split], images[split], classes, split == "train")
+    items = {split: [path for c in classes for path in by_class.get(c, [])] for split, by_class in images.items()}
     labels = {
-        split: np.array([i for i, c in enumerate(classes) for _ in of.get(c, [])], dtype=np.int64)
-        for split, of in files.items()
+        split: np.array([i for i, c in enumerate(classes) for _ in by_class.get(c, [])], dtype=np.int64)
+        for split, by_class in images.items()
     }
-    lacking = {split: [c for c in classes if not of.get(c)] for split, of in files.items()}
+    lacking = {split: [c for c in classes if not by_class.get(c)] for split, by_class in images.items()}
     notes = [
-        f"the {split} split has no images of {len(none)} classes, such as '{none[0]}'"
-        for split, none in lacking.items()
-        if none
+        f"the {split} split has no images of {len(missing)} classes, such as '{missing[0]}'"
+        for split, missing in lacking.items()
+        if missing
     ]
-    every = [one for of in found.values() for one in of.values()]
-    return Listing(classes, dict(items), labels, root=root, notes=(*notes, *left_out(root, every)))
+    all_files = [files for by_class in folders.values() for files in by_class.values()]
+    return Listing(classes, dict(items), labels, root=root, notes=(*notes, *notes_on_files(root, all_files)))
 
 
-def left_out(root: Path, found: list[ClassFiles]) -> list[str]:
-    """Say how many files of a task are left out, of what kinds, and how many lie deeper, with an example of each."""
-    deeper, aside, others = (
-        [path for one in found for path in getattr(one, kind)] for kind in ("deeper", "aside", "others")
+def notes_on_files(root: Path, class_folders: list[ClassFiles]) -> list[str]:
+    """Return notes on the files of a task that are left out or lie deeper: how many, of what suffixes, an example."""
+    deeper, unused, others = (
+        [path for files in class_folders for path in getattr(files, name)] for name in ("deeper", "unused", "others")
     )
     notes = []
     if deeper:
         example = deeper[0].relative_to(root)
         notes.append(f"{len(deeper)} images lie in folders below their class's, such as '{example}'")
     if others:
-        kinds = Counter(path.suffix.lower() or "without a suffix" for path in others).most_common(4)
-        shown = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        suffixes = Counter(path.suffix.lower() or "without a suffix" for path in others).most_common(4)
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
         example = others[0].relative_to(root)
         notes.append(f"left out {len(others)} files that are no images ({shown}), such as '{example}'")
-    if aside:
-        example = aside[0].relative_to(root)
-        notes.append(f"left out {len(aside)} images in folders beside a class's own images, such as '{example}'")
+    if unused:
+        example = unused[0].relative_to(root)
+        notes.append(f"left out {len(unused)} images in folders beside a class's own images, such as '{example}'")
     return notes
+
+
+def contents(folder: Path) -> str:
+    """Return the names of at most eight things in a folder, as text."""
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+
+
+def sibling_folders(path: Path) -> list[str]:
+    """Return the names of the folders beside a path, for suggestions."""
+    return [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir()] if path.parent.is_dir() else []
 
 
 def check_given(root: Path) -> None:
     """Raise unless a path is a folder."""
     if not root.is_dir():
-        near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        hint = did_you_mean(root.name, near) if near else LAYOUT
+        siblings = sibling_folders(root)
+        hint = did_you_mean(root.name, siblings) if siblings else LAYOUT
         raise TaskvecError(f"no task folder at '{root}'", hint)
 
 
@@ -222,7 +223,7 @@ def check_root(root: Path) -> None:
         return
     if not any(map(is_split, splits_in(root))):
         check_folders(root)
-    shown = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+    shown = contents(root)
     if not (root / "train").is_dir():
         raise TaskvecError(f"task folder '{root}' has no train/ folder; it holds {shown}", LAYOUT)
     if not (root / "test").is_dir() and not (root / "val").is_dir():
@@ -230,7 +231,7 @@ def check_root(root: Path) -> None:
 
 
 def check_folders(root: Path) -> None:
-    """Raise for folders that are called or built as splits, and are none, and for one class alone."""
+    """Raise for folders that are named or built as splits and are none, and for a single class."""
     folders, named = class_folders(root), [p for p in splits_in(root) if is_class(p)]
     if are_splits(folders):
         raise TaskvecError(
@@ -247,7 +248,7 @@ def check_folders(root: Path) -> None:
 
 
 def class_files(folder: Path) -> dict[str, ClassFiles]:
-    """Return what lies in every class folder, by class name (in Unicode normal form C)."""
+    """Return the files of every class folder, by class name in Unicode normal form C."""
     classes = folders_in(folder) if folder.is_dir() else []
     if all(path.name.casefold() in IMAGES for path in classes):
         raise TaskvecError(
@@ -257,15 +258,15 @@ def class_files(folder: Path) -> dict[str, ClassFiles]:
     loose = sorted(p.name for p in folder.iterdir() if is_image(p.name) and not hidden(p.name) and p.is_file())
     if loose:
         raise TaskvecError(f"image '{folder / loose[0]}' is in no class folder", "move it into one or remove it")
-    found: dict[str, ClassFiles] = {}
+    files: dict[str, ClassFiles] = {}
     for path in classes:
         name = class_name(path)
-        if name in found:
+        if name in files:
             raise TaskvecError(
                 f"'{folder}' has two class folders named '{name}'", "one is spelt with combining accents: merge them"
             )
-        found[name] = image_files(path)
-    return found
+        files[name] = image_files(path)
+    return files
 
 
 def class_name(folder: Path) -> str:
@@ -281,28 +282,29 @@ def class_name(folder: Path) -> str:
 
 
 def image_files(folder: Path) -> ClassFiles:
-    """Return the images in a folder and below it (links are followed, hidden ones left out), in the order of names.
+    """Return the files of a class folder and those below it, in the order of names; links are followed.
 
-    Where no image lies in the folder itself and one within is called images, that holds them; masks are none.
+    Where no image lies in the folder itself, a folder in it named ``images`` holds them. Masks and hidden files are
+    left out.
     """
-    own = [p for p in folders_in(folder) if p.name.casefold() in IMAGES] if not holds_images(folder) else []
+    inner = [p for p in folders_in(folder) if p.name.casefold() in IMAGES] if not holds_images(folder) else []
     files = [Path(top) / name for top, _, names in visible(folder) for name in names if not name.startswith(".")]
     images = [path for path in files if is_image(path.name) and (path.is_file() or not path.exists())]
     images.sort(key=lambda path: path.relative_to(folder).as_posix())
 
-    def is_own(path: Path) -> bool:
+    def is_used(path: Path) -> bool:
         top = path.relative_to(folder).parts[:-1]
-        return folder / top[0] in own if own else not top or top[0].casefold() not in MASKS
+        return folder / top[0] in inner if inner else not top or top[0].casefold() not in MASKS
 
-    taken = [path for path in images if is_own(path)]
-    deeper = [path for path in taken if not own and path.parent != folder]
-    return ClassFiles(taken, deeper, sorted(set(images) - set(taken)), sorted(set(files) - set(images)))
+    used = [path for path in images if is_used(path)]
+    deeper = [path for path in used if not inner and path.parent != folder]
+    return ClassFiles(used, deeper, sorted(set(images) - set(used)), sorted(set(files) - set(images)))
 
 
 def visible(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Walk a folder and those below it that are not hidden, through links, each real folder once.
+    """Yield a folder and the visible ones below it as ``os.walk`` does, through links, each real folder once.
 
-    One that cannot be read raises: its images would be missing without a word.
+    A folder that cannot be read raises: its images would be missing without a word.
     """
     seen = set()
     for top, below, names in os.walk(folder, followlinks=True, onerror=_fail):
@@ -322,11 +324,10 @@ def _check_classes(folder: Path, files: dict[str, list[Path]], classes: tuple[st
     extra = sorted(set(files) - set(classes))
     if extra:
         raise TaskvecError(
-            f"class '{extra[0]}' is in '{folder}' but not in train/"
-            + (f" (and {len(extra) - 1} more)" if extra[1:] else ""),
+            f"class '{extra[0]}' is in '{folder}' but not in train/{and_more(extra)}",
             f"add training images for it, or remove it; {did_you_mean(extra[0], classes)}",
         )
-    empty = sorted(name for name, found in files.items() if not found)
+    empty = sorted(name for name, images in files.items() if not images)
     if training and empty:
         raise TaskvecError(
             f"class folder '{folder / empty[0]}' has no images",

@@ -1,4 +1,4 @@
-"""Captions of classes for zero-shot heads: published sentences for the paper's data sets, general ones for others.
+"""Prompts of classes for zero-shot heads: published sentences for the paper's data sets, general ones for others.
 
 The sentences are those of CLIP (arXiv 2103.00020, its repository's prompts), as task arithmetic (arXiv 2212.04089) uses
 them for these eight data sets.
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from taskvec.paper.tasks import key
 
 GENERAL = ("a photo of a {}.", "a photo of the {}.")
-"""The sentences of a data set that has none of its own."""
+"""The sentences for a data set without published ones."""
 _NUMBER = ('a photo of the number: "{}".',)
 _TEXTURES = tuple(f"a photo of {article} {{}} {noun}." for article in ("a", "the") for noun in
                   ("texture", "pattern", "thing", "object"))  # fmt: skip
@@ -42,15 +42,15 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Sentences by data set; {} stands for the name of a class."""
 OTHER_NAMES = {"stanfordcars": "cars", "eurosatsplits": "eurosat", "eurosatrgb": "eurosat", "nwpuresisc45": "resisc45"}
-"""Other names of data sets, without case and signs."""
+"""Other names of data sets, in lower case and without punctuation."""
 
 
 def templates_of(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the sentences of the first name that is a known data set's, in any case and signs, or the general ones."""
+    """Return the sentences of the first known data set among names, whatever their case and punctuation."""
     known = [OTHER_NAMES.get(key(name), key(name)) for name in names]
     return next((TEMPLATES[name] for name in known if name in TEMPLATES), GENERAL)
 
 
 def captions(classes: Sequence[str], data_set: Sequence[str]) -> list[list[str]]:
-    """Return every class in every sentence of its data set, by its names; underscores in names are spaces."""
+    """Return each class in all sentences of the data set, which has the given names; underscores become spaces."""
     return [[sentence.format(name.replace("_", " ")) for sentence in templates_of(data_set)] for name in classes]

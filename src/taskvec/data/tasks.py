@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,28 +17,27 @@ from jaxtyping import Int64, UInt8
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import fingerprint, read_json, write_json
 from taskvec.core.notes import listen, note
-from taskvec.core.task_types import CLASSIFICATION, KINDS
-from taskvec.core.training import Progress, no_progress
+from taskvec.core.progress import Progress, no_progress, share_of
+from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
 from taskvec.data import prompts as templates
 from taskvec.data.decoding import (
+    DecodedSplit,
     Whole,
-    Written,
     check_room,
-    dark,
-    doubles,
+    decoding_notes,
     read_whole,
-    skips,
-    twins,
     view_bytes,
     whole_bytes,
     write_views,
     write_whole,
 )
 from taskvec.data.folders import list_folder
-from taskvec.data.hf_datasets import address_parts, describe_hub, folder_of, list_hub
+from taskvec.data.hf_datasets import describe_hub, list_hub
+from taskvec.data.hf_tables import address_parts, folder_of
 from taskvec.data.images import Preprocessing
-from taskvec.data.index import SPLITS, Items, Labels, Listing, alike, pick, split_validation, warned
+from taskvec.data.index import Items, Labels, Listing, alike, pick
 from taskvec.data.paper_layouts import list_paper
+from taskvec.data.splits import SPLITS, seeded_choice, split_validation, warned
 from taskvec.data.torchvision_sets import list_own
 from taskvec.engine.pipeline import versions
 from taskvec.paper import tasks as papertasks
@@ -66,7 +64,7 @@ class Split:
 
     def sample(self, count: int) -> Split:
         """Return a seeded choice of at most ``count`` images."""
-        order = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
+        order = seeded_choice(len(self), count)
         return Split(self.images[order], self.labels[order])
 
 
@@ -285,7 +283,7 @@ def write_task(
     listing = few(list_whole(address, to, known), limit)
     total, before = sum(listing.sizes().values()), 0
     check_room(view_bytes(total, to.size), folder, f"{total} images of {default_name(address)}")
-    written: dict[str, Written] = {}
+    written: dict[str, DecodedSplit] = {}
     for split in SPLITS:
         count = len(listing.labels[split])
         ours = share_of(progress, before / total, count / total)
@@ -299,18 +297,11 @@ def write_task(
     if has_whole(address):
         check_kept(listing, written, address)
         write_json(folder / KEPT, kept_digest(listing, written["train"].kept))
-        told = (
-            skips(written),
-            dark(written),
-            doubles(written, listing.items, listing.labels),
-            twins(written, listing.items),
-        )
-        notes = [*listing.notes, *chain(*told)]
-        for line in notes:
+        for line in (*listing.notes, *decoding_notes(written, listing.items, listing.labels)):
             note(line)
 
 
-def check_kept(listing: Listing, written: dict[str, Written], address: str) -> None:
+def check_kept(listing: Listing, written: dict[str, DecodedSplit], address: str) -> None:
     """Raise if a class lost all its training images, or a split all its images, because none could be read."""
     kept = {split: listing.labels[split][one.kept] for split, one in written.items()}
     lost = sorted(set(listing.labels["train"].tolist()) - set(kept["train"].tolist()))
@@ -355,14 +346,9 @@ def check_unchanged(listing: Listing, known: Mapping[str, Any], address: str) ->
         )
 
 
-def share_of(progress: Progress, start: float, share: float) -> Progress:
-    """Return a report of progress within a part of the work."""
-    return lambda done: progress(start + share * done)
-
-
 def few(listing: Listing, limit: int | None) -> Listing:
     """Return a listing with a seeded choice of at most ``limit`` images a split."""
-    chosen = {split: _chosen(len(listing.labels[split]), limit) for split in SPLITS}
+    chosen = {split: seeded_choice(len(listing.labels[split]), limit) for split in SPLITS}
     items: dict[str, Items] = {split: pick(listing.items[split], indices) for split, indices in chosen.items()}
     labels: dict[str, Labels] = {split: listing.labels[split][indices] for split, indices in chosen.items()}
     return replace(listing, items=items, labels=labels)
@@ -372,19 +358,12 @@ def list_whole(address: str, to: Preprocessing, known: Mapping[str, Any] | None)
     """List a task's images and labels, unchanged; a view that cuts images may not have labels of patches."""
     listing = list_task(address)
     check_unchanged(listing, known or {}, address)
-    if KINDS[listing.kind].per_patch and to.crop < 1:
+    if TASK_TYPES[listing.kind].per_patch and to.crop < 1:
         raise TaskvecError(
             f"task '{address}' labels the patches of whole images, and the encoder sees {to.crop:.0%} of their side",
             "choose an encoder with a crop share of 1, or leave the task out",
         )
     return listing
-
-
-def _chosen(count: int, limit: int | None) -> Int64[np.ndarray, " chosen"]:
-    """Return all indices in order, or a seeded choice of ``limit``."""
-    if limit is None or count <= limit:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(0).permutation(count)[:limit])
 
 
 def read_task(folder: Path, name: str, whole: Path | None = None, mmap_mode: Literal["r"] | None = "r") -> Task:

@@ -70,14 +70,16 @@ class MultiTaskModel:
         self, features: Float[Tensor, "batch *patches width"], per_patch: bool = False
     ) -> dict[str, Float[Tensor, "batch *patches classes"]]:
         """Return the scores of every task that reads features of images, or of every patch."""
-        return {task: head.logits(features) for task, head in self.heads.items() if head.rules.per_patch == per_patch}
+        return {
+            task: head.logits(features) for task, head in self.heads.items() if head.task_type.per_patch == per_patch
+        }
 
     def scores(self, images: UInt8[np.ndarray, "count 3 size size"], tasks: Sequence[str]) -> dict[str, Tensor]:
         """Return the scores of tasks and of those that read the same features, from one pass for each kind."""
         if self.directions is not None:
             return {task: self.own_scores(images, task) for task in tasks}
         found: dict[str, Tensor] = {}
-        for per_patch in {self.heads[task].rules.per_patch for task in tasks}:
+        for per_patch in {self.heads[task].task_type.per_patch for task in tasks}:
             found |= self.logits(self.backbone.features(images, per_patch=per_patch), per_patch)
         return found
 
@@ -87,7 +89,7 @@ class MultiTaskModel:
         backbone, head, place = self.backbone, self.heads[task], list(self.heads).index(task)
         with backbone.at():
             vectors.move(backbone.bound, backbone.pretrained, [self.directions.of(place)], [self.about["scale"]])
-            return head.logits(backbone.features(images, per_patch=head.rules.per_patch))
+            return head.logits(backbone.features(images, per_patch=head.task_type.per_patch))
 
     def predict(self, images: Source | Iterable[Source], task: str | None = None) -> list[Prediction]:
         """Answer for one image, or for any number of them, by every task's head or by one task's.
@@ -122,7 +124,7 @@ class MultiTaskModel:
                         f"the model's scores of '{name}' for task '{task}' are no numbers: its weights are too large",
                         RESTORE,
                     )
-                yield Prediction(name, task, *self.heads[task].rules.answer(own, self.classes[task]))
+                yield Prediction(name, task, *self.heads[task].task_type.describe(own, self.classes[task]))
 
 
 def save_model(

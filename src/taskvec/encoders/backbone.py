@@ -20,7 +20,7 @@ from taskvec.core.compute import choose_device
 from taskvec.core.errors import TaskvecError, first_line
 from taskvec.core.files import Record, read_record, write_json
 from taskvec.core.notes import note
-from taskvec.core.training import Progress, no_progress
+from taskvec.core.progress import Progress, no_progress
 from taskvec.data.images import Preprocessing, normalise
 from taskvec.encoders import linearised as tangents
 from taskvec.encoders.addresses import default_name, parse

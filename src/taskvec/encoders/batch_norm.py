@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from taskvec.core.errors import TaskvecError
 from taskvec.data.images import normalise
+from taskvec.data.splits import seeded_choice
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.weights.flat import Entry, Weights, view
@@ -46,7 +47,7 @@ def mixed(tasks: Sequence[Task], count: int = IMAGES, seed: int = 0) -> Images:
     """Return a seeded choice of training images of all tasks, the same number of each, in one mixed order."""
     generator = np.random.default_rng(seed)
     share = min(count // len(tasks), *(len(task.train) for task in tasks))
-    chosen = [task.train.images[np.sort(generator.permutation(len(task.train))[:share])] for task in tasks]
+    chosen = [task.train.images[seeded_choice(len(task.train), share, generator)] for task in tasks]
     return np.concatenate(chosen)[generator.permutation(share * len(tasks))]
 
 

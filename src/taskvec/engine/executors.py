@@ -38,11 +38,6 @@ PATIENCE = 5.0
 """Seconds that a worker which no longer answers has to end."""
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def open_executor(workers: int) -> Executor:
     """Return an executor for that many steps at once; one worker means this process itself."""
     return Inline() if workers <= 1 else Processes(workers)

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from taskvec.core.training import Progress, no_progress
+from taskvec.core.progress import Progress, no_progress
 from taskvec.encoders.backbone import Backbone
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights

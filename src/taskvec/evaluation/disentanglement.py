@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
-from taskvec.core.training import Progress, no_progress
+from taskvec.core.progress import Progress, no_progress
 from taskvec.encoders.backbone import Backbone
 from taskvec.learning.heads import Head
 from taskvec.weights import vectors
@@ -39,7 +39,7 @@ class Errors:
 def predictions(backbone: Backbone, head: Head, images: Images) -> Int64[np.ndarray, " count *patches"]:
     """Return the predicted classes (of every patch, or sectors of angles) under the backbone's present weights."""
     predicted: Int64[np.ndarray, " count *patches"] = head.predict(
-        backbone.features(images, per_patch=head.rules.per_patch)
+        backbone.features(images, per_patch=head.task_type.per_patch)
     ).numpy()
     return predicted
 
@@ -173,9 +173,3 @@ def choose_pairs(names: Sequence[str], count: int, seed: int = 0) -> list[tuple[
         chosen.append(best)
         order.remove(best)
     return chosen
-
-
-def sample(images: Images, count: int, seed: int = 0) -> Images:
-    """Return a seeded choice of at most ``count`` images."""
-    order = np.random.default_rng(seed).permutation(len(images))[:count]
-    return np.ascontiguousarray(images[np.sort(order)])

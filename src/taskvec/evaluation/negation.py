@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import parse_scales
-from taskvec.core.training import Progress, no_progress
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation.scale_search import kept_curve

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Probe, coarse, parse_scales
-from taskvec.core.training import Progress, no_progress
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation.accuracy import normalised_accuracy

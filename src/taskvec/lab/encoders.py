@@ -1,4 +1,4 @@
-"""The lab's encoders by name: the weights that the package ships, and how each came to be."""
+"""The lab's encoders by name: the weights that the package ships, and the record of each pre-training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from taskvec.core.errors import TaskvecError, unknown
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Where the encoders that the package ships lie."""
+"""The folder of the encoders that the package ships."""
 DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
     {
         "supervised": "small ViT, pre-trained to classify 389 kinds of glyph that no task uses",
@@ -47,24 +47,24 @@ def text_path(name: str) -> Path | None:
 
 
 def has_text(name: str) -> bool:
-    """Say whether a lab encoder comes with a text encoder, so that captions can be its head."""
+    """Return whether a lab encoder comes with a text encoder, so that captions can be its head."""
     return text_path(name) is not None
 
 
 def record(name: str) -> dict[str, Any]:
-    """Return how a shipped encoder came to be: command, versions, figures, hash, architecture."""
+    """Return the record of a shipped encoder: command, versions, figures, hash, architecture."""
     file = path(name) or WEIGHTS / "supervised.safetensors"
     data: dict[str, Any] = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     return data
 
 
 def options(name: str) -> dict[str, Any]:
-    """Return what the encoder's module is made with; random weights have the supervised encoder's architecture."""
+    """Return the arguments of the encoder's module; random weights have the supervised encoder's architecture."""
     return dict(record(name)["architecture"])
 
 
 def split_step(name: str) -> tuple[str, int | None]:
-    """Split ``NAME@STEP`` of an encoder along its pre-training; without a step it is the finished one.
+    """Return name and step of ``NAME@STEP``, an encoder during its pre-training; None is the finished one.
 
     A step that is no number, or not in the run, raises.
     """

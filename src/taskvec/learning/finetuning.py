@@ -21,15 +21,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from taskvec.core.compute import Precision, autocast, choose_precision
 from taskvec.core.errors import TaskvecError
+from taskvec.core.machine import cores
+from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Finetune, Lora
-from taskvec.core.task_types import CLASSIFICATION, KINDS
-from taskvec.core.training import Group, Progress, Schedule, index_batches, no_progress, train
+from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
+from taskvec.core.training import Group, Schedule, index_batches, train
+from taskvec.data.augment import random_resized_crop
 from taskvec.data.decoding import Whole
-from taskvec.data.images import normalise, random_resized_crop
+from taskvec.data.images import normalise
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone, encode
-from taskvec.engine.executors import cores
 from taskvec.learning import lora as adapters
 from taskvec.learning.heads import Head, random_head
 from taskvec.weights.flat import Weights, bind
@@ -59,7 +61,7 @@ def training_batches(
     seed.
     """
     labels = torch.from_numpy(split.labels)
-    if split.whole is not None and KINDS[kind].crops:
+    if split.whole is not None and TASK_TYPES[kind].crops:
         size, device = backbone.preprocessing.size, backbone.device
         for indices, crops in cropped_batches(split.whole, batch_size, size, seed):
             yield normalise(torch.from_numpy(crops), backbone.preprocessing, device), labels[indices].to(device)
@@ -67,7 +69,7 @@ def training_batches(
     for indices in index_batches(len(split), batch_size, seed):
         images = torch.from_numpy(split.images[indices.numpy()])
         inputs = normalise(images, backbone.preprocessing, backbone.device)
-        cropped = random_resized_crop(inputs, generator) if KINDS[kind].crops else inputs
+        cropped = random_resized_crop(inputs, generator) if TASK_TYPES[kind].crops else inputs
         yield cropped, labels[indices].to(backbone.device)
 
 
@@ -172,7 +174,7 @@ def optimise(
     check_batch(module, images * len(tasks))
     chosen = training_precision(backbone, precision)
     heads = [head.on(backbone.device, learns=heads_learn) for head in heads]
-    per_patch = [head.rules.per_patch for head in heads]
+    per_patch = [head.task_type.per_patch for head in heads]
 
     def loss(batches: Sequence[Batch]) -> Float[Tensor, ""]:
         with autocast(chosen, backbone.device):

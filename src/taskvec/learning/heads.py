@@ -16,9 +16,10 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Probe
-from taskvec.core.task_types import CLASSIFICATION, KINDS, Kind
-from taskvec.core.training import Group, Progress, Schedule, index_batches, no_progress, train
+from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES, TaskType
+from taskvec.core.training import Group, Schedule, index_batches, train
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.weights.flat import read, read_metadata, save_tensors
@@ -47,9 +48,9 @@ class Head:
     up: Float[Tensor, "width rank"] | None = None
 
     @property
-    def rules(self) -> Kind:
-        """What its kind of task says of its scores."""
-        return KINDS[self.kind]
+    def task_type(self) -> TaskType:
+        """The type of its task, which says what its scores mean."""
+        return TASK_TYPES[self.kind]
 
     def logits(self, features: Features) -> Float[Tensor, "count *patches classes"]:
         """Return scores in float32, on the features' device."""
@@ -72,17 +73,17 @@ class Head:
     def predict(self, features: Features) -> Int64[Tensor, " count *patches"]:
         """Return the class of highest score, ties to the first; -1 (no class) where a score is NaN or infinite.
 
-        A head for regression gives the sector of the predicted angle (``kinds.sector``).
+        A head for regression gives the sector of the predicted angle (``task_types.sector``).
         """
-        return self.rules.decide(self.logits(features))
+        return self.task_type.predict(self.logits(features))
 
     def score(self, features: Features, labels: Labels) -> Shaped[Tensor, " count"]:
         """Return how right the head is on every image: true or false, or the share of patches."""
-        return self.rules.score(self.logits(features), labels)
+        return self.task_type.score(self.logits(features), labels)
 
     def loss(self, features: Features, labels: Labels) -> Float[Tensor, ""]:
         """Return the mean training loss."""
-        return self.rules.loss(self.logits(features), labels)
+        return self.task_type.loss(self.logits(features), labels)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def features_of(
 
     Raises where the encoder has another number of patches than are labelled.
     """
-    per_patch = KINDS[kind].per_patch
+    per_patch = TASK_TYPES[kind].per_patch
     features = backbone.features(split.images, progress=progress, per_patch=per_patch)
     if per_patch and features.shape[1] != split.labels.shape[1]:
         raise TaskvecError(

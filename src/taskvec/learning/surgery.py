@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Surgery
-from taskvec.core.training import Group, Progress, Schedule, index_batches, no_progress, train
+from taskvec.core.training import Group, Schedule, index_batches, train
 from taskvec.learning.heads import Features, Head
 
 

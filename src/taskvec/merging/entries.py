@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Bool, Float32
     from torch import Tensor
 
-    from taskvec.core.training import Progress
+    from taskvec.core.progress import Progress
     from taskvec.data.tasks import Task
     from taskvec.encoders.backbone import Backbone
     from taskvec.learning.heads import Head

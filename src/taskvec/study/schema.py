@@ -29,7 +29,6 @@ from taskvec.core.settings import (
     Surgery,
     check_distinct,
     parse_scales,
-    parsed_scales,
 )
 from taskvec.merging.registry import ADDITION, Recipe, find_recipe
 from taskvec.paper.numbers import MODELS
@@ -222,7 +221,7 @@ class MethodChoice(Choice):
     @classmethod
     def _parsed(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return tuple(parsed_scales(value))
+            return tuple(parse_scales(value))
         if not isinstance(value, list | tuple) or not value:
             raise ValueError("scales are start:stop:step or a list of numbers")
         if len(value) > MOST_SCALES:

@@ -20,6 +20,7 @@ from numpy import ndarray
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors
+from taskvec.core.formatting import bytes_text
 from taskvec.core.locks import beside, holding, workspace
 from taskvec.weights.reader import FLOATS, Checkpoint, Metadata, Shape, Stored, bits, open_file
 
@@ -187,7 +188,7 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise TaskvecError(
-            f"'{path}' needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB left",
+            f"'{path}' needs {bytes_text(needed)} and its disk has {bytes_text(free)} left",
             "free some space, or choose another disk",
         )
 

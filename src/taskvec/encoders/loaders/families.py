@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from taskvec.core.compute import seeded
 from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing
 from taskvec.encoders.addresses import PAPER, Checkpoint, parse, split_key
@@ -88,6 +88,4 @@ def load(asked: Request, family: Family) -> Loaded:
 def build(architecture: Mapping[str, Any]) -> nn.Module:
     """Make an encoder module with seeded random weights from its architecture record."""
     options = dict(architecture["options"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return BUILDERS[architecture["family"]](options)
+    return seeded(lambda: BUILDERS[architecture["family"]](options), 0)

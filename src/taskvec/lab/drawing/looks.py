@@ -1,11 +1,9 @@
-"""Looks: how ink becomes 32 x 32 colour images, in batches, every nuisance with a strength of its own."""
+"""Looks: the strengths of all nuisances with which ink masks become 32 x 32 colour images, and their drawing."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -16,17 +14,6 @@ from torch import Generator, Tensor
 
 IMAGE_SIZE = 32
 """Height and width of an image, in pixels."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread, so that the result does not depend on how many the caller uses."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

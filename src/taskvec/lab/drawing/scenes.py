@@ -1,4 +1,4 @@
-"""The lab's tasks with other labels than one class an image: ink, a class for every patch, and angle, a rotation."""
+"""The lab's tasks of other types: ``ink`` has a class for every patch, ``angle`` is the regression of a rotation."""
 
 from __future__ import annotations
 
@@ -37,41 +37,16 @@ UPRIGHT = DEJAVU_SANS[:2] + DEJAVU_MONO[:2] + DEJAVU_SERIF[:2] + STIX[:2]
 TURNABLE = tuple(map(ord, "FGKPR"))
 """Letters that look like themselves and one another at no angle but their own."""
 ROOM = 1.25
-"""How much smaller a letter is drawn to be turned, so that its corners stay inside."""
+"""The factor by which a letter is drawn smaller, so that its corners stay inside when it is turned."""
 
 INK_LOOK = Look(
-    turn=12,
-    shear=0.15,
-    shrink=0.5,
-    stretch=0.15,
-    shift=0.2,
-    weight=0.5,
-    outline=0.4,
-    warp=0.04,
-    fade=0.65,
-    colour=0.35,
-    dark=0.5,
-    gradient=0.3,
-    texture=0.1,
-    clutter=1.0,
-    blur=0.6,
-    noise=0.05,
-)
+    turn=12, shear=0.15, shrink=0.5, stretch=0.15, shift=0.2, weight=0.5, outline=0.4, warp=0.04, fade=0.65,
+    colour=0.35, dark=0.5, gradient=0.3, texture=0.1, clutter=1.0, blur=0.6, noise=0.05
+)  # fmt: skip
 ANGLE_LOOK = Look(
-    shrink=0.35,
-    shift=0.15,
-    weight=0.5,
-    outline=0.3,
-    hatch=0.6,
-    warp=0.03,
-    fade=0.6,
-    colour=0.4,
-    dark=0.5,
-    gradient=0.2,
-    texture=0.12,
-    blur=0.8,
-    noise=0.06,
-)
+    shrink=0.35, shift=0.15, weight=0.5, outline=0.3, hatch=0.6, warp=0.03, fade=0.6, colour=0.4, dark=0.5,
+    gradient=0.2, texture=0.12, blur=0.8, noise=0.06
+)  # fmt: skip
 Drawn = tuple[UInt8[Tensor, "count 3 32 32"], Tensor]
 
 
@@ -100,7 +75,7 @@ def draw_ink(
 def label_patches(
     ink: Float[Tensor, "batch 1 32 32"], clutter: Float[Tensor, "batch 1 32 32"]
 ) -> Int64[Tensor, "batch 16"]:
-    """Say what every patch shows, row by row: 0 ground, 1 the glyph, 2 clutter that the glyph does not hide."""
+    """Return the class of every patch, row by row: 0 ground, 1 the glyph, 2 clutter that the glyph does not hide."""
     shares = [F.avg_pool2d(layer, PATCH).flatten(1) for layer in (ink, clutter * (1 - ink))]
     glyph, stray = shares
     labels = torch.where(glyph >= stray, 1, 2)
@@ -126,7 +101,7 @@ def turned(masks: Float[Tensor, "batch 40 40"], angles: Float[Tensor, " batch"])
 
 @dataclass(frozen=True)
 class Scene:
-    """A task: what it shows, its kind, the names of its classes (or of a head's outputs), and how it is drawn."""
+    """A task: its description, its type, the names of its classes (or of a head's outputs), and how it is drawn."""
 
     description: str
     kind: str

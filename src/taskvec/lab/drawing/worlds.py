@@ -1,4 +1,4 @@
-"""The lab's tasks: the eight with a class an image here (which classes, fonts and look), and those of ``scenes``."""
+"""The lab's tasks by name: eight of one class an image, their classes, fonts and looks, and those of ``scenes``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Int64, Shaped, UInt8
 from torch import Generator, Tensor
 
+from taskvec.core.compute import threads
 from taskvec.core.errors import TaskvecError, unknown
 from taskvec.core.task_types import CLASSIFICATION
 from taskvec.lab.drawing.glyphs import (
@@ -27,13 +29,13 @@ from taskvec.lab.drawing.glyphs import (
     font_masks,
     mask_table,
 )
-from taskvec.lab.drawing.looks import IMAGE_SIZE, Look, compose, one_thread, paint, stream
+from taskvec.lab.drawing.looks import IMAGE_SIZE, Look, compose, paint, stream
 from taskvec.lab.drawing.scenes import SCENES
 from taskvec.lab.drawing.textures import FIELDS, texture_ink
 
 SPLITS = ("train", "test")
 VERSION = 1
-"""Raise it when the same task, split, count and seed would give other images: finished work is kept under it."""
+"""The version of the drawing: raise it when the same task, split, count and seed would give other images."""
 CHUNK = 500
 """Images that are drawn at a time."""
 TEST_DIGITS = 500
@@ -61,115 +63,41 @@ class Script:
     look: Look
 
 
+STREET_LOOK = Look(
+    turn=12, shear=0.15, shrink=0.4, stretch=0.15, shift=0.15, weight=0.5, outline=0.6, warp=0.04, fade=0.65,
+    colour=0.35, dark=0.5, gradient=0.3, texture=0.1, clutter=1.0, blur=0.6, noise=0.05
+)  # fmt: skip
+GREEK_LOOK = Look(
+    turn=10, shear=0.15, shrink=0.5, stretch=0.15, shift=0.2, weight=0.6, hatch=1.0, warp=0.05, fade=0.65,
+    colour=0.05, dark=1.0, gradient=0.2, texture=0.04, blur=1.0, noise=0.08
+)  # fmt: skip
+CHALK_LOOK = Look(
+    turn=12, shear=0.2, shrink=0.35, stretch=0.15, shift=0.12, weight=0.6, warp=0.06, fade=0.4, colour=0.08,
+    gradient=0.1, texture=0.05, occlusion=0.5, blur=0.4, noise=0.12
+)  # fmt: skip
+ARMENIAN_LOOK = Look(
+    turn=12, shear=0.15, shrink=0.35, stretch=0.15, shift=0.15, weight=0.5, outline=0.5, hatch=0.8, warp=0.04,
+    fade=0.55, colour=0.5, dark=0.5, gradient=0.2, texture=0.16, blur=0.5, noise=0.05
+)  # fmt: skip
+SIGNS_LOOK = Look(
+    turn=12, shear=0.1, shrink=0.5, stretch=0.1, shift=0.15, weight=0.5, outline=0.5, hatch=0.6, warp=0.04, fade=0.6,
+    colour=0.4, dark=0.5, gradient=0.2, texture=0.15, disc=1.0, blur=0.8, noise=0.06
+)  # fmt: skip
+FONTS_LOOK = Look(turn=4, shrink=0.2, shift=0.08, fade=0.4, colour=0.3, dark=0.5, gradient=0.1, blur=0.2, noise=0.03)
+TEXTURES_LOOK = Look(fade=0.7, colour=0.4, dark=0.5, gradient=0.3, occlusion=0.2, blur=0.6, noise=0.15)
+
 SCRIPTS = {
-    "street": Script(
-        CAPITALS,
-        Look(
-            turn=12,
-            shear=0.15,
-            shrink=0.4,
-            stretch=0.15,
-            shift=0.15,
-            weight=0.5,
-            outline=0.6,
-            warp=0.04,
-            fade=0.65,
-            colour=0.35,
-            dark=0.5,
-            gradient=0.3,
-            texture=0.1,
-            clutter=1.0,
-            blur=0.6,
-            noise=0.05,
-        ),
-    ),
-    "greek": Script(
-        tuple(cp for cp in range(0x3B1, 0x3CA) if cp != 0x3C2),
-        Look(
-            turn=10,
-            shear=0.15,
-            shrink=0.5,
-            stretch=0.15,
-            shift=0.2,
-            weight=0.6,
-            hatch=1.0,
-            warp=0.05,
-            fade=0.65,
-            colour=0.05,
-            dark=1.0,
-            gradient=0.2,
-            texture=0.04,
-            blur=1.0,
-            noise=0.08,
-        ),
-    ),
-    "chalk": Script(
-        tuple(range(0x410, 0x430)),
-        Look(
-            turn=12,
-            shear=0.2,
-            shrink=0.35,
-            stretch=0.15,
-            shift=0.12,
-            weight=0.6,
-            warp=0.06,
-            fade=0.4,
-            colour=0.08,
-            gradient=0.1,
-            texture=0.05,
-            occlusion=0.5,
-            blur=0.4,
-            noise=0.12,
-        ),
-    ),
-    "armenian": Script(
-        tuple(range(0x531, 0x557)),
-        Look(
-            turn=12,
-            shear=0.15,
-            shrink=0.35,
-            stretch=0.15,
-            shift=0.15,
-            weight=0.5,
-            outline=0.5,
-            hatch=0.8,
-            warp=0.04,
-            fade=0.55,
-            colour=0.5,
-            dark=0.5,
-            gradient=0.2,
-            texture=0.16,
-            blur=0.5,
-            noise=0.05,
-        ),
-    ),
+    "street": Script(CAPITALS, STREET_LOOK),
+    "greek": Script(tuple(cp for cp in range(0x3B1, 0x3CA) if cp != 0x3C2), GREEK_LOOK),
+    "chalk": Script(tuple(range(0x410, 0x430)), CHALK_LOOK),
+    "armenian": Script(tuple(range(0x531, 0x557)), ARMENIAN_LOOK),
     "signs": Script(
         (*range(0x2190, 0x219A), *range(0x21B0, 0x21B4), 0x21B6, 0x21B7, 0x21BA, 0x21BB, *range(0x21D0, 0x21D6)),
-        Look(
-            turn=12,
-            shear=0.1,
-            shrink=0.5,
-            stretch=0.1,
-            shift=0.15,
-            weight=0.5,
-            outline=0.5,
-            hatch=0.6,
-            warp=0.04,
-            fade=0.6,
-            colour=0.4,
-            dark=0.5,
-            gradient=0.2,
-            texture=0.15,
-            disc=1.0,
-            blur=0.8,
-            noise=0.06,
-        ),
+        SIGNS_LOOK,
     ),
 }
 """The tasks whose classes are code points, drawn in every text font."""
 
-FONTS_LOOK = Look(turn=4, shrink=0.2, shift=0.08, fade=0.4, colour=0.3, dark=0.5, gradient=0.1, blur=0.2, noise=0.03)
-TEXTURES_LOOK = Look(fade=0.7, colour=0.4, dark=0.5, gradient=0.3, occlusion=0.2, blur=0.6, noise=0.15)
 DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
     {
         "digits": "handwritten digits, light on dark: scikit-learn's 1797 real images, enlarged",
@@ -183,7 +111,7 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         **{name: scene.description for name, scene in SCENES.items()},
     }
 )
-"""What every task shows, by name."""
+"""The description of every task by name."""
 TASKS: tuple[str, ...] = tuple(name for name in DESCRIPTIONS if name not in SCENES)
 """The tasks with a class an image."""
 
@@ -247,23 +175,28 @@ def draw_batch(task: str, labels: Int64[Tensor, " batch"], generator: Generator)
 
 
 @cache
-def digit_split() -> dict[str, Int64[np.ndarray, " images"]]:
-    """Divide scikit-learn's 1797 handwritten digits, class by class and always alike: 1297 to train, 500 to test."""
+def handwritten_digits() -> Any:
+    """Return scikit-learn's 1797 digits: images of 8 x 8 pixels and 17 greys, with their labels."""
     from sklearn.datasets import load_digits
+
+    return load_digits()
+
+
+@cache
+def digit_split() -> dict[str, Int64[np.ndarray, " images"]]:
+    """Return the indices of 1297 handwritten digits to train and 500 to test, divided by class and a fixed seed."""
     from sklearn.model_selection import train_test_split
 
-    target = load_digits().target
+    target = handwritten_digits().target
     train, test = train_test_split(np.arange(len(target)), test_size=TEST_DIGITS, stratify=target, random_state=0)
     return {"train": train, "test": test}
 
 
 def digit_sources(split: str, count: int, seed: int) -> Int64[np.ndarray, " images"]:
-    """Choose up to ``count`` of a split's handwritten digits in a random order, as many of each class as can be."""
-    from sklearn.datasets import load_digits
-
+    """Return the indices of up to ``count`` of a split's digits in random order, balanced over the classes."""
     indices = digit_split()[split]
     indices = indices[torch.randperm(len(indices), generator=stream("digits", split, count, seed)).numpy()]
-    target = load_digits().target[indices]
+    target = handwritten_digits().target[indices]
     turn = np.array([(target[:place] == label).sum() for place, label in enumerate(target)])
     chosen: Int64[np.ndarray, " images"] = indices[np.argsort(turn, kind="stable")[:count]]
     return chosen
@@ -271,9 +204,7 @@ def digit_sources(split: str, count: int, seed: int) -> Int64[np.ndarray, " imag
 
 def draw_digits(split: str, count: int, seed: int) -> tuple[UInt8[Tensor, "images 3 32 32"], Int64[Tensor, " images"]]:
     """Enlarge handwritten digits of 8 x 8 pixels and 17 greys to the lab's images, light on dark."""
-    from sklearn.datasets import load_digits
-
-    digits, sources = load_digits(), digit_sources(split, count, seed)
+    digits, sources = handwritten_digits(), digit_sources(split, count, seed)
     small = torch.from_numpy(digits.images[sources]).float()[:, None] / 16
     large = F.interpolate(small, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False)
     grey = (large.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -313,7 +244,7 @@ def draw(
         raise unknown("lab split", split, SPLITS)
     if count < 1:
         raise TaskvecError(f"cannot draw {count} images of '{task}'", "ask for one or more")
-    with one_thread():
+    with threads(1):
         drawing = draw_digits if task == "digits" else partial(draw_scenes if task in SCENES else draw_glyphs, task)
         images, labels = drawing(split, count, seed)
     return images.numpy(), labels.numpy()

@@ -12,14 +12,14 @@ from jaxtyping import Float, Int64
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from taskvec.core.compute import seeded, threads
 from taskvec.core.errors import TaskvecError
-from taskvec.core.training import Group
 from taskvec.lab import encoders
 from taskvec.lab.drawing.glyphs import caption
-from taskvec.lab.drawing.looks import one_thread, stream
+from taskvec.lab.drawing.looks import stream
 from taskvec.lab.pretraining import objective
 from taskvec.lab.pretraining.corpus import captioned_code_points, draw_captioned, held_out_code_points
-from taskvec.lab.pretraining.objective import BATCH, LEARNING_RATE, difficulty, features, normalised, seeded
+from taskvec.lab.pretraining.objective import BATCH, Objective, features, normalised
 from taskvec.lab.vit import Block, VisionTransformer
 
 POOL = 312
@@ -106,7 +106,7 @@ def text_features(name: str, captions: Sequence[str]) -> Float[Tensor, "captions
     without captions, an unknown word or more than eight words raise ``TaskvecError``.
     """
     text = load_text(name)
-    with one_thread():
+    with threads(1):
         features: Tensor = text(text.look_up(captions))
     return features
 
@@ -116,7 +116,7 @@ def logit_scale(name: str) -> float:
     return float(load_text(name).scale())
 
 
-class Contrastive:
+class Contrastive(Objective[Batch]):
     """Tell which caption goes with which image; the code points of one batch are distinct, so others are negatives.
 
     Every image is new (as good as for LAION-2B), or, with ``few``, one of 19968 scenes that are shown again and again:
@@ -125,15 +125,11 @@ class Contrastive:
 
     def __init__(self, steps: int, seed: int, few: bool = False) -> None:
         """Make image and text encoder from ``seed`` and look up all captions."""
-        self.steps, self.seed, self.few = steps, seed, few
+        super().__init__("contrastive", steps, seed)
+        self.few = few
         self.encoder, self.text = seeded(lambda: (VisionTransformer(), TextEncoder(vocabulary())), seed)
         self.modules = nn.ModuleList([self.encoder, self.text])
-        self.generator = stream("contrastive", "train", seed)
         self.captions = self.text.look_up([caption(code_point) for code_point in captioned_code_points()])
-
-    def groups(self) -> list[Group]:
-        """Train image and text encoder and the logit scale alike."""
-        return [Group(list(self.modules.parameters()), LEARNING_RATE)]
 
     def batch(self, step: int) -> Batch:
         """Draw images of distinct code points with their captions, new ones or a batch of the pool."""
@@ -142,18 +138,15 @@ class Contrastive:
             index = int(torch.randint(POOL, (), generator=generator))
             generator = stream("contrastive", "pool", self.seed, index)
         labels = torch.randperm(len(self.captions), generator=generator)[:BATCH]
-        return normalised(draw_captioned(labels, difficulty(step, self.steps), generator)), self.captions[labels]
+        return normalised(draw_captioned(labels, self.difficulty(step), generator)), self.captions[labels]
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """Return the symmetric InfoNCE loss."""
         return info_nce(F.normalize(self.encoder(batch[0]), dim=1), self.text(batch[1]), self.text.scale())
 
-    def after_step(self, step: int) -> None:
-        """Do nothing."""
-
     def figures(self) -> dict[str, float]:
         """Measure zero-shot accuracy on new images of seen code points and of the held-out combinations."""
-        generator = stream("contrastive", "held out", self.seed)
+        generator = self.held_out()
         unseen = self.text.look_up([caption(code_point) for code_point in held_out_code_points()])
         return {
             "captions": len(self.captions),

@@ -1,4 +1,4 @@
-"""What the encoders are pre-trained on: glyphs that share no shape with a task; with captions, the tasks' own too."""
+"""The images of pre-training: glyphs that share no shape with a task, and for captions the tasks' glyphs too."""
 
 from __future__ import annotations
 
@@ -58,29 +58,14 @@ TASK_WORDS = frozenset({"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "DIGIT", "NUMB
 CATEGORIES = frozenset({"Lu", "Ll", "Lo", "Nd", "No", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "So"})
 """Unicode categories of what stands alone: letters without modifiers, numbers, punctuation, symbols."""
 PRETRAINING_LOOK = Look(
-    turn=12,
-    shear=0.15,
-    shrink=0.45,
-    stretch=0.15,
-    shift=0.15,
-    weight=0.6,
-    warp=0.04,
-    fade=0.65,
-    colour=0.4,
-    dark=0.5,
-    gradient=0.25,
-    texture=0.12,
-    clutter=0.4,
-    occlusion=0.25,
-    disc=0.2,
-    blur=0.8,
-    noise=0.1,
-)
+    turn=12, shear=0.15, shrink=0.45, stretch=0.15, shift=0.15, weight=0.6, warp=0.04, fade=0.65, colour=0.4,
+    dark=0.5, gradient=0.25, texture=0.12, clutter=0.4, occlusion=0.25, disc=0.2, blur=0.8, noise=0.1
+)  # fmt: skip
 """The full difficulty of the pre-training images, which the curriculum reaches."""
 
 
 def tied_to_task(code_point: int) -> bool:
-    """Say whether a code point is a task's, is made of one (accents, circles), or is named after a task's script."""
+    """Return whether a code point is a task's, is composed of one (accents, circles), or is named after its script."""
     name = unicodedata.name(chr(code_point), "")
     parts = {ord(part) for part in unicodedata.normalize("NFKD", chr(code_point))}
     words = set(name.replace("-", " ").split())
@@ -88,29 +73,29 @@ def tied_to_task(code_point: int) -> bool:
 
 
 def standard_rows(code_points: Iterable[int]) -> tuple[list[int], Float[Tensor, "drawn 1600"]]:
-    """Draw code points in one font; return those it has and their masks with zero mean and unit length."""
+    """Return the code points that one font has, and their masks with zero mean and unit length."""
     drawn = [(code_point, glyph_mask(TEXT_FONTS[0], code_point)) for code_point in code_points]
-    kept = [(code_point, mask) for code_point, mask in drawn if mask is not None]
-    rows = torch.from_numpy(np.stack([mask for _, mask in kept])).flatten(1).float()
+    available = [(code_point, mask) for code_point, mask in drawn if mask is not None]
+    rows = torch.from_numpy(np.stack([mask for _, mask in available])).flatten(1).float()
     rows = rows - rows.mean(1, keepdim=True)
-    return [code_point for code_point, _ in kept], rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    return [code_point for code_point, _ in available], rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
 
 def without_look_alikes(candidates: Iterable[int], taken: Iterable[int]) -> list[int]:
-    """Leave out every candidate that looks like a code point in ``taken`` or like a candidate before it."""
+    """Return the candidates that look like no code point in ``taken`` and like no candidate before them."""
     _, others = standard_rows(taken)
     names, rows = standard_rows(candidates)
     shared = (rows @ others.T).amax(1) >= LOOK_ALIKE
     alike = rows @ rows.T >= LOOK_ALIKE
-    kept: list[int] = []
+    distinct: list[int] = []
     for index in range(len(names)):
-        if not shared[index] and not alike[index, kept].any():
-            kept.append(index)
-    return [names[index] for index in kept]
+        if not shared[index] and not alike[index, distinct].any():
+            distinct.append(index)
+    return [names[index] for index in distinct]
 
 
 def spread(items: Sequence[int], most: int) -> list[int]:
-    """Keep at most ``most`` of the items, evenly spaced."""
+    """Return at most ``most`` of the items, evenly spaced."""
     count = min(most, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from taskvec.core.compute import seeded
 from taskvec.core.training import Group
-from taskvec.lab.drawing.looks import IMAGE_SIZE, stream, uniform
+from taskvec.lab.drawing.looks import IMAGE_SIZE, uniform
 from taskvec.lab.pretraining import objective
 from taskvec.lab.pretraining.corpus import draw_pretraining
-from taskvec.lab.pretraining.objective import LEARNING_RATE, difficulty, features, normalised, seeded
+from taskvec.lab.pretraining.objective import LEARNING_RATE, Objective, features, normalised
 from taskvec.lab.vit import VisionTransformer
 
 BATCH = 64
@@ -142,15 +143,16 @@ class Modules(nn.Module):
             slow.lerp_(fast, 1 - momentum)
 
 
-class SelfDistillation:
+class SelfDistillation(Objective[Views]):
     """The student predicts from one view what the teacher sees in another; the teacher's encoder ships."""
+
+    modules: Modules
 
     def __init__(self, steps: int, seed: int) -> None:
         """Make student and teacher from ``seed``."""
-        self.steps, self.seed = steps, seed
+        super().__init__("dino", steps, seed)
         self.modules = seeded(Modules, seed)
         self.encoder = self.modules.teacher.encoder
-        self.generator = stream("dino", "train", seed)
 
     def groups(self) -> list[Group]:
         """Train the student alone."""
@@ -158,7 +160,7 @@ class SelfDistillation:
 
     def batch(self, step: int) -> Views:
         """Draw images of the few classes and look at each several times; images and crops go from easy to hard."""
-        level = difficulty(step, self.steps)
+        level = self.difficulty(step)
         images = normalised(draw_pretraining(BATCH, HARDEST * level, self.generator, few=True)[0])
         wide = self.views(images.repeat(2, 1, 1, 1), IMAGE_SIZE, eased(GLOBAL_AREA, level))
         return wide, self.views(images.repeat(LOCALS, 1, 1, 1), LOCAL_SIZE, eased(LOCAL_AREA, level))
@@ -183,7 +185,7 @@ class SelfDistillation:
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         """Measure on hard images of another stream how often the nearest other image is of the same class."""
-        images, labels = draw_pretraining(objective.HELD_OUT, 1.0, stream("dino", "held out", self.seed), few=True)
+        images, labels = draw_pretraining(objective.HELD_OUT, 1.0, self.held_out(), few=True)
         rows = F.normalize(features(self.encoder, images))
         nearest = (rows @ rows.T).fill_diagonal_(-1).argmax(1)
         return {"held_out_nearest": float((labels[nearest] == labels).float().mean())}

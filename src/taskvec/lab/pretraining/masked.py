@@ -6,11 +6,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Generator, Tensor, nn
 
-from taskvec.core.training import Group
-from taskvec.lab.drawing.looks import stream
+from taskvec.core.compute import seeded
 from taskvec.lab.pretraining import objective
 from taskvec.lab.pretraining.corpus import draw_pretraining
-from taskvec.lab.pretraining.objective import BATCH, LEARNING_RATE, difficulty, normalised, seeded
+from taskvec.lab.pretraining.objective import BATCH, Objective, normalised
 from taskvec.lab.vit import Block, VisionTransformer, sine_positions
 
 MASKED = 8
@@ -66,28 +65,23 @@ class Decoder(nn.Module):
         return pixels
 
 
-class MaskedAutoencoder:
+class MaskedAutoencoder(Objective[Batch]):
     """Mean squared error on the standardised pixels of the hidden patches; the encoder gets the visible ones only."""
 
     def __init__(self, steps: int, seed: int) -> None:
         """Make encoder and decoder from ``seed``."""
-        self.steps, self.seed = steps, seed
+        super().__init__("mae", steps, seed)
         self.encoder, self.decoder = seeded(self.make, seed)
         self.modules = nn.ModuleList([self.encoder, self.decoder])
-        self.generator = stream("mae", "train", seed)
 
     def make(self) -> tuple[VisionTransformer, Decoder]:
         """Make the encoder, then the decoder."""
         encoder = VisionTransformer()
         return encoder, Decoder(encoder)
 
-    def groups(self) -> list[Group]:
-        """Train encoder and decoder alike."""
-        return [Group(list(self.modules.parameters()), LEARNING_RATE)]
-
     def batch(self, step: int) -> Batch:
         """Draw images of the few classes, from clean to full difficulty, and what to hide of each."""
-        return self.draw(BATCH, difficulty(step, self.steps), self.generator)
+        return self.draw(BATCH, self.difficulty(step), self.generator)
 
     def draw(self, count: int, difficulty: float, generator: Generator) -> Batch:
         """Draw images and orders of their patches."""
@@ -110,12 +104,9 @@ class MaskedAutoencoder:
         truth = choose(standardised(self.encoder.patches(images)), hidden)
         return (guess - truth).square().mean()
 
-    def after_step(self, step: int) -> None:
-        """Do nothing."""
-
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
         """Measure the error on clean and on hard images of another random stream."""
-        generator = stream("mae", "held out", self.seed)
+        generator = self.held_out()
         clean, hard = (self.draw(objective.HELD_OUT, level, generator) for level in (0.0, 1.0))
         return {"held_out_error_clean": float(self.loss(clean)), "held_out_error": float(self.loss(hard))}

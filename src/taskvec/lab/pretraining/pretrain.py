@@ -1,4 +1,4 @@
-"""Pre-training of the lab's encoders: every recipe by name, one thread, a file and its record, resumable."""
+"""Pre-training of the lab's encoders: recipes by name, resumable on one thread, with a record beside the weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from taskvec.core.compute import threads
 from taskvec.core.errors import TaskvecError, unknown
 from taskvec.core.files import disk_errors
 from taskvec.core.locks import replacing, workspace
 from taskvec.core.notes import note
-from taskvec.core.training import Progress, Schedule, make_optimizer, no_progress, train
+from taskvec.core.progress import Progress, no_progress
+from taskvec.core.training import Schedule, make_optimizer, train
 from taskvec.engine.publishing import check_names, settle
-from taskvec.lab.drawing.looks import one_thread
 from taskvec.lab.pretraining.contrastive import Contrastive
 from taskvec.lab.pretraining.distillation import SelfDistillation
 from taskvec.lab.pretraining.masked import MaskedAutoencoder
@@ -36,7 +37,7 @@ from taskvec.lab.vit import VisionTransformer
 MEAN = STD = (0.5, 0.5, 0.5)
 """Mean and standard deviation of the pixels, by which images are normalised before they enter an encoder."""
 EVERY = 100
-"""Steps after which a checkpoint is written."""
+"""Steps between two checkpoints."""
 
 Facts = dict[str, Any]
 
@@ -48,7 +49,7 @@ class Pretraining:
     objective: Callable[[int, int], Objective[Any]]
     steps: int
     version: int = 1
-    """The version of the recipe's meaning: raise it when the same steps and seed would give other weights."""
+    """The version of the recipe: raise it when the same steps and seed would give other weights."""
 
 
 PRETRAININGS: Mapping[str, Pretraining] = MappingProxyType(
@@ -77,7 +78,7 @@ class Run:
         self.seconds = 0.0
 
     def loss(self, batch: Any) -> Tensor:
-        """Return the loss of a batch and note it."""
+        """Return the loss of a batch, and add it to the losses so far."""
         loss = self.objective.loss(batch)
         self.losses.append(float(loss.detach()))
         return loss
@@ -116,7 +117,7 @@ class Run:
         }
 
     def restore(self, state: Facts) -> None:
-        """Go back to where ``state`` was taken."""
+        """Return to the moment at which ``state`` was taken."""
         self.objective.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.generator.set_state(state["generator"])
@@ -124,20 +125,20 @@ class Run:
 
 
 class Checkpoint:
-    """The file in which an unfinished run waits; one of another command or of other versions is not taken up."""
+    """The file of an unfinished run; one of another command or of other versions is not resumed."""
 
     def __init__(self, path: Path, command: str, recipe: int) -> None:
-        """Keep the state of ``command`` by a version of its recipe at ``path``."""
+        """Name the file and what identifies its run: the command, the version of its recipe, the packages."""
         self.path = path
         self.key = {"command": command, "recipe": recipe, **versions()}
 
     def write(self, run: Run) -> None:
-        """Replace the file as a whole."""
+        """Write the state of a run; the file is replaced as a whole."""
         with replacing(self.path) as new:
             torch.save({"key": self.key, **run.state()}, new)
 
     def read(self) -> Facts | None:
-        """Return the state that is kept, if it is whole and of this run."""
+        """Return the saved state, or None where it is damaged, missing or of another run."""
         try:
             state: Facts = torch.load(self.path, weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
@@ -148,8 +149,8 @@ class Checkpoint:
         return None
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all; another one of its name is kept aside."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all; a different file of its name is moved aside."""
     with workspace(path) as fresh:
         (fresh / path.name).write_bytes(data)
         settle(fresh, path.parent, path.name)
@@ -169,15 +170,15 @@ def round_to_half(module: nn.Module) -> None:
 
 
 def half_bytes(module: nn.Module) -> bytes:
-    """Write a module's weights as a safetensors file in float16."""
+    """Return a module's weights as the bytes of a safetensors file in float16."""
     return save({key: tensor.half().contiguous() for key, tensor in module.state_dict().items()})
 
 
 def write_encoder(encoder: VisionTransformer, folder: Path, name: str, facts: Mapping[str, Any]) -> Path:
     """Write ``NAME.safetensors`` in float16, then ``NAME.json`` with ``facts`` and what belongs to the file itself."""
     path, data = folder / f"{name}.safetensors", half_bytes(encoder)
-    replace(path, data)
-    known = {
+    write_bytes(path, data)
+    record = {
         **facts,
         "versions": versions(),
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -185,16 +186,16 @@ def write_encoder(encoder: VisionTransformer, folder: Path, name: str, facts: Ma
         "mean": MEAN,
         "std": STD,
     }
-    replace(path.with_suffix(".json"), (json.dumps(known, indent=2) + "\n").encode())
+    write_bytes(path.with_suffix(".json"), (json.dumps(record, indent=2) + "\n").encode())
     return path
 
 
-def write_text(objective: Objective[Any], folder: Path, name: str) -> Facts:
-    """Write the text encoder of a contrastive objective as ``NAME.text.safetensors``; return what the record says."""
+def write_text_encoder(objective: Objective[Any], folder: Path, name: str) -> Facts:
+    """Write the text encoder of a contrastive objective as ``NAME.text.safetensors``; return its part of the record."""
     if not isinstance(objective, Contrastive):
         return {}
     data = half_bytes(objective.text)
-    replace(folder / f"{name}.text.safetensors", data)
+    write_bytes(folder / f"{name}.text.safetensors", data)
     return {"text_sha256": hashlib.sha256(data).hexdigest(), "vocabulary": " ".join(objective.text.indices)}
 
 
@@ -211,18 +212,18 @@ def finish(run: Run, name: str, out: Path, seed: int) -> Path:
     figures = {"final_loss": mean_of_last(run.losses), **objective.figures()}
     facts = {
         "command": command(name, steps, seed),
-        "recipe": checked(name).version,
+        "recipe": recipe_of(name).version,
         "seed": seed,
         "steps": steps,
         "threads": 1,
         "seconds": round(run.seconds + time.process_time() - begin, 1),
         "figures": figures,
-        **write_text(objective, out, name),
+        **write_text_encoder(objective, out, name),
     }
     return write_encoder(objective.encoder, out, name, facts)
 
 
-def checked(name: str) -> Pretraining:
+def recipe_of(name: str) -> Pretraining:
     """Return a recipe by name; an unknown name raises with the nearest."""
     if name not in PRETRAININGS:
         raise unknown("pre-trained lab encoder", name, PRETRAININGS)
@@ -236,43 +237,43 @@ def pretrain(name: str, out: Path, steps: int | None = None, seed: int = 0, prog
     started again: it continues from ``.NAME.checkpoint`` in ``out``. An unknown name, a full disk and a file in the
     place of the folder raise.
     """
-    recipe = checked(name)
+    recipe = recipe_of(name)
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise TaskvecError(f"cannot pre-train for {steps} steps", "ask for one or more")
     check_names(out, (f"{name}.safetensors", f"{name}.json", f"{name}.text.safetensors"))
     checkpoint = Checkpoint(out / f".{name}.checkpoint", command(name, steps, seed), recipe.version)
-    with disk_errors(out), one_thread():
+    with disk_errors(out), threads(1):
         out.mkdir(parents=True, exist_ok=True)
         run = Run(recipe, steps, seed)
         if state := checkpoint.read():
             run.restore(state)
 
-        def keep(step: int) -> None:
+        def save_state(step: int) -> None:
             if (step + 1) % EVERY == 0:
                 checkpoint.write(run)
 
-        run.advance(steps, keep, progress)
+        run.advance(steps, save_state, progress)
         path = finish(run, name, out, seed)
         checkpoint.path.unlink(missing_ok=True)
     return path
 
 
 def is_made(name: str, out: Path, steps: int | None = None, seed: int = 0) -> bool:
-    """Say whether the folder ``out`` holds an encoder, whole and made by the same command."""
+    """Return whether the folder ``out`` holds an undamaged encoder made by the same command."""
     path = out / f"{name}.safetensors"
     try:
-        known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         digests = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        if "text_sha256" in known:
+        if "text_sha256" in record:
             text = path.with_suffix(".text.safetensors")
             digests["text_sha256"] = hashlib.sha256(text.read_bytes()).hexdigest()
     except (OSError, ValueError, TypeError):
         return False
-    recipe = checked(name)
+    recipe = recipe_of(name)
     made_by = command(name, recipe.steps if steps is None else steps, seed)
     wanted = {**digests, "command": made_by, "recipe": recipe.version}
-    return isinstance(known, dict) and all(known.get(key) == value for key, value in wanted.items())
+    return isinstance(record, dict) and all(record.get(key) == value for key, value in wanted.items())
 
 
 def snapshot(name: str, step: int) -> VisionTransformer:
@@ -281,10 +282,10 @@ def snapshot(name: str, step: int) -> VisionTransformer:
     Step 0 is its random start, the last step the shipped encoder. It is trained again up to there. A step outside the
     run raises.
     """
-    recipe = checked(name)
+    recipe = recipe_of(name)
     if not 0 <= step <= recipe.steps:
         raise TaskvecError(f"'{name}' has no step {step}", f"choose 0 to {recipe.steps}")
-    with one_thread():
+    with threads(1):
         run = Run(recipe, recipe.steps, 0)
         run.advance(step, lambda _: None)
     round_to_half(run.objective.encoder)

@@ -7,51 +7,43 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from taskvec.core.training import Group
-from taskvec.lab.drawing.looks import stream
+from taskvec.core.compute import seeded
 from taskvec.lab.pretraining import objective
 from taskvec.lab.pretraining.corpus import draw_pretraining, pretraining_code_points
-from taskvec.lab.pretraining.objective import BATCH, LEARNING_RATE, difficulty, features, normalised, seeded
+from taskvec.lab.pretraining.objective import BATCH, Objective, features, normalised
 from taskvec.lab.vit import VisionTransformer
 
 SMOOTHING = 0.1
 """Share of the target that is spread over all classes."""
 
 
-class Supervised:
+class Supervised(Objective[tuple[Tensor, Tensor]]):
     """Cross-entropy with label smoothing; every image is new."""
 
     def __init__(self, steps: int, seed: int, few: bool = False, **architecture: int) -> None:
         """Make encoder and head from ``seed``, for all 389 classes or the ``few``."""
-        self.steps, self.seed, self.few = steps, seed, few
+        super().__init__("supervised", steps, seed)
+        self.few = few
         self.encoder, self.head = seeded(lambda: self.make(**architecture), seed)
         self.modules = nn.ModuleList([self.encoder, self.head])
-        self.generator = stream("supervised", "train", seed)
 
     def make(self, **architecture: int) -> tuple[VisionTransformer, nn.Linear]:
         """Make the encoder, then the head."""
         encoder = VisionTransformer(**architecture)
         return encoder, nn.Linear(encoder.width, len(pretraining_code_points(self.few)))
 
-    def groups(self) -> list[Group]:
-        """Train encoder and head alike."""
-        return [Group(list(self.modules.parameters()), LEARNING_RATE)]
-
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Draw images and labels, from clean glyphs to full difficulty."""
-        images, labels = draw_pretraining(BATCH, difficulty(step, self.steps), self.generator, self.few)
+        images, labels = draw_pretraining(BATCH, self.difficulty(step), self.generator, self.few)
         return normalised(images), labels
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Float[Tensor, ""]:
         """Return the cross-entropy of a batch with smoothed labels."""
         return F.cross_entropy(self.head(self.encoder(batch[0])), batch[1], label_smoothing=SMOOTHING)
 
-    def after_step(self, step: int) -> None:
-        """Do nothing."""
-
     def figures(self) -> dict[str, float]:
         """Measure the accuracy on clean and on hard images of another random stream."""
-        generator = stream("supervised", "held out", self.seed)
+        generator = self.held_out()
         return {
             "classes": len(pretraining_code_points(self.few)),
             "held_out_accuracy_clean": self.accuracy(0.0, generator),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from taskvec.core.errors import TaskvecError
 from taskvec.core.training import index_batches
 from taskvec.data.images import normalise
+from taskvec.data.splits import seeded_choice
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import encode
 from taskvec.learning.heads import Head
@@ -29,18 +30,13 @@ BATCH = 64
 Measured = TypeVar("Measured")
 
 
-def images_of(task: Task, count: int, seed: int) -> list[int]:
-    """Return the places of at most so many training images, by a seeded choice."""
-    return sorted(np.random.default_rng(seed).permutation(len(task.train))[:count].tolist())
-
-
 def scored(
     data: Data, head: Head, images: UInt8[np.ndarray, "batch 3 size size"]
 ) -> Float[Tensor, "batch *patches outputs"]:
     """Return a head's scores of images under the encoder's present weights."""
     backbone = data.backbone
     inputs = normalise(torch.from_numpy(np.array(images)), backbone.preprocessing, backbone.device)
-    return head.logits(encode(backbone.module, inputs, head.rules.per_patch))
+    return head.logits(encode(backbone.module, inputs, head.task_type.per_patch))
 
 
 def at_fine_tuned(data: Data, measured: Callable[[Task, Head], Measured]) -> list[Measured]:
@@ -66,7 +62,7 @@ def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *sha
     names, parameters = zip(*data.backbone.module.named_parameters(), strict=True)
 
     def squares(task: Task, head: Head) -> list[Tensor]:
-        chosen = images_of(task, config.examples, data.seed)
+        chosen = seeded_choice(len(task.train), config.examples, data.seed)
         sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
         for place in chosen:
             surprise = drawn_surprise(head, scored(data, head, task.train.images[place : place + 1]), generator)
@@ -101,7 +97,7 @@ def grams(data: Data, config: Regmean) -> dict[str, Float32[Tensor, "tasks input
     """
 
     def own(task: Task, head: Head) -> dict[str, Tensor]:
-        chosen = images_of(task, config.examples, data.seed)
+        chosen = seeded_choice(len(task.train), config.examples, data.seed)
         batches = [task.train.images[chosen[start : start + BATCH]] for start in range(0, len(chosen), BATCH)]
         with torch.no_grad():
             return watch(data.backbone.module, lambda: [scored(data, head, batch) for batch in batches])

@@ -20,8 +20,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from taskvec.core.locks import replacing
+from taskvec.core.machine import cores
 from taskvec.core.notes import library_warnings, listen, note
-from taskvec.engine.executors import cores
 from taskvec.merging.registry import PER_TASK
 from taskvec.paper import numbers as paper
 from taskvec.report.figures.costs import cost_panels

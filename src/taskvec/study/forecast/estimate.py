@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from taskvec.core.files import canonical, fingerprint, json_text
-from taskvec.core.formatting import flops_text, size_text, time_text
+from taskvec.core.formatting import bytes_text, duration_text, flops_text
 from taskvec.data.decoding import view_bytes
 from taskvec.encoders.backbone import to_download
 from taskvec.engine.pipeline import Step, ordered, step_id
@@ -151,7 +151,7 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
         if one.kind != "load_backbone" or one.seconds is not None:
             continue
         if file := config["source"].get("absent") or to_download(one.step.untracked["address"], True):
-            yield f"{one.step.untracked['address']}: {file} (its encoder is {size_text(one.work.disk)})"
+            yield f"{one.step.untracked['address']}: {file} (its encoder is {bytes_text(one.work.disk)})"
     absent = {one.step.config["source"].get("absent") for one in planned if one.kind == "decode_task"}
     for address in sorted(absent - {None}):
         unknown = "" if absent_task(address) else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
@@ -225,14 +225,14 @@ def device_lines(name: str, found: Forecast, workers: int) -> Iterator[str]:
     each = [seconds(one.work, device) for one in found.ahead]
     shared = max(sum(each) / workers, max(each, default=0)) if name == "cpu" else sum(each)
     several = f" with {workers} workers" if name == "cpu" and workers > 1 else ""
-    yield f"{name:<10}{time_text(shared)}{several}"
+    yield f"{name:<10}{duration_text(shared)}{several}"
     work = total(one.work for one in found.ahead)
     passes = forward_seconds(work, device), training_seconds(work, device)
     parts = zip(("evaluation", "training"), passes, strict=True)
     yield (
         " " * 10
-        + ", ".join(f"{what} {time_text(duration)}" for what, duration in parts)
-        + (f", decoding, linear heads and files on the CPU {time_text(sum(each) - sum(passes))}")
+        + ", ".join(f"{what} {duration_text(duration)}" for what, duration in parts)
+        + (f", decoding, linear heads and files on the CPU {duration_text(sum(each) - sum(passes))}")
     )
     rates = (device.evaluation_share, device.evaluation), (device.training_share, device.training)
     reached = " and ".join(f"{share:.0%} of {flops_text(peak)}/s" for share, peak in rates)
@@ -243,11 +243,11 @@ def resources(found: Forecast) -> Iterator[str]:
     """Yield disk by the largest kinds of step, and the memory of the largest step."""
     by_kind = {name: work.disk for name, _, _, work in kinds(found)}
     largest = [name for name in sorted(by_kind, key=lambda name: -by_kind[name])[:3] if by_kind[name] >= 1e6]
-    named = ", ".join(f"{name} {size_text(by_kind[name])}" for name in largest)
-    yield f"disk      {size_text(sum(by_kind.values()))} more in the store" + (f" ({named})" if named else "")
+    named = ", ".join(f"{name} {bytes_text(by_kind[name])}" for name in largest)
+    yield f"disk      {bytes_text(sum(by_kind.values()))} more in the store" + (f" ({named})" if named else "")
     for place, where in enumerate(("the device", "main memory")):
         top = max(found.planned, key=lambda one: one.memory[place])
-        yield f"memory    {size_text(top.memory[place])} of {where} ({top.step.label})"
+        yield f"memory    {bytes_text(top.memory[place])} of {where} ({top.step.label})"
 
 
 def check(found: Forecast) -> Iterator[str]:
@@ -255,4 +255,5 @@ def check(found: Forecast) -> Iterator[str]:
     held = [one for one in found.done if one.step.config.get("device", "cpu") == "cpu"]
     took, wanted = sum(one.seconds or 0 for one in held), sum(seconds(one.work, DEVICES["cpu"]) for one in held)
     if took >= 1:
-        yield f"check     {len(held)} finished steps took {time_text(took)}; expected of a core {time_text(wanted)}"
+        expected = duration_text(wanted)
+        yield f"check     {len(held)} finished steps took {duration_text(took)}; expected of a core {expected}"

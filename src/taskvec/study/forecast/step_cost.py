@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from taskvec.data import tasks
-from taskvec.data.index import SPLITS
+from taskvec.data.splits import SPLITS
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import Step
 from taskvec.study.forecast.model_cost import Anatomy, anatomy

@@ -11,9 +11,9 @@ import torch
 
 from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
+from taskvec.core.progress import Progress
 from taskvec.core.settings import Finetune, Lora, Probe
 from taskvec.core.task_types import CLASSIFICATION
-from taskvec.core.training import Progress
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders.backbone import Backbone
 from taskvec.encoders.loaders.checkpoints import parts
@@ -121,7 +121,7 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
         save_head(head, out)
     right = evaluation.correct(backbone, weights, task.validation, head)
     tell_unlearned(right)
-    facts |= {} if head.kind == CLASSIFICATION else {"metric": head.rules.metric}
+    facts |= {} if head.kind == CLASSIFICATION else {"metric": head.task_type.metric}
     write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
 
 
@@ -178,7 +178,7 @@ def import_finetuned(config: Config, inputs: Inputs, out: Path, progress: Progre
     save_head(head, out)
     right = evaluation.correct(backbone, found.encoder, task.validation, head)
     tell_unlearned(right)
-    facts: Config = {"metric": head.rules.metric} if head.kind != CLASSIFICATION else {}
+    facts: Config = {"metric": head.task_type.metric} if head.kind != CLASSIFICATION else {}
     if "head" in config and found.classifier:
         note(f"'{path}': left out {parts(sorted(found.classifier))}, since a head is given")
     facts |= {"left_out": sorted(found.classifier)} if "head" in config else {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from taskvec.core.files import read_json, write_json
-from taskvec.core.training import Progress
+from taskvec.core.progress import Progress
 from taskvec.data import tasks
 from taskvec.data.images import Preprocessing
 from taskvec.encoders import backbone as backbones

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from taskvec.core.files import read_json, write_json
-from taskvec.core.training import Progress
+from taskvec.core.progress import Progress
 from taskvec.deploy import model
 from taskvec.engine.pipeline import on_cpu, step_type
 from taskvec.evaluation import accuracy as evaluation
@@ -148,7 +148,7 @@ def single_task_predictions(config: Config, inputs: Inputs, out: Path, progress:
     """Predict a sample of a task's images under its own vector at every coefficient; all pairs share it."""
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
     vector = open_task_vectors(inputs, backbone)[0]
-    images = disentangling.sample(task.test.images, config["samples"])
+    images = task.test.sample(config["samples"]).images
     np.save(out / "images.npy", images)
     rows = disentangling.single_predictions(backbone, vector, head, images, config["scales"], progress)
     np.save(out / "predictions.npy", rows)

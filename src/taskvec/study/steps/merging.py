@@ -12,9 +12,9 @@ import torch
 
 from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
+from taskvec.core.progress import Progress
 from taskvec.core.settings import Probe, Surgery
-from taskvec.core.task_types import KINDS
-from taskvec.core.training import Progress
+from taskvec.core.task_types import TASK_TYPES
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import always, on_cpu, step_type
 from taskvec.evaluation import accuracy as evaluation
@@ -179,7 +179,7 @@ def surgery_curve(config: Config, inputs: Inputs, out: Path, progress: Progress)
     backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
     vector = open_vector(inputs["merged"][0], backbone, config)
     scales = read_json(inputs["plan"][0] / "choice.json")["next"] if "plan" in inputs else config["scales"]
-    settings, per_patch = Surgery(**config["surgery"]), head.rules.per_patch
+    settings, per_patch = Surgery(**config["surgery"]), head.task_type.per_patch
     heads, curve = {}, {}
     with backbone.at(open_encoder(inputs["finetuned"][0], backbone)):
         wanted = backbone.features(task.train.images, per_patch=per_patch)
@@ -198,7 +198,7 @@ def agreement(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     """Compare a merged encoder's features with the fine-tuned one's at every scale, on unlabelled training images."""
     backbone, task = open_backbone(inputs, config), open_task(inputs)
     vector, tuned = open_vector(inputs["merged"][0], backbone, config), open_encoder(inputs["finetuned"][0], backbone)
-    images, per_patch = task.train.sample(config["images"]).images, KINDS[task.kind].per_patch
+    images, per_patch = task.train.sample(config["images"]).images, TASK_TYPES[task.kind].per_patch
     values = agreement_curve(backbone, vector, tuned, images, config["scales"], per_patch, progress)
     write_json(out / "agreement.json", {"scales": config["scales"], "values": values})
 

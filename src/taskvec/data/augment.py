@@ -1,0 +1,67 @@
+"""Random crops for training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+
+def random_resized_crop(
+    images: Float[Tensor, "batch 3 size size"], generator: torch.Generator, smallest: float = 0.9
+) -> Float[Tensor, "batch 3 size size"]:
+    """Return a random part of each image (area ``smallest``..1, aspect 3/4..4/3) and resize it back bicubically.
+
+    For images whose evaluation view is the whole image, as the lab's: the draws, on a continuous scale, come from the
+    CPU generator, so any device sees the same. ``crop_box`` is the transform of all others.
+    """
+    count = len(images)
+    area = torch.empty(count).uniform_(smallest, 1.0, generator=generator)
+    aspect = torch.empty(count).uniform_(np.log(3 / 4), np.log(4 / 3), generator=generator).exp()
+    width, height = (area * aspect).sqrt().clamp(max=1.0), (area / aspect).sqrt().clamp(max=1.0)
+    shift = torch.rand(2, count, generator=generator) * 2 - 1
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = width, height
+    theta[:, 0, 2], theta[:, 1, 2] = shift[0] * (1 - width), shift[1] * (1 - height)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images.device)
+    return F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+
+
+def crop_box(
+    height: int, width: int, generator: np.random.Generator, smallest: float = 0.9
+) -> tuple[int, int, int, int]:
+    """Return the top, left, height and width of a random training crop, in pixels (protocol, RandomResizedCrop).
+
+    The rule is torchvision's ``RandomResizedCrop.get_params``: an area share of ``smallest``..1 and an aspect of
+    3/4..4/3, ten tries to fit them into the image, else the largest centred part of an aspect within those limits.
+    """
+    least, most = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = height * width * generator.uniform(smallest, 1.0)
+        aspect = math.exp(generator.uniform(math.log(least), math.log(most)))
+        wide, high = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < high <= height:
+            return int(generator.integers(height - high + 1)), int(generator.integers(width - wide + 1)), high, wide
+    wide, high = width, height
+    if width / height < least:
+        high = round(width / least)
+    elif width / height > most:
+        wide = round(height * most)
+    return (height - high) // 2, (width - wide) // 2, high, wide
+
+
+def cut(
+    image: UInt8[np.ndarray, "3 height width"], box: tuple[int, int, int, int], size: int
+) -> UInt8[np.ndarray, "3 size size"]:
+    """Return a part of an image, resized bicubically to a square: pixel for pixel as torchvision does with PIL.
+
+    ``box`` is top, left, height and width.
+    """
+    top, left, high, wide = box
+    part = Image.fromarray(np.ascontiguousarray(image[:, top : top + high, left : left + wide].transpose(1, 2, 0)))
+    return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
