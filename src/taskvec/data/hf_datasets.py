@@ -22,7 +22,7 @@ from taskvec.core.files import fingerprint
 from taskvec.data.folders import visible
 from taskvec.data.images import CorruptImage, Encoded, corrupt
 from taskvec.data.index import Items, Labels, Listing, check_trained, rename_classes, split_classes, validation_as_test
-from taskvec.weights.network import asked_once, endpoint
+from taskvec.weights.hub import asked_once, endpoint
 
 NAMES = {
     "train": ("train", "training"),

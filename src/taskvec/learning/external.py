@@ -24,10 +24,11 @@ from taskvec.core.notes import note
 from taskvec.core.task_types import CLASSIFICATION
 from taskvec.data.tasks import Task
 from taskvec.encoders.addresses import split_key
-from taskvec.encoders.backbone import AROUND, Backbone, tried
+from taskvec.encoders.backbone import Backbone, tried
 from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, check_file, parts, read_checkpoint
 from taskvec.encoders.loaders.families import FAMILIES
 from taskvec.encoders.loaders.requests import Request
+from taskvec.encoders.records import BASE
 from taskvec.learning.heads import Head, Names, Unusual, told, unusual_heads
 from taskvec.weights.flat import Weights, align, check_filled, check_kinds
 from taskvec.weights.keys import COUNTER
@@ -75,7 +76,7 @@ def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) 
     """
     file, part = split_key(str(given))
     path = Path(file)
-    if path.name == "encoder.safetensors" and (path.parent / AROUND).exists():
+    if path.name == "encoder.safetensors" and (path.parent / BASE).exists():
         raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
     source, wanted = f"'{path}'", backbone.pretrained.state()
     found = read_checkpoint(path, wanted, part)

@@ -31,6 +31,7 @@ from taskvec.core.settings import (
     parse_scales,
     parsed_scales,
 )
+from taskvec.encoders.addresses import parse
 from taskvec.merging.registry import ADDITION, Recipe, find_recipe
 from taskvec.paper.numbers import MODELS
 
@@ -137,11 +138,11 @@ class BackboneChoice(Choice):
 
     def shortened(self) -> BackboneChoice:
         """Return the same backbone, but of an encoder along its pre-training at most the second step."""
-        base, at, step = self.address.partition("@")
-        if not (base.startswith("lab:") and step.isdecimal() and int(step) > 2):
+        address = parse(self.address)
+        if (address.step or 0) <= 2:
             return self
-        name = self.name or self.address.removeprefix("lab:")
-        return self.model_copy(update={"address": f"{base}{at}2", "name": name})
+        name = self.name or address.default_name
+        return self.model_copy(update={"address": f"{self.address.partition('@')[0]}@2", "name": name})
 
 
 class RegimeChoice(Choice):

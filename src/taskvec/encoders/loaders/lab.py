@@ -12,7 +12,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.core.files import file_digest
 from taskvec.data.images import Preprocessing
 from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, Reading, check_file, read_checkpoint, separate
-from taskvec.encoders.loaders.requests import Family, Loaded, Request, State, Texts, no_projection
+from taskvec.encoders.loaders.requests import Family, Loaded, Outline, Request, State, Texts, no_projection
 from taskvec.lab import encoders
 
 
@@ -24,7 +24,7 @@ def load(request: Request) -> Loaded:
     no_projection(request, "the lab's encoders end with their mean token")
     base, step = encoders.split_step(request.name)
     path = file_of(request, base)
-    options = encoders.options(base) | ({"size": request.size} if request.size else {})
+    architecture, view = outline(request)
 
     def state(module: nn.Module) -> State | None:
         if step is None:
@@ -33,7 +33,18 @@ def load(request: Request) -> Loaded:
 
         return State(dict(snapshot(base, step).state_dict()))
 
-    return Loaded({"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"]), state, dict)
+    return Loaded(architecture, view, state, dict)
+
+
+def outline(request: Request) -> Outline:
+    """Return the architecture of one of the lab's encoders, and how it sees images."""
+    options = encoders.options(encoders.split_step(request.name)[0]) | ({"size": request.size} if request.size else {})
+    return {"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"])
+
+
+def cost(request: Request) -> float:
+    """Return the cost of loading an encoder in forward passes: much where it is trained up to a step."""
+    return 10.0 + 200.0 * (encoders.split_step(request.name)[1] or 0)
 
 
 def state_for(module: nn.Module, found: Reading) -> State:
@@ -90,4 +101,7 @@ def build(options: dict[str, Any]) -> nn.Module:
         ) from None
 
 
-FAMILY = Family((), load, identify, lambda _: "", has_text, identify_text, texts)
+FAMILY = Family(
+    (), load, build, identify, lambda _: "", has_text, identify_text, texts,
+    outline=outline, cost=cost, reads_words=True,
+)  # fmt: skip

@@ -16,7 +16,7 @@ from taskvec.core.errors import TaskvecError, did_you_mean, first_line, unknown
 from taskvec.core.files import file_digest
 from taskvec.core.notes import note
 from taskvec.data.images import RESAMPLING, Preprocessing
-from taskvec.encoders.addresses import CLIP, is_file
+from taskvec.encoders.addresses import is_file
 from taskvec.encoders.loaders.checkpoints import TEXTS, find_file, read_checkpoint, separate, stripped
 from taskvec.encoders.loaders.requests import (
     LARGEST,
@@ -32,10 +32,11 @@ from taskvec.encoders.loaders.requests import (
     origin_of,
     read_object,
 )
+from taskvec.paper.checkpoints import CLIP
 from taskvec.weights import hub
 from taskvec.weights.flat import check_keys, read_keys, save_tensors
+from taskvec.weights.hub import asked_once
 from taskvec.weights.keys import unwrapped
-from taskvec.weights.network import asked_once
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 """What open_clip's weights are called in a folder, or a repository of the hub."""
@@ -58,7 +59,7 @@ def load(request: Request) -> Loaded:
     own = vision_of(request, config, tag)
     pixels = request.size or int(tag.get("image_size") or config["vision_cfg"].get("image_size", 224))
     path, repo = find(request)
-    if not tag and not request.hub and not request.address.startswith("paper:"):
+    if not tag and not request.hub and request.row is None:
         note(f"'{request.address}': nothing says how it sees images: taking CLIP's mean and std")
     options = {
         "model": request.name,
@@ -329,4 +330,4 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     return found.float(), float(model.logit_scale.exp())
 
 
-FAMILY = Family(("open_clip_torch", "timm"), load, identify, missing, has_text, identify_text, texts)
+FAMILY = Family(("open_clip_torch", "timm"), load, build, identify, missing, has_text, identify_text, texts)

@@ -27,6 +27,7 @@ from taskvec.encoders.loaders.checkpoints import (
 from taskvec.encoders.loaders.requests import (
     Family,
     Loaded,
+    Outline,
     Request,
     State,
     check_affordable,
@@ -56,18 +57,25 @@ TRANSLATORS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretra
 
 def load(request: Request) -> Loaded:
     """Find a timm encoder without its classifier, in a file or in timm's own pre-trained weights."""
-    options = options_of(request)
+    architecture, view = outline(request)
+    options = architecture["options"]
     path, repo = find(request)
     if "seen" in options:
         check_affordable(lambda: build(options), [path], f"'{beside(request)}'")
-    elif request.file and not request.address.startswith("paper:"):
+    elif request.file and request.row is None:
         tell_view(request)
     return Loaded(
-        {"family": "timm", "options": options},
-        lambda module: preprocessing(module, options["size"]),
+        architecture,
+        view,
         lambda module: state_for(module, read_checkpoint(path, module.state_dict(), request.key), options),
         lambda: origin_of(path, repo),
     )
+
+
+def outline(request: Request) -> Outline:
+    """Return the architecture of an encoder, and how its module sees images."""
+    options = options_of(request)
+    return {"family": "timm", "options": options}, lambda module: preprocessing(module, options["size"])
 
 
 def options_of(request: Request) -> dict[str, Any]:
@@ -367,4 +375,4 @@ def patch_hint(name: str) -> str:
     return f", a multiple of {digits}" if digits else ""
 
 
-FAMILY = Family(("timm",), load, identify, missing, classifier=classifier)
+FAMILY = Family(("timm",), load, build, identify, missing, classifier=classifier, outline=outline)

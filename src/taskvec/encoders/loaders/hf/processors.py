@@ -13,8 +13,8 @@ from PIL import Image
 from taskvec.core.errors import TaskvecError, first_line
 from taskvec.core.notes import note
 from taskvec.data.images import RESAMPLING, Preprocessing, resize_and_crop
-from taskvec.encoders.addresses import CLIP, HALF, IMAGENET, Channels
 from taskvec.encoders.loaders.requests import LARGEST, check_view
+from taskvec.paper.checkpoints import CLIP, HALF, IMAGENET, Channels
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 """What image processors are saved as; the second is transformers 5's for a model with texts."""

@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError, did_you_mean, first_line
-from taskvec.encoders.addresses import Checkpoint
 from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, DECODERS
 from taskvec.encoders.loaders.hf import processors, saved
 from taskvec.encoders.loaders.requests import (
@@ -32,6 +31,7 @@ from taskvec.encoders.loaders.requests import (
     extra,
     no_projection,
 )
+from taskvec.paper.checkpoints import Checkpoint
 from taskvec.weights.flat import check_keys
 from taskvec.weights.keys import COUNTER
 from taskvec.weights.reader import tell_other
@@ -452,4 +452,4 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     return nn.functional.normalize(features.float(), dim=1), float(model.logit_scale.exp())
 
 
-FAMILY = Family(("transformers",), load, identify, missing, has_text, identify_text, texts, classifier)
+FAMILY = Family(("transformers",), load, build, identify, missing, has_text, identify_text, texts, classifier)
