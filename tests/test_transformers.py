@@ -24,7 +24,8 @@ from taskvec.encoders import identity
 from taskvec.encoders.backbone import load_backbone
 from taskvec.encoders.records import read_backbone, write_backbone
 from taskvec.encoders.loaders.hf.saved import is_whole
-from taskvec.encoders.loaders.hf.transformers import TYPES, check_row
+from taskvec.encoders.loaders.hf.transformers import check_row
+from taskvec.encoders.loaders.hf.modules import TYPES
 from taskvec.encoders.loaders.requests import Request
 from taskvec.learning import heads
 from taskvec.learning.external import head_of, read_finetuned

@@ -86,7 +86,7 @@ def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) 
     own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items() if key not in counters)
     own = own and not set(raw) - set(wanted) - set(classifier)
     asked = request_of(path, part, backbone, allow_pickle)
-    state, unused = (raw, found.beside) if own else translate(asked, backbone)
+    state, unused = (raw, found.unused) if own else translate(asked, backbone)
     if rest := [key for key in unused if not key.startswith(CLASSIFIERS)]:
         note(f"{source}: left out {parts(rest)}")
     kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}

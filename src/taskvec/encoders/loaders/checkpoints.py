@@ -1,4 +1,4 @@
-"""Checkpoint files: where a name after the @ points, how files are read, and what is left out of them on purpose."""
+"""Checkpoint files: where a name after the @ points, how files are read, and what is excluded of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSIFIERS = (
     "head.", "fc.", "classifier.", "head_dist.", "last_linear.", "cls_classifier.", "distillation_classifier.",
     "classifier_distill.",
 )  # fmt: skip
-"""Key prefixes of heads that a file of an encoder may hold and that are dropped on purpose."""
+"""Key prefixes of heads that a file of an encoder may hold and that are excluded."""
 DECODERS = ("decoder.", "decoder_", "mask_token", "masked_embed", "lm_head.")
 """Key prefixes of what masked pre-training reads an encoder with."""
 TEXTS = (
@@ -56,12 +56,12 @@ DEPTH = 6
 def separate(
     state: Mapping[str, Tensor], wanted: Collection[str], prefixes: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Split off the tensors that are not wanted and whose keys begin with one of ``prefixes``; return their keys too.
+    """Exclude the tensors that are not wanted and whose keys begin with one of ``prefixes``; return their keys too.
 
     Other tensors that are not wanted stay, so that the strict check names them.
     """
-    dropped = {key: None for key in state if key not in wanted and key.startswith(prefixes)}
-    return {key: value for key, value in state.items() if key not in dropped}, tuple(dropped)
+    excluded = {key: None for key in state if key not in wanted and key.startswith(prefixes)}
+    return {key: value for key, value in state.items() if key not in excluded}, tuple(excluded)
 
 
 def parts(keys: Iterable[str], most: int = 3) -> str:
@@ -116,10 +116,10 @@ def check_file(given: str, allow_pickle: bool) -> Path:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a file holds for an encoder: tensors by its names, and the names of those beside it, which are left out."""
+    """What a file holds for an encoder: tensors by its names, and the names of those that are unused."""
 
     tensors: dict[str, Tensor]
-    beside: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class Part:
         """What the part is called, such as ``teacher.backbone``."""
         return ".".join(part for part in (self.place, self.prefix[:-1]) if part)
 
-    def unlike(self, wanted: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Count the keys of an encoder that are missing, but for counters, and those of another shape."""
+    def misfits(self, wanted: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Count the keys of an encoder that are missing, but for counters, and those whose shape is not the same."""
         keys = [key for key in wanted if not key.endswith(COUNTER)]
-        held = {key: self.state.get(self.prefix + key.removeprefix(self.own)) for key in keys}
-        found = {key: tensor for key, tensor in held.items() if tensor is not None}
-        return len(keys) - len(found), sum(tensor.shape != wanted[key].shape for key, tensor in found.items())
+        tensors = {key: self.state.get(self.prefix + key.removeprefix(self.own)) for key in keys}
+        present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        return len(keys) - len(present), sum(tensor.shape != wanted[key].shape for key, tensor in present.items())
 
     def rank(self) -> tuple[bool, bool, list[int]]:
         """Return what sorts the parts of a file: usual names first, then moving averages, then what is no model."""
@@ -153,15 +153,15 @@ class Part:
         return odd, averaged, [PREFERRED.index(name) if name in PREFERRED else len(PREFERRED) for name in names]
 
     def read(self) -> Reading:
-        """Return the part's tensors by the encoder's names, a classifier beside it by its own, and what is left out.
+        """Return the part's tensors by the encoder's names, a classifier beside it by its own, and the unused names.
 
         Names never come to coincide: one behind the prefix then keeps it.
         """
         outside = {name: beyond(name, self.prefix) for name in self.state if not name.startswith(self.prefix)}
         heads = {key: self.state[name] for name, key in outside.items() if key.startswith(CLASSIFIERS)}
         inside = {name: self.own + name[len(self.prefix) :] for name in self.state if name not in outside}
-        found = {name if key in heads else key: self.state[name] for name, key in inside.items()}
-        return Reading(found | heads, tuple(name for name, key in outside.items() if key not in heads))
+        encoder = {name if key in heads else key: self.state[name] for name, key in inside.items()}
+        return Reading(encoder | heads, tuple(name for name, key in outside.items() if key not in heads))
 
 
 def beyond(name: str, prefix: str) -> str:
@@ -183,12 +183,12 @@ def read_checkpoint(path: Path, wanted: Mapping[str, Tensor] | None = None, key:
     if not any(held.values()):
         raise TaskvecError(f"'{path}' is not a dictionary of tensors", "save the model's state_dict() as safetensors")
     parts = [part for place, state in held.items() for part in parts_of(place, state, wanted)]
-    fewest = min(part.unlike(wanted) for part in parts)
+    fewest = min(part.misfits(wanted) for part in parts)
     if not wanted or 2 * fewest[0] > len(wanted):
         most = max(map(len, held.values()))
         fitting = [bare(place, state, wanted) for place, state in held.items() if 2 * len(state) >= most or key]
     else:
-        fitting = [part for part in parts if part.unlike(wanted) == fewest]
+        fitting = [part for part in parts if part.misfits(wanted) == fewest]
     chosen = choose(fitting, key, path)
     reading = chosen.read()
     check_kinds(reading.tensors, wanted, f"'{path}'")

@@ -47,10 +47,10 @@ def cost(request: Request) -> float:
     return 10.0 + 200.0 * (encoders.split_step(request.name)[1] or 0)
 
 
-def state_for(module: nn.Module, found: Reading) -> State:
+def state_for(module: nn.Module, reading: Reading) -> State:
     """Return the tensors of a file for the module, without a classifier and what stands beside the encoder."""
-    kept, dropped = separate(found.tensors, module.state_dict(), CLASSIFIERS)
-    return State(kept, (*dropped, *found.beside))
+    tensors, excluded = separate(reading.tensors, module.state_dict(), CLASSIFIERS)
+    return State(tensors, (*excluded, *reading.unused))
 
 
 def file_of(request: Request, base: str) -> Path | None:

@@ -28,7 +28,7 @@ from taskvec.encoders.loaders.requests import (
     check_affordable,
     check_bounds,
     check_view,
-    extra,
+    import_extra,
     origin_of,
     read_object,
 )
@@ -50,7 +50,7 @@ UNSAID = {"width": 768, "layers": 12, "patch_size": 16, "head_width": 64, "timm_
 
 def package(address: str) -> ModuleType:
     """Import open_clip, or name the extra that brings it."""
-    return extra("open_clip", "open_clip_torch", "clip", address)
+    return import_extra("open_clip", "open_clip_torch", "clip", address)
 
 
 def load(request: Request) -> Loaded:
@@ -242,8 +242,8 @@ def state_for(module: nn.Module, path: Path, part: str = "") -> State:
     """Take the image tower out of a checkpoint, its position embeddings resampled by open_clip."""
     from open_clip.model import resize_pos_embed
 
-    found = read_checkpoint(path, {VISUAL + key: value for key, value in module.state_dict().items()}, part)
-    raw = found.tensors
+    reading = read_checkpoint(path, {VISUAL + key: value for key, value in module.state_dict().items()}, part)
+    raw = reading.tensors
     if VISUAL + "positional_embedding" in raw and hasattr(module, "grid_size"):
         raw[VISUAL + "positional_embedding"] = raw[VISUAL + "positional_embedding"].float()  # half cannot be resampled
         try:
@@ -253,11 +253,11 @@ def state_for(module: nn.Module, path: Path, part: str = "") -> State:
                 f"'{path}': its positions cannot be resampled: {first_line(error)}", OTHER_SIZE
             ) from None
     wanted = {VISUAL + key: tuple(value.shape) for key, value in module.state_dict().items()}
-    unwanted = (*TEXTS, VISUAL + "proj") if getattr(module, "proj", None) is None else TEXTS
-    kept, dropped = separate(raw, wanted, unwanted)
-    shapes = {key: tuple(value.shape) for key, value in kept.items()}
+    prefixes = (*TEXTS, VISUAL + "proj") if getattr(module, "proj", None) is None else TEXTS
+    tensors, excluded = separate(raw, wanted, prefixes)
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     check_keys(shapes, wanted, f"'{path}'", "give a checkpoint of that model of open_clip")
-    return State({key.removeprefix(VISUAL): value for key, value in kept.items()}, (*dropped, *found.beside))
+    return State({key.removeprefix(VISUAL): value for key, value in tensors.items()}, (*excluded, *reading.unused))
 
 
 def build(options: dict[str, Any]) -> nn.Module:

@@ -167,7 +167,7 @@ def no_projection(request: Request, because: str) -> None:
         )
 
 
-def extra(module: str, package: str, name: str, address: str) -> ModuleType:
+def import_extra(module: str, package: str, name: str, address: str) -> ModuleType:
     """Import an optional library, or raise and name the extra that brings it."""
     import importlib
 

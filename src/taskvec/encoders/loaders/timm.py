@@ -159,11 +159,11 @@ def tell_view(request: Request) -> None:
     taken = timm.get_pretrained_cfg(model)
     tagged = [] if tag or taken is None else timm.list_models(f"{model}.*", pretrained=True)
     views = {name: [getattr(timm.get_pretrained_cfg(name), key) for key in VIEW] for name in tagged}
-    unlike = [name for name, view in views.items() if view != [getattr(taken, key) for key in VIEW]]
-    if taken and unlike:
+    others = [name for name, view in views.items() if view != [getattr(taken, key) for key in VIEW]]
+    if taken and others:
         note(
             f"'{request.address}': nothing says how it sees images: taking mean {list(taken.mean)}, std "
-            f"{list(taken.std)} and crop {taken.crop_pct}, as timm:{model} has by default; timm:{unlike[0]}@... sees "
+            f"{list(taken.std)} and crop {taken.crop_pct}, as timm:{model} has by default; timm:{others[0]}@... sees "
             "them otherwise"
         )
 
@@ -258,15 +258,15 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
     return Preprocessing(size, min(crop, 1.0), config["interpolation"], mean, std, mode == "squash")
 
 
-def state_for(module: nn.Module, found: Reading, options: Mapping[str, Any]) -> State:
+def state_for(module: nn.Module, reading: Reading, options: Mapping[str, Any]) -> State:
     """Translate a checkpoint for the module and leave out its classifier, or the decoder of masked pre-training."""
-    tensors, unused = translate(found.tensors, module)
+    translated, unused = translate(reading.tensors, module)
     wanted = module.state_dict().keys()
-    kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS, *PROJECTORS))
-    if set(kept) - set(wanted):
-        kept, more = separate(kept, wanted, heads_of(options, module))
-        dropped = (*dropped, *more)
-    return State(kept, tuple(dict.fromkeys((*unused, *dropped, *found.beside))))
+    tensors, excluded = separate(translated, wanted, (*CLASSIFIERS, *DECODERS, *PROJECTORS))
+    if set(tensors) - set(wanted):
+        tensors, more = separate(tensors, wanted, heads_of(options, module))
+        excluded = (*excluded, *more)
+    return State(tensors, tuple(dict.fromkeys((*unused, *excluded, *reading.unused))))
 
 
 def heads_of(options: Mapping[str, Any], module: nn.Module) -> tuple[str, ...]:

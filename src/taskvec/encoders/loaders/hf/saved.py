@@ -93,7 +93,7 @@ def weight_names(folder: Path) -> tuple[str, ...]:
 
 
 def inside(name: Any, source: Path) -> Path:
-    """Return the file that a configuration or an index names, which must be one of its own folder."""
+    """Return the file that a configuration names, which must be one of its own folder."""
     path = Path(name) if isinstance(name, str) and "\0" not in name and len(name.encode()) < 256 else Path("..")
     if path.is_absolute() or not path.parts or ".." in path.parts:
         raise TaskvecError(f"'{source}' names '{name}', which is no file of its folder", "copy the whole folder again")
@@ -144,7 +144,7 @@ def shards(weights: Path) -> list[Path]:
     """Return the files that hold the tensors."""
     if weights.suffix != ".json":
         return [weights]
-    return sorted({inside(name, weights) for name in read_index(weights)["weight_map"].values()})
+    return sorted({weights.parent / name for name in read_index(weights)["weight_map"].values()})
 
 
 def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
