@@ -30,7 +30,8 @@ from taskvec.encoders import backbone as backbones
 from taskvec.encoders import identity
 from taskvec.encoders.addresses import parse
 from taskvec.encoders.backbone import load_backbone
-from taskvec.encoders.loaders.checkpoints import TEXTS, separate
+from taskvec.encoders.loaders.checkpoints import separate
+from taskvec.weights.keys import TEXTS
 from taskvec.encoders.loaders.open_clip import build, preprocessing, tag_config
 from taskvec.encoders.loaders.requests import Request
 from taskvec.engine.store import Store

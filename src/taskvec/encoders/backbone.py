@@ -22,10 +22,9 @@ from taskvec.data.images import Preprocessing, normalise
 from taskvec.encoders.addresses import BackboneAddress, parse
 from taskvec.encoders.linearised import jvp_features
 from taskvec.encoders.loaders import families
-from taskvec.encoders.loaders.checkpoints import parts
 from taskvec.encoders.loaders.families import build
 from taskvec.weights.flat import Weights, align, bind, check_filled, read
-from taskvec.weights.keys import COUNTER
+from taskvec.weights.keys import COUNTER, parts
 
 
 @dataclass

@@ -25,13 +25,13 @@ from taskvec.core.task_types import CLASSIFICATION
 from taskvec.data.tasks import Task
 from taskvec.encoders.addresses import split_key
 from taskvec.encoders.backbone import Backbone, tried
-from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, check_file, parts, read_checkpoint
+from taskvec.encoders.loaders.checkpoints import check_file, read_checkpoint
 from taskvec.encoders.loaders.families import FAMILIES
 from taskvec.encoders.loaders.requests import Request
 from taskvec.encoders.records import BASE
 from taskvec.learning.heads import Head, Names, Unusual, told, unusual_heads
 from taskvec.weights.flat import Weights, align, check_filled, check_kinds
-from taskvec.weights.keys import COUNTER
+from taskvec.weights.keys import CLASSIFIERS, COUNTER, parts
 
 NAMES = TypeAdapter(Names)
 OUTPUTS = TypeAdapter(Json[Names | dict[str, Names]])

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,10 @@ from taskvec.core.errors import TaskvecError, did_you_mean, first_line
 from taskvec.core.notes import note
 from taskvec.weights.flat import check_kinds, read
 from taskvec.weights.formats import WEIGHT_SUFFIXES, check_pickle, format_of, is_safetensors
-from taskvec.weights.keys import AVERAGED, COUNTER, WRAPPERS, prefixes, unwrapped
+from taskvec.weights.keys import AVERAGED, CLASSIFIERS, COUNTER, WRAPPERS, prefixes, unwrapped
 
-CLASSIFIERS = (
-    "head.", "fc.", "classifier.", "head_dist.", "last_linear.", "cls_classifier.", "distillation_classifier.",
-    "classifier_distill.",
-)  # fmt: skip
-"""Key prefixes of heads that a file of an encoder may hold and that are excluded."""
-DECODERS = ("decoder.", "decoder_", "mask_token", "masked_embed", "lm_head.")
-"""Key prefixes of what masked pre-training reads an encoder with."""
-TEXTS = (
-    "text.", "text_decoder.", "text_model.", "text_projection", "transformer.", "token_embedding.",
-    "positional_embedding", "ln_final.", "logit_scale", "logit_bias",
-)  # fmt: skip
-"""Key prefixes of a CLIP model's text tower, and of what joins it to the image tower."""
-PROJECTORS = ("projector.", "projection_head.", "predictor.", "prototypes.", "dino_head.", "ibot_head.", "dino_loss.")
-"""Key prefixes of what self-supervised training puts behind an encoder."""
 MEMBERS = ("model.", "net.", "network.", "backbone.", "encoder.")
 """What classes of training scripts call the encoder that they hold."""
-PARTS = {
-    "a classifier": CLASSIFIERS, "a decoder": DECODERS, "a text tower": TEXTS, "a pooler": ("pooler.",),
-    "a projection head": PROJECTORS,
-}  # fmt: skip
 PREFERRED = (
     "state_dict", "model", "model_state_dict", "module", "net", "network", "teacher", "online_network",
     "online_encoder", "encoder_q", "base_encoder", "student",
@@ -62,24 +44,6 @@ def separate(
     """
     excluded = {key: None for key in state if key not in wanted and key.startswith(prefixes)}
     return {key: value for key, value in state.items() if key not in excluded}, tuple(excluded)
-
-
-def parts(keys: Iterable[str], most: int = 3) -> str:
-    """Say how many tensors of which parts ``keys`` are, such as ``2 tensors of a classifier (head.bias, ...)``."""
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(part_of(key), []).append(key)
-    return ", ".join(f"{len(held)} tensors of {part} ({', '.join(held[:most])})" for part, held in groups.items())
-
-
-def part_of(key: str) -> str:
-    """Name the part of a model that a tensor belongs to, by the beginning of its key or of what follows a dot."""
-    tails = [key, *(key[place + 1 :] for place, sign in enumerate(key) if sign == ".")]
-    for tail in tails:
-        for part, begins in PARTS.items():
-            if tail.startswith(begins):
-                return part
-    return "what the encoder does not use"
 
 
 def find_file(given: str, names: Sequence[str], allow_pickle: bool) -> Path:

@@ -11,9 +11,10 @@ from torch import nn
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import file_digest
 from taskvec.data.images import Preprocessing
-from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, Reading, check_file, read_checkpoint, separate
+from taskvec.encoders.loaders.checkpoints import Reading, check_file, read_checkpoint, separate
 from taskvec.encoders.loaders.requests import Family, Loaded, Outline, Request, State, Texts, no_projection
 from taskvec.lab import encoders
+from taskvec.weights.keys import CLASSIFIERS
 
 
 def load(request: Request) -> Loaded:

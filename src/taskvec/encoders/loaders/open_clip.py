@@ -17,7 +17,7 @@ from taskvec.core.files import file_digest
 from taskvec.core.notes import note
 from taskvec.data.images import RESAMPLING, Preprocessing
 from taskvec.encoders.addresses import is_file
-from taskvec.encoders.loaders.checkpoints import TEXTS, find_file, read_checkpoint, separate, stripped
+from taskvec.encoders.loaders.checkpoints import find_file, read_checkpoint, separate, stripped
 from taskvec.encoders.loaders.requests import (
     LARGEST,
     Family,
@@ -36,7 +36,7 @@ from taskvec.paper.checkpoints import CLIP
 from taskvec.weights import hub
 from taskvec.weights.flat import check_keys, read_keys, save_tensors
 from taskvec.weights.hub import asked_once
-from taskvec.weights.keys import unwrapped
+from taskvec.weights.keys import TEXTS, unwrapped
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 """What open_clip's weights are called in a folder, or a repository of the hub."""

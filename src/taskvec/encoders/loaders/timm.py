@@ -15,15 +15,7 @@ from taskvec.core.errors import TaskvecError, first_line, unknown
 from taskvec.core.files import file_digest
 from taskvec.core.notes import note
 from taskvec.data.images import Preprocessing
-from taskvec.encoders.loaders.checkpoints import (
-    CLASSIFIERS,
-    DECODERS,
-    PROJECTORS,
-    Reading,
-    find_file,
-    read_checkpoint,
-    separate,
-)
+from taskvec.encoders.loaders.checkpoints import Reading, find_file, read_checkpoint, separate
 from taskvec.encoders.loaders.requests import (
     Family,
     Loaded,
@@ -38,7 +30,7 @@ from taskvec.encoders.loaders.requests import (
     read_object,
 )
 from taskvec.weights import hub
-from taskvec.weights.keys import COUNTER
+from taskvec.weights.keys import CLASSIFIERS, COUNTER, DECODERS, PROJECTORS
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """What timm's weights are called in a repository of the hub."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError, did_you_mean, first_line
-from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, DECODERS
 from taskvec.encoders.loaders.hf import processors, saved
 from taskvec.encoders.loaders.hf.modules import (
     TYPES,
@@ -42,7 +41,7 @@ from taskvec.encoders.loaders.requests import (
 )
 from taskvec.paper.checkpoints import Checkpoint
 from taskvec.weights.flat import check_keys
-from taskvec.weights.keys import COUNTER
+from taskvec.weights.keys import CLASSIFIERS, COUNTER, DECODERS
 from taskvec.weights.reader import tell_other
 
 HEADS = (*CLASSIFIERS, *DECODERS, "pooler.", "embeddings.mask_token")
