@@ -131,15 +131,15 @@ def relative(paths: Sequence[Path], root: Path) -> list[str]:
 
 def listing_digest(listing: Listing) -> str:
     """Return a digest of which image has which label in which split; images that are in memory count themselves."""
-    found: dict[str, Any] = {"classes": list(listing.classes)}
+    record: dict[str, Any] = {"classes": list(listing.classes)}
     for split, items in listing.items.items():
         labels = listing.labels[split].tolist()
         if isinstance(items, np.ndarray):
             names: Any = hashlib.sha256(np.ascontiguousarray(items).data).hexdigest()
         else:
             names = [path.relative_to(listing.root).as_posix() for path in items] if isinstance(items, list) else None
-        found[split] = [labels, names]
-    return fingerprint(found)
+        record[split] = [labels, names]
+    return fingerprint(record)
 
 
 def write_task(
@@ -164,9 +164,9 @@ def write_task(
     for split in SPLITS:
         count = len(listing.labels[split])
         ours = share_of(progress, before / total, count / total)
-        one = write_views(listing.items[split], to, folder / f"{split}.npy", skip_corrupt, ours)
-        np.save(folder / f"{split}-labels.npy", listing.labels[split][one.kept])
-        written[split] = one
+        views = write_views(listing.items[split], to, folder / f"{split}.npy", skip_corrupt, ours)
+        np.save(folder / f"{split}-labels.npy", listing.labels[split][views.kept])
+        written[split] = views
         before += count
     write_json(folder / "classes.json", list(listing.classes))
     if listing.kind != CLASSIFICATION:
@@ -188,10 +188,10 @@ def write_task(
 def check_kept(listing: Listing, written: dict[str, Written], address: TaskAddress) -> None:
     """Raise if a class lost all its training images, or a split all its images, because none could be read."""
     kept = {split: listing.labels[split][one.kept] for split, one in written.items()}
-    lost = sorted(set(listing.labels["train"].tolist()) - set(kept["train"].tolist()))
+    missing = sorted(set(listing.labels["train"].tolist()) - set(kept["train"].tolist()))
     empty = [split for split, labels in kept.items() if not len(labels)]
-    if lost or empty:
-        what = f"the training images of class '{listing.classes[lost[0]]}'" if lost else f"the {empty[0]} split"
+    if missing or empty:
+        what = f"the training images of class '{listing.classes[missing[0]]}'" if missing else f"the {empty[0]} split"
         raise TaskvecError(f"task '{address}': nothing of {what} can be read", "replace the corrupt images")
 
 

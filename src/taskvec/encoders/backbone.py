@@ -93,9 +93,9 @@ class Backbone:
             for start in range(0, len(images), batch_size):
                 pixels = torch.from_numpy(np.array(images[start : start + batch_size]))
                 batch = normalise(pixels, self.preprocessing, self.device)
-                found = encode(self.module, batch, per_patch, self.base).float().cpu()
-                out = out if start else torch.empty(len(images), *found.shape[1:])
-                out[start : start + len(batch)] = found
+                part = encode(self.module, batch, per_patch, self.base).float().cpu()
+                out = out if start else torch.empty(len(images), *part.shape[1:])
+                out[start : start + len(batch)] = part
                 progress((start + len(batch)) / len(images))
         return out
 

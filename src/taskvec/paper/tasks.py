@@ -204,8 +204,8 @@ def in_order(task: str, names: Iterable[str]) -> tuple[str, ...]:
 
     Two names that are the same class raise.
     """
-    found = TASKS[task]
-    places = {names[0]: place for place, names in enumerate(found.names) if len(found.names) == found.classes}
+    about = TASKS[task]
+    places = {names[0]: place for place, names in enumerate(about.names) if len(about.names) == about.classes}
     ordered = sorted(names, key=lambda name: (places.get(name, len(places)), key(name), name))
     for one, other in itertools.pairwise(ordered):
         if key(one) == key(other):

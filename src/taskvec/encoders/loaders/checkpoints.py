@@ -54,12 +54,12 @@ def find_file(given: str, names: Sequence[str], allow_pickle: bool) -> Path:
     path = Path(given).expanduser()
     if not path.is_dir():
         return check_file(given, allow_pickle)
-    held = [path / name for name in names if (path / name).is_file()]
-    if not held and (others := [(file, told) for file in sorted(path.iterdir()) if (told := format_of(file.name))]):
+    files = [path / name for name in names if (path / name).is_file()]
+    if not files and (others := [(file, told) for file in sorted(path.iterdir()) if (told := format_of(file.name))]):
         raise TaskvecError(f"folder '{path}' holds {others[0][1][0]} ('{others[0][0].name}')", others[0][1][1])
-    if not held:
+    if not files:
         raise TaskvecError(f"folder '{path}' holds none of {', '.join(names)}", "give the path of the weights file")
-    return check_file(str(held[0]), allow_pickle)
+    return check_file(str(files[0]), allow_pickle)
 
 
 def check_file(given: str, allow_pickle: bool) -> Path:
@@ -143,14 +143,14 @@ def read_checkpoint(path: Path, wanted: Mapping[str, Tensor] | None = None, key:
     does and a note tells. Where most of what is wanted is nowhere, one of the largest dictionaries is read.
     """
     wanted = wanted or {}
-    held = {"": read(path)} if is_safetensors(path) else dictionaries(read_pickle(path))
-    if not any(held.values()):
+    states = {"": read(path)} if is_safetensors(path) else dictionaries(read_pickle(path))
+    if not any(states.values()):
         raise TaskvecError(f"'{path}' is not a dictionary of tensors", "save the model's state_dict() as safetensors")
-    parts = [part for place, state in held.items() for part in parts_of(place, state, wanted)]
+    parts = [part for place, state in states.items() for part in parts_of(place, state, wanted)]
     fewest = min(part.misfits(wanted) for part in parts)
     if not wanted or 2 * fewest[0] > len(wanted):
-        most = max(map(len, held.values()))
-        fitting = [bare(place, state, wanted) for place, state in held.items() if 2 * len(state) >= most or key]
+        most = max(map(len, states.values()))
+        fitting = [bare(place, state, wanted) for place, state in states.items() if 2 * len(state) >= most or key]
     else:
         fitting = [part for part in parts if part.misfits(wanted) == fewest]
     chosen = choose(fitting, key, path)
@@ -159,40 +159,40 @@ def read_checkpoint(path: Path, wanted: Mapping[str, Tensor] | None = None, key:
     return reading
 
 
-def dictionaries(found: Any) -> dict[str, dict[str, Tensor]]:
+def dictionaries(content: Any) -> dict[str, dict[str, Tensor]]:
     """Return the dictionaries of tensors in nested containers, by the keys that lead to them, joined by dots."""
-    held: dict[str, dict[str, Tensor]] = {}
-    waiting, seen = [("", found, 0)], set[int]()
+    states: dict[str, dict[str, Tensor]] = {}
+    waiting, seen = [("", content, 0)], set[int]()
     for place, container, depth in waiting:
         if not isinstance(container, dict | list | tuple) or depth > DEPTH or id(container) in seen:
             continue
         seen.add(id(container))
         value = container if isinstance(container, dict) else dict(enumerate(container))
         tensors = {name: one for name, one in value.items() if isinstance(name, str) and isinstance(one, Tensor)}
-        held |= {place: tensors} if tensors else {}
+        states |= {place: tensors} if tensors else {}
         waiting += [(f"{place}.{name}".lstrip("."), one, depth + 1) for name, one in value.items()]
-    return held
+    return states
 
 
 def parts_of(place: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterator[Part]:
     """Yield the parts of a dictionary that may hold an encoder: behind each prefix that many names share."""
     names = unwrapped(state, wanted)
-    found = {names[name]: tensor for name, tensor in state.items() if names[name].rpartition(".")[2] != AVERAGED}
+    tensors = {names[name]: tensor for name, tensor in state.items() if names[name].rpartition(".")[2] != AVERAGED}
     shared = prefixes(wanted, len(wanted))[-1]
-    for prefix in prefixes(found, max(1, len(wanted) / 2)):
-        yield Part(place, found, prefix)
+    for prefix in prefixes(tensors, max(1, len(wanted) / 2)):
+        yield Part(place, tensors, prefix)
         if shared and not prefix.endswith(shared):
-            yield Part(place, found, prefix, shared)
+            yield Part(place, tensors, prefix, shared)
 
 
 def bare(place: str, state: Mapping[str, Tensor], wanted: Collection[str]) -> Part:
     """Return a dictionary as it is, but for what training classes, or wrappers alone, put before all its names."""
     counted = {name: tensor for name, tensor in state.items() if name != AVERAGED}
-    found = stripped(counted, wanted, [f"{wrapper}." for wrapper in sorted(WRAPPERS)])
+    tensors = stripped(counted, wanted, [f"{wrapper}." for wrapper in sorted(WRAPPERS)])
     if wanted:
-        names = unwrapped(found, wanted)
-        found = stripped({names[name]: tensor for name, tensor in found.items()}, wanted)
-    return Part(place, found)
+        names = unwrapped(tensors, wanted)
+        tensors = stripped({names[name]: tensor for name, tensor in tensors.items()}, wanted)
+    return Part(place, tensors)
 
 
 def stripped(
@@ -214,8 +214,8 @@ def choose(parts: Sequence[Part], key: str, path: Path) -> Part:
     chosen = min(named, key=Part.rank)
     others = [f"'{part.label}'" for part in named if part.label != chosen.label]
     if others:
-        told = f", not {' or '.join(others)}, which fit as well; FILE#NAME takes the part of that name"
-        note(f"'{path}': took '{chosen.label}'{told}")
+        alternatives = f", not {' or '.join(others)}, which fit as well; FILE#NAME takes the part of that name"
+        note(f"'{path}': took '{chosen.label}'{alternatives}")
     elif set(chosen.label.split(".")) - {"", "state_dict", *(member[:-1] for member in MEMBERS)}:
         note(f"'{path}': took '{chosen.label}'")
     return chosen

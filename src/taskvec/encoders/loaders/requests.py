@@ -139,10 +139,10 @@ def check_affordable(make: Callable[[], nn.Module], files: Sequence[Path], sourc
     """Raise where a configuration asks for more weights than its files can hold, before memory is taken for them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         wanted = sum(value.numel() for value in make().parameters())
-    held = sum(file.stat().st_size for file in files)
-    if wanted > 2 * held + SPARE:
+    size = sum(file.stat().st_size for file in files)
+    if wanted > 2 * size + SPARE:
         raise TaskvecError(
-            f"{source} asks for {wanted} weights, and its files have {held} bytes", "copy both from where they are from"
+            f"{source} asks for {wanted} weights, and its files have {size} bytes", "copy both from where they are from"
         )
 
 

@@ -74,8 +74,8 @@ def options_of(request: Request) -> dict[str, Any]:
     """Return what ``build`` makes the encoder from: its name, and what the configuration beside its file says of it."""
     check_name(request.name)
     about = configured(request)
-    own = about["seen"]["input_size"][-1] if about else own_size(request.name)
-    return {"name": request.name, "size": request.size or own} | projection_options(request) | about
+    trained_size = about["seen"]["input_size"][-1] if about else own_size(request.name)
+    return {"name": request.name, "size": request.size or trained_size} | projection_options(request) | about
 
 
 # ---------------------------------------------------------------- configurations
@@ -115,8 +115,8 @@ def translated(config: Path, about: dict[str, Any]) -> dict[str, Any]:
 
     source = f"'{config}'"
     try:
-        found, _, given = _parse_model_cfg(about, {})
-        seen = {name: value for name, value in found.items() if name in SEEN}
+        config_of_timm, _, given = _parse_model_cfg(about, {})
+        seen = {name: value for name, value in config_of_timm.items() if name in SEEN}
         seen = {name: value for name, value in asdict(PretrainedCfg(**seen)).items() if name in SEEN}
         arguments = {name: value for name, value in dict(given or {}).items() if name not in OURS}
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -191,8 +191,8 @@ def identify(request: Request) -> dict[str, Any]:
         about = {"content": file_digest(find_file(request.file, FILES, request.allow_pickle))}
         config = beside(request)
         return about | ({"config": file_digest(config)} if config else {})
-    held = hub.first_cached(repository(request), readable(request))
-    return {"content": file_digest(held)} if held else {}
+    weights = hub.first_cached(repository(request), readable(request))
+    return {"content": file_digest(weights)} if weights else {}
 
 
 def readable(request: Request) -> list[str]:
@@ -281,16 +281,16 @@ def translate(raw: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tens
     leaves = {key: traced(value) for key, value in raw.items()}
     try:
         with torch.enable_grad():
-            found = call(translator, leaves, module)
+            translated = call(translator, leaves, module)
     except (KeyError, AttributeError, RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         return raw, ()
-    made_of = {key: sources(value) for key, value in found.items()}
+    made_of = {key: sources(value) for key, value in translated.items()}
     for name, part in module.named_modules():
-        if isinstance(part, nn.Conv2d) and (key := f"{name}.weight") in found:
-            found[key] = next((leaf for leaf in made_of[key] if is_other(leaf, part.kernel_size)), found[key])
+        if isinstance(part, nn.Conv2d) and (key := f"{name}.weight") in translated:
+            translated[key] = next((leaf for leaf in made_of[key] if is_other(leaf, part.kernel_size)), translated[key])
     used = {id(leaf) for leaves_of in made_of.values() for leaf in leaves_of}
-    unused = tuple(key for key, leaf in leaves.items() if id(leaf) not in used and key not in found)
-    return {key: value.detach() for key, value in found.items()}, unused
+    unused = tuple(key for key, leaf in leaves.items() if id(leaf) not in used and key not in translated)
+    return {key: value.detach() for key, value in translated.items()}, unused
 
 
 def is_other(leaf: Tensor, kernel: tuple[int, ...]) -> bool:
@@ -311,16 +311,16 @@ def traced(tensor: Tensor) -> Tensor:
 
 def sources(tensor: Tensor) -> list[Tensor]:
     """Return the leaves that a tensor was made of, by the graph that autograd keeps."""
-    found, seen, waiting = [tensor], set[Any](), [tensor.grad_fn]
+    leaves, seen, waiting = [tensor], set[Any](), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         waiting.extend(parent for parent, _ in node.next_functions)
-    return found
+    return leaves
 
 
 def build(options: dict[str, Any]) -> nn.Module:

@@ -130,9 +130,9 @@ def model_class(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     if options["has_projection"]:
         return transformers.CLIPVisionModelWithProjection, {}
-    found = MODEL_MAPPING[type(make_config(options))]
-    pools = "add_pooling_layer" in inspect.signature(found.__init__).parameters
-    return found, {"add_pooling_layer": TYPES[options["type"]].feature != "class"} if pools else {}
+    made = MODEL_MAPPING[type(make_config(options))]
+    pools = "add_pooling_layer" in inspect.signature(made.__init__).parameters
+    return made, {"add_pooling_layer": TYPES[options["type"]].feature != "class"} if pools else {}
 
 
 def build(options: dict[str, Any]) -> nn.Module:

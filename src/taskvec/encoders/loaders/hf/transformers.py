@@ -72,18 +72,18 @@ def load(request: Request) -> Loaded:
     folder = saved.obtain(request)
     config = saved.read_config(folder)
     kind = type_of(request, config)
-    own = edge(vision_of(config, folder).get("image_size"))
-    seen = processors.preprocessing(folder, kind, own)
-    seen = replace(seen, size=request.size or seen.size)
+    trained_size = edge(vision_of(config, folder).get("image_size"))
+    view = processors.preprocessing(folder, kind, trained_size)
+    view = replace(view, size=request.size or view.size)
     files = saved.checked_files(folder, request.allow_pickle)
     tell_other(files[0] if len(files) == 1 else folder)
     projects = TYPES[kind].feature == "clip" and saved.holds(files, "visual_projection.", config)
-    options = options_of(request, config, vision_of(config, folder), kind, seen.size, projects)
+    options = options_of(request, config, vision_of(config, folder), kind, view.size, projects)
     check_affordable(lambda: build(options), files, f"'{folder / saved.CONFIG}'")
     where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
     return Loaded(
         {"family": "hf", "options": options},
-        lambda _: seen,
+        lambda _: view,
         lambda _: state_for(folder, options),
         lambda: {"from": where, "sha256": saved.content(files)},
     )
@@ -118,12 +118,12 @@ def options_of(
         vision["projection_dim"] = config["projection_dim"]
     elif not has_projection:
         no_projection(request, "its checkpoint holds none")
-    own = edge(vision.get("image_size"))
+    trained_size = edge(vision.get("image_size"))
     return {
         "type": kind,
         "config": {key: value for key, value in vision.items() if key not in OTHERS},
         "size": size,
-        "resampled": own is not None and size != own,
+        "resampled": trained_size is not None and size != trained_size,
         "has_projection": has_projection,
         "projection": has_projection and request.projection is not False,
     }
@@ -152,13 +152,13 @@ def state_for(folder: Path, options: dict[str, Any]) -> State:
     unexpected = sorted(info["unexpected_keys"])
     excluded = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"] or key.endswith(COUNTER)}
-    found |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
-    found |= {key: () for key in unexpected if key not in excluded}
+    present = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"] or key.endswith(COUNTER)}
+    present |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
+    present |= {key: () for key in unexpected if key not in excluded}
     fix = f"give a folder whose weights are those of its {saved.CONFIG}"
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
         fix += ", or set use_mean_pooling to false there: then the class token is the feature"
-    check_keys(found, shapes, f"'{saved.weights_in(folder)}'", fix)
+    check_keys(present, shapes, f"'{saved.weights_in(folder)}'", fix)
     inner = wrap(model, options).state_dict()
     if options["has_projection"] and not options["projection"]:
         excluded.append("visual_projection.weight")
@@ -276,8 +276,8 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
             f"'{folder}': its text tower is not whole: {', '.join(missing[:3])}",
             "copy the whole folder again, or leave out the open regimes",
         )
-    found = model.eval().get_text_features(**words)
-    features: Tensor = getattr(found, "pooler_output", found)
+    outputs = model.eval().get_text_features(**words)
+    features: Tensor = getattr(outputs, "pooler_output", outputs)
     return nn.functional.normalize(features.float(), dim=1), float(model.logit_scale.exp())
 
 
