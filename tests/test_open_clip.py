@@ -298,7 +298,7 @@ def test_sentences_are_those_of_the_data_set(
 def test_a_coca_tower_gives_one_feature_an_image() -> None:
     with torch.device("meta"):
         tower = build({"model": "coca_ViT-B-32", "size": 224, "quick_gelu": False, "projection": True})
-    assert backbones.tried(tower, torch.zeros(2, 3, 224, 224, device="meta"), "coca").shape == (2, 512)
+    assert backbones.checked_features(tower, torch.zeros(2, 3, 224, 224, device="meta"), "coca").shape == (2, 512)
     assert separate({"text_decoder.x": torch.zeros(1)}, (), TEXTS)[1] == ("text_decoder.x",)
 
 

@@ -212,7 +212,7 @@ def check_folder(out: Path) -> None:
 def check_free(file: StudyFile, out: Path) -> None:
     """Raise, before any work, if something of the user's stands in a run folder where a file of ours may have to go."""
     own = owned(out, MARKER, LOCK) | {MARKER: set()}
-    backbones = [choice.name or parse(choice.address).default_name for choice in file.study.backbones]
+    backbones = [choice.called for choice in file.study.backbones]
     names = [MARKER, *FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, own)]
     found = [out / name for name in FOLDERS if os.path.lexists(out / name) and not is_folder(out / name)]
     found += [place for name in names if (place := obstacle(out, name, own))]
@@ -331,7 +331,7 @@ def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: d
 
 def roles_of(file: StudyFile) -> dict[str, str]:
     """Return which backbones stand for rows of the paper's tables."""
-    return {b.name or parse(b.address).default_name: b.paper for b in file.study.backbones if b.paper}
+    return {b.called: b.paper for b in file.study.backbones if b.paper}
 
 
 def draw_figures(

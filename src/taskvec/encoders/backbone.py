@@ -215,10 +215,12 @@ def assemble(
 def feature_width(module: nn.Module, preprocessing: Preprocessing, device: str, name: str) -> int:
     """Return the width of the module's features, or raise if it cannot look at images of that size."""
     images = torch.zeros(2, 3, preprocessing.size, preprocessing.size, device=device)
-    return int(tried(module, images, name).shape[1])
+    return int(checked_features(module, images, name).shape[1])
 
 
-def tried(module: nn.Module, images: Float[Tensor, "batch 3 size size"], name: str) -> Float[Tensor, "batch width"]:
+def checked_features(
+    module: nn.Module, images: Float[Tensor, "batch 3 size size"], name: str
+) -> Float[Tensor, "batch width"]:
     """Return a module's features, or raise if it cannot look at such images or gives no vector of each."""
     try:
         features: Any = module(images)

@@ -24,7 +24,7 @@ from taskvec.core.notes import note
 from taskvec.core.task_types import CLASSIFICATION
 from taskvec.data.tasks import Task
 from taskvec.encoders.addresses import split_key
-from taskvec.encoders.backbone import Backbone, tried
+from taskvec.encoders.backbone import Backbone, checked_features
 from taskvec.encoders.loaders.checkpoints import check_file, read_checkpoint
 from taskvec.encoders.loaders.families import FAMILIES
 from taskvec.encoders.loaders.requests import Request
@@ -138,7 +138,7 @@ def agree(whole: nn.Module, encoder: Weights, head: Head, backbone: Backbone) ->
         features = backbone.module.eval()(images)
         if features.shape[1] != head.weight.shape[1]:
             return False
-        wanted, scores = head.logits(features), tried(whole.to(device).eval(), images, backbone.name)
+        wanted, scores = head.logits(features), checked_features(whole.to(device).eval(), images, backbone.name)
     spread = float((wanted - head.bias.to(device)).std())
     return scores.shape == wanted.shape and float((scores - wanted).abs().max()) <= ALIKE * spread
 

@@ -38,18 +38,14 @@ class Sources:
         )
         self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
         self.brought = {name: task for name, task in zip(given, file.study.tasks, strict=True) if task.finetuned}
-        self.encoders = {b.address: parse(b.address, self.folder) for b in file.study.backbones}
+        self.backbone_addresses = {b.address: parse(b.address, self.folder) for b in file.study.backbones}
         self.sentences: dict[str, list[list[str]] | None] = {}
 
     def backbones(self) -> dict[str, BackboneChoice]:
         """Return the backbones by name; two of one name raise."""
         chosen = self.study.backbones
-        names = [self.name_of(choice) for choice in chosen]
-        return dict(zip(unique(names, [one.address for one in chosen], "backbones"), chosen, strict=True))
-
-    def name_of(self, choice: BackboneChoice) -> str:
-        """Return a backbone's name."""
-        return choice.name or self.address_of(choice).default_name
+        names = [choice.called for choice in chosen]
+        return dict(zip(unique(names, [choice.address for choice in chosen], "backbones"), chosen, strict=True))
 
     def describe(self, address: TaskAddress) -> dict[str, Any]:
         """Return what identifies a task's images; an estimate reads none, and those published may be absent."""
@@ -75,7 +71,7 @@ class Sources:
 
     def address_of(self, choice: BackboneChoice) -> BackboneAddress:
         """Return an address whose path is absolute: relative paths start from the study file's folder."""
-        return self.encoders[choice.address]
+        return self.backbone_addresses[choice.address]
 
     def path(self, path: str) -> Path:
         """Return a path, which is relative to the study file's folder."""
@@ -137,12 +133,14 @@ class Sources:
 
     def _note_left_out(self, regime: str) -> None:
         """Note which backbones and tasks a regime that starts from zero-shot heads does without."""
-        for one in (one for one in self.study.backbones if not one.regimes or regime in one.regimes):
-            name = self.name_of(one)
-            if not self._has_text(one):
-                note(f"regime '{regime}' leaves out backbone {name}, which has no text tower")
-            elif lacking := ", ".join(task for task, found in self.captions_for(one).items() if not found):
-                note(f"regime '{regime}' leaves out {lacking} for backbone {name}: their classes have no captions")
+        for choice in (choice for choice in self.study.backbones if not choice.regimes or regime in choice.regimes):
+            if not self._has_text(choice):
+                note(f"regime '{regime}' leaves out backbone {choice.called}, which has no text tower")
+            elif lacking := ", ".join(task for task, captions in self.captions_for(choice).items() if not captions):
+                note(
+                    f"regime '{regime}' leaves out {lacking} for backbone {choice.called}: their classes have no "
+                    "captions"
+                )
 
     def check_negation(self) -> None:
         """Raise if negation names a task that the study does not have."""

@@ -136,13 +136,17 @@ class BackboneChoice(Choice):
     projection: bool | None = None
     batch_norm: Literal["merged", "reestimated"] = "merged"
 
+    @property
+    def called(self) -> str:
+        """Return its name in tables and folders: its own, or the one that its address gives."""
+        return self.name or parse(self.address).default_name
+
     def shortened(self) -> BackboneChoice:
         """Return the same backbone, but of an encoder along its pre-training at most the second step."""
-        address = parse(self.address)
-        if (address.step or 0) <= 2:
+        if (parse(self.address).step or 0) <= 2:
             return self
-        name = self.name or address.default_name
-        return self.model_copy(update={"address": f"{self.address.partition('@')[0]}@2", "name": name})
+        base, at, _ = self.address.partition("@")
+        return self.model_copy(update={"address": f"{base}{at}2", "name": self.called})
 
 
 class RegimeChoice(Choice):

@@ -151,7 +151,7 @@ def counted(
         if not list(part.children()):
             part.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter:
-        features = backbones.tried(module, torch.zeros(1, 3, size, size, device="meta"), name)
+        features = backbones.checked_features(module, torch.zeros(1, 3, size, size, device="meta"), name)
     parameters = sum(value.numel() for value in module.state_dict().values() if value.is_floating_point())
     view = seen(module) if seen else None
     return Anatomy(parameters, float(counter.get_total_flops()), float(kept[0]), features.shape[1], size, view)
