@@ -65,12 +65,6 @@ class BackboneAddress:
         return Path(given).expanduser() if given else None
 
     @property
-    def step(self) -> int | None:
-        """Return the step of an encoder along its pre-training, None for others."""
-        step = self.name.partition("@")[2]
-        return int(step) if self.kind == "lab" and step.isdecimal() else None
-
-    @property
     def absent(self) -> str:
         """Return the Hub's repository of a checkpoint of the paper that its cache here does not hold; else nothing."""
         if self.kind != "paper" or self.file:

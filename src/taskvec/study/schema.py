@@ -143,9 +143,9 @@ class BackboneChoice(Choice):
 
     def shortened(self) -> BackboneChoice:
         """Return the same backbone, but of an encoder along its pre-training at most the second step."""
-        if (parse(self.address).step or 0) <= 2:
+        base, at, step = self.address.partition("@")  # the address may be none: that is told when it is planned
+        if not (base.startswith("lab:") and step.isdecimal() and int(step) > 2):
             return self
-        base, at, _ = self.address.partition("@")
         return self.model_copy(update={"address": f"{base}{at}2", "name": self.called})
 
 
