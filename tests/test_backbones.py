@@ -17,12 +17,12 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing, normalise
 from taskvec.encoders import identity
 from taskvec.encoders.backbone import load_backbone
-from taskvec.encoders.records import read_backbone, write_backbone
 from taskvec.encoders.loaders import families as loaders
 from taskvec.encoders.loaders import timm as timm_loader
 from taskvec.encoders.loaders.checkpoints import Reading, read_pickle
 from taskvec.encoders.loaders.requests import Request
 from taskvec.encoders.loaders.timm import preprocessing, state_for, translate
+from taskvec.encoders.records import read_backbone, write_backbone
 from taskvec.learning.external import read_finetuned
 from taskvec.study.forecast.model_cost import anatomy
 from taskvec.weights.flat import align, check_keys, pack

@@ -17,11 +17,11 @@ import torch
 from conftest import write_folder_task
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from taskvec.core.files import read_json
 from test_pipeline import Quiet
 
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import read_json
 from taskvec.data import prompts as templates
 from taskvec.data import tasks
 from taskvec.data.images import normalise, resize_and_crop
@@ -31,7 +31,6 @@ from taskvec.encoders import identity
 from taskvec.encoders.addresses import parse
 from taskvec.encoders.backbone import load_backbone
 from taskvec.encoders.loaders.checkpoints import separate
-from taskvec.weights.keys import TEXTS
 from taskvec.encoders.loaders.open_clip import build, preprocessing, tag_config
 from taskvec.encoders.loaders.requests import Request
 from taskvec.engine.store import Store
@@ -40,6 +39,7 @@ from taskvec.paper.checkpoints import PAPER
 from taskvec.study.files import parse_study
 from taskvec.study.schema import StudyFile
 from taskvec.weights.hub import asked_once
+from taskvec.weights.keys import TEXTS
 
 TINY = {
     "embed_dim": 24,

@@ -12,21 +12,21 @@ import pytest
 import torch
 import transformers as T
 from safetensors.torch import load_file, save_file
-from taskvec.core.files import read_json
 from test_brought import make_task
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.files import read_json
 from taskvec.core.notes import listen
 from taskvec.data.images import normalise
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders import identity
 from taskvec.encoders.backbone import load_backbone
-from taskvec.encoders.records import read_backbone, write_backbone
+from taskvec.encoders.loaders.hf.modules import TYPES
 from taskvec.encoders.loaders.hf.saved import is_whole
 from taskvec.encoders.loaders.hf.transformers import check_row
-from taskvec.encoders.loaders.hf.modules import TYPES
 from taskvec.encoders.loaders.requests import Request
+from taskvec.encoders.records import read_backbone, write_backbone
 from taskvec.learning import heads
 from taskvec.learning.external import head_of, read_finetuned
 from taskvec.learning.heads import Head
