@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from taskvec.encoders.addresses import PAPER, SCALING
+from taskvec.paper.checkpoints import PAPER, SCALING
 
 Features = Callable[[torch.Tensor], torch.Tensor]
 REVISION = "0" * 40

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 
 from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing, normalise
-from taskvec.encoders import backbone as backbones
-from taskvec.encoders.backbone import load_backbone, read_backbone, write_backbone
+from taskvec.encoders import identity
+from taskvec.encoders.backbone import load_backbone
 from taskvec.encoders.loaders import families as loaders
 from taskvec.encoders.loaders import timm as timm_loader
 from taskvec.encoders.loaders.checkpoints import Reading, read_pickle
 from taskvec.encoders.loaders.requests import Request
 from taskvec.encoders.loaders.timm import preprocessing, state_for, translate
+from taskvec.encoders.records import read_backbone, write_backbone
 from taskvec.learning.external import read_finetuned
 from taskvec.study.forecast.model_cost import anatomy
 from taskvec.weights.flat import align, check_keys, pack
@@ -139,7 +140,7 @@ def test_a_checkpoint_of_another_architecture_names_the_first_keys(tmp_path: Pat
 )
 def test_bad_addresses_are_clear_errors(address: str, message: str) -> None:
     with pytest.raises(TaskvecError, match=message):
-        backbones.describe(address, None)
+        identity.describe(address, None)
         load_backbone(address)
 
 
@@ -319,7 +320,7 @@ def test_of_several_parts_one_is_taken_with_a_note_and_others_by_name(
         assert torch.equal(taken.pretrained[key], value)
         assert torch.equal(chosen[usual].pretrained[key], value)
         assert torch.equal(chosen[other].pretrained[key], value + 1)
-    described = [backbones.describe(address + part, 32, True) for part in ("", f"#{usual}", f"#{other}")]
+    described = [identity.describe(address + part, 32, True) for part in ("", f"#{usual}", f"#{other}")]
     assert described[1] != described[2] != described[0]
     tuned = read_finetuned(Path(f"{tmp_path / 'c.pth'}#{other}"), taken, allow_pickle=True)
     assert torch.equal(tuned.encoder.flat, chosen[other].pretrained.flat)
@@ -457,9 +458,9 @@ def test_a_folder_of_another_architecture_or_library_is_refused_with_its_address
 
 def test_a_configuration_beside_weights_is_in_their_fingerprint(tmp_path: Path) -> None:
     timm_folder(tmp_path)
-    before, config = backbones.describe(f"timm:test_vit@{tmp_path}", None), tmp_path / "config.json"
+    before, config = identity.describe(f"timm:test_vit@{tmp_path}", None), tmp_path / "config.json"
     config.write_text(config.read_text().replace("0.485", "0.585"))
-    assert backbones.describe(f"timm:test_vit@{tmp_path}", None) != before
+    assert identity.describe(f"timm:test_vit@{tmp_path}", None) != before
 
 
 @pytest.mark.parametrize(

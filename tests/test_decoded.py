@@ -34,6 +34,7 @@ from taskvec.data.augment import crop_box, cut
 from taskvec.data.decoding import Whole, check_room, write_whole
 from taskvec.data.folders import is_flat
 from taskvec.data.images import Preprocessing, open_image, resize_and_crop, shrink
+from taskvec.data.sources import parse
 from taskvec.encoders.backbone import Backbone
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline
@@ -162,8 +163,10 @@ def test_training_takes_crops_of_whole_images(tmp_path: Path, backbone: Backbone
 
 
 def test_the_lab_has_no_second_cache() -> None:
-    assert not tasks.has_whole("lab:greek")
-    assert all(tasks.has_whole(address) for address in ("folder:/x", "hf:a/b", "paper:dtd", "torchvision:CIFAR10@/x"))
+    assert not parse("lab:greek").source.has_whole
+    assert all(
+        parse(address).source.has_whole for address in ("folder:/x", "hf:a/b", "paper:dtd", "torchvision:CIFAR10@/x")
+    )
 
 
 def notes_of(root: Path, out: Path, skip: bool = False) -> list[str]:

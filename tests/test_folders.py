@@ -18,6 +18,7 @@ from taskvec.core.notes import listen
 from taskvec.data import folders, tasks
 from taskvec.data.images import Preprocessing
 from taskvec.data.index import Listing
+from taskvec.data.sources import parse
 from taskvec.engine.store import Store
 
 GENERATOR = np.random.default_rng(0)
@@ -182,7 +183,7 @@ def test_what_systems_leave_is_no_class_and_no_image(tmp_path: Path, junk: str) 
 @pytest.mark.parametrize("name", ["a@b", "a:b", "hf:x", "#1, 2", "a\nb", "[1]*?", "a b", "-x", os.fsdecode(b"caf\xe9")])
 def test_any_path_is_a_path(tmp_path: Path, name: str) -> None:
     put(tmp_path / name, "a", "b")
-    address = tasks.resolve(f"folder:{name}", tmp_path)
+    address = str(parse(f"folder:{name}", tmp_path))
     task = tasks.load_task(address, Preprocessing(8))
     assert (task.name, len(task.train)) == (name, 20)
     assert tasks.describe(address, Store(tmp_path / "store").tree_digest)["images"] == 24
@@ -190,11 +191,11 @@ def test_any_path_is_a_path(tmp_path: Path, name: str) -> None:
 
 def test_a_link_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "birds").symlink_to(put(tmp_path / "v1.2-final", "a", "b"))
-    assert tasks.default_name(f"folder:{tmp_path / 'birds'}") == "birds"
-    assert tasks.default_name(f"folder:{tmp_path / 'birds' / 'a' / '..'}/") == "birds"
+    assert parse(f"folder:{tmp_path / 'birds'}").default_name == "birds"
+    assert parse(f"folder:{tmp_path / 'birds' / 'a' / '..'}/").default_name == "birds"
     monkeypatch.chdir(tmp_path)
-    assert tasks.default_name("folder:birds/") == "birds"
-    assert tasks.default_name("folder:.") == tmp_path.name
+    assert parse("folder:birds/").default_name == "birds"
+    assert parse("folder:.").default_name == tmp_path.name
 
 
 def test_an_image_under_two_classes_is_told(tmp_path: Path) -> None:

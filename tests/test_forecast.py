@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from taskvec.command.cli import app
 from taskvec.core.errors import TaskvecError
 from taskvec.core.formatting import bytes_text, duration_text
+from taskvec.data.sources import parse
 from taskvec.encoders import backbone as backbones
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
@@ -287,9 +288,9 @@ def test_the_papers_studies_hold_the_papers_runs(name: str) -> None:
 
 
 def test_sizes_of_tasks_with_and_without_their_data(data: Path) -> None:
-    assert task_size("paper:cars", 0) == (196, 7330, 814, 8041)
-    assert task_size(f"folder:{data / 'two'}", 72) == (2, 54, 6, 12)
-    assert task_size("lab:greek", 5000)[1:] == (3600, 400, 1000)
+    assert task_size(parse("paper:cars"), 0) == (196, 7330, 814, 8041)
+    assert task_size(parse(f"folder:{data / 'two'}"), 72) == (2, 54, 6, 12)
+    assert task_size(parse("lab:greek"), 5000)[1:] == (3600, 400, 1000)
 
 
 def test_a_mistake_is_told_and_another_device_needs_not_be_here(data: Path) -> None:

@@ -18,8 +18,8 @@ from checkpoints import write_checkpoint
 from safetensors import safe_open
 
 from taskvec.data.images import normalise
-from taskvec.encoders.addresses import PAPER
 from taskvec.encoders.backbone import load_backbone
+from taskvec.paper.checkpoints import PAPER
 
 pytestmark = pytest.mark.slow
 WIDTHS = {"vit-b16-clip-400m": 512, "vit-b16-clip-2b": 512, "vit-l16-in21k": 1024}

@@ -16,10 +16,11 @@ from huggingface_hub import constants
 from test_backbones import VIT, timm_file
 
 from taskvec.core.errors import TaskvecError
-from taskvec.encoders import backbone as backbones
-from taskvec.encoders.addresses import PAPER, listing
+from taskvec.encoders import identity
+from taskvec.encoders.addresses import listing
 from taskvec.encoders.backbone import load_backbone
 from taskvec.encoders.loaders.families import find
+from taskvec.paper.checkpoints import PAPER
 from taskvec.paper.numbers import MODELS
 from taskvec.weights import hub
 
@@ -44,13 +45,13 @@ def put(cache: Path, repo: str, file: str, content: bytes) -> None:
 
 
 def test_what_is_cached_is_loaded_and_its_content_is_in_the_fingerprint(cache: Path, tmp_path: Path) -> None:
-    assert "content" not in backbones.describe(ADDRESS, None)
-    assert backbones.to_download(ADDRESS) == f"{REPO}/model.safetensors"
+    assert "content" not in identity.describe(ADDRESS, None)
+    assert identity.to_download(ADDRESS) == f"{REPO}/model.safetensors"
     path, _ = timm_file(tmp_path, VIT)
     put(cache, REPO, "model.safetensors", path.read_bytes())
-    about = backbones.describe(ADDRESS, None)
+    about = identity.describe(ADDRESS, None)
     assert about["content"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert backbones.to_download(ADDRESS) == ""
+    assert identity.to_download(ADDRESS) == ""
     found = load_backbone(ADDRESS, size=32)
     assert found.origin == {"from": f"{REPO}/model.safetensors", "sha256": about["content"]}
     assert torch.equal(found.pretrained.flat, load_backbone(f"timm:{VIT}@{path}", size=32).pretrained.flat)
@@ -150,15 +151,15 @@ def test_a_download_goes_into_the_cache_and_is_asked_for_once(monkeypatch: pytes
 
 def test_weights_that_are_not_on_the_hub_need_a_file() -> None:
     with pytest.raises(TaskvecError, match=r"no weights of 'legacy_senet154\.in1k' on the hub\ngive a file"):
-        backbones.describe("timm:legacy_senet154.in1k", None)
+        identity.describe("timm:legacy_senet154.in1k", None)
 
 
 def test_every_row_of_the_papers_tables_has_an_address() -> None:
     assert set(PAPER) == set(MODELS)
     assert {f"paper:{name}" for name in MODELS} <= set(listing())
     for name in PAPER:
-        assert backbones.describe(f"paper:{name}", None, allow_pickle=True)["name"] == name
-        assert backbones.to_download(f"paper:{name}", allow_pickle=True)
+        assert identity.describe(f"paper:{name}", None, allow_pickle=True)["name"] == name
+        assert identity.to_download(f"paper:{name}", allow_pickle=True)
 
 
 def test_a_checkpoint_of_the_paper_loads_from_a_file_or_a_folder_of_either_library(tmp_path: Path) -> None:

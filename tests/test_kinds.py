@@ -21,7 +21,7 @@ from test_pipeline import Quiet
 import taskvec as tv
 from taskvec.core.settings import Finetune, Probe
 from taskvec.core.task_types import TASK_TYPES
-from taskvec.data import tasks
+from taskvec.data import sources, tasks
 from taskvec.data.images import Preprocessing, normalise
 from taskvec.data.tasks import Split, Task
 from taskvec.deploy.model import load
@@ -143,7 +143,8 @@ def test_a_feature_a_patch_is_the_final_token(transformer: Backbone) -> None:
 
 
 def test_encoders_that_do_not_fit_the_patches_say_so(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "LAB_COUNTS", {"train": 20, "test": 4})
+    for split, count in (("train", 20), ("test", 4)):
+        monkeypatch.setitem(sources.LAB_COUNTS, split, count)
     ink = lab_task("ink")
     with pytest.raises(tv.TaskvecError, match="TinyEncoder gives no feature a patch"):
         tv.fit_head(backbone, ink, QUICK)
@@ -334,7 +335,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, list[
     write_folder_task(root / "two", ("red", "blue"), train=15, test=6)
     text = STUDY.format(root=root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "LAB_COUNTS", {"train": 160, "test": 32})
+        for split, count in (("train", 160), ("test", 32)):
+            patch.setitem(sources.LAB_COUNTS, split, count)
         store = Store(root / "store")
         cells = plan(StudyFile(parse_study(text, "mixed"), text, root), store)
         steps = [step for cell in cells for step in cell.steps()]

@@ -27,16 +27,19 @@ from taskvec.data import tasks
 from taskvec.data.images import normalise, resize_and_crop
 from taskvec.data.index import Listing
 from taskvec.encoders import backbone as backbones
-from taskvec.encoders.addresses import PAPER, parse
+from taskvec.encoders import identity
+from taskvec.encoders.addresses import parse
 from taskvec.encoders.backbone import load_backbone
-from taskvec.encoders.loaders.checkpoints import TEXTS, separate
+from taskvec.encoders.loaders.checkpoints import separate
 from taskvec.encoders.loaders.open_clip import build, preprocessing, tag_config
 from taskvec.encoders.loaders.requests import Request
 from taskvec.engine.store import Store
 from taskvec.learning import heads
+from taskvec.paper.checkpoints import PAPER
 from taskvec.study.files import parse_study
 from taskvec.study.schema import StudyFile
-from taskvec.weights.network import asked_once
+from taskvec.weights.hub import asked_once
+from taskvec.weights.keys import TEXTS
 
 TINY = {
     "embed_dim": 24,
@@ -116,7 +119,7 @@ def test_the_configuration_beside_a_file_counts(tiny: tuple[Path, Any], tmp_path
     path = tmp_path / "open_clip_model.safetensors"
     path.write_bytes(tiny[0].read_bytes())
     plain = load_backbone(f"open_clip:ViT-Tiny@{path}")
-    before = backbones.describe(f"open_clip:ViT-Tiny@{path}", None)
+    before = identity.describe(f"open_clip:ViT-Tiny@{path}", None)
     seen = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "resize_mode": "squash"}
     config: dict[str, Any] = {"model_cfg": TINY | {"quick_gelu": True}, "preprocess_cfg": seen}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
@@ -125,7 +128,7 @@ def test_the_configuration_beside_a_file_counts(tiny: tuple[Path, Any], tmp_path
         assert found.architecture["options"]["quick_gelu"] and not plain.architecture["options"]["quick_gelu"]
         assert found.preprocessing.mean == (0.1, 0.2, 0.3)
         assert (found.preprocessing.interpolation, found.preprocessing.squash) == ("bilinear", True)
-        assert backbones.describe(address, None) != before
+        assert identity.describe(address, None) != before
     for odd, message in [
         ([], "holds a list, not an object"),
         ({}, "has no model_cfg"),
@@ -162,7 +165,7 @@ def test_wrapped_models_have_their_texts(tiny: tuple[Path, Any], tmp_path: Path,
     address, plain = f"open_clip:ViT-Tiny@{wrapped}", f"open_clip:ViT-Tiny@{tiny[0]}"
     assert torch.equal(load_backbone(address).pretrained.flat, load_backbone(plain).pretrained.flat)
     if prefix.count(".") == 1:
-        assert backbones.has_text(address)
+        assert identity.has_text(address)
     found, scale = backbones.text_features(address, ["a photo of a cat."])
     expected, other = backbones.text_features(plain, ["a photo of a cat."])
     assert torch.equal(found, expected) and scale == other
@@ -239,12 +242,12 @@ def test_published_sentences_belong_to_the_papers_data_sets() -> None:
 
 
 def test_a_text_tower_is_noticed(tiny: tuple[Path, Any], tmp_path: Path) -> None:
-    assert backbones.has_text(f"open_clip:ViT-Tiny@{tiny[0]}")
-    assert not backbones.has_text(f"open_clip:ViT-Tiny@{tiny[0]}", projection=False)
-    assert backbones.has_text("open_clip:ViT-B-16@laion2b_s34b_b88k")
+    assert identity.has_text(f"open_clip:ViT-Tiny@{tiny[0]}")
+    assert not identity.has_text(f"open_clip:ViT-Tiny@{tiny[0]}", projection=False)
+    assert identity.has_text("open_clip:ViT-B-16@laion2b_s34b_b88k")
     alone = {key: value for key, value in load_file(tiny[0]).items() if key.startswith("visual.")}
     save_file(alone, tmp_path / "tower.safetensors")
-    assert not backbones.has_text(f"open_clip:ViT-Tiny@{tmp_path / 'tower.safetensors'}")
+    assert not identity.has_text(f"open_clip:ViT-Tiny@{tmp_path / 'tower.safetensors'}")
 
 
 STUDY = """
@@ -295,13 +298,14 @@ def test_sentences_are_those_of_the_data_set(
 def test_a_coca_tower_gives_one_feature_an_image() -> None:
     with torch.device("meta"):
         tower = build({"model": "coca_ViT-B-32", "size": 224, "quick_gelu": False, "projection": True})
-    assert backbones.tried(tower, torch.zeros(2, 3, 224, 224, device="meta"), "coca").shape == (2, 512)
+    assert backbones.checked_features(tower, torch.zeros(2, 3, 224, 224, device="meta"), "coca").shape == (2, 512)
     assert separate({"text_decoder.x": torch.zeros(1)}, (), TEXTS)[1] == ("text_decoder.x",)
 
 
 def test_the_papers_rows_see_images_as_their_libraries_say() -> None:
     for row, checkpoint in PAPER.items():
-        kind, name, tag = parse(checkpoint.address)
+        place = parse(checkpoint.address)
+        kind, name, tag = place.kind, place.name, place.file
         if kind == "open_clip":
             config = open_clip.get_pretrained_cfg(name, tag) if tag else {}
             want = config.get("mean", open_clip.OPENAI_DATASET_MEAN), config.get("std", open_clip.OPENAI_DATASET_STD)

@@ -31,16 +31,17 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from taskvec.core.errors import TaskvecError
-from taskvec.data import tasks
+from taskvec.data import sources, tasks
 from taskvec.data.decoding import opened_item
 from taskvec.data.hf_datasets import read_splits
 from taskvec.data.images import Preprocessing, resize_and_crop
 from taskvec.data.index import Items, Listing
 from taskvec.data.paper_layouts import FIXTURE, check_classes, check_sizes, list_paper
+from taskvec.data.sources import parse
 from taskvec.data.splits import split_classes, validation_indices
 from taskvec.data.torchvision_sets import list_torchvision
 from taskvec.paper import tasks as papertasks
-from taskvec.weights.network import answers
+from taskvec.weights.hub import answers
 
 CASES = [(task, layout) for task, layouts in VARIANTS.items() for layout in layouts]
 
@@ -166,14 +167,14 @@ def test_spellings_of_a_class_have_one_name(task: str, spellings: tuple[str, ...
 
 def test_all_eight_are_found_under_one_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_all(tmp_path / "data")
-    monkeypatch.setenv(tasks.DATA, str(tmp_path / "data"))
+    monkeypatch.setenv(sources.DATA, str(tmp_path / "data"))
     for task in papertasks.TASKS:
-        address = tasks.resolve(f"paper:{task}", tmp_path)
+        address = str(parse(f"paper:{task}", tmp_path))
         assert tasks.list_task(address).classes
-        assert tasks.default_name(address) == task
-        assert tasks.list_task(tasks.resolve(f"paper:{task}", tmp_path, "data")).labels.keys() == set(tasks.SPLITS)
-    assert tasks.resolve("paper:dtd@hf", tmp_path) == "paper:dtd@hf"
-    assert tasks.resolve("paper:dtd@x", tmp_path) == f"paper:dtd@{tmp_path / 'x'}"
+        assert parse(address).default_name == task
+        assert tasks.list_task(parse(f"paper:{task}", tmp_path, "data")).labels.keys() == set(tasks.SPLITS)
+    assert str(parse("paper:dtd@hf", tmp_path)) == "paper:dtd@hf"
+    assert str(parse("paper:dtd@x", tmp_path)) == f"paper:dtd@{tmp_path / 'x'}"
 
 
 def test_a_folder_may_be_the_data_sets_own(tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_other_data_sets_of_torchvision_have_usable_splits(tmp_path: Path) -> No
 
 def test_a_local_data_set_of_parquet_is_a_task(tmp_path: Path) -> None:
     VARIANTS["dtd"]["tanganke/dtd"](tmp_path)
-    address = tasks.resolve("hf:tanganke/dtd", tmp_path)
+    address = str(parse("hf:tanganke/dtd", tmp_path))
     assert address == f"hf:{tmp_path / 'tanganke/dtd'}"
     listing = tasks.list_task(address)
     assert listing.classes == FOLDERS["dtd"]
@@ -346,7 +347,7 @@ def test_without_a_network_the_error_names_the_data_set_and_the_way_out(
 def test_a_silent_server_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
-    monkeypatch.setattr("taskvec.weights.network.SECONDS", 0.3)
+    monkeypatch.setattr("taskvec.weights.hub.SECONDS", 0.3)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()

@@ -13,8 +13,8 @@ from PIL import Image
 
 from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing, resize_and_crop
+from taskvec.encoders.loaders.hf.modules import TYPES
 from taskvec.encoders.loaders.hf.processors import preprocessing, read_processor
-from taskvec.encoders.loaders.hf.transformers import TYPES
 
 PROCESSORS = {
     "ViT": ("vit", "vit_mae", "vit_msn", "swin", "swinv2"),

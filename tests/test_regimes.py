@@ -21,7 +21,8 @@ import taskvec as tv
 from taskvec.command import runs
 from taskvec.core.settings import Finetune, Subsets
 from taskvec.data.tasks import Task
-from taskvec.encoders.backbone import Backbone, describe
+from taskvec.encoders.backbone import Backbone
+from taskvec.encoders.identity import describe
 from taskvec.engine.store import Store
 from taskvec.evaluation import scale_search as search
 from taskvec.evaluation.disentanglement import (

@@ -15,6 +15,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data import hf_tables as hub
 from taskvec.data import tasks
 from taskvec.data.images import Preprocessing
+from taskvec.data.sources import parse
 from taskvec.engine.store import Store
 
 LEVELS = {"ant": 20, "bee": 120, "cow": 220}
@@ -244,8 +245,8 @@ def test_a_table_that_is_replaced_with_its_time_kept_is_read_again(tmp_path: Pat
 def test_a_path_is_a_path(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a b", train=texts(["cow"] * 30), test=texts(["cow"] * 30))  # what a pattern would match
     address = write(tmp_path / "in" / name, train=named(MANY, THREE), test=named(FEW, TWO))
-    assert tasks.resolve(f"hf:{name}", tmp_path / "in") == address
-    assert tasks.default_name(address) == name
+    assert str(parse(f"hf:{name}", tmp_path / "in")) == address
+    assert parse(address).default_name == name
     assert len(check(address).train) == 14
 
 

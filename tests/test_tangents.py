@@ -19,7 +19,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data.tasks import Task
 from taskvec.deploy import model
 from taskvec.encoders.backbone import Backbone, encode, linearised, load_backbone
-from taskvec.encoders.linearised import expand
+from taskvec.encoders.linearised import jvp_features
 from taskvec.engine.store import Store
 from taskvec.evaluation import scale_search as search
 from taskvec.learning.external import read_finetuned
@@ -87,7 +87,7 @@ def test_the_slope_is_that_of_a_finite_difference_in_float64() -> None:
     move(0.0)
     middle = module(images)
     move(1.0)
-    found = expand(module, lambda part, x: part(x), images, _Float64(start))  # type: ignore[arg-type]
+    found = jvp_features(module, lambda part, x: part(x), images, _Float64(start))  # type: ignore[arg-type]
     assert found.dtype == torch.float64
     assert torch.allclose(found - middle, slope, atol=1e-8)
     assert not torch.allclose(module(images), found, atol=1e-4)
@@ -133,9 +133,9 @@ def test_an_operation_without_a_derivative_is_told() -> None:
             return Stuck.apply(self.layer(x))
 
     module = Plain()
-    around = bind(module).clone()
+    base = bind(module).clone()
     with pytest.raises(TaskvecError, match="a Plain cannot be linearised"):
-        expand(module, lambda part, x: part(x), torch.ones(1, 4), around)
+        jvp_features(module, lambda part, x: part(x), torch.ones(1, 4), base)
 
 
 def tuned(backbone: Backbone, tasks: list[Task]) -> tuple[Backbone, list, list[Weights]]:
@@ -153,7 +153,7 @@ def test_fine_tuning_lowers_the_loss_and_leaves_statistics_of_batch_norm(backbon
     assert head.loss(flat.features(images), labels) < before
     assert not vector["norm.running_mean"].any()
     assert not vector["norm.running_var"].any()
-    assert not torch.allclose(flat.features(images), replace(flat, around=None).features(images), atol=1e-5)
+    assert not torch.allclose(flat.features(images), replace(flat, base=None).features(images), atol=1e-5)
 
 
 def test_a_line_search_by_two_passes_equals_one_pass_a_scale(backbone: Backbone, tasks: list[Task]) -> None:
@@ -184,7 +184,7 @@ def test_a_kept_model_answers_as_the_linearised_encoder_does(tmp_path: Path) -> 
     assert torch.allclose(again, want, atol=1e-4)
     with pytest.raises(TaskvecError, match="is of a linearised encoder"):
         read_finetuned(tmp_path / "encoder.safetensors", flat)
-    plain = replace(flat, around=None)
+    plain = replace(flat, base=None)
     assert not torch.allclose(head.logits(plain.features(images)), want, atol=1e-3)
 
 

@@ -20,14 +20,17 @@ from taskvec.core.files import read_json
 from taskvec.core.notes import listen
 from taskvec.data.images import normalise
 from taskvec.encoders import backbone as backbones
-from taskvec.encoders.addresses import PAPER
-from taskvec.encoders.backbone import load_backbone, read_backbone, write_backbone
+from taskvec.encoders import identity
+from taskvec.encoders.backbone import load_backbone
+from taskvec.encoders.loaders.hf.modules import TYPES
 from taskvec.encoders.loaders.hf.saved import is_whole
-from taskvec.encoders.loaders.hf.transformers import TYPES, check_row
+from taskvec.encoders.loaders.hf.transformers import check_row
 from taskvec.encoders.loaders.requests import Request
+from taskvec.encoders.records import read_backbone, write_backbone
 from taskvec.learning import heads
 from taskvec.learning.external import head_of, read_finetuned
 from taskvec.learning.heads import Head
+from taskvec.paper.checkpoints import PAPER
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,
@@ -175,9 +178,9 @@ def test_clips_projection_is_a_choice(tmp_path: Path) -> None:
     with torch.inference_mode():
         assert torch.allclose(backbone.features(images), model.vision_model(x).pooler_output, atol=1e-5)
     assert "visual_projection.weight" in backbone.left_out
-    assert backbones.has_text(f"hf:{folder}") and not backbones.has_text(f"hf:{folder}", projection=False)
+    assert identity.has_text(f"hf:{folder}") and not identity.has_text(f"hf:{folder}", projection=False)
     plain, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
-    assert not backbones.has_text(f"hf:{plain}")
+    assert not identity.has_text(f"hf:{plain}")
     with pytest.raises(TaskvecError, match="has no projection"):
         load_backbone(f"hf:{plain}", projection=True)
 
@@ -207,9 +210,9 @@ def test_a_zero_shot_head_scores_as_the_library_does(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, "CLIPModel", "CLIPConfig", CLIP)
     with pytest.raises(TaskvecError, match=r"tokenizer\.json"):
         backbones.text_features(f"hf:{folder}", ["a cat."])
-    before = backbones.describe_text(f"hf:{folder}")
+    before = identity.describe_text(f"hf:{folder}")
     tokenizer_into(folder)
-    assert backbones.describe_text(f"hf:{folder}") != before
+    assert identity.describe_text(f"hf:{folder}") != before
     captions = ["a cat.", "the dog!", "a photo of ink."]
     texts, scale = backbones.text_features(f"hf:{folder}", captions)
     backbone = load_backbone(f"hf:{folder}")
@@ -424,19 +427,19 @@ def test_a_repository_in_the_hubs_cache_is_loaded(tmp_path: Path, monkeypatch: p
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "content" not in backbones.describe("hf:owner/vit", 32)
+    assert "content" not in identity.describe("hf:owner/vit", 32)
     with pytest.raises(TaskvecError, match=r"config\.json of .*'owner/vit'.*HF_HUB_OFFLINE is set\n.*hf:FOLDER"):
         load_backbone("hf:owner/vit")
     home, commit = tmp_path / "models--owner--vit", "c" * 40
     folder, _ = folder_of(home / "snapshots" / commit, "ViTModel", "ViTConfig", SMALL)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
-    assert backbones.to_download("hf:owner/vit") == "owner/vit/model.safetensors"
+    assert identity.to_download("hf:owner/vit") == "owner/vit/model.safetensors"
     with pytest.raises(TaskvecError, match=r"needs preprocessor_config\.json .*'owner/vit'.*HF_HUB_OFFLINE is set"):
         load_backbone("hf:owner/vit")  # AutoModel caches configuration and weights only, and no view is guessed
     T.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    assert backbones.to_download("hf:owner/vit") == ""
-    assert backbones.describe("hf:owner/vit", 32)["content"] == backbones.describe(f"hf:{folder}", 32)["content"]
+    assert identity.to_download("hf:owner/vit") == ""
+    assert identity.describe("hf:owner/vit", 32)["content"] == identity.describe(f"hf:{folder}", 32)["content"]
     found = load_backbone("hf:owner/vit")
     assert (found.name, found.origin["from"]) == ("vit", f"owner/vit/{commit}")
     assert torch.equal(found.pretrained.flat, load_backbone(f"hf:{folder}").pretrained.flat)
@@ -445,13 +448,13 @@ def test_a_repository_in_the_hubs_cache_is_loaded(tmp_path: Path, monkeypatch: p
 def test_a_fingerprint_holds_content_and_library_and_no_path(tmp_path: Path) -> None:
     first, _ = folder_of(tmp_path / "first", "ViTModel", "ViTConfig", SMALL)
     second, _ = folder_of(tmp_path / "second", "ViTModel", "ViTConfig", SMALL)
-    one, two = (backbones.describe(f"hf:{folder}", 32) for folder in (first, second))
+    one, two = (identity.describe(f"hf:{folder}", 32) for folder in (first, second))
     assert one["content"] == two["content"] and set(one["packages"]) == {"transformers"}
     for folder in (first, second):
         write_backbone(load_backbone(f"hf:{folder}", name="x"), folder)
     assert (first / "backbone.json").read_bytes() == (second / "backbone.json").read_bytes()
     T.ViTImageProcessor().save_pretrained(second)
-    assert backbones.describe(f"hf:{second}", 32)["content"] != one["content"]
+    assert identity.describe(f"hf:{second}", 32)["content"] != one["content"]
 
 
 OTHER_FEATURE = {
@@ -503,7 +506,7 @@ def test_a_brought_classifier_answers_as_the_library_does_or_is_not_taken(
 
 def test_weights_that_a_configuration_names_elsewhere_are_those_that_count(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path / "vit", "ViTModel", "ViTConfig", SMALL)
-    before = backbones.describe(f"hf:{folder}", None)
+    before = identity.describe(f"hf:{folder}", None)
     state = load_file(folder / "model.safetensors")
     other = {key: value + 1 for key, value in state.items()}
     save_file(other, folder / "other.safetensors", {"format": "pt"})
@@ -511,10 +514,10 @@ def test_weights_that_a_configuration_names_elsewhere_are_those_that_count(tmp_p
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
     named = load_backbone(f"hf:{folder}")
     assert torch.equal(named.pretrained["model.layernorm.weight"], other["layernorm.weight"])
-    between = backbones.describe(f"hf:{folder}", None)
+    between = identity.describe(f"hf:{folder}", None)
     assert between != before
     save_file({key: value + 1 for key, value in other.items()}, folder / "other.safetensors", {"format": "pt"})
-    assert backbones.describe(f"hf:{folder}", None) not in (before, between)
+    assert identity.describe(f"hf:{folder}", None) not in (before, between)
     for name, message in [("../vit/other.safetensors", "no file of its folder"), (7, "transformers_weights is '7'")]:
         (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
         with pytest.raises(TaskvecError, match=message):
@@ -531,10 +534,10 @@ def test_parts_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None
     for i in (0, 1):
         (folder / str(i)).mkdir()
         save_file(halves[i], folder / str(i) / "a.safetensors", {"format": "pt"})
-    known = [backbones.describe(f"hf:{folder}", None)]
+    known = [identity.describe(f"hf:{folder}", None)]
     for i in (0, 1):
         save_file({key: value + 1 for key, value in halves[i].items()}, folder / str(i) / "a.safetensors")
-        known.append(backbones.describe(f"hf:{folder}", None))
+        known.append(identity.describe(f"hf:{folder}", None))
     assert len({str(one) for one in known}) == 3
 
 

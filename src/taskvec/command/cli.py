@@ -413,21 +413,9 @@ def _backbones() -> dict[str, str]:
 
 
 def _tasks() -> dict[str, str]:
-    from taskvec.lab.drawing.worlds import DESCRIPTIONS
-    from taskvec.paper.tasks import TASKS
+    from taskvec.data.sources import listing
 
-    lab_tasks = {f"lab:{name}": text for name, text in DESCRIPTIONS.items()}
-    papers = {f"paper:{name}": f"{task.description}, {task.classes} classes" for name, task in TASKS.items()}
-    return (
-        lab_tasks
-        | papers
-        | {
-            "paper:NAME@FOLDER": "the same from a folder of published data (data: FOLDER, $TASKVEC_DATA); @hf: the Hub",
-            "folder:PATH": "class folders in PATH/train, PATH/test and perhaps PATH/val, or in PATH itself",
-            "hf:DATASET": "a data set of the Hugging Face Hub (DATASET@CONFIG), or a local folder of parquet files",
-            "torchvision:NAME@FOLDER": "a data set of torchvision, which has been downloaded into FOLDER",
-        }
-    )
+    return listing()
 
 
 @lab.command()

@@ -21,11 +21,11 @@ from taskvec.core.formatting import bytes_text
 from taskvec.core.locks import holding, sweep, workspace
 from taskvec.core.machine import cores
 from taskvec.core.notes import library_warnings, listen, note_lines, some
+from taskvec.data import sources
 from taskvec.data.folders import folders_in, splits_in
-from taskvec.data.tasks import parse, resolve
 from taskvec.deploy.model import ABOUT, ENCODER, HEADS
-from taskvec.encoders.addresses import default_name, split_key
-from taskvec.encoders.backbone import AROUND
+from taskvec.encoders.addresses import parse, split_key
+from taskvec.encoders.records import BASE
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
 from taskvec.engine.pipeline import Watcher
@@ -58,7 +58,7 @@ FILES = (
     LOCK,
 )
 FOLDERS = ("tables", "figures", "models")
-MODEL = (ENCODER, HEADS, AROUND, DIRECTIONS, ABOUT)
+MODEL = (ENCODER, HEADS, BASE, DIRECTIONS, ABOUT)
 """What a run folder may hold of ours, and each folder of a model."""
 KEPT = ("method", "config", "heads", "scale", "scales")
 """What the lock says of a model, as model.json does."""
@@ -213,7 +213,7 @@ def check_folder(out: Path) -> None:
 def check_free(file: StudyFile, out: Path) -> None:
     """Raise, before any work, if something of the user's stands in a run folder where a file of ours may have to go."""
     own = owned(out, MARKER, LOCK) | {MARKER: set()}
-    backbones = [choice.name or default_name(choice.address) for choice in file.study.backbones]
+    backbones = [choice.called for choice in file.study.backbones]
     names = [MARKER, *FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, own)]
     found = [out / name for name in FOLDERS if os.path.lexists(out / name) and not is_folder(out / name)]
     found += [place for name in names if (place := obstacle(out, name, own))]
@@ -258,11 +258,11 @@ def image_folders(file: StudyFile) -> list[Path]:
     """Return the folders of images that a study reads all of: a task's splits or own folder, and classes elsewhere."""
     found: list[Path] = []
     for task in file.study.tasks:
-        kind, rest = parse(resolve(task.address, file.folder, file.study.data))
-        root = Path(rest if kind == "folder" else rest.partition("@")[0])
-        if kind in ("folder", "hf") and root.is_dir():
+        address = sources.parse(task.address, file.folder, file.study.data)
+        root = address.source.folder(address.rest)
+        if root is not None and root.is_dir():
             with disk_errors(root):
-                folders = (kind == "folder" and splits_in(root)) or [root]
+                folders = (address.source.class_folders and splits_in(root)) or [root]
                 found += [*folders, *(one for folder in folders for one in folders_in(folder) if one.is_symlink())]
     return found
 
@@ -270,11 +270,9 @@ def image_folders(file: StudyFile) -> list[Path]:
 def named_files(file: StudyFile) -> list[Path]:
     """Return the files of weights, folders with them and plugins that a study names."""
     given = [name for task in file.study.tasks for name in (task.finetuned, task.head) if name]
-    for choice in file.study.backbones:
-        kind, _, rest = choice.address.partition(":")
-        given.append(rest if kind == "hf" else rest.partition("@")[2])
-    paths = [Path(split_key(str(file.folder / Path(name).expanduser()))[0]) for name in given if name]
-    return [path for path in (*paths, *file.plugins) if path.exists()]
+    paths = [Path(split_key(str(file.folder / Path(name).expanduser()))[0]) for name in given]
+    weights = [path for choice in file.study.backbones if (path := parse(choice.address, file.folder).path)]
+    return [path for path in (*paths, *weights, *file.plugins) if path.exists()]
 
 
 def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, command: str) -> dict[str, Any]:
@@ -334,7 +332,7 @@ def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: d
 
 def roles_of(file: StudyFile) -> dict[str, str]:
     """Return which backbones stand for rows of the paper's tables."""
-    return {b.name or default_name(b.address): b.paper for b in file.study.backbones if b.paper}
+    return {b.called: b.paper for b in file.study.backbones if b.paper}
 
 
 def draw_figures(

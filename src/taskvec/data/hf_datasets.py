@@ -25,7 +25,13 @@ from taskvec.data.hf_tables import (
     table_files,
 )
 from taskvec.data.images import CorruptImage, Encoded, corrupt
-from taskvec.data.index import SPLIT_NAMES, Items, Listing, check_trained, rename_classes
+from taskvec.data.index import (
+    SPLIT_NAMES,
+    Items,
+    Listing,
+    check_trained,
+    rename_classes,
+)
 from taskvec.data.splits import split_classes, validation_as_test
 
 LABELS = ("label", "labels", "fine_label")

@@ -1,12 +1,10 @@
-"""Tasks: class folders and the lab's, with their splits, decoded once for the encoder that will look at them."""
+"""Tasks: listed with their splits, decoded once for the encoder that will look at them, and opened again."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from taskvec.core.errors import TaskvecError, did_you_mean
+from taskvec.core.errors import TaskvecError
 from taskvec.core.files import fingerprint, read_json, write_json
 from taskvec.core.notes import listen, note
 from taskvec.core.progress import Progress, no_progress, share_of
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
-from taskvec.data import prompts as templates
+from taskvec.data import prompts
+from taskvec.data.addresses import TaskAddress, readable
 from taskvec.data.decoding import (
     DecodedSplit,
     Whole,
@@ -31,23 +30,14 @@ from taskvec.data.decoding import (
     write_views,
     write_whole,
 )
-from taskvec.data.folders import list_folder
-from taskvec.data.hf_datasets import describe_hub, list_hub
-from taskvec.data.hf_tables import address_parts, folder_of
+from taskvec.data.hf_datasets import describe_hub
 from taskvec.data.images import Preprocessing
 from taskvec.data.index import Items, Labels, Listing, alike, pick
-from taskvec.data.paper_layouts import list_paper
+from taskvec.data.sources import parse
 from taskvec.data.splits import SPLITS, seeded_choice, split_validation, warned
-from taskvec.data.torchvision_sets import list_own
-from taskvec.engine.pipeline import versions
-from taskvec.paper import tasks as papertasks
 
-LAB_COUNTS = {"train": 4000, "test": 1000}
-"""Images that a lab task draws; the validation split comes out of the training images."""
 KEPT = "kept.json"
 """A digest of which training images both caches of a task hold, with their labels."""
-DATA = "TASKVEC_DATA"
-"""The environment variable with the folder of published data sets."""
 
 
 @dataclass(frozen=True)
@@ -83,169 +73,52 @@ class Task:
     kind: str = CLASSIFICATION
 
 
-def parse(address: str) -> tuple[str, str]:
-    """Split ``kind:rest``, or raise and say which kinds there are."""
-    kind, colon, rest = address.partition(":")
-    if not colon or not rest:
-        raise TaskvecError(
-            f"task address '{address}' is not of the form kind:name", "for example folder:PATH or lab:greek"
-        )
-    if kind not in SOURCES:
-        raise TaskvecError(f"unknown kind of task '{kind}' in '{address}'", did_you_mean(kind, SOURCES))
-    return kind, rest
-
-
-def default_name(address: str) -> str:
-    """Return the name a task gets when none is given: the folder's, the data set's or the lab task's."""
-    kind, rest = parse(address)
-    if kind == "folder":
-        return Path(os.path.abspath(Path(rest).expanduser())).name  # noqa: PTH100, a link keeps its own name
-    name = address_parts(rest)[0] if kind == "hf" else rest.partition("@")[0]
-    return name.rstrip("/").rpartition("/")[2]
-
-
-def resolve(address: str, start: Path, data: str | None = None) -> str:
-    """Return an address that means the same everywhere: paths are absolute, and published data sets have a folder.
-
-    Relative paths begin at ``start``; published data sets lie in ``data``, or else in ``$TASKVEC_DATA``.
-    """
-    kind, rest = parse(address)
-    whole = absolute(rest, start)
-    if kind == "folder" or (kind == "hf" and os.path.isdir(whole)):  # noqa: PTH112, one behind a closed door is none
-        return f"{kind}:{whole}"
-    if kind == "hf":
-        name, config = address_parts(rest)
-        local = absolute(name, start)
-        found = os.path.isdir(local) or name.startswith((".", "~"))  # noqa: PTH112
-        return f"{kind}:{local}" + (f"@{config}" if config else "") if found else address
-    name, _, where = rest.partition("@")
-    if kind == "lab" or where == "hf" or where.startswith("hf:"):
-        return address
-    if where:
-        return f"{kind}:{name}@{absolute(where, start)}"
-    root = absolute(data, start) if data else Path(os.environ[DATA]).expanduser() if os.environ.get(DATA) else None
-    return f"{kind}:{name}@{root.absolute()}" if root else address
-
-
-def absolute(path: str, start: Path) -> Path:
-    """Return a path that begins at a folder."""
-    return start / Path(path).expanduser()
-
-
-def hub_dataset(address: str) -> str | None:
-    """Return the data set of the Hub that an address means, None where it is on disk or drawn."""
-    kind, rest = parse(address)
-    if kind == "hf":
-        with readable(address):
-            return None if folder_of(address_parts(rest)[0]) else rest
-    name, _, where = rest.partition("@")
-    if kind != "paper" or not (where in ("", "hf") or where.startswith("hf:")):
-        return None
-    dataset = where.removeprefix("hf").removeprefix(":") or papertasks.find_task(name).hub[0]
-    return None if folder_of(address_parts(dataset)[0]) else dataset
-
-
-def has_whole(address: str) -> bool:
-    """Say whether training crops are cut from whole images; the lab's evaluation view is the whole image."""
-    return parse(address)[0] != "lab"
-
-
-@contextlib.contextmanager
-def readable(address: str) -> Iterator[None]:
-    """Turn what the system refuses about a task's files into a message that names the task and the place."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or address
-        raise TaskvecError(
-            f"task '{address}' cannot be read at '{place}': {error.strerror or error}", "mend its permissions or path"
-        ) from None
-
-
-def list_task(address: str) -> Listing:
+def list_task(address: str | TaskAddress) -> Listing:
     """List a task's images and labels by split; a task without a validation split gets the protocol's."""
-    kind, rest = parse(address)
+    address = parse(address)
     with readable(address):
-        listing = SOURCES[kind](rest)
+        listing = address.source.read(address.rest)
     listing = replace(listing, notes=listing.notes + alike(listing.classes))
-    return listing if "validation" in listing.labels else warned(split_validation(listing, address))
+    return listing if "validation" in listing.labels else warned(split_validation(listing, str(address)))
 
 
-def list_lab(name: str) -> Listing:
-    """Draw one of the lab's tasks."""
-    from taskvec.lab.drawing import worlds
-
-    drawn = {split: worlds.draw(name, split, count) for split, count in LAB_COUNTS.items()}
-    items = {split: images for split, (images, _) in drawn.items()}
-    labels = {split: labels for split, (_, labels) in drawn.items()}
-    return Listing(tuple(worlds.classes(name)), dict(items), labels, worlds.kind(name))
-
-
-def describe_lab(name: str) -> dict[str, Any]:
-    """Return what identifies a lab task's images; an unknown task raises with the nearest names."""
-    from taskvec.lab.drawing import worlds
-
-    worlds.check_task(name)
-    about = {"lab": name, "counts": LAB_COUNTS, "images": sum(LAB_COUNTS.values()), "version": worlds.VERSION}
-    return about | {"packages": versions(worlds.packages(name))}
-
-
-def kind_of(address: str) -> str:
-    """Return the kind of a task: the lab has several, image folders and data sets are classifications."""
-    from taskvec.lab.drawing import worlds
-
-    kind, rest = parse(address)
-    return worlds.kind(rest) if kind == "lab" else CLASSIFICATION
-
-
-def captions(address: str) -> list[str] | None:
+def captions(address: str | TaskAddress) -> list[str] | None:
     """Return a caption for each class of a task in the words of the lab's text encoders; None where it has none."""
-    from taskvec.lab.drawing import worlds
-
-    kind, rest = parse(address)
-    return worlds.captions(rest) if kind == "lab" else None
+    address = parse(address)
+    return address.source.captions(address.rest) if address.source.captions else None
 
 
-def sentences(address: str, name: str) -> list[list[str]] | None:
+def sentences(address: str | TaskAddress, name: str) -> list[list[str]] | None:
     """Return captions for each class of a task in plain sentences, for other text towers: those of its data set.
 
     Where the address does not tell which that is, ``name`` does.
-    A task of another kind than classification has none, nor one of the lab whose classes have no caption.
+    A task of another type than classification has none, nor one of the lab whose classes have no caption.
     """
-    kind, _ = parse(address)
-    names = captions(address) if kind == "lab" else list_task(address).classes
-    data_sets = [name] if kind == "folder" else [default_name(address), name]
-    return templates.captions(names, data_sets) if names else None
+    address = parse(address)
+    names = captions(address) if address.source.captions else list_task(address).classes
+    data_sets = [name] if address.source.class_folders else [address.default_name, name]
+    return prompts.captions(names, data_sets) if names else None
 
 
-SOURCES: dict[str, Callable[[str], Listing]] = {
-    "folder": list_folder,
-    "hf": list_hub,
-    "lab": list_lab,
-    "paper": list_paper,
-    "torchvision": list_own,
-}
-
-
-def describe(address: str, digest: Callable[[Path, Sequence[str]], str]) -> dict[str, Any]:
+def describe(address: str | TaskAddress, digest: Callable[[Path, Sequence[str]], str]) -> dict[str, Any]:
     """Return what identifies a task's images, for a fingerprint: the lab's name, a revision, or digests of content.
 
     What its files leave to be told is noted.
     """
-    kind, rest = parse(address)
-    if kind == "lab":
-        return describe_lab(rest)
-    if dataset := hub_dataset(address):
-        size = {"images": sum(papertasks.find_task(rest.partition("@")[0]).sizes)} if kind == "paper" else {}
-        return describe_hub(dataset) | size | {"kind": kind}
+    address = parse(address)
+    if address.source.identify is not None:
+        return address.source.identify(address.rest)
+    if dataset := address.dataset:
+        size = {"images": sum(address.paper.sizes)} if address.paper else {}
+        return describe_hub(dataset) | size | {"kind": address.kind}
     listing = list_task(address)
     for line in listing.notes:
         note(f"{address}: {line}")
     every = [item for items in listing.items.values() if isinstance(items, list) for item in items]
-    found = {"content": digest(listing.root, relative(every or list(listing.files), listing.root))}
-    if kind != "folder":
-        found["listing"] = listing_digest(listing)
-    return found | {"images": sum(listing.sizes().values())}
+    about = {"content": digest(listing.root, relative(every or list(listing.files), listing.root))}
+    if not address.source.class_folders:
+        about["listing"] = listing_digest(listing)
+    return about | {"images": sum(listing.sizes().values())}
 
 
 def relative(paths: Sequence[Path], root: Path) -> list[str]:
@@ -255,19 +128,19 @@ def relative(paths: Sequence[Path], root: Path) -> list[str]:
 
 def listing_digest(listing: Listing) -> str:
     """Return a digest of which image has which label in which split; images that are in memory count themselves."""
-    found: dict[str, Any] = {"classes": list(listing.classes)}
+    record: dict[str, Any] = {"classes": list(listing.classes)}
     for split, items in listing.items.items():
         labels = listing.labels[split].tolist()
         if isinstance(items, np.ndarray):
             names: Any = hashlib.sha256(np.ascontiguousarray(items).data).hexdigest()
         else:
             names = [path.relative_to(listing.root).as_posix() for path in items] if isinstance(items, list) else None
-        found[split] = [labels, names]
-    return fingerprint(found)
+        record[split] = [labels, names]
+    return fingerprint(record)
 
 
 def write_task(
-    address: str,
+    address: str | TaskAddress,
     to: Preprocessing,
     limit: int | None,
     folder: Path,
@@ -280,39 +153,40 @@ def write_task(
     What the user should know, such as images that are in two splits, is a note. A task that has changed
     since it was ``known``, which is what ``describe`` told, raises.
     """
+    address = parse(address)
     listing = few(list_whole(address, to, known), limit)
     total, before = sum(listing.sizes().values()), 0
-    check_room(view_bytes(total, to.size), folder, f"{total} images of {default_name(address)}")
+    check_room(view_bytes(total, to.size), folder, f"{total} images of {address.default_name}")
     written: dict[str, DecodedSplit] = {}
     for split in SPLITS:
         count = len(listing.labels[split])
         ours = share_of(progress, before / total, count / total)
-        one = write_views(listing.items[split], to, folder / f"{split}.npy", skip_corrupt, ours)
-        np.save(folder / f"{split}-labels.npy", listing.labels[split][one.kept])
-        written[split] = one
+        views = write_views(listing.items[split], to, folder / f"{split}.npy", skip_corrupt, ours)
+        np.save(folder / f"{split}-labels.npy", listing.labels[split][views.kept])
+        written[split] = views
         before += count
     write_json(folder / "classes.json", list(listing.classes))
     if listing.kind != CLASSIFICATION:
         write_json(folder / "kind.json", listing.kind)
-    if has_whole(address):
+    if address.source.has_whole:
         check_kept(listing, written, address)
         write_json(folder / KEPT, kept_digest(listing, written["train"].kept))
         for line in (*listing.notes, *decoding_notes(written, listing.items, listing.labels)):
             note(line)
 
 
-def check_kept(listing: Listing, written: dict[str, DecodedSplit], address: str) -> None:
+def check_kept(listing: Listing, written: dict[str, DecodedSplit], address: TaskAddress) -> None:
     """Raise if a class lost all its training images, or a split all its images, because none could be read."""
     kept = {split: listing.labels[split][one.kept] for split, one in written.items()}
-    lost = sorted(set(listing.labels["train"].tolist()) - set(kept["train"].tolist()))
+    missing = sorted(set(listing.labels["train"].tolist()) - set(kept["train"].tolist()))
     empty = [split for split, labels in kept.items() if not len(labels)]
-    if lost or empty:
-        what = f"the training images of class '{listing.classes[lost[0]]}'" if lost else f"the {empty[0]} split"
+    if missing or empty:
+        what = f"the training images of class '{listing.classes[missing[0]]}'" if missing else f"the {empty[0]} split"
         raise TaskvecError(f"task '{address}': nothing of {what} can be read", "replace the corrupt images")
 
 
 def write_training(
-    address: str,
+    address: str | TaskAddress,
     to: Preprocessing,
     limit: int | None,
     folder: Path,
@@ -321,9 +195,10 @@ def write_training(
     known: Mapping[str, Any] | None = None,
 ) -> None:
     """Decode a task's training images whole into a folder: the same images in the same order as ``write_task``."""
+    address = parse(address)
     listing = few(list_whole(address, to, known), limit)
     items = listing.items["train"]
-    check_room(whole_bytes(items, to), folder, f"{len(items)} training images of {default_name(address)}")
+    check_room(whole_bytes(items, to), folder, f"{len(items)} training images of {address.default_name}")
     kept = write_whole(items, to, folder, skip_corrupt, progress)
     write_json(folder / KEPT, kept_digest(listing, kept))
 
@@ -335,7 +210,7 @@ def kept_digest(listing: Listing, kept: Int64[np.ndarray, " kept"]) -> str:
     return fingerprint([names, labels])
 
 
-def check_unchanged(listing: Listing, known: Mapping[str, Any], address: str) -> None:
+def check_unchanged(listing: Listing, known: Mapping[str, Any], address: TaskAddress) -> None:
     """Raise if files have been added, removed or put into other classes since a task was described."""
     count = sum(listing.sizes().values())
     listed = "listing" in known and listing_digest(listing) != known["listing"]
@@ -354,7 +229,7 @@ def few(listing: Listing, limit: int | None) -> Listing:
     return replace(listing, items=items, labels=labels)
 
 
-def list_whole(address: str, to: Preprocessing, known: Mapping[str, Any] | None) -> Listing:
+def list_whole(address: TaskAddress, to: Preprocessing, known: Mapping[str, Any] | None) -> Listing:
     """List a task's images and labels, unchanged; a view that cuts images may not have labels of patches."""
     listing = list_task(address)
     check_unchanged(listing, known or {}, address)
@@ -393,7 +268,7 @@ def check_same(views: Path, whole: Path, train: Split, name: str) -> None:
 
 
 def load_task(
-    address: str,
+    address: str | TaskAddress,
     preprocessing: Preprocessing,
     name: str | None = None,
     limit: int | None = None,
@@ -403,15 +278,15 @@ def load_task(
 
     What the user should know of it, such as images that are in two splits, is printed to standard error.
     """
-    address = resolve(address, Path.cwd())
+    address = parse(address, Path.cwd())
     with tempfile.TemporaryDirectory() as temporary:
         views, training = Path(temporary) / "views", Path(temporary) / "training"
         with listen() as heard:
             for folder, write in ((views, write_task), (training, write_training)):
-                if folder is views or has_whole(address):
+                if folder is views or address.source.has_whole:
                     folder.mkdir()
                     write(address, preprocessing, limit, folder, skip_corrupt=skip_corrupt)
         for line in heard:
             note(f"{address}: {line}")
         whole = training if training.exists() else None
-        return read_task(views, name or default_name(address), whole, mmap_mode=None)
+        return read_task(views, name or address.default_name, whole, mmap_mode=None)

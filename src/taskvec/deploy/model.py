@@ -18,8 +18,9 @@ from taskvec.core.compute import choose_device
 from taskvec.core.errors import TaskvecError, unknown
 from taskvec.core.files import Record, file_digest, read_record, write_json
 from taskvec.data.images import Source, corrupt, decode, named, resize_and_crop
-from taskvec.encoders.backbone import AROUND, Backbone, Encoder, linearised, read_weights, restore
+from taskvec.encoders.backbone import Backbone, linearised
 from taskvec.encoders.loaders import families as loaders
+from taskvec.encoders.records import BASE, Encoder, read_weights, restore
 from taskvec.engine.pipeline import versions
 from taskvec.learning.heads import Head, read_heads, save_heads
 from taskvec.merging.in_memory import DIRECTIONS, TaskDirections, read_directions, save_directions
@@ -144,8 +145,8 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     save(weights, folder / ENCODER)
-    if backbone.around is not None:
-        save(backbone.around, folder / AROUND)
+    if backbone.base is not None:
+        save(backbone.base, folder / BASE)
     save_heads(dict(heads), folder / HEADS)
     record: dict[str, Any] = {
         "name": backbone.name,
@@ -154,7 +155,7 @@ def save_model(
         "preprocessing": backbone.preprocessing.to_json(),
         "tasks": [{"name": name, "classes": list(c)} for name, c in zip(heads, classes, strict=True)],
     }
-    if backbone.around is not None:
+    if backbone.base is not None:
         record["linearised"] = True
     if directions is not None:
         save_directions(directions, folder / DIRECTIONS)
@@ -165,7 +166,7 @@ def save_model(
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the digests of a model's files of weights, which belong together, by their names."""
-    present = [name for name in (ENCODER, HEADS, AROUND, DIRECTIONS) if (folder / name).exists()]
+    present = [name for name in (ENCODER, HEADS, BASE, DIRECTIONS) if (folder / name).exists()]
     return {name: file_digest(folder / name) for name in present}
 
 
@@ -233,13 +234,13 @@ def check_files(folder: Path, record: ModelRecord) -> None:
 
 def open_encoder(folder: Path, record: ModelRecord, device: str) -> Backbone:
     """Open a model's encoder, linearised around weights of their own where the folder has them."""
-    around, linear = folder / AROUND, record.linearised
-    if around.exists() != (around.exists() if linear is None else linear):
+    base, linear = folder / BASE, record.linearised
+    if base.exists() != (base.exists() if linear is None else linear):
         what = "is missing" if linear else "does not belong to this model"
-        raise TaskvecError(f"'{around}' {what}: {ABOUT} says whether the encoder is linearised", RESTORE)
-    if not around.exists():
+        raise TaskvecError(f"'{base}' {what}: {ABOUT} says whether the encoder is linearised", RESTORE)
+    if not base.exists():
         return restore(folder / ABOUT, folder / ENCODER, device, record.name)
-    backbone = linearised(restore(folder / ABOUT, around, device, record.name))
+    backbone = linearised(restore(folder / ABOUT, base, device, record.name))
     backbone.use(read_weights(folder / ENCODER, backbone.pretrained))
     return backbone
 

@@ -58,7 +58,7 @@ def reestimate(backbone: Backbone, weights: Weights, images: Images, batch_size:
     Every layer normalises by each batch's own statistics, and keeps their cumulative average (momentum None). Batches
     are equally large but for less than one batch of images; what is left over is not looked at.
     """
-    with backbone.at(weights), counting_anew(layers(backbone.module.eval())):
+    with backbone.at(weights), cumulative_statistics(layers(backbone.module.eval())):
         for start in range(0, max(1, len(images) - batch_size + 1), batch_size):
             batch = torch.from_numpy(np.array(images[start : start + batch_size]))
             backbone.module(normalise(batch, backbone.preprocessing, backbone.device))
@@ -66,20 +66,20 @@ def reestimate(backbone: Backbone, weights: Weights, images: Images, batch_size:
 
 
 @contextlib.contextmanager
-def counting_anew(found: Sequence[_BatchNorm]) -> Iterator[None]:
+def cumulative_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Let layers take the cumulative average of all batches of a block as their statistics.
 
     Afterwards momentum and counters are those of before; statistics and modes are for the caller to put back.
     """
-    before = [(layer.momentum, copy.deepcopy(layer.num_batches_tracked)) for layer in found]
+    before = [(layer.momentum, copy.deepcopy(layer.num_batches_tracked)) for layer in norms]
     try:
-        for layer in found:
+        for layer in norms:
             layer.reset_running_stats()
             layer.momentum = None
             layer.train()
         yield
     finally:
-        for layer, (momentum, counted) in zip(found, before, strict=True):
+        for layer, (momentum, counted) in zip(norms, before, strict=True):
             layer.momentum = momentum
             if layer.num_batches_tracked is not None and counted is not None:
                 layer.num_batches_tracked.copy_(counted)

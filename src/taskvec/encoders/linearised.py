@@ -38,19 +38,19 @@ class Applied(nn.Module):
         return self.function(self.module, images)
 
 
-def expand(
-    module: nn.Module, function: Function, images: Float[Tensor, "batch 3 size size"], around: Weights
+def jvp_features(
+    module: nn.Module, function: Function, images: Float[Tensor, "batch 3 size size"], base: Weights
 ) -> Float[Tensor, "batch *patches width"]:
-    """Return f(x; theta_0) + J(x; theta_0) (theta - theta_0) of a module with parameters theta, ``around`` theta_0.
+    """Return f(x; theta_0) + J(x; theta_0) (theta - theta_0) of a module with parameters theta; ``base`` is theta_0.
 
     One forward pass carries the derivative along (arXiv 2305.12827, equation 6); it is differentiable in theta.
     Buffers, such as the statistics of batch norm, are those of theta_0: only parameters have a direction.
     Raises for an encoder with an operation that has no forward derivative.
     """
-    applied, base = Applied(module, function), around.state()
-    fixed = {f"module.{name}": base[name] for name, _ in module.named_buffers() if name in base}
-    start = {f"module.{name}": base[name] for name, _ in module.named_parameters()}
-    change = {f"module.{name}": (parameter - base[name]) for name, parameter in module.named_parameters()}
+    applied, state = Applied(module, function), base.state()
+    fixed = {f"module.{name}": state[name] for name, _ in module.named_buffers() if name in state}
+    start = {f"module.{name}": state[name] for name, _ in module.named_parameters()}
+    change = {f"module.{name}": (parameter - state[name]) for name, parameter in module.named_parameters()}
     try:
         with differentiable():
             outputs = jvp(lambda weights: functional_call(applied, weights | fixed, images), (start,), (change,))

@@ -81,7 +81,7 @@ def features_along(
 
     Those of a linearised encoder are f_0 + scale * J tau, so that two passes serve all scales.
     """
-    if backbone.around is None or len(scales) <= 2:
+    if backbone.base is None or len(scales) <= 2:
         yield from (_features_at(backbone, vector, split, kind, scale) for scale in scales)
         return
     (start, labels), (end, _) = (_features_at(backbone, vector, split, kind, scale) for scale in (0.0, 1.0))

@@ -24,13 +24,14 @@ from taskvec.core.notes import note
 from taskvec.core.task_types import CLASSIFICATION
 from taskvec.data.tasks import Task
 from taskvec.encoders.addresses import split_key
-from taskvec.encoders.backbone import AROUND, Backbone, tried
-from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, check_file, parts, read_checkpoint
+from taskvec.encoders.backbone import Backbone, checked_features
+from taskvec.encoders.loaders.checkpoints import check_file, read_checkpoint
 from taskvec.encoders.loaders.families import FAMILIES
 from taskvec.encoders.loaders.requests import Request
+from taskvec.encoders.records import BASE
 from taskvec.learning.heads import Head, Names, Unusual, told, unusual_heads
 from taskvec.weights.flat import Weights, align, check_filled, check_kinds
-from taskvec.weights.keys import COUNTER
+from taskvec.weights.keys import CLASSIFIERS, COUNTER, parts
 
 NAMES = TypeAdapter(Names)
 OUTPUTS = TypeAdapter(Json[Names | dict[str, Names]])
@@ -75,7 +76,7 @@ def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) 
     """
     file, part = split_key(str(given))
     path = Path(file)
-    if path.name == "encoder.safetensors" and (path.parent / AROUND).exists():
+    if path.name == "encoder.safetensors" and (path.parent / BASE).exists():
         raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
     source, wanted = f"'{path}'", backbone.pretrained.state()
     found = read_checkpoint(path, wanted, part)
@@ -85,7 +86,7 @@ def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) 
     own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items() if key not in counters)
     own = own and not set(raw) - set(wanted) - set(classifier)
     asked = request_of(path, part, backbone, allow_pickle)
-    state, unused = (raw, found.beside) if own else translate(asked, backbone)
+    state, unused = (raw, found.unused) if own else translate(asked, backbone)
     if rest := [key for key in unused if not key.startswith(CLASSIFIERS)]:
         note(f"{source}: left out {parts(rest)}")
     kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}
@@ -137,7 +138,7 @@ def agree(whole: nn.Module, encoder: Weights, head: Head, backbone: Backbone) ->
         features = backbone.module.eval()(images)
         if features.shape[1] != head.weight.shape[1]:
             return False
-        wanted, scores = head.logits(features), tried(whole.to(device).eval(), images, backbone.name)
+        wanted, scores = head.logits(features), checked_features(whole.to(device).eval(), images, backbone.name)
     spread = float((wanted - head.bias.to(device)).std())
     return scores.shape == wanted.shape and float((scores - wanted).abs().max()) <= ALIKE * spread
 

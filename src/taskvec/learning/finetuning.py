@@ -167,7 +167,7 @@ def optimise(
         module = copy.deepcopy(backbone.module)
     bound = bind(module)
     bound.flat.copy_(backbone.pretrained.flat)
-    module.train(backbone.around is None)
+    module.train(backbone.base is None)
     for layer in [] if heads_learn else batch_norm.layers(module):
         layer.eval()
     images = max(1, settings.batch_size // settings.accumulate // len(tasks))
@@ -202,7 +202,7 @@ def training_precision(backbone: Backbone, setting: str) -> Precision:
 
     Convolutions under autocast have no forward derivative in bfloat16.
     """
-    wanted = setting if backbone.around is None else "float32"
+    wanted = setting if backbone.base is None else "float32"
     return choose_precision(wanted, "training", backbone.width, backbone.device)
 
 
@@ -219,7 +219,7 @@ def encode_all(
     found: dict[int, Tensor] = {}
     for wanted in sorted(set(per_patch)):
         places = [place for place, needed in enumerate(per_patch) if needed == wanted]
-        features = encode(module, torch.cat([images[place] for place in places]), wanted, *backbone.expansion)
+        features = encode(module, torch.cat([images[place] for place in places]), wanted, backbone.base)
         found |= zip(places, features.split([len(images[place]) for place in places]), strict=True)
     return [found[place] for place in range(len(images))]
 

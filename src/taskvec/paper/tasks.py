@@ -27,6 +27,7 @@ class PaperTask:
     training data of which a tenth is held out (``join``), or it is left out (``drop``) and a tenth of the rest is.
     ``names`` are class names, each with the other spellings of its sources; where they are all listed their order is
     the canonical one. Other classes have the names of the source. ``other_sizes`` are those of sources that lack some.
+    ``side`` is the short side of images in pixels, about, where they are smaller than encoders see.
     """
 
     description: str
@@ -37,6 +38,7 @@ class PaperTask:
     validation: Literal["own", "join", "drop"] = "drop"
     names: tuple[tuple[str, ...], ...] = ()
     other_sizes: tuple[Sizes, ...] = ()
+    side: int | None = None
 
 
 DIGITS = tuple((str(digit),) for digit in range(10))
@@ -125,6 +127,7 @@ TASKS: Mapping[str, PaperTask] = MappingProxyType(
             "own",
             LAND,
             ((19440, 2160, 2700),),
+            64,
         ),
         "gtsrb": PaperTask(
             "German traffic signs (GTSRB)",
@@ -133,6 +136,7 @@ TASKS: Mapping[str, PaperTask] = MappingProxyType(
             ("tanganke/gtsrb",),
             ("gtsrb/{GTSRB/Training/<class>,GTSRB/Final_Test/Images,GT-final_test.csv} (torchvision)",),
             names=SIGNS,
+            side=50,
         ),
         "mnist": PaperTask(
             "handwritten digits (MNIST)",
@@ -141,6 +145,7 @@ TASKS: Mapping[str, PaperTask] = MappingProxyType(
             ("ylecun/mnist",),
             ("MNIST/raw/*-ubyte (torchvision)",),
             names=DIGITS,
+            side=28,
         ),
         "resisc45": PaperTask(
             "scenes from the air (NWPU-RESISC45)",
@@ -163,6 +168,7 @@ TASKS: Mapping[str, PaperTask] = MappingProxyType(
             ("ufldl-stanford/svhn@cropped_digits",),
             ("svhn/{train,test}_32x32.mat (torchvision)",),
             names=DIGITS,
+            side=32,
         ),
     }
 )
@@ -198,8 +204,8 @@ def in_order(task: str, names: Iterable[str]) -> tuple[str, ...]:
 
     Two names that are the same class raise.
     """
-    found = TASKS[task]
-    places = {names[0]: place for place, names in enumerate(found.names) if len(found.names) == found.classes}
+    about = TASKS[task]
+    places = {names[0]: place for place, names in enumerate(about.names) if len(about.names) == about.classes}
     ordered = sorted(names, key=lambda name: (places.get(name, len(places)), key(name), name))
     for one, other in itertools.pairwise(ordered):
         if key(one) == key(other):

@@ -10,7 +10,7 @@ from taskvec.core.files import read_json
 from taskvec.data.images import Preprocessing
 from taskvec.data.tasks import Task, read_task
 from taskvec.encoders import backbone as backbones
-from taskvec.encoders import batch_norm
+from taskvec.encoders import batch_norm, records
 from taskvec.encoders.backbone import Backbone
 from taskvec.learning.finetuning import task_vector
 from taskvec.learning.heads import Head, read_heads, save_heads
@@ -26,7 +26,7 @@ Inputs = dict[str, list[Path]]
 def open_backbone(inputs: Inputs, config: Config) -> Backbone:
     """Open the backbone that a step reads, on the study's device, and linearised where its regime is."""
     device = choose_device(config.get("device", "cpu"))
-    backbone = backbones.read_backbone(inputs["backbone"][0], device, config["name"])
+    backbone = records.read_backbone(inputs["backbone"][0], device, config["name"])
     return backbones.linearised(backbone) if config.get("linearised") else backbone
 
 
@@ -75,12 +75,12 @@ def open_vector(folder: Path, backbone: Backbone, config: Config) -> Weights:
     """Open a merged task vector, or of a per-task merge the one of the task whose place the configuration tells."""
     if (folder / buffers.DIRECTIONS).exists():
         return buffers.read_directions(folder / buffers.DIRECTIONS, backbone.pretrained).of(config["task"])
-    return backbones.read_weights(folder / "direction.safetensors", backbone.pretrained)
+    return records.read_weights(folder / "direction.safetensors", backbone.pretrained)
 
 
 def open_encoder(folder: Path, backbone: Backbone) -> Weights:
     """Open a fine-tuned encoder's weights."""
-    return backbones.read_weights(folder / "encoder.safetensors", backbone.pretrained)
+    return records.read_weights(folder / "encoder.safetensors", backbone.pretrained)
 
 
 def merged_weights(backbone: Backbone, vector: Weights, scale: float, estimated: list[Path]) -> Weights:

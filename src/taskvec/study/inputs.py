@@ -9,13 +9,19 @@ from typing import Any
 from taskvec.core.errors import TaskvecError, unknown
 from taskvec.core.notes import listen, note
 from taskvec.core.task_types import CLASSIFICATION
-from taskvec.data import tasks
-from taskvec.encoders import backbone as backbones
-from taskvec.encoders.addresses import default_name, is_file
+from taskvec.data import sources, tasks
+from taskvec.data.addresses import TaskAddress
+from taskvec.encoders import identity
+from taskvec.encoders.addresses import BackboneAddress, parse
 from taskvec.engine.store import Store
+from taskvec.paper.checkpoints import PAPER
 from taskvec.study.experiment import OPEN
-from taskvec.study.remote import UNKNOWN_CLASSES, UNKNOWN_IMAGES, absent_task, absent_weights, has_images
 from taskvec.study.schema import BackboneChoice, StudyFile, name_problem, told_twins, twins
+
+UNKNOWN_IMAGES = 10_000
+"""Images that a data set of the Hub is taken to have until it is here."""
+UNKNOWN_CLASSES = 20
+"""Classes of a task that does not tell, which only the time of linear heads depends on."""
 
 
 class Sources:
@@ -25,29 +31,30 @@ class Sources:
         """Find the tasks by name; two of one name raise."""
         self.study, self.folder, self.store, self.estimate = file.study, file.folder, store, estimate
         self.regimes = {regime.name: regime for regime in file.study.regimes}
-        addresses = [tasks.resolve(t.address, self.folder, file.study.data) for t in file.study.tasks]
-        given = [t.name or tasks.default_name(a) for t, a in zip(file.study.tasks, addresses, strict=True)]
+        addresses = [sources.parse(t.address, self.folder, file.study.data) for t in file.study.tasks]
+        given = [t.name or a.default_name for t, a in zip(file.study.tasks, addresses, strict=True)]
         self.addresses = dict(
             zip(unique(given, [t.address for t in file.study.tasks], "tasks"), addresses, strict=True)
         )
         self.captions = {name: tasks.captions(address) for name, address in self.addresses.items()}
         self.brought = {name: task for name, task in zip(given, file.study.tasks, strict=True) if task.finetuned}
+        self.backbone_addresses = {b.address: parse(b.address, self.folder) for b in file.study.backbones}
         self.sentences: dict[str, list[list[str]] | None] = {}
 
     def backbones(self) -> dict[str, BackboneChoice]:
         """Return the backbones by name; two of one name raise."""
         chosen = self.study.backbones
-        names = [one.name or default_name(one.address) for one in chosen]
-        return dict(zip(unique(names, [one.address for one in chosen], "backbones"), chosen, strict=True))
+        names = [choice.called for choice in chosen]
+        return dict(zip(unique(names, [choice.address for choice in chosen], "backbones"), chosen, strict=True))
 
-    def describe(self, address: str) -> dict[str, Any]:
+    def describe(self, address: TaskAddress) -> dict[str, Any]:
         """Return what identifies a task's images; an estimate reads none, and those published may be absent."""
         if not self.estimate:
             with listen():  # the step that decodes it lists it again, and tells what is to be told
                 return tasks.describe(address, self.store.tree_digest)
-        known = absent_task(address)
-        absent = {"absent": address, "images": sum(known.sizes) if known else UNKNOWN_IMAGES}
-        if not has_images(address):
+        known = address.paper
+        absent = {"absent": str(address), "images": sum(known.sizes) if known else UNKNOWN_IMAGES}
+        if not address.is_here:
             return absent
         try:
             return tasks.describe(address, self.store.known_digest)
@@ -56,20 +63,15 @@ class Sources:
                 raise
             return absent
 
-    def source(self, address: str, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def source(self, address: TaskAddress, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what a decoded task depends on, and the address, which counts only where it is all there is."""
         config = {"limit": self.study.limit, **about} | ({"skip_corrupt": True} if self.study.skip_corrupt else {})
-        return (config, {"address": address}) if tasks.has_whole(address) else ({"address": address, **config}, {})
+        place = {"address": str(address)}
+        return (config, place) if address.source.has_whole else (place | config, {})
 
-    def address_of(self, choice: BackboneChoice) -> str:
+    def address_of(self, choice: BackboneChoice) -> BackboneAddress:
         """Return an address whose path is absolute: relative paths start from the study file's folder."""
-        kind, colon, rest = choice.address.partition(":")
-        name, at, file = rest.partition("@")
-        if kind == "hf" and self.path(rest).exists():
-            return f"{kind}:{self.path(rest)}"
-        if at and is_file(file):
-            return f"{kind}{colon}{name}{at}{self.path(file)}"
-        return choice.address
+        return self.backbone_addresses[choice.address]
 
     def path(self, path: str) -> Path:
         """Return a path, which is relative to the study file's folder."""
@@ -82,26 +84,26 @@ class Sources:
 
     def _has_text(self, choice: BackboneChoice) -> bool:
         if self.is_absent(choice):
-            return choice.address.partition("-clip")[1] != ""
-        return backbones.has_text(self.address_of(choice), self.study.allow_pickle, choice.projection)
+            return PAPER[self.address_of(choice).name].has_text
+        return identity.has_text(self.address_of(choice), self.study.allow_pickle, choice.projection)
 
     def is_absent(self, choice: BackboneChoice) -> bool:
         """Say whether an estimate has to do without a checkpoint of the paper, and with no library that reads it."""
-        return self.estimate and bool(absent_weights(self.address_of(choice)))
+        return self.estimate and bool(self.address_of(choice).absent)
 
     def captions_for(self, choice: BackboneChoice) -> Mapping[str, list[str] | list[list[str]] | None]:
         """Return the captions of every task's classes: in the words of the lab's text encoders, or in sentences."""
-        if choice.address.startswith("lab:"):
+        if identity.reads_words(self.address_of(choice)):
             return self.captions
         if not self.sentences:
             self.sentences = {name: self._sentences(name, address) for name, address in self.addresses.items()}
         return self.sentences
 
-    def _sentences(self, name: str, address: str) -> list[list[str]] | None:
+    def _sentences(self, name: str, address: TaskAddress) -> list[list[str]] | None:
         """Return the captions of a task's classes; an estimate makes do with their number where the data is absent."""
-        if self.estimate and (known := absent_task(address)):
-            return [[""]] * known.classes
-        if self.estimate and not has_images(address):
+        if self.estimate and address.paper:
+            return [[""]] * address.paper.classes
+        if self.estimate and not address.is_here:
             return [[""]] * UNKNOWN_CLASSES
         return tasks.sentences(address, name)
 
@@ -111,7 +113,7 @@ class Sources:
 
     def mixed(self, names: Sequence[str]) -> bool:
         """Say whether some tasks are of another kind than classification, so that metrics differ."""
-        return any(tasks.kind_of(self.addresses[name]) != CLASSIFICATION for name in names)
+        return any(a.source.task_type(a.rest) != CLASSIFICATION for a in map(self.addresses.__getitem__, names))
 
     def check_open(self) -> None:
         """Raise if a regime that starts from zero-shot heads can have none."""
@@ -131,12 +133,14 @@ class Sources:
 
     def _note_left_out(self, regime: str) -> None:
         """Note which backbones and tasks a regime that starts from zero-shot heads does without."""
-        for one in (one for one in self.study.backbones if not one.regimes or regime in one.regimes):
-            name = one.name or default_name(one.address)
-            if not self._has_text(one):
-                note(f"regime '{regime}' leaves out backbone {name}, which has no text tower")
-            elif lacking := ", ".join(task for task, found in self.captions_for(one).items() if not found):
-                note(f"regime '{regime}' leaves out {lacking} for backbone {name}: their classes have no captions")
+        for choice in (choice for choice in self.study.backbones if not choice.regimes or regime in choice.regimes):
+            if not self._has_text(choice):
+                note(f"regime '{regime}' leaves out backbone {choice.called}, which has no text tower")
+            elif lacking := ", ".join(task for task, captions in self.captions_for(choice).items() if not captions):
+                note(
+                    f"regime '{regime}' leaves out {lacking} for backbone {choice.called}: their classes have no "
+                    "captions"
+                )
 
     def check_negation(self) -> None:
         """Raise if negation names a task that the study does not have."""

@@ -30,6 +30,7 @@ from taskvec.core.settings import (
     check_distinct,
     parse_scales,
 )
+from taskvec.encoders.addresses import parse
 from taskvec.merging.registry import ADDITION, Recipe, find_recipe
 from taskvec.paper.numbers import MODELS
 
@@ -134,13 +135,17 @@ class BackboneChoice(Choice):
     projection: bool | None = None
     batch_norm: Literal["merged", "reestimated"] = "merged"
 
+    @property
+    def called(self) -> str:
+        """Return its name in tables and folders: its own, or the one that its address gives."""
+        return self.name or parse(self.address).default_name
+
     def shortened(self) -> BackboneChoice:
         """Return the same backbone, but of an encoder along its pre-training at most the second step."""
-        base, at, step = self.address.partition("@")
+        base, at, step = self.address.partition("@")  # the address may be none: that is told when it is planned
         if not (base.startswith("lab:") and step.isdecimal() and int(step) > 2):
             return self
-        name = self.name or self.address.removeprefix("lab:")
-        return self.model_copy(update={"address": f"{base}{at}2", "name": name})
+        return self.model_copy(update={"address": f"{base}{at}2", "name": self.called})
 
 
 class RegimeChoice(Choice):

@@ -1,16 +1,46 @@
-"""Files of the Hugging Face hub: what its cache holds, and downloads that fail soon and clearly with no network."""
+"""The Hugging Face hub: what its caches hold, whether it answers, and downloads that fail soon with no network.
+
+Whether it answers is asked once: its libraries try again and again for a minute.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import os
 import queue
 import sys
 import threading
-from collections.abc import Sequence
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from taskvec.core.errors import TaskvecError, first_line
 from taskvec.weights.formats import check_pickle
-from taskvec.weights.network import SECONDS
+
+SECONDS = 5.0
+"""How long the hub may take to answer, after which there is no network."""
+
+
+# ---------------------------------------------------------------- caches
+
+
+def caches() -> Path:
+    """Return the folder of the hub's caches on this machine."""
+    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+
+
+def has_repository(repo: str) -> bool:
+    """Say whether the cache holds anything of a repository of models; no library is needed."""
+    cache = Path(os.environ.get("HF_HUB_CACHE") or caches() / "hub")
+    return (cache / f"models--{repo.replace('/', '--')}").is_dir()
+
+
+def has_dataset(name: str) -> bool:
+    """Say whether the cache of data sets holds anything of one; no library is needed."""
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or caches() / "datasets")
+    return (cache / name.replace("/", "___")).is_dir()
 
 
 def cached(repo: str, file: str) -> Path | None:
@@ -28,6 +58,9 @@ def cached(repo: str, file: str) -> Path | None:
 def first_cached(repo: str, files: Sequence[str]) -> Path | None:
     """Return the first of ``files`` that the cache holds, or None."""
     return next((found for file in files if (found := cached(repo, file))), None)
+
+
+# ---------------------------------------------------------------- downloads
 
 
 def fetch(repo: str, files: Sequence[str], allow_pickle: bool, wanted: str, instead: str) -> Path:
@@ -86,3 +119,49 @@ def download(repo: str, file: str, wanted: str, instead: str) -> Path:
         return Path(hf_hub_download(repo, file))
     except Exception as error:  # hub and network libraries raise their own many kinds
         raise TaskvecError(f"'{wanted}': downloading {repo}/{file} broke off: {first_line(error)}", instead) from None
+
+
+# ---------------------------------------------------------------- the network
+
+
+def endpoint() -> str:
+    """Return where the hub is."""
+    found = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not found.startswith(("https://", "http://")):
+        raise TaskvecError(f"HF_ENDPOINT is '{found}', which is no address", f"write https://{found}")
+    return found
+
+
+def answers(address: str) -> bool:
+    """Say whether a server answers at all within ``SECONDS``, name look-up included."""
+    found = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS).close()
+        except urllib.error.HTTPError:
+            found.set()  # it refuses this question, but it is there
+        except (OSError, ValueError, http.client.HTTPException):
+            return
+        found.set()
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking up a host may hang, and no timeout covers it
+    asking.start()
+    asking.join(SECONDS)
+    return found.is_set()
+
+
+@contextlib.contextmanager
+def asked_once(local: bool = False) -> Iterator[bool]:
+    """Let libraries read the hub's cache only, where it does not answer or ``local`` says that it is not needed.
+
+    They would ask again and again for a minute. Yields whether the hub is left alone.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or local or not answers(endpoint())
+    try:
+        yield constants.HF_HUB_OFFLINE
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -21,6 +21,25 @@ HEADS = re.compile(
 """Parts of names of what reads an encoder and is none of it."""
 FEATURES = re.compile(r"(layer_?)?norm|.*att.*|probe")
 """Parts of names that, next to those, are of the encoder all the same: they make its feature out of its tokens."""
+CLASSIFIERS = (
+    "head.", "fc.", "classifier.", "head_dist.", "last_linear.", "cls_classifier.", "distillation_classifier.",
+    "classifier_distill.",
+)  # fmt: skip
+"""Key prefixes of heads that a file of an encoder may hold and that are excluded."""
+DECODERS = ("decoder.", "decoder_", "mask_token", "masked_embed", "lm_head.")
+"""Key prefixes of what masked pre-training reads an encoder with."""
+TEXTS = (
+    "text.", "text_decoder.", "text_model.", "text_projection", "transformer.", "token_embedding.",
+    "positional_embedding", "ln_final.", "logit_scale", "logit_bias",
+)  # fmt: skip
+"""Key prefixes of a CLIP model's text tower, and of what joins it to the image tower."""
+PROJECTORS = ("projector.", "projection_head.", "predictor.", "prototypes.", "dino_head.", "ibot_head.", "dino_loss.")
+"""Key prefixes of what self-supervised training puts behind an encoder."""
+PARTS = {
+    "a classifier": CLASSIFIERS, "a decoder": DECODERS, "a text tower": TEXTS, "a pooler": ("pooler.",),
+    "a projection head": PROJECTORS,
+}  # fmt: skip
+"""The parts of a model beside an encoder, by how the keys of their tensors begin."""
 COUNTER = "num_batches_tracked"
 """How the names of batch norm's counters end, which older files lack."""
 BUFFERS = ("relative_position_index", "attention_bias_idxs", "position_ids", "token_type_ids", "attn_mask")
@@ -128,3 +147,21 @@ def counterparts(own: Collection[str], other: Collection[str], shift: tuple[str,
     found = {there: name for there, name in moved.items() if there in other}
     matched = set(found.values())
     return found | {name: name for name in own if name not in matched and name in other and name not in found}
+
+
+def parts(keys: Iterable[str], most: int = 3) -> str:
+    """Say how many tensors of which parts ``keys`` are, such as ``2 tensors of a classifier (head.bias, ...)``."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(part_of(key), []).append(key)
+    return ", ".join(f"{len(held)} tensors of {part} ({', '.join(held[:most])})" for part, held in groups.items())
+
+
+def part_of(key: str) -> str:
+    """Name the part of a model that a tensor belongs to, by the beginning of its key or of what follows a dot."""
+    tails = [key, *(key[place + 1 :] for place, sign in enumerate(key) if sign == ".")]
+    for tail in tails:
+        for part, begins in PARTS.items():
+            if tail.startswith(begins):
+                return part
+    return "what the encoder does not use"

@@ -1,4 +1,4 @@
-"""Checkpoint files: where a name after the @ points, how files are read, and what is left out of them on purpose."""
+"""Checkpoint files: where a name after the @ points, how files are read, and what is excluded of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,10 @@ from taskvec.core.errors import TaskvecError, did_you_mean, first_line
 from taskvec.core.notes import note
 from taskvec.weights.flat import check_kinds, read
 from taskvec.weights.formats import WEIGHT_SUFFIXES, check_pickle, format_of, is_safetensors
-from taskvec.weights.keys import AVERAGED, COUNTER, WRAPPERS, prefixes, unwrapped
+from taskvec.weights.keys import AVERAGED, CLASSIFIERS, COUNTER, WRAPPERS, prefixes, unwrapped
 
-CLASSIFIERS = (
-    "head.", "fc.", "classifier.", "head_dist.", "last_linear.", "cls_classifier.", "distillation_classifier.",
-    "classifier_distill.",
-)  # fmt: skip
-"""Key prefixes of heads that a file of an encoder may hold and that are dropped on purpose."""
-DECODERS = ("decoder.", "decoder_", "mask_token", "masked_embed", "lm_head.")
-"""Key prefixes of what masked pre-training reads an encoder with."""
-TEXTS = (
-    "text.", "text_decoder.", "text_model.", "text_projection", "transformer.", "token_embedding.",
-    "positional_embedding", "ln_final.", "logit_scale", "logit_bias",
-)  # fmt: skip
-"""Key prefixes of a CLIP model's text tower, and of what joins it to the image tower."""
-PROJECTORS = ("projector.", "projection_head.", "predictor.", "prototypes.", "dino_head.", "ibot_head.", "dino_loss.")
-"""Key prefixes of what self-supervised training puts behind an encoder."""
 MEMBERS = ("model.", "net.", "network.", "backbone.", "encoder.")
 """What classes of training scripts call the encoder that they hold."""
-PARTS = {
-    "a classifier": CLASSIFIERS, "a decoder": DECODERS, "a text tower": TEXTS, "a pooler": ("pooler.",),
-    "a projection head": PROJECTORS,
-}  # fmt: skip
 PREFERRED = (
     "state_dict", "model", "model_state_dict", "module", "net", "network", "teacher", "online_network",
     "online_encoder", "encoder_q", "base_encoder", "student",
@@ -56,30 +38,12 @@ DEPTH = 6
 def separate(
     state: Mapping[str, Tensor], wanted: Collection[str], prefixes: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Split off the tensors that are not wanted and whose keys begin with one of ``prefixes``; return their keys too.
+    """Exclude the tensors that are not wanted and whose keys begin with one of ``prefixes``; return their keys too.
 
     Other tensors that are not wanted stay, so that the strict check names them.
     """
-    dropped = {key: None for key in state if key not in wanted and key.startswith(prefixes)}
-    return {key: value for key, value in state.items() if key not in dropped}, tuple(dropped)
-
-
-def parts(keys: Iterable[str], most: int = 3) -> str:
-    """Say how many tensors of which parts ``keys`` are, such as ``2 tensors of a classifier (head.bias, ...)``."""
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(part_of(key), []).append(key)
-    return ", ".join(f"{len(held)} tensors of {part} ({', '.join(held[:most])})" for part, held in groups.items())
-
-
-def part_of(key: str) -> str:
-    """Name the part of a model that a tensor belongs to, by the beginning of its key or of what follows a dot."""
-    tails = [key, *(key[place + 1 :] for place, sign in enumerate(key) if sign == ".")]
-    for tail in tails:
-        for part, begins in PARTS.items():
-            if tail.startswith(begins):
-                return part
-    return "what the encoder does not use"
+    excluded = {key: None for key in state if key not in wanted and key.startswith(prefixes)}
+    return {key: value for key, value in state.items() if key not in excluded}, tuple(excluded)
 
 
 def find_file(given: str, names: Sequence[str], allow_pickle: bool) -> Path:
@@ -90,12 +54,12 @@ def find_file(given: str, names: Sequence[str], allow_pickle: bool) -> Path:
     path = Path(given).expanduser()
     if not path.is_dir():
         return check_file(given, allow_pickle)
-    held = [path / name for name in names if (path / name).is_file()]
-    if not held and (others := [(file, told) for file in sorted(path.iterdir()) if (told := format_of(file.name))]):
+    files = [path / name for name in names if (path / name).is_file()]
+    if not files and (others := [(file, told) for file in sorted(path.iterdir()) if (told := format_of(file.name))]):
         raise TaskvecError(f"folder '{path}' holds {others[0][1][0]} ('{others[0][0].name}')", others[0][1][1])
-    if not held:
+    if not files:
         raise TaskvecError(f"folder '{path}' holds none of {', '.join(names)}", "give the path of the weights file")
-    return check_file(str(held[0]), allow_pickle)
+    return check_file(str(files[0]), allow_pickle)
 
 
 def check_file(given: str, allow_pickle: bool) -> Path:
@@ -116,10 +80,10 @@ def check_file(given: str, allow_pickle: bool) -> Path:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a file holds for an encoder: tensors by its names, and the names of those beside it, which are left out."""
+    """What a file holds for an encoder: tensors by its names, and the names of those that are unused."""
 
     tensors: dict[str, Tensor]
-    beside: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,12 +103,12 @@ class Part:
         """What the part is called, such as ``teacher.backbone``."""
         return ".".join(part for part in (self.place, self.prefix[:-1]) if part)
 
-    def unlike(self, wanted: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Count the keys of an encoder that are missing, but for counters, and those of another shape."""
+    def misfits(self, wanted: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Count the keys of an encoder that are missing, but for counters, and those whose shape is not the same."""
         keys = [key for key in wanted if not key.endswith(COUNTER)]
-        held = {key: self.state.get(self.prefix + key.removeprefix(self.own)) for key in keys}
-        found = {key: tensor for key, tensor in held.items() if tensor is not None}
-        return len(keys) - len(found), sum(tensor.shape != wanted[key].shape for key, tensor in found.items())
+        tensors = {key: self.state.get(self.prefix + key.removeprefix(self.own)) for key in keys}
+        present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        return len(keys) - len(present), sum(tensor.shape != wanted[key].shape for key, tensor in present.items())
 
     def rank(self) -> tuple[bool, bool, list[int]]:
         """Return what sorts the parts of a file: usual names first, then moving averages, then what is no model."""
@@ -153,15 +117,15 @@ class Part:
         return odd, averaged, [PREFERRED.index(name) if name in PREFERRED else len(PREFERRED) for name in names]
 
     def read(self) -> Reading:
-        """Return the part's tensors by the encoder's names, a classifier beside it by its own, and what is left out.
+        """Return the part's tensors by the encoder's names, a classifier beside it by its own, and the unused names.
 
         Names never come to coincide: one behind the prefix then keeps it.
         """
         outside = {name: beyond(name, self.prefix) for name in self.state if not name.startswith(self.prefix)}
         heads = {key: self.state[name] for name, key in outside.items() if key.startswith(CLASSIFIERS)}
         inside = {name: self.own + name[len(self.prefix) :] for name in self.state if name not in outside}
-        found = {name if key in heads else key: self.state[name] for name, key in inside.items()}
-        return Reading(found | heads, tuple(name for name, key in outside.items() if key not in heads))
+        encoder = {name if key in heads else key: self.state[name] for name, key in inside.items()}
+        return Reading(encoder | heads, tuple(name for name, key in outside.items() if key not in heads))
 
 
 def beyond(name: str, prefix: str) -> str:
@@ -179,56 +143,56 @@ def read_checkpoint(path: Path, wanted: Mapping[str, Tensor] | None = None, key:
     does and a note tells. Where most of what is wanted is nowhere, one of the largest dictionaries is read.
     """
     wanted = wanted or {}
-    held = {"": read(path)} if is_safetensors(path) else dictionaries(read_pickle(path))
-    if not any(held.values()):
+    states = {"": read(path)} if is_safetensors(path) else dictionaries(read_pickle(path))
+    if not any(states.values()):
         raise TaskvecError(f"'{path}' is not a dictionary of tensors", "save the model's state_dict() as safetensors")
-    parts = [part for place, state in held.items() for part in parts_of(place, state, wanted)]
-    fewest = min(part.unlike(wanted) for part in parts)
+    parts = [part for place, state in states.items() for part in parts_of(place, state, wanted)]
+    fewest = min(part.misfits(wanted) for part in parts)
     if not wanted or 2 * fewest[0] > len(wanted):
-        most = max(map(len, held.values()))
-        fitting = [bare(place, state, wanted) for place, state in held.items() if 2 * len(state) >= most or key]
+        most = max(map(len, states.values()))
+        fitting = [bare(place, state, wanted) for place, state in states.items() if 2 * len(state) >= most or key]
     else:
-        fitting = [part for part in parts if part.unlike(wanted) == fewest]
+        fitting = [part for part in parts if part.misfits(wanted) == fewest]
     chosen = choose(fitting, key, path)
     reading = chosen.read()
     check_kinds(reading.tensors, wanted, f"'{path}'")
     return reading
 
 
-def dictionaries(found: Any) -> dict[str, dict[str, Tensor]]:
+def dictionaries(content: Any) -> dict[str, dict[str, Tensor]]:
     """Return the dictionaries of tensors in nested containers, by the keys that lead to them, joined by dots."""
-    held: dict[str, dict[str, Tensor]] = {}
-    waiting, seen = [("", found, 0)], set[int]()
+    states: dict[str, dict[str, Tensor]] = {}
+    waiting, seen = [("", content, 0)], set[int]()
     for place, container, depth in waiting:
         if not isinstance(container, dict | list | tuple) or depth > DEPTH or id(container) in seen:
             continue
         seen.add(id(container))
         value = container if isinstance(container, dict) else dict(enumerate(container))
         tensors = {name: one for name, one in value.items() if isinstance(name, str) and isinstance(one, Tensor)}
-        held |= {place: tensors} if tensors else {}
+        states |= {place: tensors} if tensors else {}
         waiting += [(f"{place}.{name}".lstrip("."), one, depth + 1) for name, one in value.items()]
-    return held
+    return states
 
 
 def parts_of(place: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterator[Part]:
     """Yield the parts of a dictionary that may hold an encoder: behind each prefix that many names share."""
     names = unwrapped(state, wanted)
-    found = {names[name]: tensor for name, tensor in state.items() if names[name].rpartition(".")[2] != AVERAGED}
+    tensors = {names[name]: tensor for name, tensor in state.items() if names[name].rpartition(".")[2] != AVERAGED}
     shared = prefixes(wanted, len(wanted))[-1]
-    for prefix in prefixes(found, max(1, len(wanted) / 2)):
-        yield Part(place, found, prefix)
+    for prefix in prefixes(tensors, max(1, len(wanted) / 2)):
+        yield Part(place, tensors, prefix)
         if shared and not prefix.endswith(shared):
-            yield Part(place, found, prefix, shared)
+            yield Part(place, tensors, prefix, shared)
 
 
 def bare(place: str, state: Mapping[str, Tensor], wanted: Collection[str]) -> Part:
     """Return a dictionary as it is, but for what training classes, or wrappers alone, put before all its names."""
     counted = {name: tensor for name, tensor in state.items() if name != AVERAGED}
-    found = stripped(counted, wanted, [f"{wrapper}." for wrapper in sorted(WRAPPERS)])
+    tensors = stripped(counted, wanted, [f"{wrapper}." for wrapper in sorted(WRAPPERS)])
     if wanted:
-        names = unwrapped(found, wanted)
-        found = stripped({names[name]: tensor for name, tensor in found.items()}, wanted)
-    return Part(place, found)
+        names = unwrapped(tensors, wanted)
+        tensors = stripped({names[name]: tensor for name, tensor in tensors.items()}, wanted)
+    return Part(place, tensors)
 
 
 def stripped(
@@ -250,8 +214,8 @@ def choose(parts: Sequence[Part], key: str, path: Path) -> Part:
     chosen = min(named, key=Part.rank)
     others = [f"'{part.label}'" for part in named if part.label != chosen.label]
     if others:
-        told = f", not {' or '.join(others)}, which fit as well; FILE#NAME takes the part of that name"
-        note(f"'{path}': took '{chosen.label}'{told}")
+        alternatives = f", not {' or '.join(others)}, which fit as well; FILE#NAME takes the part of that name"
+        note(f"'{path}': took '{chosen.label}'{alternatives}")
     elif set(chosen.label.split(".")) - {"", "state_dict", *(member[:-1] for member in MEMBERS)}:
         note(f"'{path}': took '{chosen.label}'")
     return chosen

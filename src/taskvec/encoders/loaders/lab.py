@@ -11,9 +11,10 @@ from torch import nn
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import file_digest
 from taskvec.data.images import Preprocessing
-from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, Reading, check_file, read_checkpoint, separate
-from taskvec.encoders.loaders.requests import Family, Loaded, Request, State, Texts, no_projection
+from taskvec.encoders.loaders.checkpoints import Reading, check_file, read_checkpoint, separate
+from taskvec.encoders.loaders.requests import Family, Loaded, Outline, Request, State, Texts, no_projection
 from taskvec.lab import encoders
+from taskvec.weights.keys import CLASSIFIERS
 
 
 def load(request: Request) -> Loaded:
@@ -24,7 +25,7 @@ def load(request: Request) -> Loaded:
     no_projection(request, "the lab's encoders end with their mean token")
     base, step = encoders.split_step(request.name)
     path = file_of(request, base)
-    options = encoders.options(base) | ({"size": request.size} if request.size else {})
+    architecture, view = outline(request)
 
     def state(module: nn.Module) -> State | None:
         if step is None:
@@ -33,13 +34,24 @@ def load(request: Request) -> Loaded:
 
         return State(dict(snapshot(base, step).state_dict()))
 
-    return Loaded({"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"]), state, dict)
+    return Loaded(architecture, view, state, dict)
 
 
-def state_for(module: nn.Module, found: Reading) -> State:
+def outline(request: Request) -> Outline:
+    """Return the architecture of one of the lab's encoders, and how it sees images."""
+    options = encoders.options(encoders.split_step(request.name)[0]) | ({"size": request.size} if request.size else {})
+    return {"family": "lab", "options": options}, lambda _: Preprocessing(size=options["size"])
+
+
+def cost(request: Request) -> float:
+    """Return the cost of loading an encoder in forward passes: much where it is trained up to a step."""
+    return 10.0 + 200.0 * (encoders.split_step(request.name)[1] or 0)
+
+
+def state_for(module: nn.Module, reading: Reading) -> State:
     """Return the tensors of a file for the module, without a classifier and what stands beside the encoder."""
-    kept, dropped = separate(found.tensors, module.state_dict(), CLASSIFIERS)
-    return State(kept, (*dropped, *found.beside))
+    tensors, excluded = separate(reading.tensors, module.state_dict(), CLASSIFIERS)
+    return State(tensors, (*excluded, *reading.unused))
 
 
 def file_of(request: Request, base: str) -> Path | None:
@@ -90,4 +102,7 @@ def build(options: dict[str, Any]) -> nn.Module:
         ) from None
 
 
-FAMILY = Family((), load, identify, lambda _: "", has_text, identify_text, texts)
+FAMILY = Family(
+    (), load, build, identify, lambda _: "", has_text, identify_text, texts,
+    outline=outline, cost=cost, reads_words=True,
+)  # fmt: skip

@@ -16,8 +16,8 @@ from taskvec.core.errors import TaskvecError, did_you_mean, first_line, unknown
 from taskvec.core.files import file_digest
 from taskvec.core.notes import note
 from taskvec.data.images import RESAMPLING, Preprocessing
-from taskvec.encoders.addresses import CLIP, is_file
-from taskvec.encoders.loaders.checkpoints import TEXTS, find_file, read_checkpoint, separate, stripped
+from taskvec.encoders.addresses import is_file
+from taskvec.encoders.loaders.checkpoints import find_file, read_checkpoint, separate, stripped
 from taskvec.encoders.loaders.requests import (
     LARGEST,
     Family,
@@ -28,14 +28,15 @@ from taskvec.encoders.loaders.requests import (
     check_affordable,
     check_bounds,
     check_view,
-    extra,
+    import_extra,
     origin_of,
     read_object,
 )
+from taskvec.paper.checkpoints import CLIP
 from taskvec.weights import hub
 from taskvec.weights.flat import check_keys, read_keys, save_tensors
-from taskvec.weights.keys import unwrapped
-from taskvec.weights.network import asked_once
+from taskvec.weights.hub import asked_once
+from taskvec.weights.keys import TEXTS, unwrapped
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 """What open_clip's weights are called in a folder, or a repository of the hub."""
@@ -49,23 +50,23 @@ UNSAID = {"width": 768, "layers": 12, "patch_size": 16, "head_width": 64, "timm_
 
 def package(address: str) -> ModuleType:
     """Import open_clip, or name the extra that brings it."""
-    return extra("open_clip", "open_clip_torch", "clip", address)
+    return import_extra("open_clip", "open_clip_torch", "clip", address)
 
 
 def load(request: Request) -> Loaded:
     """Find an image tower by open_clip's name of the model, with weights by tag or from a file."""
     config, tag = model_config(request), tag_config(request)
-    own = vision_of(request, config, tag)
+    vision = vision_of(request, config, tag)
     pixels = request.size or int(tag.get("image_size") or config["vision_cfg"].get("image_size", 224))
     path, repo = find(request)
-    if not tag and not request.hub and not request.address.startswith("paper:"):
+    if not tag and not request.hub and request.row is None:
         note(f"'{request.address}': nothing says how it sees images: taking CLIP's mean and std")
     options = {
         "model": request.name,
         "size": pixels,
         "quick_gelu": bool(tag.get("quick_gelu", config.get("quick_gelu", False))),
         "projection": request.projection is not False,
-    } | ({"vision": own} if own else {})
+    } | ({"vision": vision} if vision else {})
     check_affordable(lambda: build(options), [path], f"'{request.address}'")
     return Loaded(
         {"family": "open_clip", "options": options},
@@ -100,10 +101,10 @@ def vision_of(request: Request, config: dict[str, Any], tag: dict[str, Any]) -> 
     The folder decides on what no name says (norms, activations, pooling); a tower of another shape raises.
     """
     model = tag.get("model_cfg", {})
-    found, named = dict(model.get("vision_cfg") or {}), config["vision_cfg"]
-    if not found:
+    vision, named = dict(model.get("vision_cfg") or {}), config["vision_cfg"]
+    if not vision:
         return {}
-    other = [key for key in SHAPE if found.get(key, UNSAID.get(key)) != named.get(key, UNSAID.get(key))]
+    other = [key for key in SHAPE if vision.get(key, UNSAID.get(key)) != named.get(key, UNSAID.get(key))]
     if model.get("embed_dim", config["embed_dim"]) != config["embed_dim"]:
         other.append("embed_dim")
     if config.get("quick_gelu") and not model.get("quick_gelu"):
@@ -114,7 +115,7 @@ def vision_of(request: Request, config: dict[str, Any], tag: dict[str, Any]) -> 
             f"({', '.join(other)})",
             "name the model that it is of",
         )
-    return found if found != named else {}
+    return vision if vision != named else {}
 
 
 def tag_config(request: Request) -> dict[str, Any]:
@@ -126,8 +127,8 @@ def tag_config(request: Request) -> dict[str, Any]:
         return {}
     if is_file(request.file):
         return configured(beside(request.file)) or published(request)
-    found: dict[str, Any] = package(request.address).get_pretrained_cfg(request.name, request.file)
-    return found
+    published_config: dict[str, Any] = package(request.address).get_pretrained_cfg(request.name, request.file)
+    return published_config
 
 
 def beside(file: str) -> Path | None:
@@ -157,8 +158,8 @@ def configured(config: Path | None) -> dict[str, Any]:
     if len(sides) > 1:
         raise TaskvecError(f"'{config}': images of {size} px are not square", fix)
     check_seen(seen, str(config), fix)
-    told = {"image_size": max(sides, default=None), "quick_gelu": bool(model.get("quick_gelu")), "model_cfg": model}
-    return seen | {key: value for key, value in told.items() if value is not None}
+    view = {"image_size": max(sides, default=None), "quick_gelu": bool(model.get("quick_gelu")), "model_cfg": model}
+    return seen | {key: value for key, value in view.items() if value is not None}
 
 
 def check_seen(seen: dict[str, Any], source: str, fix: str) -> None:
@@ -174,7 +175,9 @@ def check_seen(seen: dict[str, Any], source: str, fix: str) -> None:
 
 def is_triple(value: Any) -> bool:
     """Say whether a value is a number for red, green and blue."""
-    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(one, int | float) for one in value)
+    return (
+        isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(number, int | float) for number in value)
+    )
 
 
 def published(request: Request) -> dict[str, Any]:
@@ -241,8 +244,8 @@ def state_for(module: nn.Module, path: Path, part: str = "") -> State:
     """Take the image tower out of a checkpoint, its position embeddings resampled by open_clip."""
     from open_clip.model import resize_pos_embed
 
-    found = read_checkpoint(path, {VISUAL + key: value for key, value in module.state_dict().items()}, part)
-    raw = found.tensors
+    reading = read_checkpoint(path, {VISUAL + key: value for key, value in module.state_dict().items()}, part)
+    raw = reading.tensors
     if VISUAL + "positional_embedding" in raw and hasattr(module, "grid_size"):
         raw[VISUAL + "positional_embedding"] = raw[VISUAL + "positional_embedding"].float()  # half cannot be resampled
         try:
@@ -252,11 +255,11 @@ def state_for(module: nn.Module, path: Path, part: str = "") -> State:
                 f"'{path}': its positions cannot be resampled: {first_line(error)}", OTHER_SIZE
             ) from None
     wanted = {VISUAL + key: tuple(value.shape) for key, value in module.state_dict().items()}
-    unwanted = (*TEXTS, VISUAL + "proj") if getattr(module, "proj", None) is None else TEXTS
-    kept, dropped = separate(raw, wanted, unwanted)
-    shapes = {key: tuple(value.shape) for key, value in kept.items()}
+    prefixes = (*TEXTS, VISUAL + "proj") if getattr(module, "proj", None) is None else TEXTS
+    tensors, excluded = separate(raw, wanted, prefixes)
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     check_keys(shapes, wanted, f"'{path}'", "give a checkpoint of that model of open_clip")
-    return State({key.removeprefix(VISUAL): value for key, value in kept.items()}, (*dropped, *found.beside))
+    return State({key.removeprefix(VISUAL): value for key, value in tensors.items()}, (*excluded, *reading.unused))
 
 
 def build(options: dict[str, Any]) -> nn.Module:
@@ -313,20 +316,20 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
     config, tag = model_config(request), tag_config(request)
     path, _ = find(request)
     gelu = bool(tag.get("quick_gelu", config.get("quick_gelu", False)))
-    own = {key: value for key, value in tag.get("model_cfg", {}).items() if key in ("vision_cfg", "text_cfg")}
-    alone = not {"hf_model_name", "hf_tokenizer_name"} & set((config | own)["text_cfg"])
-    words = f"local-dir:{path.parent}" if "text_cfg" in own else request.name
+    configs = {key: value for key, value in tag.get("model_cfg", {}).items() if key in ("vision_cfg", "text_cfg")}
+    alone = not {"hf_model_name", "hf_tokenizer_name"} & set((config | configs)["text_cfg"])
+    words = f"local-dir:{path.parent}" if "text_cfg" in configs else request.name
     try:
         with asked_once(alone), plain(path, request.key) as file:
-            model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu, **own).eval()
+            model = open_clip.create_model(request.name, pretrained=None, force_quick_gelu=gelu, **configs).eval()
             open_clip.load_checkpoint(model, str(file))
             tokens = open_clip.get_tokenizer(words)(list(captions))
     except Exception as error:  # text towers of other libraries need files of their own, which may be missing
         raise TaskvecError(
             f"'{request.address}': its text tower cannot be made: {first_line(error)}", "leave out the open regimes"
         ) from None
-    found: Tensor = torch.cat([model.encode_text(part, normalize=True) for part in tokens.split(256)])
-    return found.float(), float(model.logit_scale.exp())
+    features: Tensor = torch.cat([model.encode_text(part, normalize=True) for part in tokens.split(256)])
+    return features.float(), float(model.logit_scale.exp())
 
 
-FAMILY = Family(("open_clip_torch", "timm"), load, identify, missing, has_text, identify_text, texts)
+FAMILY = Family(("open_clip_torch", "timm"), load, build, identify, missing, has_text, identify_text, texts)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors, file_digest, read_json
 from taskvec.data.images import RESAMPLING, Preprocessing
+from taskvec.paper.checkpoints import Checkpoint as PaperCheckpoint
 
 LARGEST = 4096
 """Side in pixels of the largest images that an encoder may see."""
@@ -34,7 +35,8 @@ class Request:
     """A backbone as it is asked for: its address, what it stands for, its input size in pixels, and what is allowed.
 
     ``projection`` says whether the features of a CLIP model are those after its projection, where it has one; ``hub``
-    is the repository and file of weights that have no name of their own, ``key`` the part of the file that is meant.
+    is the repository and file of weights that have no name of their own, ``key`` the part of the file that is meant,
+    and ``row`` the paper's checkpoint where it is one.
     """
 
     address: str
@@ -46,6 +48,7 @@ class Request:
     allow_pickle: bool = False
     hub: tuple[str, str] | None = None
     key: str = ""
+    row: PaperCheckpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Loaded:
     origin: Callable[[], dict[str, str]]
 
 
+Outline = tuple[dict[str, Any], Callable[[nn.Module], Preprocessing]]
+"""An architecture, and how its module sees images."""
 Texts = tuple[Float[Tensor, "captions width"], float]
 """Text features of unit length, and the scale of similarities (1 / temperature)."""
 
@@ -82,16 +87,23 @@ class Family:
     would have to be downloaded (repository and files), without asking the network. ``classifier`` makes the library's
     own classifier of a fine-tuned file, for an encoder's options and a number of outputs, or None where the file holds
     none that the library knows; a family whose library has no classifiers has no such function.
+    ``build`` makes a module of the options of an architecture. ``outline`` returns the architecture and the view
+    of a family that needs no file for them, and ``cost`` that of loading, in forward passes. Where ``reads_words``, the
+    text tower takes the words of the lab's captions and no sentences.
     """
 
     packages: tuple[str, ...]
     load: Callable[[Request], Loaded]
+    build: Callable[[dict[str, Any]], nn.Module]
     identify: Callable[[Request], dict[str, Any]]
     missing: Callable[[Request], str]
     has_text: Callable[[Request], bool] = lambda _: False
     identify_text: Callable[[Request], str] = lambda _: ""
     texts: Callable[[Request, Sequence[str]], Texts] | None = None
     classifier: Callable[[Request, Mapping[str, Any], int], nn.Module | None] | None = None
+    outline: Callable[[Request], Outline] | None = None
+    cost: Callable[[Request], float] = lambda _: 10.0
+    reads_words: bool = False
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -127,10 +139,10 @@ def check_affordable(make: Callable[[], nn.Module], files: Sequence[Path], sourc
     """Raise where a configuration asks for more weights than its files can hold, before memory is taken for them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         wanted = sum(value.numel() for value in make().parameters())
-    held = sum(file.stat().st_size for file in files)
-    if wanted > 2 * held + SPARE:
+    size = sum(file.stat().st_size for file in files)
+    if wanted > 2 * size + SPARE:
         raise TaskvecError(
-            f"{source} asks for {wanted} weights, and its files have {held} bytes", "copy both from where they are from"
+            f"{source} asks for {wanted} weights, and its files have {size} bytes", "copy both from where they are from"
         )
 
 
@@ -155,7 +167,7 @@ def no_projection(request: Request, because: str) -> None:
         )
 
 
-def extra(module: str, package: str, name: str, address: str) -> ModuleType:
+def import_extra(module: str, package: str, name: str, address: str) -> ModuleType:
     """Import an optional library, or raise and name the extra that brings it."""
     import importlib
 

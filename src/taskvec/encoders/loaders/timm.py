@@ -15,18 +15,11 @@ from taskvec.core.errors import TaskvecError, first_line, unknown
 from taskvec.core.files import file_digest
 from taskvec.core.notes import note
 from taskvec.data.images import Preprocessing
-from taskvec.encoders.loaders.checkpoints import (
-    CLASSIFIERS,
-    DECODERS,
-    PROJECTORS,
-    Reading,
-    find_file,
-    read_checkpoint,
-    separate,
-)
+from taskvec.encoders.loaders.checkpoints import Reading, find_file, read_checkpoint, separate
 from taskvec.encoders.loaders.requests import (
     Family,
     Loaded,
+    Outline,
     Request,
     State,
     check_affordable,
@@ -37,7 +30,7 @@ from taskvec.encoders.loaders.requests import (
     read_object,
 )
 from taskvec.weights import hub
-from taskvec.weights.keys import COUNTER
+from taskvec.weights.keys import CLASSIFIERS, COUNTER, DECODERS, PROJECTORS
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """What timm's weights are called in a repository of the hub."""
@@ -56,26 +49,33 @@ TRANSLATORS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretra
 
 def load(request: Request) -> Loaded:
     """Find a timm encoder without its classifier, in a file or in timm's own pre-trained weights."""
-    options = options_of(request)
+    architecture, view = outline(request)
+    options = architecture["options"]
     path, repo = find(request)
     if "seen" in options:
         check_affordable(lambda: build(options), [path], f"'{beside(request)}'")
-    elif request.file and not request.address.startswith("paper:"):
+    elif request.file and request.row is None:
         tell_view(request)
     return Loaded(
-        {"family": "timm", "options": options},
-        lambda module: preprocessing(module, options["size"]),
+        architecture,
+        view,
         lambda module: state_for(module, read_checkpoint(path, module.state_dict(), request.key), options),
         lambda: origin_of(path, repo),
     )
+
+
+def outline(request: Request) -> Outline:
+    """Return the architecture of an encoder, and how its module sees images."""
+    options = options_of(request)
+    return {"family": "timm", "options": options}, lambda module: preprocessing(module, options["size"])
 
 
 def options_of(request: Request) -> dict[str, Any]:
     """Return what ``build`` makes the encoder from: its name, and what the configuration beside its file says of it."""
     check_name(request.name)
     about = configured(request)
-    own = about["seen"]["input_size"][-1] if about else own_size(request.name)
-    return {"name": request.name, "size": request.size or own} | projection_options(request) | about
+    trained_size = about["seen"]["input_size"][-1] if about else own_size(request.name)
+    return {"name": request.name, "size": request.size or trained_size} | projection_options(request) | about
 
 
 # ---------------------------------------------------------------- configurations
@@ -115,8 +115,8 @@ def translated(config: Path, about: dict[str, Any]) -> dict[str, Any]:
 
     source = f"'{config}'"
     try:
-        found, _, given = _parse_model_cfg(about, {})
-        seen = {name: value for name, value in found.items() if name in SEEN}
+        config_of_timm, _, given = _parse_model_cfg(about, {})
+        seen = {name: value for name, value in config_of_timm.items() if name in SEEN}
         seen = {name: value for name, value in asdict(PretrainedCfg(**seen)).items() if name in SEEN}
         arguments = {name: value for name, value in dict(given or {}).items() if name not in OURS}
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -151,11 +151,11 @@ def tell_view(request: Request) -> None:
     taken = timm.get_pretrained_cfg(model)
     tagged = [] if tag or taken is None else timm.list_models(f"{model}.*", pretrained=True)
     views = {name: [getattr(timm.get_pretrained_cfg(name), key) for key in VIEW] for name in tagged}
-    unlike = [name for name, view in views.items() if view != [getattr(taken, key) for key in VIEW]]
-    if taken and unlike:
+    others = [name for name, view in views.items() if view != [getattr(taken, key) for key in VIEW]]
+    if taken and others:
         note(
             f"'{request.address}': nothing says how it sees images: taking mean {list(taken.mean)}, std "
-            f"{list(taken.std)} and crop {taken.crop_pct}, as timm:{model} has by default; timm:{unlike[0]}@... sees "
+            f"{list(taken.std)} and crop {taken.crop_pct}, as timm:{model} has by default; timm:{others[0]}@... sees "
             "them otherwise"
         )
 
@@ -191,8 +191,8 @@ def identify(request: Request) -> dict[str, Any]:
         about = {"content": file_digest(find_file(request.file, FILES, request.allow_pickle))}
         config = beside(request)
         return about | ({"config": file_digest(config)} if config else {})
-    held = hub.first_cached(repository(request), readable(request))
-    return {"content": file_digest(held)} if held else {}
+    weights = hub.first_cached(repository(request), readable(request))
+    return {"content": file_digest(weights)} if weights else {}
 
 
 def readable(request: Request) -> list[str]:
@@ -250,15 +250,15 @@ def preprocessing(module: nn.Module, size: int) -> Preprocessing:
     return Preprocessing(size, min(crop, 1.0), config["interpolation"], mean, std, mode == "squash")
 
 
-def state_for(module: nn.Module, found: Reading, options: Mapping[str, Any]) -> State:
+def state_for(module: nn.Module, reading: Reading, options: Mapping[str, Any]) -> State:
     """Translate a checkpoint for the module and leave out its classifier, or the decoder of masked pre-training."""
-    tensors, unused = translate(found.tensors, module)
+    translated, unused = translate(reading.tensors, module)
     wanted = module.state_dict().keys()
-    kept, dropped = separate(tensors, wanted, (*CLASSIFIERS, *DECODERS, *PROJECTORS))
-    if set(kept) - set(wanted):
-        kept, more = separate(kept, wanted, heads_of(options, module))
-        dropped = (*dropped, *more)
-    return State(kept, tuple(dict.fromkeys((*unused, *dropped, *found.beside))))
+    tensors, excluded = separate(translated, wanted, (*CLASSIFIERS, *DECODERS, *PROJECTORS))
+    if set(tensors) - set(wanted):
+        tensors, more = separate(tensors, wanted, heads_of(options, module))
+        excluded = (*excluded, *more)
+    return State(tensors, tuple(dict.fromkeys((*unused, *excluded, *reading.unused))))
 
 
 def heads_of(options: Mapping[str, Any], module: nn.Module) -> tuple[str, ...]:
@@ -281,16 +281,16 @@ def translate(raw: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tens
     leaves = {key: traced(value) for key, value in raw.items()}
     try:
         with torch.enable_grad():
-            found = call(translator, leaves, module)
+            translated = call(translator, leaves, module)
     except (KeyError, AttributeError, RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         return raw, ()
-    made_of = {key: sources(value) for key, value in found.items()}
+    made_of = {key: sources(value) for key, value in translated.items()}
     for name, part in module.named_modules():
-        if isinstance(part, nn.Conv2d) and (key := f"{name}.weight") in found:
-            found[key] = next((leaf for leaf in made_of[key] if is_other(leaf, part.kernel_size)), found[key])
+        if isinstance(part, nn.Conv2d) and (key := f"{name}.weight") in translated:
+            translated[key] = next((leaf for leaf in made_of[key] if is_other(leaf, part.kernel_size)), translated[key])
     used = {id(leaf) for leaves_of in made_of.values() for leaf in leaves_of}
-    unused = tuple(key for key, leaf in leaves.items() if id(leaf) not in used and key not in found)
-    return {key: value.detach() for key, value in found.items()}, unused
+    unused = tuple(key for key, leaf in leaves.items() if id(leaf) not in used and key not in translated)
+    return {key: value.detach() for key, value in translated.items()}, unused
 
 
 def is_other(leaf: Tensor, kernel: tuple[int, ...]) -> bool:
@@ -311,16 +311,16 @@ def traced(tensor: Tensor) -> Tensor:
 
 def sources(tensor: Tensor) -> list[Tensor]:
     """Return the leaves that a tensor was made of, by the graph that autograd keeps."""
-    found, seen, waiting = [tensor], set[Any](), [tensor.grad_fn]
+    leaves, seen, waiting = [tensor], set[Any](), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         waiting.extend(parent for parent, _ in node.next_functions)
-    return found
+    return leaves
 
 
 def build(options: dict[str, Any]) -> nn.Module:
@@ -367,4 +367,4 @@ def patch_hint(name: str) -> str:
     return f", a multiple of {digits}" if digits else ""
 
 
-FAMILY = Family(("timm",), load, identify, missing, classifier=classifier)
+FAMILY = Family(("timm",), load, build, identify, missing, classifier=classifier, outline=outline)

@@ -11,14 +11,15 @@ from types import MappingProxyType
 from taskvec.core.files import canonical, fingerprint, json_text
 from taskvec.core.formatting import bytes_text, duration_text, flops_text
 from taskvec.data.decoding import view_bytes
-from taskvec.encoders.backbone import to_download
+from taskvec.data.sources import parse
+from taskvec.encoders.identity import to_download
 from taskvec.engine.pipeline import Step, ordered, step_id
 from taskvec.engine.store import Artifact, Store
 from taskvec.engine.store import seconds as recorded
 from taskvec.study.experiment import Cell
 from taskvec.study.forecast.model_cost import input_size
 from taskvec.study.forecast.step_cost import Counter, Work, memory, total
-from taskvec.study.remote import UNKNOWN_IMAGES, absent_task
+from taskvec.study.inputs import UNKNOWN_IMAGES
 
 STARTING = 0.005
 """Seconds that any step takes beside what is counted."""
@@ -154,7 +155,7 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
             yield f"{one.step.untracked['address']}: {file} (its encoder is {bytes_text(one.work.disk)})"
     absent = {one.step.config["source"].get("absent") for one in planned if one.kind == "decode_task"}
     for address in sorted(absent - {None}):
-        unknown = "" if absent_task(address) else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
+        unknown = "" if parse(address).paper else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
         yield f"{address}: its images{unknown}"
 
 

@@ -14,13 +14,12 @@ from typing import Any
 from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing
 from taskvec.encoders import backbone as backbones
-from taskvec.encoders.addresses import PAPER as SEEN
-from taskvec.encoders.addresses import parse
+from taskvec.encoders.addresses import BackboneAddress, parse
 from taskvec.encoders.loaders import families as loaders
-from taskvec.encoders.loaders import timm
+from taskvec.encoders.loaders.requests import Outline
 from taskvec.lab import encoders
+from taskvec.paper.checkpoints import PAPER as CHECKPOINTS
 
-Seen = Callable[[Any], Preprocessing]
 UNKNOWN_SIZE = 224
 """Pixels that a backbone is taken to see where no file here tells."""
 KEPT = 18
@@ -76,36 +75,33 @@ class Transformer:
 
 
 PAPER: Mapping[str, Transformer] = MappingProxyType(
-    {name: Transformer(*row.shape, projection=row.projection) for name, row in SEEN.items()}
+    {name: Transformer(*row.shape, projection=row.projection) for name, row in CHECKPOINTS.items()}
 )
 """The encoders of the paper's tables, by the names of ``paper.MODELS``."""
 
 
-def anatomy(address: str, size: int | None, projection: bool | None = None) -> Anatomy | None:
+def anatomy(address: str | BackboneAddress, size: int | None, projection: bool | None = None) -> Anatomy | None:
     """Return what a backbone costs at an input size, its own by default; None where nothing here tells its shape.
 
     An encoder that cannot look at images of that size raises.
     """
-    kind, name, _ = parse(address)
-    if kind == "paper":
-        shape = PAPER[name] if projection is not False else replace(PAPER[name], projection=0)
-        return shape.anatomy(size or 224, SEEN[name].crop)
-    if kind == "lab":
-        return lab_anatomy(encoders.split_step(name)[0], size)
+    address = parse(address)
+    if address.kind == "paper":
+        shape = PAPER[address.name] if projection is not False else replace(PAPER[address.name], projection=0)
+        return shape.anatomy(size or 224, CHECKPOINTS[address.name].crop)
+    if address.kind == "lab":
+        return lab_anatomy(encoders.split_step(address.name)[0], size)
     try:
         record, seen = architecture(address, size, projection)
     except (TaskvecError, OSError):
         return None
-    return counted(record, seen, address, size)
+    return counted(record, seen, str(address), size)
 
 
-def input_size(address: str, size: int | None, projection: bool | None = None) -> int:
+def input_size(address: str | BackboneAddress, size: int | None, projection: bool | None = None) -> int:
     """Return the pixels that a backbone sees: what is asked for, or its own by its configuration; no weight is read."""
-    kind, name, _ = parse(address)
-    if size or kind == "lab":
-        return size or int(encoders.options(encoders.split_step(name)[0])["size"])
     try:
-        return int(architecture(address, size, projection)[0]["options"]["size"])
+        return size or int(architecture(address, size, projection)[0]["options"]["size"])
     except (TaskvecError, OSError):
         return UNKNOWN_SIZE
 
@@ -118,12 +114,11 @@ def lab_anatomy(name: str, size: int | None) -> Anatomy:
     return shape.anatomy(options["size"])
 
 
-def architecture(address: str, size: int | None, projection: bool | None = None) -> tuple[dict[str, Any], Seen]:
-    """Return the record from which a module can be built, and how it sees images; timm's needs no file."""
+def architecture(address: str | BackboneAddress, size: int | None, projection: bool | None = None) -> Outline:
+    """Return the record from which a module can be built, and how it sees images; of most families from files."""
     family, asked = loaders.find(address, size, allow_pickle=True, projection=projection)
-    if asked.kind == "timm":
-        options = timm.options_of(asked)
-        return {"family": "timm", "options": options}, lambda m: timm.preprocessing(m, options["size"])
+    if family.outline is not None:
+        return family.outline(asked)
     if family.missing(asked):
         raise TaskvecError(f"'{address}' is not on this machine", "give a file")
     found = loaders.load(asked, family)
@@ -131,7 +126,10 @@ def architecture(address: str, size: int | None, projection: bool | None = None)
 
 
 def counted(
-    record: Mapping[str, Any], seen: Seen | None = None, name: str = "the encoder", asked: int | None = None
+    record: Mapping[str, Any],
+    seen: Callable[[Any], Preprocessing] | None = None,
+    name: str = "the encoder",
+    asked: int | None = None,
 ) -> Anatomy:
     """Build an encoder on the meta device, which holds shapes and no numbers, and count one forward pass.
 
@@ -153,7 +151,7 @@ def counted(
         if not list(part.children()):
             part.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter:
-        features = backbones.tried(module, torch.zeros(1, 3, size, size, device="meta"), name)
+        features = backbones.checked_features(module, torch.zeros(1, 3, size, size, device="meta"), name)
     parameters = sum(value.numel() for value in module.state_dict().values() if value.is_floating_point())
     view = seen(module) if seen else None
     return Anatomy(parameters, float(counter.get_total_flops()), float(kept[0]), features.shape[1], size, view)

@@ -11,11 +11,13 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from taskvec.data import tasks
+from taskvec.data.addresses import TaskAddress
+from taskvec.data.sources import parse
 from taskvec.data.splits import SPLITS
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import Step
 from taskvec.study.forecast.model_cost import Anatomy, anatomy
-from taskvec.study.remote import UNKNOWN_CLASSES, absent_task
+from taskvec.study.inputs import UNKNOWN_CLASSES
 
 NUMBER = 4
 """Bytes of a float32."""
@@ -27,8 +29,6 @@ UNKNOWN = Anatomy(85_800_000, 35.1e9, 32.7e6, 768, 224)
 """A ViT-B/16 at 224 px, which stands for a backbone whose architecture nothing here tells."""
 
 
-SMALL: Mapping[str, int] = MappingProxyType({"mnist": 28, "svhn": 32, "gtsrb": 50, "eurosat": 64})
-"""Short side in pixels, about, of those tasks of the paper whose images are smaller than encoders see."""
 WIDER = 4 / 3
 """How much longer the long side of a photograph is."""
 DRAWING, DECODING = 0.4e-3, 10e-3
@@ -79,7 +79,7 @@ class TaskSize(NamedTuple):
 class Counter:
     """Counts what single steps take, from their configurations and the sizes of what they read."""
 
-    sizes: dict[str, TaskSize] = field(default_factory=dict)
+    sizes: dict[TaskAddress, TaskSize] = field(default_factory=dict)
     anatomies: dict[tuple[str, int | None, bool | None], Anatomy | None] = field(default_factory=dict)
 
     def backbone(self, step: Step) -> Anatomy:
@@ -146,20 +146,19 @@ def decode_training(count: Counter, step: Step) -> Work:
     return Work(decoding=images * image_seconds(address), disk=images * (3 * pixels + 16))
 
 
-def image_seconds(address: str) -> float:
+def image_seconds(address: TaskAddress) -> float:
     """Return the seconds of a core that one image of a task takes."""
-    return DRAWING if address.startswith("lab:") or small_side(address) else DECODING
+    return DRAWING if address.source.counts or small_side(address) else DECODING
 
 
-def small_side(address: str) -> int | None:
+def small_side(address: TaskAddress) -> int | None:
     """Return the short side of a task's images where they are known to be small."""
-    kind, _, rest = address.partition(":")
-    return SMALL.get(rest.partition("@")[0]) if kind == "paper" else None
+    return address.paper.side if address.paper else None
 
 
-def address_of(decode: Step) -> str:
+def address_of(decode: Step) -> TaskAddress:
     """Return the address of the task that a step decodes."""
-    return str(decode.config.get("address") or decode.untracked["address"])
+    return parse(decode.config.get("address") or decode.untracked["address"])
 
 
 def features(count: Counter, step: Step) -> Work:
@@ -346,13 +345,13 @@ def memory(count: Counter, step: Step) -> tuple[float, float]:
     return (held, 2 * weights) if "device" in step.config else (0, held)
 
 
-def task_size(address: str, images: int) -> TaskSize:
+def task_size(address: TaskAddress, images: int) -> TaskSize:
     """Return the size of a task by the protocol's table, by what it lists, or from its number of images."""
-    if (known := absent_task(address)) is not None:
-        return TaskSize(known.classes, *known.sizes)
-    if address.startswith("lab:"):
-        return TaskSize(UNKNOWN_CLASSES, *held_out(tasks.LAB_COUNTS["train"]), tasks.LAB_COUNTS["test"])
-    if tasks.hub_dataset(address) is None:
+    if address.paper is not None:
+        return TaskSize(address.paper.classes, *address.paper.sizes)
+    if (counts := address.source.counts) is not None:
+        return TaskSize(UNKNOWN_CLASSES, *held_out(counts["train"]), counts["test"])
+    if address.dataset is None:
         found = tasks.list_task(address)
         return TaskSize(len(found.classes), *(found.sizes()[split] for split in SPLITS))
     return TaskSize(UNKNOWN_CLASSES, *held_out(images - images // 6), images // 6)

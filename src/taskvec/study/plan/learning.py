@@ -8,7 +8,7 @@ from typing import Any
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import file_digest
 from taskvec.core.settings import Finetune
-from taskvec.encoders import backbone as backbones
+from taskvec.encoders import identity
 from taskvec.encoders.addresses import split_key
 from taskvec.engine.pipeline import Step
 from taskvec.learning import external as brought
@@ -53,9 +53,9 @@ def choose_rates(planner: Planner, probes: dict[str, Step], where: str) -> dict[
 def zero_shot_head(planner: Planner, task: str, ground: Ground) -> Step:
     """Plan a task's head from the captions of its classes."""
     address, allow_pickle = planner.sources.address_of(ground.choice), planner.study.allow_pickle
-    text = "" if planner.sources.is_absent(ground.choice) else backbones.describe_text(address, allow_pickle)
+    text = "" if planner.sources.is_absent(ground.choice) else identity.describe_text(address, allow_pickle)
     config = {"captions": planner.sources.captions_for(ground.choice)[task], "text": text, **planner.device}
-    untracked = {"address": address, "allow_pickle": allow_pickle}
+    untracked = {"address": str(address), "allow_pickle": allow_pickle}
     inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
     label = f"zero-shot head of {task} ({ground.backbone})"
     return planner.step(steps.zero_shot, label, config, inputs, 0.1 * planner.images[task], untracked)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from taskvec.data import tasks
-from taskvec.encoders import backbone as backbones
+from taskvec.encoders import identity
 from taskvec.engine.pipeline import Step
 from taskvec.study.experiment import Ground
 from taskvec.study.plan.planner import Planner
-from taskvec.study.remote import absent_weights
 from taskvec.study.schema import BackboneChoice
 from taskvec.study.steps import loading as steps
 
@@ -19,7 +17,7 @@ def lay_ground(planner: Planner, name: str, choice: BackboneChoice) -> Ground:
     encoder = load(planner, name, choice)
     view = planner.step(steps.preprocessing, f"preprocessing of {name}", {}, {"backbone": [encoder]})
     data = {t: decode(planner, t, name, view) for t in planner.addresses}
-    whole = {t: decode_whole(planner, t, name, view) for t, a in planner.addresses.items() if tasks.has_whole(a)}
+    whole = {t: decode_whole(planner, t, name, view) for t, a in planner.addresses.items() if a.source.has_whole}
     features = {t: cache_features(planner, t, name, encoder, data[t]) for t in data}
     return Ground(name, choice, encoder, data, features, whole)
 
@@ -27,14 +25,14 @@ def lay_ground(planner: Planner, name: str, choice: BackboneChoice) -> Ground:
 def load(planner: Planner, name: str, choice: BackboneChoice) -> Step:
     """Plan to load a backbone; where an estimate does without its weights, by what its address is."""
     address = planner.sources.address_of(choice)
-    about: dict[str, Any] = {"absent": absent_weights(address), "address": address}
+    about: dict[str, Any] = {"absent": address.absent, "address": str(address)}
     if not planner.sources.is_absent(choice):
-        about = backbones.describe(address, choice.size, planner.study.allow_pickle, choice.projection)
+        about = identity.describe(address, choice.size, planner.study.allow_pickle, choice.projection)
     config: dict[str, Any] = {"source": about, "size": choice.size}
     config |= {} if choice.projection is None else {"projection": choice.projection}
     config |= {"batch_norm": choice.batch_norm} if choice.batch_norm != "merged" else {}
-    untracked = {"address": address, "name": name, "allow_pickle": planner.study.allow_pickle}
-    return planner.step(steps.load_backbone, f"load {name}", config, None, backbones.load_cost(address), untracked)
+    untracked = {"address": str(address), "name": name, "allow_pickle": planner.study.allow_pickle}
+    return planner.step(steps.load_backbone, f"load {name}", config, None, identity.load_cost(address), untracked)
 
 
 def decode(planner: Planner, task: str, backbone: str, view: Step) -> Step:

@@ -16,7 +16,6 @@ from taskvec.core.settings import Finetune, Lora, Probe
 from taskvec.core.task_types import CLASSIFICATION
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders.backbone import Backbone
-from taskvec.encoders.loaders.checkpoints import parts
 from taskvec.engine.pipeline import always, on_cpu, step_type
 from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import scale_search as search
@@ -35,6 +34,7 @@ from taskvec.study.artifacts import (
     validations,
 )
 from taskvec.weights.flat import save
+from taskvec.weights.keys import parts
 
 
 @step_type(1, ("torch",), threaded=always)

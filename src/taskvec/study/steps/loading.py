@@ -13,7 +13,7 @@ from taskvec.core.progress import Progress
 from taskvec.data import tasks
 from taskvec.data.images import Preprocessing
 from taskvec.encoders import backbone as backbones
-from taskvec.encoders import batch_norm
+from taskvec.encoders import batch_norm, records
 from taskvec.engine.pipeline import on_cpu, step_type
 from taskvec.learning.heads import features_of
 from taskvec.study.artifacts import Config, Inputs, open_backbone, open_task, open_view
@@ -32,7 +32,7 @@ def load_backbone(config: Config, inputs: Inputs, out: Path, progress: Progress)
     )
     if config.get("batch_norm"):
         batch_norm.check(backbone)
-    backbones.write_backbone(backbone, out)
+    records.write_backbone(backbone, out)
 
 
 @step_type(1)

@@ -184,7 +184,7 @@ def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -
     directions = None
     if index is None:
         weights, heads = backbone.pretrained, open_heads(inputs, "probe")
-        backbone = replace(backbone, around=None)  # probing needs no expansion
+        backbone = replace(backbone, base=None)  # probing needs no expansion
     else:
         heads = open_heads(inputs, "finetuned")
         if best["heads"] != "kept":

@@ -13,8 +13,8 @@ from PIL import Image
 from taskvec.core.errors import TaskvecError, first_line
 from taskvec.core.notes import note
 from taskvec.data.images import RESAMPLING, Preprocessing, resize_and_crop
-from taskvec.encoders.addresses import CLIP, HALF, IMAGENET, Channels
 from taskvec.encoders.loaders.requests import LARGEST, check_view
+from taskvec.paper.checkpoints import CLIP, HALF, IMAGENET, Channels
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 """What image processors are saved as; the second is transformers 5's for a model with texts."""
@@ -122,11 +122,11 @@ def statistics(processor: Any) -> tuple[Channels, Channels]:
     scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     offset = 1.0 if processor.do_rescale and getattr(processor, "rescale_offset", False) else 0.0
     mean, std = channels(processor.image_mean), channels(processor.image_std)
-    own = std if getattr(processor, "include_top", False) else (1.0, 1.0, 1.0)  # EfficientNet's divides once more
+    division = std if getattr(processor, "include_top", False) else (1.0, 1.0, 1.0)  # EfficientNet's divides once more
     if not processor.do_normalize:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     first, second, third = ((m + offset) / scale for m in mean)
-    one, two, three = (s * again / scale for s, again in zip(std, own, strict=True))
+    one, two, three = (s * again / scale for s, again in zip(std, division, strict=True))
     return (first, second, third), (one, two, three)
 
 

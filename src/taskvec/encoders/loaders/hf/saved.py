@@ -46,8 +46,8 @@ def locate(request: Request) -> Path | None:
         return folder
     if request.name.startswith(("/", ".", "~")) or request.name.count("/") != 1:
         raise TaskvecError(f"no folder at '{folder}'", "give a folder that save_pretrained wrote, or OWNER/NAME")
-    held = hub.cached(request.name, CONFIG)
-    return held.parent if held and is_whole(held.parent, request.allow_pickle) else None
+    config = hub.cached(request.name, CONFIG)
+    return config.parent if config and is_whole(config.parent, request.allow_pickle) else None
 
 
 def folder_of(file: Path) -> Path:
@@ -93,7 +93,7 @@ def weight_names(folder: Path) -> tuple[str, ...]:
 
 
 def inside(name: Any, source: Path) -> Path:
-    """Return the file that a configuration or an index names, which must be one of its own folder."""
+    """Return the file that a configuration names, which must be one of its own folder."""
     path = Path(name) if isinstance(name, str) and "\0" not in name and len(name.encode()) < 256 else Path("..")
     if path.is_absolute() or not path.parts or ".." in path.parts:
         raise TaskvecError(f"'{source}' names '{name}', which is no file of its folder", "copy the whole folder again")
@@ -144,7 +144,7 @@ def shards(weights: Path) -> list[Path]:
     """Return the files that hold the tensors."""
     if weights.suffix != ".json":
         return [weights]
-    return sorted({inside(name, weights) for name in read_index(weights)["weight_map"].values()})
+    return sorted({weights.parent / name for name in read_index(weights)["weight_map"].values()})
 
 
 def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -166,8 +166,8 @@ def bare_state(files: Sequence[Path]) -> dict[str, Tensor] | None:
     """Return the tensors of files by names without what wrappers add to them; None where these are plain."""
     if any(file.suffix != ".safetensors" for file in files):
         return None
-    own = ["module.weight"]  # LeViT's names have that part
-    names = unwrapped([name for file in files for name in read_keys(file)], own)
+    known = ["module.weight"]  # LeViT's names have that part
+    names = unwrapped([name for file in files for name in read_keys(file)], known)
     if all(bare.startswith("module.") for bare in names.values()):
         names = {name: bare.removeprefix("module.") for name, bare in names.items()}
     if all(name == bare for name, bare in names.items()):
@@ -179,8 +179,8 @@ def check_types(files: Sequence[Path]) -> None:
     """Raise for tensors of files that are no weights, before the library casts them and gives them other names."""
     for file in files:
         if file.suffix == ".safetensors":
-            with Checkpoint(file) as held:
-                types = {name: stored.dtype for name, stored in held.tensors.items()}
+            with Checkpoint(file) as checkpoint:
+                types = {name: stored.dtype for name, stored in checkpoint.tensors.items()}
         else:
             state = dictionaries(read_pickle(file)).get("", {})
             check_kinds(state, {}, f"'{file}'")

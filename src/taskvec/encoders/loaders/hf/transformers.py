@@ -7,20 +7,27 @@ is read into ViTModel.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError, did_you_mean, first_line
-from taskvec.encoders.addresses import Checkpoint
-from taskvec.encoders.loaders.checkpoints import CLASSIFIERS, DECODERS
 from taskvec.encoders.loaders.hf import processors, saved
+from taskvec.encoders.loaders.hf.modules import (
+    TYPES,
+    Classifier,
+    build,
+    edge,
+    make_config,
+    model_class,
+    quiet,
+    takes_size,
+    wrap,
+)
 from taskvec.encoders.loaders.requests import (
     Family,
     Loaded,
@@ -29,111 +36,28 @@ from taskvec.encoders.loaders.requests import (
     Texts,
     check_affordable,
     check_bounds,
-    extra,
+    import_extra,
     no_projection,
 )
+from taskvec.paper.checkpoints import Checkpoint
 from taskvec.weights.flat import check_keys
-from taskvec.weights.keys import COUNTER
+from taskvec.weights.keys import CLASSIFIERS, COUNTER, DECODERS
 from taskvec.weights.reader import tell_other
 
 HEADS = (*CLASSIFIERS, *DECODERS, "pooler.", "embeddings.mask_token")
-"""Key prefixes of what an encoder does without: classifiers, decoders, the pooler and the token of hidden patches."""
+"""Key prefixes of what is excluded of an encoder: classifiers, decoders, the pooler and the token of hidden patches."""
 TEXTS = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.")
 OTHERS = ("model_type", "architectures", "dtype", "return_dict", "torchscript")
 """What a configuration says that is none of the encoder's architecture."""
-Images = Float[Tensor, "batch 3 size size"]
 
 
-@dataclass(frozen=True)
-class Type:
-    """How a type of model in transformers is read: the type whose encoder it has, and which output is its feature."""
-
-    encoder: str
-    feature: str
-
-
-TYPES = {
-    **{name: Type(name, "class") for name in ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")},
-    "vit_mae": Type("vit", "class"),
-    "vit_msn": Type("vit_msn", "class"),
-    "clip": Type("clip_vision_model", "clip"),
-    "clip_vision_model": Type("clip_vision_model", "clip"),
-    "siglip": Type("siglip_vision_model", "pooled"),
-    **{
-        name: Type(name, "pooled")
-        for name in (
-            "siglip_vision_model", "beit", "data2vec-vision", "swin", "swinv2", "focalnet", "resnet", "regnet", "bit",
-            "convnext", "convnextv2", "dinov3_convnext", "efficientnet", "mobilenet_v1", "mobilenet_v2", "levit",
-        )
-    },
-}  # fmt: skip
-"""The types of model that are known, by ``model_type`` of config.json."""
-
-
-class Encoder(nn.Module):
-    """A model of transformers that gives one feature an image."""
-
-    def __init__(self, model: nn.Module, resampled: bool) -> None:
-        """Keep the model; ``resampled`` lets it resample its position embeddings to the images' size."""
-        super().__init__()
-        self.model = model
-        self.resampled = {"interpolate_pos_encoding": True} if resampled else {}
-
-    def outputs(self, images: Images) -> Any:
-        """Return all outputs of the model."""
-        return self.model(images, **self.resampled)
-
-
-class ClassToken(Encoder):
-    """The class token after the final norm."""
-
-    patches: int
-
-    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
-        """Return the feature of every image."""
-        feature: Tensor = self.outputs(images).last_hidden_state[:, 0]
-        return feature
-
-    def tokens(self, images: Images) -> Float[Tensor, "batch patches width"]:
-        """Return the final token of every patch, without class and register tokens."""
-        tokens: Tensor = self.outputs(images).last_hidden_state[:, -self.patches :]
-        return tokens
-
-
-class Pooled(Encoder):
-    """The model's own pooled feature; of CLIP's image tower that is the normalised class token."""
-
-    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
-        """Return the feature of every image."""
-        feature: Tensor = self.outputs(images).pooler_output.flatten(1)
-        return feature
-
-
-class Projected(Encoder):
-    """The embedding after CLIP's projection, not normalised."""
-
-    def forward(self, images: Images) -> Float[Tensor, "batch width"]:
-        """Return the feature of every image."""
-        feature: Tensor = self.outputs(images).image_embeds
-        return feature
-
-
-class Classifier(Encoder):
-    """A classifier of the library, which gives its scores."""
-
-    def forward(self, images: Images) -> Float[Tensor, "batch classes"]:
-        """Return the scores of every image."""
-        scores: Tensor = self.outputs(images).logits
-        return scores
-
-
-# ---------------------------------------------------------------- models
+# ---------------------------------------------------------------- loading
 
 
 def identify(request: Request) -> dict[str, Any]:
     """Return a digest of the folder, where it is on this machine."""
     folder = saved.locate(request)
-    extra("transformers", "transformers", "hf", request.address)
+    import_extra("transformers", "transformers", "hf", request.address)
     return {"content": saved.digest(folder, request.allow_pickle)} if folder else {}
 
 
@@ -144,22 +68,22 @@ def missing(request: Request) -> str:
 
 def load(request: Request) -> Loaded:
     """Find a model's folder and read its configuration."""
-    extra("transformers", "transformers", "hf", request.address)
+    import_extra("transformers", "transformers", "hf", request.address)
     folder = saved.obtain(request)
     config = saved.read_config(folder)
     kind = type_of(request, config)
-    own = edge(vision_of(config, folder).get("image_size"))
-    seen = processors.preprocessing(folder, kind, own)
-    seen = replace(seen, size=request.size or seen.size)
+    trained_size = edge(vision_of(config, folder).get("image_size"))
+    view = processors.preprocessing(folder, kind, trained_size)
+    view = replace(view, size=request.size or view.size)
     files = saved.checked_files(folder, request.allow_pickle)
     tell_other(files[0] if len(files) == 1 else folder)
     projects = TYPES[kind].feature == "clip" and saved.holds(files, "visual_projection.", config)
-    options = options_of(request, config, vision_of(config, folder), kind, seen.size, projects)
+    options = options_of(request, config, vision_of(config, folder), kind, view.size, projects)
     check_affordable(lambda: build(options), files, f"'{folder / saved.CONFIG}'")
     where = request.name if Path(request.name).expanduser().exists() else f"{request.name}/{folder.name}"
     return Loaded(
         {"family": "hf", "options": options},
-        lambda _: seen,
+        lambda _: view,
         lambda _: state_for(folder, options),
         lambda: {"from": where, "sha256": saved.content(files)},
     )
@@ -194,12 +118,12 @@ def options_of(
         vision["projection_dim"] = config["projection_dim"]
     elif not has_projection:
         no_projection(request, "its checkpoint holds none")
-    own = edge(vision.get("image_size"))
+    trained_size = edge(vision.get("image_size"))
     return {
         "type": kind,
         "config": {key: value for key, value in vision.items() if key not in OTHERS},
         "size": size,
-        "resampled": own is not None and size != own,
+        "resampled": trained_size is not None and size != trained_size,
         "has_projection": has_projection,
         "projection": has_projection and request.projection is not False,
     }
@@ -220,84 +144,25 @@ def check_row(options: dict[str, Any], row: Checkpoint, request: Request) -> Non
         )
 
 
-def make_config(options: dict[str, Any]) -> Any:
-    """Make the configuration of an encoder."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    with refused(options):
-        return CONFIG_MAPPING[TYPES[options["type"]].encoder](**options["config"])
-
-
-@contextlib.contextmanager
-def refused(options: dict[str, Any]) -> Iterator[None]:
-    """Turn what transformers says of a configuration that it cannot use into an error."""
-    try:
-        yield
-    except Exception as error:  # of many kinds, its checks' own among them
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise TaskvecError(
-            f"no '{options['type']}' can be made from its {saved.CONFIG}: {type(error).__name__}: {said}",
-            "mend that file, or copy it again",
-        ) from None
-
-
-def model_class(options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the class of a model, and with what else it is made: no pooler where the class token counts, else one."""
-    import inspect
-
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    if options["has_projection"]:
-        return transformers.CLIPVisionModelWithProjection, {}
-    found = MODEL_MAPPING[type(make_config(options))]
-    pools = "add_pooling_layer" in inspect.signature(found.__init__).parameters
-    return found, {"add_pooling_layer": TYPES[options["type"]].feature != "class"} if pools else {}
-
-
-def build(options: dict[str, Any]) -> nn.Module:
-    """Make an encoder with random weights."""
-    extra("transformers", "transformers", "hf", f"hf:{options['type']}")
-    made, more = model_class(options)
-    config = make_config(options)
-    with quiet(), refused(options):
-        model = made(config, **more)
-    return wrap(model, options)
-
-
-def wrap(model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """Make a model give its feature."""
-    if options["has_projection"] and not options["projection"]:
-        model = model.vision_model  # type: ignore[assignment]
-    resampled = options["resampled"] and takes_size(model)
-    if options["projection"]:
-        return Projected(model, resampled)
-    if TYPES[options["type"]].feature != "class":
-        return Pooled(model, resampled)
-    encoder, patch = ClassToken(model, resampled), edge(options["config"].get("patch_size")) or 16
-    encoder.patches = (options["size"] // patch) ** 2
-    return encoder
-
-
 def state_for(folder: Path, options: dict[str, Any]) -> State:
     """Let transformers read and translate the weights of a folder; what is missing or not known raises."""
     saved.check_types(saved.checked_files(folder, True))
     model, info = read_model(folder, options)
     allowed = (*HEADS, *TEXTS) if TYPES[options["type"]].feature == "clip" or "siglip" in options["type"] else HEADS
     unexpected = sorted(info["unexpected_keys"])
-    dropped = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
+    excluded = [key for key in unexpected if key.startswith(allowed) or key.partition(".")[2].startswith(allowed)]
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"] or key.endswith(COUNTER)}
-    found |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
-    found |= {key: () for key in unexpected if key not in dropped}
+    present = {key: shape for key, shape in shapes.items() if key not in info["missing_keys"] or key.endswith(COUNTER)}
+    present |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
+    present |= {key: () for key in unexpected if key not in excluded}
     fix = f"give a folder whose weights are those of its {saved.CONFIG}"
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
         fix += ", or set use_mean_pooling to false there: then the class token is the feature"
-    check_keys(found, shapes, f"'{saved.weights_in(folder)}'", fix)
+    check_keys(present, shapes, f"'{saved.weights_in(folder)}'", fix)
     inner = wrap(model, options).state_dict()
     if options["has_projection"] and not options["projection"]:
-        dropped.append("visual_projection.weight")
-    return State(inner, tuple(dropped))
+        excluded.append("visual_projection.weight")
+    return State(inner, tuple(excluded))
 
 
 def read_model(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -359,43 +224,7 @@ def classifier_classes(config: Mapping[str, Any]) -> list[Any]:
     return [one for one in every if one.__name__ in named]
 
 
-def takes_size(model: nn.Module) -> bool:
-    """Say whether a model can resample its position embeddings to the images' size."""
-    import inspect
-
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from reporting what is checked here: keys that do not fit, and bars of progress."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-# ---------------------------------------------------------------- sizes and texts
-
-
-def edge(size: Any) -> int | None:
-    """Return a side in pixels out of transformers' ways to say a size."""
-    if isinstance(size, list | tuple):
-        size = size[0] if size else None
-    if isinstance(size, dict):
-        size = next((size[name] for name in ("shortest_edge", "height") if size.get(name)), None)
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise TaskvecError(
-            f"a size is '{size}', not a number of pixels", f"mend it in {saved.CONFIG}, or copy that again"
-        )
-    return size
+# ---------------------------------------------------------------- texts
 
 
 def has_text(request: Request) -> bool:
@@ -429,7 +258,7 @@ def identify_text(request: Request) -> str:
 @torch.inference_mode()
 def texts(request: Request, captions: Sequence[str]) -> Texts:
     """Return the features of captions by a CLIP model's text tower, and its logit scale."""
-    transformers = extra("transformers", "transformers", "hf", request.address)
+    transformers = import_extra("transformers", "transformers", "hf", request.address)
     folder = saved.obtain(request)
     saved.checked_files(folder, request.allow_pickle)
     check_tokenizer(folder)
@@ -447,9 +276,9 @@ def texts(request: Request, captions: Sequence[str]) -> Texts:
             f"'{folder}': its text tower is not whole: {', '.join(missing[:3])}",
             "copy the whole folder again, or leave out the open regimes",
         )
-    found = model.eval().get_text_features(**words)
-    features: Tensor = getattr(found, "pooler_output", found)
+    outputs = model.eval().get_text_features(**words)
+    features: Tensor = getattr(outputs, "pooler_output", outputs)
     return nn.functional.normalize(features.float(), dim=1), float(model.logit_scale.exp())
 
 
-FAMILY = Family(("transformers",), load, identify, missing, has_text, identify_text, texts, classifier)
+FAMILY = Family(("transformers",), load, build, identify, missing, has_text, identify_text, texts, classifier)
