@@ -18,7 +18,7 @@ from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import fingerprint
 from taskvec.data.folders import contents, sibling_folders, visible
 from taskvec.data.index import SPLIT_NAMES
-from taskvec.weights.network import asked_once, endpoint
+from taskvec.weights.hub import asked_once, endpoint
 
 ENDINGS = (".parquet", ".arrow")
 FOOTER = 2**16
