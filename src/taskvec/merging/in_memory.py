@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
 from taskvec.merging.entries import Data, Entries, Kind, Masked, Part, describe
-from taskvec.merging.recipes import Recipe, apply
+from taskvec.merging.registry import ADDITION, Recipe, apply, find_recipe
 from taskvec.weights import vectors
 from taskvec.weights.flat import Entry, Weights, distinct, read, read_metadata, save_tensors, view
 
@@ -69,6 +70,29 @@ class Checked:
                     "merge checkpoints that did not diverge",
                 )
             yield part, found
+
+
+def merge(
+    pretrained: Weights,
+    task_vectors: Sequence[Weights],
+    scale: float,
+    method: str = ADDITION,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Return theta_pre + scale * direction; the method, or several joined by +, makes it out of the task vectors."""
+    return vectors.add(pretrained, merge_vectors(pretrained, task_vectors, method, config, seed), scale)
+
+
+def merge_vectors(
+    pretrained: Weights,
+    task_vectors: Sequence[Weights],
+    method: str = ADDITION,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Return the direction of a method, or of several joined by +, with hyperparameters by name."""
+    return direction(find_recipe(method, config), Buffers(pretrained, task_vectors, seed))
 
 
 def direction(recipe: Recipe, entries: Buffers) -> Weights:
