@@ -21,7 +21,7 @@ from numpy import ndarray
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import write_json
 from taskvec.engine.publishing import check_outside
-from taskvec.merging.entries import Kind, Masked, Part, describe
+from taskvec.merging.entries import Entry, Kind, Masked, describe
 from taskvec.merging.matching import Matched
 from taskvec.merging.recipes import prepare
 from taskvec.merging.registry import Recipe
@@ -85,7 +85,7 @@ class Streams:
             twins.setdefault(first, []).append(twin)
         return twins
 
-    def __iter__(self) -> Iterator[tuple[Part, Any]]:
+    def __iter__(self) -> Iterator[tuple[Entry, Any]]:
         """Yield parts and their vectors in order, as ``read`` gives them."""
         return map(self.read, self.places())
 
@@ -112,7 +112,7 @@ class Streams:
                 done += stop - start
                 self.watch(self.passes, done / total)
 
-    def read(self, place: Place) -> tuple[Part, Any]:
+    def read(self, place: Place) -> tuple[Entry, Any]:
         """Return a part and its vectors in float32, "tasks *shape" or "tasks slice"; NaN and infinity raise."""
         name, start, stop = place
         wide = self.base.read(name, start, stop)
@@ -129,7 +129,7 @@ class Streams:
         if self.whole:
             shape = self.base.tensors[name].shape
             base, found = base.reshape(shape), found.reshape(len(self.tuned), *shape)
-        return Part(name, self._lend(base), kind, depth, self.seed, start), self._lend(found)
+        return Entry(name, self._lend(base), kind, depth, self.seed, start), self._lend(found)
 
     def _lend(self, values: Float32[ndarray, "*shape"]) -> Any:
         """Return the array, or a tensor that shares its memory."""
@@ -232,12 +232,12 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
         stages = prepare(recipe, streams)
 
         def merge(place: Place) -> None:
-            part, found = streams.read(place)
+            entry, found = streams.read(place)
             for stage in stages:
-                found = stage(part, found)
+                found = stage(entry, found)
             for task, writer in enumerate(writers):
                 result = found.of(task) if isinstance(found, Masked) else found
-                _move(streams, writer, part, np.asarray(result).reshape(-1), scale, target.dtype)
+                _move(streams, writer, entry, np.asarray(result).reshape(-1), scale, target.dtype)
 
         streams.each(merge)
         for writer in writers:
@@ -274,23 +274,28 @@ def _carry(streams: Streams, writer: Writer, dtype: str | None) -> None:
 
 
 def _move(
-    streams: Streams, writer: Writer, part: Part, direction: Float32[ndarray, " count"], scale: float, dtype: str | None
+    streams: Streams,
+    writer: Writer,
+    entry: Entry,
+    direction: Float32[ndarray, " count"],
+    scale: float,
+    dtype: str | None,
 ) -> None:
     """Write base + scale * direction for a part, a slice at a time; running variances stay >= 0, as in memory."""
-    stored = streams.base.tensors[part.name]
-    flat = np.asarray(part.base).reshape(-1)
+    stored = streams.base.tensors[entry.name]
+    flat = np.asarray(entry.base).reshape(-1)
     for start in range(0, len(direction), SLICE):
-        stop, place = min(len(direction), start + SLICE), part.start + start
-        wide = streams.base.read(part.name, place, part.start + stop) if stored.dtype == "F64" else flat[start:stop]
+        stop, place = min(len(direction), start + SLICE), entry.start + start
+        wide = streams.base.read(entry.name, place, entry.start + stop) if stored.dtype == "F64" else flat[start:stop]
         with np.errstate(all="ignore"):
             moved = direction[start:stop].astype(wide.dtype) * scale
             still = moved == 0
             moved += wide
-        if part.name.endswith("running_var"):
+        if entry.name.endswith("running_var"):
             np.maximum(moved, 0, out=moved)
         np.copyto(moved, wide, where=still)  # -0.0 + 0.0 would be 0.0
-        _check_fit(part.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
-        for name in streams.names_of(part.name):
+        _check_fit(entry.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
+        for name in streams.names_of(entry.name):
             _store(writer, name, place, moved, dtype or stored.dtype)
 
 

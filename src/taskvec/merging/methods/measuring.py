@@ -23,7 +23,7 @@ from taskvec.learning.heads import Head
 from taskvec.merging.entries import Data
 from taskvec.merging.methods.adaptive import Adamerging, Fisher, Regmean
 from taskvec.weights import vectors
-from taskvec.weights.flat import Entry, distinct, mend_variances, view
+from taskvec.weights.flat import Slot, distinct, mend_variances, view
 
 BATCH = 64
 Measured = TypeVar("Measured")
@@ -156,8 +156,8 @@ def coefficients(data: Data, config: Adamerging) -> dict[str, Float32[Tensor, " 
     """
     if any(head.kind == "regression" for head in data.heads):
         raise TaskvecError("adamerging: a regression head has no entropy", "leave that task out, or adamerging")
-    entries, backbone = distinct(data.backbone.pretrained), data.backbone
-    groups = torch.arange(len(entries)) if config.level == "layer" else torch.zeros(len(entries), dtype=torch.int64)
+    slots, backbone = distinct(data.backbone.pretrained), data.backbone
+    groups = torch.arange(len(slots)) if config.level == "layer" else torch.zeros(len(slots), dtype=torch.int64)
     raw = torch.full((int(groups.max()) + 1, len(data.vectors)), config.start, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=config.learning_rate)
     batches = [index_batches(len(task.train), config.batch_size, data.seed) for task in data.tasks]
@@ -165,38 +165,38 @@ def coefficients(data: Data, config: Adamerging) -> dict[str, Float32[Tensor, " 
         backbone.module.eval()
         for step in range(config.steps):
             each = raw.clamp(0, 1)[groups]
-            write_merged(data, entries, each.detach())
+            write_merged(data, slots, each.detach())
             images = [task.train.images[next(own).numpy()] for task, own in zip(data.tasks, batches, strict=True)]
             optimizer.zero_grad()
-            each.backward(gradients(data, entries, images))
+            each.backward(gradients(data, slots, images))
             optimizer.step()
             data.progress((step + 1) / config.steps)
-    return dict(zip((entry.name for entry in entries), raw.detach().clamp(0, 1)[groups], strict=True))
+    return dict(zip((slot.name for slot in slots), raw.detach().clamp(0, 1)[groups], strict=True))
 
 
-def write_merged(data: Data, entries: Sequence[Entry], factors: Float32[Tensor, "entries tasks"]) -> None:
+def write_merged(data: Data, slots: Sequence[Slot], factors: Float32[Tensor, "slots tasks"]) -> None:
     """Move the encoder to theta_pre + sum_t factor_t tau_t, with factors of each entry's own."""
     bound = data.backbone.bound
     bound.flat.copy_(data.backbone.pretrained.flat)
-    for entry, row in zip(entries, factors.tolist(), strict=True):
+    for slot, row in zip(slots, factors.tolist(), strict=True):
         for vector, factor in zip(data.vectors, row, strict=True):
-            view(bound.flat, entry).add_(view(vector.flat, entry), alpha=factor)
+            view(bound.flat, slot).add_(view(vector.flat, slot), alpha=factor)
     mend_variances(bound)
 
 
 def gradients(
-    data: Data, entries: Sequence[Entry], images: Sequence[UInt8[np.ndarray, "batch 3 size size"]]
-) -> Float32[Tensor, "entries tasks"]:
+    data: Data, slots: Sequence[Slot], images: Sequence[UInt8[np.ndarray, "batch 3 size size"]]
+) -> Float32[Tensor, "slots tasks"]:
     """Return the gradient of the summed entropies by every coefficient, at the encoder's present weights."""
     parameters = dict(data.backbone.module.named_parameters())
     each = [entropy(scored(data, head, batch)) for head, batch in zip(data.heads, images, strict=True)]
     loss = torch.stack(each).sum()
     found = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True))
-    rows = torch.zeros(len(entries), len(data.vectors))
-    for row, entry in zip(rows, entries, strict=True):
-        gradient = found.get(entry.name)
+    rows = torch.zeros(len(slots), len(data.vectors))
+    for row, slot in zip(rows, slots, strict=True):
+        gradient = found.get(slot.name)
         if gradient is not None:
-            row.copy_(torch.stack([(gradient * view(vector.flat, entry)).sum() for vector in data.vectors]))
+            row.copy_(torch.stack([(gradient * view(vector.flat, slot)).sum() for vector in data.vectors]))
     return rows
 
 

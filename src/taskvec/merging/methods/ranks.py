@@ -54,10 +54,10 @@ def _bucket(
 def _tally_upper(slices: Iterable[Any]) -> Int64[ndarray, "rows bins"]:
     """Count the numbers of every row by their upper bits."""
     found = np.zeros((1, BINS), np.int64)
-    for part in map(_array, slices):
-        if len(found) < len(part):
-            found = np.zeros((len(part), BINS), np.int64)
-        for row, counts in zip(part, found, strict=True):
+    for piece in map(_array, slices):
+        if len(found) < len(piece):
+            found = np.zeros((len(piece), BINS), np.int64)
+        for row, counts in zip(piece, found, strict=True):
             np.add.at(counts, _keys(row) >> BITS, 1)
     return found
 
@@ -67,17 +67,17 @@ def _tally_lower(slices: Iterable[Any], bucket: Int64[ndarray, "rows ranks"]) ->
     found = np.zeros((*bucket.shape, BINS), np.int64)
     first, last = _numbers(bucket << BITS), _numbers((bucket << BITS) + BINS - 1)
     last[(last == 0) & np.signbit(last)] = -SMALLEST  # all zeros are in the bucket of 0
-    for part in map(_array, slices):
-        for row, values in enumerate(part):
+    for piece in map(_array, slices):
+        for row, values in enumerate(piece):
             for rank, counts in enumerate(found[row]):
                 inside = values[(values >= first[row, rank]) & (values <= last[row, rank])]
                 np.add.at(counts, _keys(inside) & (BINS - 1), 1)
     return found
 
 
-def _array(part: Any) -> Float32[ndarray, "rows count"]:
+def _array(piece: Any) -> Float32[ndarray, "rows count"]:
     """Return the numbers of a tensor on any device, or those of an array."""
-    return np.asarray(part.cpu() if hasattr(part, "cpu") else part)
+    return np.asarray(piece.cpu() if hasattr(piece, "cpu") else piece)
 
 
 def _keys(numbers: Float32[ndarray, " count"]) -> UInt32[ndarray, " count"]:
