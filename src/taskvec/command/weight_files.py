@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -46,7 +46,10 @@ def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge of files as it is asked for; ``settings`` are key=value, ``keep`` patterns, ``plugins`` Python files."""
+    """A merge of files as it is asked for; ``settings`` are key=value, ``exclude`` patterns, ``plugins`` Python files.
+
+    ``keep`` is the former name of ``exclude``.
+    """
 
     base: Path
     tuned: Sequence[Path]
@@ -54,11 +57,16 @@ class Merge:
     scale: float
     method: str = ADDITION
     settings: Sequence[str] = ()
-    keep: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     dtype: str | None = None
     shard_size: str | None = None
     seed: int = 0
     plugins: Sequence[Path] = ()
+    keep: InitVar[Sequence[str]] = ()
+
+    def __post_init__(self, keep: Sequence[str]) -> None:
+        """Exclude what the former name asks for as well."""
+        object.__setattr__(self, "exclude", (*self.exclude, *keep))
 
     def run(self, watch: Watch = unwatched) -> list[str]:
         """Merge, and return what to tell about it; mistakes raise before anything is written."""
@@ -76,7 +84,7 @@ class Merge:
             streams = Streams(
                 base,
                 tuned,
-                match(base, tuned, self.keep),
+                match(base, tuned, self.exclude),
                 not recipe.elementwise,
                 not recipe.arrays,
                 self.seed,
@@ -162,10 +170,10 @@ def told(streams: Streams, recipe: Recipe) -> list[str]:
         kinds = {kind: [name for name in matched.merged if streams.kinds[name][0] == kind] for kind in get_args(Kind)}
         tables = f", {len(kinds['embedding'])} tables ({_some(kinds['embedding'])})" if kinds["embedding"] else ""
         lines.append(f"as matrices: {len(kinds['matrix'])}; averaged: {len(kinds['vector'])} vectors{tables}")
-    ways = {"integers": matched.integers, "by --keep": matched.kept}
+    ways = {"integers": matched.integers, "by --exclude": matched.excluded}
     carried = [f"{len(names)} {way} ({_some(names)})" for way, names in ways.items() if names]
     lines.append(f"carried over from the base: {', '.join(carried) or 'none'}; refused: none")
-    for one, names in zip(streams.tuned, matched.aside, strict=True):
+    for one, names in zip(streams.tuned, matched.unused, strict=True):
         if names:
             lines.append(f"not used of {one.label}: {len(names)} ({_some(names)})")
     unmoved = [one.label for one, moved in zip(streams.tuned, streams.moved, strict=True) if not moved]
@@ -179,11 +187,20 @@ def _some(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- comparing
 
 
-def compare(base: Path, tuned: Sequence[Path], keep: Sequence[str] = (), watch: Watch = unwatched) -> Differences:
-    """Measure how checkpoints differ from their base; tensors of the patterns in ``keep`` are left out."""
+def compare(
+    base: Path,
+    tuned: Sequence[Path],
+    exclude: Sequence[str] = (),
+    watch: Watch = unwatched,
+    keep: Sequence[str] = (),
+) -> Differences:
+    """Return how checkpoints differ from their base, without tensors that match the patterns of ``exclude``.
+
+    ``keep`` is the former name of ``exclude``.
+    """
     with ExitStack() as stack:
         first, *others = open_all([base, *tuned], stack)
-        matched: Matched = match(first, others, keep, split=True)
+        matched: Matched = match(first, others, (*exclude, *keep), split=True)
         from taskvec.merging.differences import measure  # pandas
 
         return measure(Streams(first, others, matched, watch=watch))

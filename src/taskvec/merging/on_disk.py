@@ -142,7 +142,7 @@ class Streams:
     def _infinite(self, name: str, start: int, stop: int) -> TaskvecError:
         """Say which file holds what is not finite."""
         fix = "give a checkpoint whose training did not diverge; if it is a mask, "
-        fix += f"--keep '{escape(name)}' carries the base's"
+        fix += f"--exclude '{escape(name)}' carries the base's"
         names = [name, *(source[name] for source in self.matched.sources)]
         for one, source in zip([self.base, *self.tuned], names, strict=True):
             if not peak(one.read(source, start, stop)) < np.inf:

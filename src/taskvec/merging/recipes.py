@@ -183,7 +183,12 @@ def find_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
 
     Raises for an unknown method, one that stands where it cannot, and a hyperparameter that no method has.
     """
-    methods = [find_method(method.strip()) for method in name.split("+")]
+    return join([find_method(method.strip()) for method in name.split("+")], settings, name)
+
+
+def join(methods: Sequence[Method], settings: Mapping[str, Any] | None = None, name: str = "") -> Recipe:
+    """Return the recipe of methods one after the other; they need not be registered."""
+    name = name or "+".join(method.name for method in methods)
     for method in methods[:-1]:
         if method.role != "transform":
             raise TaskvecError(
@@ -191,10 +196,9 @@ def find_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
             )
     if len({method.name for method in methods}) < len(methods):
         raise TaskvecError(f"'{name}' names a method twice", "name each once")
-    scales = methods[-1].scales
-    if methods[-1].role == "transform":
-        methods.append(METHODS[ADDITION])
-    return Recipe(name, _configured(name, methods, dict(settings or {})), scales)
+    last = methods[-1]
+    stages = [*methods, METHODS[ADDITION]] if last.role == "transform" else methods
+    return Recipe(name, _configured(name, stages, dict(settings or {})), last.scales)
 
 
 def _configured(name: str, methods: Sequence[Method], settings: dict[str, Any]) -> tuple[tuple[Method, Settings], ...]:

@@ -1,9 +1,9 @@
 """Singular vectors of matrices that are read in pieces of columns: no copy in float64 is ever held.
 
-A matrix has at most as many rows as columns (it is transposed otherwise). Its left singular vectors come from the Gram matrix
-of its rows, or where that is not exact enough from the triangle R of a QR decomposition; both are summed over pieces.
-Right ones are not stored: V^T = S^-1 U^T M is computed piece by piece where it is read. Vectors whose singular value is
-below float32's rounding of the largest one say nothing and are left out, so that no result depends on how a
+A matrix has at most as many rows as columns (it is transposed otherwise). Its left singular vectors come from the Gram
+matrix of its rows, or where that is not exact enough from the triangle R of a QR decomposition; both are summed over
+pieces. Right ones are not stored: V^T = S^-1 U^T M is computed piece by piece where it is read. Vectors whose singular
+value is below float32's rounding of the largest one say nothing and are left out, so that no result depends on how a
 null space happens to be completed.
 """
 
