@@ -25,7 +25,8 @@ from taskvec.merging.entries import Entry, Kind, Masked, describe
 from taskvec.merging.matching import Matched
 from taskvec.merging.recipes import prepare
 from taskvec.merging.registry import Recipe
-from taskvec.weights.reader import FLOATS, INDEX, PICKLES, Checkpoint, distinct
+from taskvec.weights.header import PICKLES
+from taskvec.weights.reader import FLOATS, INDEX, Checkpoint, distinct
 from taskvec.weights.writer import LARGEST, Shard, Writer, appearing, check_space, narrow, peak, shards
 
 SLICE = 1 << 20

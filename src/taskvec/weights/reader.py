@@ -5,12 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import json
-import math
 import os
-import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +20,7 @@ from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import disk_errors, json_text
 from taskvec.core.notes import note
 from taskvec.weights.formats import format_of
+from taskvec.weights.header import Metadata, Stored, are_texts, damaged, parse_json, read_header
 
 INDEX = ".safetensors.index.json"
 FLOATS: dict[str, np.dtype[Any]] = {
@@ -34,37 +31,14 @@ FLOATS: dict[str, np.dtype[Any]] = {
 }
 """Types that can be computed with, and how numpy holds their bytes (it has no bfloat16)."""
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-HEADER_LIMIT = 100_000_000
 LONGEST_NAME = 255
 """Bytes of the name of a shard."""
 NESTED = 50
 """Levels that an index has at most."""
-DIMENSIONS = 60
-"""Dimensions that a tensor may have; numpy and torch know no more than 64, some for all checkpoints together."""
-PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 PIECE = 1 << 22
 """Bytes that are copied or compared at once."""
 SAMPLE = 4096
 """Elements by which tensors are compared before they are read as a whole."""
-
-Shape = tuple[int, ...]
-Metadata = Mapping[str, str] | None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its type as safetensors writes it, shape, the file's number, first byte, number of bytes."""
-
-    dtype: str
-    shape: Shape
-    file: int
-    start: int
-    length: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 class Checkpoint:
@@ -178,17 +152,17 @@ class Checkpoint:
             with disk_errors(path):
                 count = os.preadv(self._handles[stored.file], [buffer[done:]], stored.start + start + done)
             if not count:
-                raise _damaged(path, "it was cut short while it was read")
+                raise damaged(path, "it was cut short while it was read")
             done += count
 
     def _open(self, number: int, file: Path) -> None:
         with disk_errors(file):
             handle = open_file(file, os.O_RDONLY)
         self._handles.append(handle)
-        metadata, tensors = _header(handle, number, file)
+        metadata, tensors = read_header(handle, number, file)
         for name in tensors:
             if name in self.tensors:
-                raise _damaged(file, f"tensor '{name}' is also in '{self.files[self.tensors[name].file].name}'")
+                raise damaged(file, f"tensor '{name}' is also in '{self.files[self.tensors[name].file].name}'")
         self.tensors |= tensors
         self.metadata.append(metadata)
 
@@ -301,13 +275,13 @@ def read_index(path: Path) -> dict[str, Any]:
     """Read an index of weights in several files, which lie in its folder or below."""
     try:
         index = parse_json(path.read_bytes())
-        if not _texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
+        if not are_texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
             raise TypeError("weight_map is to map names to files, and metadata to be a mapping")
         if _nested(index):
             raise ValueError(f"more than {NESTED} levels")
         json_text(index).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"no index of shards ({error})") from None
+        raise damaged(path, f"no index of shards ({error})") from None
     for name in set(index["weight_map"].values()):
         parts, odd = Path(name).parts, "\0" in name or len(name.encode()) > LONGEST_NAME
         if odd or not parts or Path(name).is_absolute() or ".." in parts:
@@ -333,87 +307,6 @@ def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
                 f"'{path}' names the shard '{file.name}', which is not beside it", "copy the missing shard"
             )
     return files, index
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse JSON as the standard has it: UTF-8, each key once, no NaN and infinity; else a ValueError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key stands twice")
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    return json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
-
-
-def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, Stored]]:
-    """Read and check a safetensors header: ranges of bytes follow one another and fill the file."""
-    if other := format_of(path.name):
-        raise TaskvecError(f"'{path}' is {other[0]}", other[1])
-    if path.suffix in PICKLES:
-        raise TaskvecError(
-            f"'{path}' is a pickle by its name, and unpickling can run code",
-            "save it with safetensors.torch.save_file first",
-        )
-    size = os.fstat(handle).st_size
-    length = int.from_bytes(os.pread(handle, 8, 0), "little")
-    if size < 8 or length > min(size - 8, HEADER_LIMIT):
-        raise _damaged(path, "it has no header, or was cut short")
-    try:
-        header = parse_json(os.pread(handle, length, 8))
-        metadata = header.pop("__metadata__", None)
-        if not _texts({} if metadata is None else metadata):
-            raise TypeError("__metadata__ is no mapping of texts")
-        tensors = {name: _stored(info, number, 8 + length) for name, info in header.items()}
-        "".join([*tensors, *(text for pair in (metadata or {}).items() for text in pair)]).encode()
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise _damaged(path, f"its header is wrong ({error})") from None
-    end = 8 + length
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].length)))
-    for name, stored in tensors.items():
-        each = bits(stored.dtype)
-        if stored.start != end or stored.length < 0 or (each and (stored.size * each + 7) // 8 != stored.length):
-            raise _damaged(path, f"the bytes of '{name}' are not where they should be")
-        end += stored.length
-    if end != size:
-        raise _damaged(path, f"it has {size} bytes, and its header tells of {end}")
-    return metadata, tensors
-
-
-def _texts(found: Any) -> bool:
-    """Say whether something is a mapping of texts to texts."""
-    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-
-
-def bits(dtype: str) -> int:
-    """Return the bits of an element by its type's name (F8_E4M3: 8), 0 where it does not say."""
-    found = re.search(r"\d{1,4}", dtype)
-    return 8 if dtype == "BOOL" else int(found.group()) if found else 0
-
-
-def _stored(info: Mapping[str, Any], number: int, origin: int) -> Stored:
-    start, stop = info["data_offsets"]
-    shape, dtype = info["shape"], info["dtype"]
-    if not isinstance(shape, list) or len(shape) > DIMENSIONS:
-        raise TypeError(f"a shape is a list of at most {DIMENSIONS} whole numbers")
-    if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{1,15}", dtype):
-        raise TypeError("a type has a name such as F32")
-    for count in (start, stop, *shape):
-        if type(count) is not int:
-            raise TypeError(f"{count} is no whole number")
-    if math.prod(max(1, count) for count in shape) >= 2**63 or not all(
-        0 <= count < 2**63 for count in (*shape, start, stop)
-    ):
-        raise ValueError("a number is negative, or larger than any file")
-    return Stored(dtype, tuple(shape), number, origin + start, stop - start)
-
-
-def _damaged(path: Path, why: str) -> TaskvecError:
-    return TaskvecError(f"'{path}' cannot be read as safetensors: {why}", "is it complete? copy or convert it again")
 
 
 def widen(raw: Shaped[ndarray, " count"], dtype: str) -> Shaped[ndarray, " count"]:

@@ -20,8 +20,10 @@ from numpy import ndarray
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors
+from taskvec.core.formatting import gigabytes
 from taskvec.core.locks import beside, holding, workspace
-from taskvec.weights.reader import FLOATS, Checkpoint, Metadata, Shape, Stored, bits, open_file
+from taskvec.weights.header import Metadata, Shape, Stored, bits
+from taskvec.weights.reader import FLOATS, Checkpoint, open_file
 
 LARGEST = {"F64": math.inf} | {
     dtype: float.fromhex(limit)
@@ -187,7 +189,7 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise TaskvecError(
-            f"'{path}' needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB left",
+            f"'{path}' needs {gigabytes(needed)} and its disk has {gigabytes(free)} left",
             "free some space, or choose another disk",
         )
 
