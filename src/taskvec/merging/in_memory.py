@@ -63,13 +63,13 @@ class Checked:
 
     def __iter__(self) -> Iterator[tuple[Entry, Tensor]]:
         """Yield every entry that is in order, or raise."""
-        for entry, found in self.entries:
-            if not bool(found.isfinite().all()):
+        for entry, stack in self.entries:
+            if not bool(stack.isfinite().all()):
                 raise TaskvecError(
                     f"tensor '{entry.name}' of a task vector holds NaN or infinity",
                     "merge checkpoints that did not diverge",
                 )
-            yield entry, found
+            yield entry, stack
 
 
 def merge(
@@ -104,9 +104,9 @@ def direction(recipe: Recipe, entries: Buffers) -> Weights:
         raise TaskvecError(f"'{recipe.name}' gives each task its own weights", "choose a method with one result")
     merged = torch.zeros_like(entries.pretrained.flat)
     starts = {slot.name: slot for slot in entries.layout}
-    for entry, found in apply(recipe, checked(recipe, entries)):
-        assert isinstance(found, Tensor)
-        view(merged, starts[entry.name]).copy_(found)
+    for entry, result in apply(recipe, checked(recipe, entries)):
+        assert isinstance(result, Tensor)
+        view(merged, starts[entry.name]).copy_(result)
     return entries.pretrained.with_flat(merged)
 
 
@@ -141,12 +141,12 @@ def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
     shared, masks = torch.zeros_like(flat), torch.zeros(tasks, flat.numel(), dtype=torch.bool)
     starts = {slot.name: slot for slot in entries.layout}
     rescales = []
-    for entry, found in apply(recipe, checked(recipe, entries)):
-        assert isinstance(found, Masked)
+    for entry, result in apply(recipe, checked(recipe, entries)):
+        assert isinstance(result, Masked)
         slot = starts[entry.name]
-        view(shared, slot).copy_(found.shared)
-        masks[:, slot.start : slot.start + slot.size] = found.masks.reshape(tasks, -1).cpu()
-        rescales.append(found.rescales.cpu())
+        view(shared, slot).copy_(result.shared)
+        masks[:, slot.start : slot.start + slot.size] = result.masks.reshape(tasks, -1).cpu()
+        rescales.append(result.rescales.cpu())
     packed = torch.stack([pack_bits(mask) for mask in masks])
     return TaskDirections(entries.pretrained.with_flat(shared), packed, torch.stack(rescales, 1), tuple(starts))
 
@@ -169,23 +169,23 @@ def transformed(recipe: Recipe, entries: Buffers) -> Sequence[Weights]:
         return entries.vectors
     flats = [torch.zeros_like(entries.pretrained.flat) for _ in entries.vectors]
     starts = {slot.name: slot for slot in entries.layout}
-    for entry, found in apply(before, Checked(entries)):
-        assert isinstance(found, Tensor)
-        for flat, row in zip(flats, found, strict=True):
+    for entry, rows in apply(before, Checked(entries)):
+        assert isinstance(rows, Tensor)
+        for flat, row in zip(flats, rows, strict=True):
             view(flat, starts[entry.name]).copy_(row)
     return [entries.pretrained.with_flat(flat) for flat in flats]
 
 
 def measure(recipe: Recipe, data: Data) -> dict[str, Tensor]:
     """Measure on data what the last method of a recipe needs, by entry, along transformed vectors; nothing for most."""
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     if recipe.measures:
         entries = Buffers(data.backbone.pretrained, data.vectors, data.seed)
         data = replace(data, vectors=transformed(recipe, entries))
     for method, config in recipe.measures:
         module, _, function = method.measure.partition(":")
-        found |= getattr(importlib.import_module(module), function)(data, config)
-    return found
+        statistics |= getattr(importlib.import_module(module), function)(data, config)
+    return statistics
 
 
 def save_directions(result: TaskDirections, path: Path) -> None:
@@ -197,14 +197,14 @@ def save_directions(result: TaskDirections, path: Path) -> None:
 def read_directions(path: Path, like: Weights) -> TaskDirections:
     """Read a per-task result for an encoder with the layout of ``like``; one of another encoder is an error."""
     tensors, names = read(path), [slot.name for slot in distinct(like)]
-    found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    held = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     size, tasks = like.flat.numel(), len(tensors.get("masks", ()))
     wanted = {
         "common": (torch.float32, (size,)),
         "masks": (torch.uint8, (tasks, -(-size // 8))),
         "rescales": (torch.float32, (tasks, len(names))),
     }
-    if found != wanted or read_metadata(path).get("names") != json.dumps(names):
+    if held != wanted or read_metadata(path).get("names") != json.dumps(names):
         raise TaskvecError(f"'{path}' holds no directions for this encoder", "restore the file, or make it again")
     if not (tensors["common"].isfinite().all() and tensors["rescales"].isfinite().all()):
         raise TaskvecError(f"'{path}' holds NaN or infinity", "restore the file, or make it again")

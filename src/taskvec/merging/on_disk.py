@@ -117,20 +117,20 @@ class Streams:
         """Return a part and its vectors in float32, "tasks *shape" or "tasks slice"; NaN and infinity raise."""
         name, start, stop = place
         wide = self.base.read(name, start, stop)
-        found = np.empty((len(self.tuned), stop - start), np.float32)
+        stack = np.empty((len(self.tuned), stop - start), np.float32)
         with np.errstate(all="ignore"):
-            for one, names, row in zip(self.tuned, self.matched.sources, found, strict=True):
-                np.subtract(one.read(names[name], start, stop, row), wide, out=row, casting="same_kind")
+            for checkpoint, names, row in zip(self.tuned, self.matched.sources, stack, strict=True):
+                np.subtract(checkpoint.read(names[name], start, stop, row), wide, out=row, casting="same_kind")
                 if not peak(row) < np.inf:
                     raise self._infinite(name, start, stop)
             base = wide.astype(np.float32, copy=False)
         if not self.moved.all():
-            self.moved[found.any(axis=1)] = True
+            self.moved[stack.any(axis=1)] = True
         kind, depth = self.kinds[name]
         if self.whole:
             shape = self.base.tensors[name].shape
-            base, found = base.reshape(shape), found.reshape(len(self.tuned), *shape)
-        return Entry(name, self._lend(base), kind, depth, self.seed, start), self._lend(found)
+            base, stack = base.reshape(shape), stack.reshape(len(self.tuned), *shape)
+        return Entry(name, self._lend(base), kind, depth, self.seed, start), self._lend(stack)
 
     def _lend(self, values: Float32[ndarray, "*shape"]) -> Any:
         """Return the array, or a tensor that shares its memory."""
@@ -145,9 +145,9 @@ class Streams:
         fix = "give a checkpoint whose training did not diverge; if it is a mask, "
         fix += f"--exclude '{escape(name)}' carries the base's"
         names = [name, *(source[name] for source in self.matched.sources)]
-        for one, source in zip([self.base, *self.tuned], names, strict=True):
-            if not peak(one.read(source, start, stop)) < np.inf:
-                return TaskvecError(f"'{one.path}': tensor '{source}' holds NaN or infinity", fix)
+        for checkpoint, source in zip([self.base, *self.tuned], names, strict=True):
+            if not peak(checkpoint.read(source, start, stop)) < np.inf:
+                return TaskvecError(f"'{checkpoint.path}': tensor '{source}' holds NaN or infinity", fix)
         return TaskvecError(f"tensor '{name}' differs from the base's by more than float32 holds", fix)
 
 
@@ -199,9 +199,9 @@ def plan_target(
     if target.single and (limit is not None or recipe.per_task):
         why = "shards" if limit is not None else f"'{recipe.name}', which gives each task its own weights,"
         raise TaskvecError(f"'{out}' is one file, and {why} need a folder", "give --out a name without .safetensors")
-    if os.path.realpath(out) in {os.path.realpath(file) for one in inputs for file in one.files}:
+    if os.path.realpath(out) in {os.path.realpath(file) for checkpoint in inputs for file in checkpoint.files}:
         raise TaskvecError(f"'{out}' is one of the checkpoints that are merged", "choose another --out")
-    check_outside(out, [one.path for one in inputs])
+    check_outside(out, [checkpoint.path for checkpoint in inputs])
     check_new(target)
     return target
 
@@ -233,12 +233,12 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
         stages = prepare(recipe, streams)
 
         def merge(place: Place) -> None:
-            entry, found = streams.read(place)
+            entry, result = streams.read(place)
             for stage in stages:
-                found = stage(entry, found)
+                result = stage(entry, result)
             for task, writer in enumerate(writers):
-                result = found.of(task) if isinstance(found, Masked) else found
-                _move(streams, writer, entry, np.asarray(result).reshape(-1), scale, target.dtype)
+                direction = result.of(task) if isinstance(result, Masked) else result
+                _move(streams, writer, entry, np.asarray(direction).reshape(-1), scale, target.dtype)
 
         streams.each(merge)
         for writer in writers:

@@ -129,16 +129,20 @@ def bind(module: nn.Module) -> Weights:
 def check_keys(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str, fix: str) -> None:
     """Raise unless both have the same keys and shapes; the message names the first that differ."""
     missing = [key for key in wanted if key not in found]
-    extra = [key for key in found if key not in wanted]
-    reshaped = [key for key in wanted if key in found and tuple(found[key]) != tuple(wanted[key])]
-    if not (missing or extra or reshaped):
+    unexpected = [key for key in found if key not in wanted]
+    mismatched = [key for key in wanted if key in found and tuple(found[key]) != tuple(wanted[key])]
+    if not (missing or unexpected or mismatched):
         return
-    if told := foreign(extra):
-        raise TaskvecError(f"{source} does not fit: it holds {told[0]} ({_some('', extra).strip()})", told[1])
-    parts = [_some("is missing", missing), _some("has unexpected", extra)]
-    if reshaped and not missing and not extra:
+    if explained := foreign(unexpected):
+        raise TaskvecError(
+            f"{source} does not fit: it holds {explained[0]} ({_some('', unexpected).strip()})", explained[1]
+        )
+    parts = [_some("is missing", missing), _some("has unexpected", unexpected)]
+    if mismatched and not missing and not unexpected:
         fix += "; if it was made for another input size: give that size, or none where the architecture keeps its own"
-    parts += [_some("has another shape for", [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in reshaped])]
+    parts += [
+        _some("has another shape for", [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in mismatched])
+    ]
     raise TaskvecError(f"{source} does not fit: it " + "; ".join(part for part in parts if part), fix)
 
 

@@ -80,8 +80,8 @@ def are_texts(found: Any) -> bool:
 
 def bits(dtype: str) -> int:
     """Return the bits of an element by its type's name (F8_E4M3: 8), 0 where it does not say."""
-    found = re.search(r"\d{1,4}", dtype)
-    return 8 if dtype == "BOOL" else int(found.group()) if found else 0
+    match = re.search(r"\d{1,4}", dtype)
+    return 8 if dtype == "BOOL" else int(match.group()) if match else 0
 
 
 def _stored(info: Mapping[str, Any], number: int, origin: int) -> Stored:
@@ -110,10 +110,10 @@ def parse_json(data: bytes) -> Any:
     """Parse JSON as the standard has it: UTF-8, each key once, no NaN and infinity; else a ValueError."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
             raise ValueError("a key stands twice")
-        return found
+        return mapping
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")

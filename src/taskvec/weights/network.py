@@ -18,29 +18,29 @@ SECONDS = 5.0
 
 def endpoint() -> str:
     """Return where the hub is."""
-    found = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if not found.startswith(("https://", "http://")):
-        raise TaskvecError(f"HF_ENDPOINT is '{found}', which is no address", f"write https://{found}")
-    return found
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not address.startswith(("https://", "http://")):
+        raise TaskvecError(f"HF_ENDPOINT is '{address}', which is no address", f"write https://{address}")
+    return address
 
 
 def answers(address: str) -> bool:
     """Say whether a server answers at all within ``SECONDS``, name look-up included."""
-    found = threading.Event()
+    answered = threading.Event()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=SECONDS).close()
         except urllib.error.HTTPError:
-            found.set()  # it refuses this question, but it is there
+            answered.set()  # it refuses this question, but it is there
         except (OSError, ValueError, http.client.HTTPException):
             return
-        found.set()
+        answered.set()
 
     asking = threading.Thread(target=ask, daemon=True)  # looking up a host may hang, and no timeout covers it
     asking.start()
     asking.join(SECONDS)
-    return found.is_set()
+    return answered.is_set()
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ class Checkpoint:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close all files."""
         self.close()
@@ -101,11 +101,11 @@ class Checkpoint:
         They are read into ``room`` where it is given and they are stored as float32.
         """
         stored = self.tensors[name]
-        kind = FLOATS[stored.dtype]
+        dtype = FLOATS[stored.dtype]
         raw: Shaped[ndarray, " count"] = (
-            room if room is not None and stored.dtype == "F32" else np.empty(stop - start, kind)
+            room if room is not None and stored.dtype == "F32" else np.empty(stop - start, dtype)
         )
-        self._fill(stored, start * kind.itemsize, raw.view(np.uint8).data)
+        self._fill(stored, start * dtype.itemsize, raw.view(np.uint8).data)
         return widen(raw, stored.dtype)
 
     def pieces(self, name: str) -> Iterator[tuple[int, bytearray]]:
@@ -224,11 +224,12 @@ def labels(paths: Iterable[Path]) -> list[str]:
 
 def distinct(names: Iterable[str]) -> list[str]:
     """Return names with a number behind those that came before."""
-    found: list[str] = []
+    unique: list[str] = []
     for name in names:
         numbered = (f"{name}-{number}" for number in itertools.count(2))
-        found.append(next(one for one in itertools.chain([name], numbered) if one not in found))
-    return found
+        candidates = itertools.chain([name], numbered)
+        unique.append(next(candidate for candidate in candidates if candidate not in unique))
+    return unique
 
 
 def _speaking(path: Path) -> tuple[str, ...]:
@@ -249,15 +250,15 @@ def _find(path: Path) -> tuple[tuple[Path, ...], dict[str, Any] | None, str]:
 def _single(folder: Path) -> Path:
     """Return the file of a folder's weights, or its index; as transformers does, a whole model goes before an index."""
     indices, files = sorted(folder.glob(f"*{INDEX}")), sorted(folder.glob("*.safetensors"))
-    whole = [one for one in files if one.with_name(one.stem + INDEX) in indices]
-    found = whole or indices or files
-    if len(found) == 1:
-        tell_other(found[0])
-        return found[0]
-    others = [(one.name, told) for one in sorted(folder.iterdir()) if (told := format_of(one.name))]
-    if not found and others:
+    complete = [file for file in files if file.with_name(file.stem + INDEX) in indices]
+    candidates = complete or indices or files
+    if len(candidates) == 1:
+        tell_other(candidates[0])
+        return candidates[0]
+    others = [(file.name, what) for file in sorted(folder.iterdir()) if (what := format_of(file.name))]
+    if not candidates and others:
         raise TaskvecError(f"'{folder}' holds {others[0][1][0]} ('{others[0][0]}')", others[0][1][1])
-    names = ", ".join(one.name for one in found[:4]) or "none"
+    names = ", ".join(file.name for file in candidates[:4]) or "none"
     raise TaskvecError(
         f"'{folder}' holds no single model: there should be one *{INDEX} or *.safetensors (found: {names})",
         "name the file itself; pickled weights must be saved as safetensors first",
@@ -294,7 +295,7 @@ def read_index(path: Path) -> dict[str, Any]:
 def _nested(value: Any, levels: int = NESTED) -> bool:
     """Say whether containers are nested more than so many levels deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels == 0 or any(_nested(one, levels - 1) for one in inner)
+    return levels == 0 or any(_nested(item, levels - 1) for item in inner)
 
 
 def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:

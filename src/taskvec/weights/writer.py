@@ -127,12 +127,12 @@ def _alignment(sized: tuple[str, Shape, int]) -> int:
 def _groups(sized: Mapping[str, tuple[str, Shape, int]], limit: int) -> list[dict[str, tuple[str, Shape, int]]]:
     groups: list[dict[str, tuple[str, Shape, int]]] = [{}]
     used = 0
-    for name, one in sized.items():
-        if groups[-1] and used + one[2] > limit:
+    for name, tensor in sized.items():
+        if groups[-1] and used + tensor[2] > limit:
             groups.append({})
             used = 0
-        groups[-1][name] = one
-        used += one[2]
+        groups[-1][name] = tensor
+        used += tensor[2]
     return groups
 
 

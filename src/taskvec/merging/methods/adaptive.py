@@ -65,8 +65,8 @@ def fisher_weights(entries: Entries, config: Fisher) -> Float32[Tensor, " tasks"
 
     squares: Any = 0
     for entry, vectors in entries:
-        found = torch.zeros(1, len(vectors)) if entry.statistics is None else rows(entry.statistics).T
-        squares = squares + found.double().square().sum(0).cpu()
+        information = torch.zeros(1, len(vectors)) if entry.statistics is None else rows(entry.statistics).T
+        squares = squares + information.double().square().sum(0).cpu()
     lengths = squares.sqrt().float() + config.floor
     return 1 / lengths if config.normalised else torch.ones_like(lengths)
 

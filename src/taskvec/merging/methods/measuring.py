@@ -45,14 +45,14 @@ def scored(
 
 def at_fine_tuned(data: Data, measured: Callable[[Task, Head], Measured]) -> list[Measured]:
     """Return what is measured of every task and its head while the encoder is at that task's fine-tuned weights."""
-    backbone, found = data.backbone, []
+    backbone, results = data.backbone, []
     with backbone.at():
         backbone.module.eval()
         for vector, task, head in zip(data.vectors, data.tasks, data.heads, strict=True):
             vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
-            found.append(measured(task, head))
-            data.progress(len(found) / len(data.tasks))
-    return found
+            results.append(measured(task, head))
+            data.progress(len(results) / len(data.tasks))
+    return results
 
 
 def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *shape"]]:
@@ -77,8 +77,8 @@ def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *sha
                     square += gradient.square() / len(chosen)
         return sums
 
-    found = at_fine_tuned(data, squares)
-    return {name: torch.stack(rows) for name, rows in zip(names, zip(*found, strict=True), strict=True)}
+    information = at_fine_tuned(data, squares)
+    return {name: torch.stack(rows) for name, rows in zip(names, zip(*information, strict=True), strict=True)}
 
 
 def drawn_surprise(
@@ -100,14 +100,14 @@ def grams(data: Data, config: Regmean) -> dict[str, Float32[Tensor, "tasks input
     modules (torch's own multi-head attention) have none.
     """
 
-    def own(task: Task, head: Head) -> dict[str, Tensor]:
+    def task_grams(task: Task, head: Head) -> dict[str, Tensor]:
         chosen = images_of(task, config.examples, data.seed)
         batches = [task.train.images[chosen[start : start + BATCH]] for start in range(0, len(chosen), BATCH)]
         with torch.no_grad():
             return watch(data.backbone.module, lambda: [scored(data, head, batch) for batch in batches])
 
-    found = at_fine_tuned(data, own)
-    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+    results = at_fine_tuned(data, task_grams)
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
 def watch(module: nn.Module, run: Callable[[], object]) -> dict[str, Float32[Tensor, "inputs inputs"]]:
@@ -130,7 +130,7 @@ def watch(module: nn.Module, run: Callable[[], object]) -> dict[str, Float32[Ten
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: found / rows[name] for name, found in sums.items()}
+    return {name: gram / rows[name] for name, gram in sums.items()}
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -166,7 +166,8 @@ def coefficients(data: Data, config: Adamerging) -> dict[str, Float32[Tensor, " 
         for step in range(config.steps):
             each = raw.clamp(0, 1)[groups]
             write_merged(data, slots, each.detach())
-            images = [task.train.images[next(own).numpy()] for task, own in zip(data.tasks, batches, strict=True)]
+            pairs = zip(data.tasks, batches, strict=True)
+            images = [task.train.images[next(indices).numpy()] for task, indices in pairs]
             optimizer.zero_grad()
             each.backward(gradients(data, slots, images))
             optimizer.step()
@@ -191,10 +192,11 @@ def gradients(
     parameters = dict(data.backbone.module.named_parameters())
     each = [entropy(scored(data, head, batch)) for head, batch in zip(data.heads, images, strict=True)]
     loss = torch.stack(each).sum()
-    found = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True))
+    gradients_of = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    by_name = dict(zip(parameters, gradients_of, strict=True))
     rows = torch.zeros(len(slots), len(data.vectors))
     for row, slot in zip(rows, slots, strict=True):
-        gradient = found.get(slot.name)
+        gradient = by_name.get(slot.name)
         if gradient is not None:
             row.copy_(torch.stack([(gradient * view(vector.flat, slot)).sum() for vector in data.vectors]))
     return rows

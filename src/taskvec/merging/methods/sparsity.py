@@ -177,8 +177,8 @@ def della(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Della
     merged, step = base.new_empty(base.shape), max(1, BLOCK // max(1, len(vectors) * columns))
     for start in range(0, len(base), step):
         block = slice(start, start + step)
-        own = replace(entry, base=base[block], start=entry.start + start * columns)
-        merged[block] = elect(thinned(stacks[:, block], own, config), config.fuse)
+        rows_entry = replace(entry, base=base[block], start=entry.start + start * columns)
+        merged[block] = elect(thinned(stacks[:, block], rows_entry, config), config.fuse)
     return merged.view(entry.base.shape)
 
 

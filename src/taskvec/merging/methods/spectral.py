@@ -161,9 +161,9 @@ def _iso_cts(
     import torch
 
     tasks, rank, _ = vectors.shape
-    own = min(round((rank - int(rank * k)) / tasks), rank // tasks)
-    shared = decompose(summed(vectors), rank - own * tasks)
-    parts = [shared, *(decompose(outside(vector, shared), own) for vector in vectors if own)]
+    rank_of_each = min(round((rank - int(rank * k)) / tasks), rank // tasks)
+    shared = decompose(summed(vectors), rank - rank_of_each * tasks)
+    parts = [shared, *(decompose(outside(vector, shared), rank_of_each) for vector in vectors if rank_of_each)]
     return joined(parts, torch.cat([part.values for part in parts]).sum() / rank)
 
 
