@@ -19,7 +19,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.encoders.loaders.hf.saved import shards as loaded_shards
 from taskvec.merging.matching import match, patterns
 from taskvec.weights.flat import read
-from taskvec.weights.reader import Checkpoint, labels, same, widen
+from taskvec.weights.reader import Checkpoint, labels, same_tensor, widen
 from taskvec.weights.writer import LARGEST, Shard, Writer, narrow, peak, shards
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -208,7 +208,7 @@ def test_what_is_written_in_pieces_is_read_by_the_library(tmp_path: Path) -> Non
         writer.finish()
         with Checkpoint(tmp_path / "out.safetensors") as copy:
             assert copy.metadata == model.metadata
-            assert all(same(model, name, copy, name) for name in model.tensors)
+            assert all(same_tensor(model, name, copy, name) for name in model.tensors)
     found = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     header = layout[0].header()

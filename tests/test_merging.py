@@ -50,7 +50,7 @@ def statistics(name: str) -> Callable[[Entry, int, torch.Generator], Tensor | No
 
 def directions(recipe: Recipe, entries: Any) -> list[Tensor]:
     """Return the direction of every entry; a per-task method's for all tasks, one after the other."""
-    results = [result for _, result in apply(recipe, buffers.Checked(entries))]
+    results = [result for _, result in apply(recipe, buffers.FiniteEntries(entries))]
     tasks = range(len(entries.stacks[0]))
     return [torch.stack([r.of(task) for task in tasks]) if isinstance(r, Masked) else r for r in results]
 

@@ -22,7 +22,7 @@ from taskvec.merging.matching import SHOWN, Matched, match
 from taskvec.merging.on_disk import SLICE, Streams, Watch, check_new, merge_files, plan_target, unwatched
 from taskvec.merging.registry import ADDITION, Recipe, find_recipe
 from taskvec.weights.reader import FLOATS, Checkpoint, labels
-from taskvec.weights.writer import alone
+from taskvec.weights.writer import sole_writer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,7 +90,7 @@ class Merge:
                 self.seed,
                 watch=watch,
             )
-            with alone(target.out):
+            with sole_writer(target.out):
                 check_new(target)
                 written = merge_files(recipe, streams, self.scale, target)
             count = f"{len(tuned)} checkpoint{'s' if len(tuned) > 1 else ''}"

@@ -56,7 +56,7 @@ class Buffers:
 
 
 @dataclass(frozen=True)
-class Checked:
+class FiniteEntries:
     """Entries of which none holds NaN or infinity; one that does raises, by name."""
 
     entries: Entries
@@ -104,7 +104,7 @@ def direction(recipe: Recipe, entries: Buffers) -> Weights:
         raise TaskvecError(f"'{recipe.name}' gives each task its own weights", "choose a method with one result")
     merged = torch.zeros_like(entries.pretrained.flat)
     starts = {slot.name: slot for slot in entries.layout}
-    for entry, result in apply(recipe, checked(recipe, entries)):
+    for entry, result in apply(recipe, check_entries(recipe, entries)):
         assert isinstance(result, Tensor)
         view(merged, starts[entry.name]).copy_(result)
     return entries.pretrained.with_flat(merged)
@@ -141,7 +141,7 @@ def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
     shared, masks = torch.zeros_like(flat), torch.zeros(tasks, flat.numel(), dtype=torch.bool)
     starts = {slot.name: slot for slot in entries.layout}
     rescales = []
-    for entry, result in apply(recipe, checked(recipe, entries)):
+    for entry, result in apply(recipe, check_entries(recipe, entries)):
         assert isinstance(result, Masked)
         slot = starts[entry.name]
         view(shared, slot).copy_(result.shared)
@@ -151,7 +151,7 @@ def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
     return TaskDirections(entries.pretrained.with_flat(shared), packed, torch.stack(rescales, 1), tuple(starts))
 
 
-def checked(recipe: Recipe, entries: Buffers) -> Checked:
+def check_entries(recipe: Recipe, entries: Buffers) -> FiniteEntries:
     """Return the entries, of which none may hold NaN; raise where they are not what the recipe needs."""
     for vector in entries.vectors:
         vectors.matching(vector, entries.pretrained)
@@ -159,7 +159,7 @@ def checked(recipe: Recipe, entries: Buffers) -> Checked:
     if recipe.measures and not entries.statistics:
         needed = " and ".join(sorted(recipe.needs - {"seed"}))
         raise TaskvecError(f"'{recipe.name}' needs {needed}", "merge by it in a study, or choose another method")
-    return Checked(entries)
+    return FiniteEntries(entries)
 
 
 def transformed(recipe: Recipe, entries: Buffers) -> Sequence[Weights]:
@@ -169,7 +169,7 @@ def transformed(recipe: Recipe, entries: Buffers) -> Sequence[Weights]:
         return entries.vectors
     flats = [torch.zeros_like(entries.pretrained.flat) for _ in entries.vectors]
     starts = {slot.name: slot for slot in entries.layout}
-    for entry, rows in apply(before, Checked(entries)):
+    for entry, rows in apply(before, FiniteEntries(entries)):
         assert isinstance(rows, Tensor)
         for flat, row in zip(flats, rows, strict=True):
             view(flat, starts[entry.name]).copy_(row)

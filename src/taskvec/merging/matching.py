@@ -12,7 +12,7 @@ from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.notes import note
 from taskvec.merging.entries import kind_of
 from taskvec.weights.keys import AVERAGED, BUFFERS, COUNTER, counterparts, foreign, is_head, shifts, unwrapped
-from taskvec.weights.reader import FLOATS, INTEGERS, Checkpoint, same
+from taskvec.weights.reader import FLOATS, INTEGERS, Checkpoint, same_tensor
 
 SHOWN = 4
 """Tensors that an error names of each kind."""
@@ -150,12 +150,12 @@ def _shift(
 
 def _twin(checkpoint: Checkpoint, name: str, held: Collection[str]) -> str | None:
     """Return another of the names ``held`` under which a checkpoint has the same tensor: weights that are tied."""
-    twins = checkpoint.alike.get(checkpoint.looks(name), ())
+    twins = checkpoint.by_tie_key.get(checkpoint.tie_key(name), ())
     return next((twin for twin in twins if twin != name and twin in held and _tied(checkpoint, name, twin)), None)
 
 
 def _tied(checkpoint: Checkpoint, name: str, twin: str) -> bool:
-    return checkpoint.content(name) == checkpoint.content(twin)
+    return checkpoint.tie_digest(name) == checkpoint.tie_digest(twin)
 
 
 def _refuse_split_ties(
@@ -164,7 +164,7 @@ def _refuse_split_ties(
     """Raise where a pattern excludes one of two weights that are tied in all files, and the other would be merged."""
     rest = set(merged)
     for name in excluded:
-        for other in base.alike.get(base.looks(name), ()):
+        for other in base.by_tie_key.get(base.tie_key(name), ()):
             holders = [file for file in (base, *tuned) if {name, other} <= file.tensors.keys()]
             if other in rest and all(_tied(file, name, other) for file in holders):
                 problem = f"--exclude names '{name}', which is tied to '{other}': that would be merged, and they"
@@ -180,13 +180,13 @@ def _ties(
     """
     alike: dict[Any, list[str]] = {}
     for name in sorted(names, key=lambda name: kind_of(name, base.tensors[name].shape) == "matrix"):
-        alike.setdefault(base.looks(name), []).append(name)
+        alike.setdefault(base.tie_key(name), []).append(name)
     tied: dict[str, str] = {}
     for group in (group for group in alike.values() if len(group) > 1):
         firsts: dict[Any, str] = {}
         for name in group:
             files = zip((base, *tuned), (name, *(at[name] for at in sources)), strict=True)
-            first = firsts.setdefault(tuple(file.content(place) for file, place in files), name)
+            first = firsts.setdefault(tuple(file.tie_digest(place) for file, place in files), name)
             tied |= {name: first} if first != name else {}
     return tied
 
@@ -274,6 +274,6 @@ def _why_refused(base: Checkpoint, tuned: Sequence[Checkpoint], name: str, sourc
         return f"has type {stored.dtype}, which is not computed with"
     if len(stored.shape) > 1:
         for checkpoint, names in zip(tuned, sources, strict=True):
-            if not same(base, name, checkpoint, names[name]):
+            if not same_tensor(base, name, checkpoint, names[name]):
                 return f"({stored.dtype}) differs in '{checkpoint.path}', and integers cannot be merged"
     return ""

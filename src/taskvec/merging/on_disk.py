@@ -27,7 +27,7 @@ from taskvec.merging.recipes import prepare
 from taskvec.merging.registry import Recipe
 from taskvec.weights.header import PICKLES
 from taskvec.weights.reader import FLOATS, INDEX, Checkpoint, distinct
-from taskvec.weights.writer import LARGEST, Shard, Writer, appearing, check_space, narrow, peak, shards
+from taskvec.weights.writer import LARGEST, Shard, Writer, check_space, narrow, new_folder, peak, shards
 
 SLICE = 1 << 20
 """Elements of all task vectors together in a slice, for elementwise recipes; a quarter of them for those with torch."""
@@ -224,7 +224,7 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
     np.empty(4 * SLICE, np.float32)  # freed at once: glibc keeps smaller blocks from now on, which saves page faults
     layouts = lay_out(recipe, streams, target)
     check_space(target.out, sum(shard.length for layout in layouts for shard in layout))
-    with appearing(target.out) as folder, ExitStack() as stack:
+    with new_folder(target.out) as folder, ExitStack() as stack:
         writers = [stack.enter_context(closing(Writer(folder, layout))) for layout in layouts]
         for layout in layouts:
             _index(folder, streams.base, layout, target)

@@ -55,8 +55,8 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         self.metadata: list[Metadata] = []
         self._handles: list[int] = []
-        self._looks: dict[str, Hashable] = {}
-        self._contents: dict[str, bytes] = {}
+        self._tie_keys: dict[str, Hashable] = {}
+        self._digests: dict[str, bytes] = {}
         try:
             for number, file in enumerate(self.files):
                 self._open(number, file)
@@ -116,35 +116,35 @@ class Checkpoint:
             self._fill(stored, start, memoryview(piece))
             yield start, piece
 
-    def looks(self, name: str) -> Hashable:
-        """Return what tied tensors have in common: type, shape and first elements; its name where it can have no twin.
+    def tie_key(self, name: str) -> Hashable:
+        """Return what tied tensors have in common: type, shape, first elements; the name of one that can have no twin.
 
         Tensors of fewer than two dimensions, and those that begin with one value only, are alike by chance.
         """
-        if name not in self._looks:
+        if name not in self._tie_keys:
             stored, start = self.tensors[name], b""
             if len(stored.shape) > 1 and stored.dtype in FLOATS:
                 first = self.read(name, 0, min(stored.size, SAMPLE))
                 start = hashlib.blake2b(first.tobytes()).digest() if len(np.unique(first)) > 1 else b""
-            self._looks[name] = (stored.dtype, stored.shape, start) if start else name
-        return self._looks[name]
+            self._tie_keys[name] = (stored.dtype, stored.shape, start) if start else name
+        return self._tie_keys[name]
 
     @cached_property
-    def alike(self) -> dict[Hashable, list[str]]:
-        """All names by looks."""
+    def by_tie_key(self) -> dict[Hashable, list[str]]:
+        """All names by tie key: only those of one key can be tied."""
         groups: dict[Hashable, list[str]] = {}
         for name in self.tensors:
-            groups.setdefault(self.looks(name), []).append(name)
+            groups.setdefault(self.tie_key(name), []).append(name)
         return groups
 
-    def content(self, name: str) -> Hashable:
-        """Return what tells tied tensors from others: looks, and a digest of all bytes where another looks alike."""
-        if name not in self._contents:
+    def tie_digest(self, name: str) -> Hashable:
+        """Return what is equal for tied tensors alone: the tie key, and a digest of all bytes if there can be a twin."""
+        if name not in self._digests:
             digest = hashlib.blake2b()
-            for _, piece in self.pieces(name) if self.looks(name) != name else ():
+            for _, piece in self.pieces(name) if self.tie_key(name) != name else ():
                 digest.update(piece)
-            self._contents[name] = digest.digest()
-        return self.looks(name), self._contents[name]
+            self._digests[name] = digest.digest()
+        return self.tie_key(name), self._digests[name]
 
     def _fill(self, stored: Stored, start: int, buffer: memoryview) -> None:
         done, path = 0, self.files[stored.file]
@@ -204,7 +204,7 @@ def open_file(path: Path, flags: int) -> int:
     return os.open(path, flags, 0o666)
 
 
-def same(first: Checkpoint, name: str, second: Checkpoint, other: str) -> bool:
+def same_tensor(first: Checkpoint, name: str, second: Checkpoint, other: str) -> bool:
     """Say whether two tensors have the same type, shape and bytes."""
     a, b = first.tensors[name], second.tensors[other]
     if (a.dtype, a.shape) != (b.dtype, b.shape):

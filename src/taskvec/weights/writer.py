@@ -201,7 +201,7 @@ def _write(handle: int, data: memoryview, place: int) -> None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def sole_writer(path: Path) -> Iterator[None]:
     """Write ``path`` as the only process during a block; raise if another does."""
     busy = TaskvecError(f"another process is writing '{path}'", "wait for it to end, or choose another --out")
     with ExitStack() as stack:
@@ -212,7 +212,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` to write into, removed after the block; a full or closed disk raises.
 
     Folders that killed processes have left beside ``path`` are removed as well.
