@@ -282,7 +282,7 @@ def _move(
     scale: float,
     dtype: str | None,
 ) -> None:
-    """Write base + scale * direction for a part, a slice at a time; running variances stay >= 0, as in memory."""
+    """Write base + scale * direction for an entry, a slice at a time; running variances stay >= 0, as in memory."""
     stored = streams.base.tensors[entry.name]
     flat = np.asarray(entry.base).reshape(-1)
     for start in range(0, len(direction), SLICE):
