@@ -138,7 +138,7 @@ class Checkpoint:
         return groups
 
     def tie_digest(self, name: str) -> Hashable:
-        """Return what only tied tensors have in common: the tie key, and a digest of the bytes if there can be a twin."""
+        """Return what only tied tensors share: the tie key, and a digest of all bytes if there can be a twin."""
         if name not in self._digests:
             digest = hashlib.blake2b()
             for _, piece in self.pieces(name) if self.tie_key(name) != name else ():
