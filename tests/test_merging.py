@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from taskvec.testing import SHAPES, VALUES, Case, InvariantError, check_case, check_method, make_model
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
@@ -23,7 +24,6 @@ from taskvec.merging import in_memory as buffers
 from taskvec.merging.entries import Entry, Masked, depths, describe, kind_of
 from taskvec.merging.methods.ranks import order_statistics
 from taskvec.merging.registry import METHODS, Method, Recipe, apply, find_recipe, register
-from taskvec.merging.testing import SHAPES, VALUES, Case, InvariantError, check_case, check_method, make_model
 from taskvec.weights import vectors as arithmetic
 from taskvec.weights.flat import Weights, pack
 
