@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taskvec.merging.entries import Masked, Part, describe
+from taskvec.merging.entries import Entry, Masked, describe
 from taskvec.merging.registry import apply, find_recipe
 
 PEERS = {
@@ -78,11 +78,11 @@ def ours(
     for key, value in base.items():
         own = [stored[f"{index}.{kind}.{key}"] for index in range(len(taus)) if f"{index}.{kind}.{key}" in stored]
         pre = torch.zeros_like(value) if name == "slerp" else value
-        part = Part(key, pre, *about[key], statistics=torch.stack(own) if own else None)
-        entries.append((part, torch.stack([tau[key] for tau in taus])))
+        entry = Entry(key, pre, *about[key], statistics=torch.stack(own) if own else None)
+        entries.append((entry, torch.stack([tau[key] for tau in taus])))
     return {
-        part.name: found.common * found.masks[0] if isinstance(found, Masked) else found
-        for part, found in apply(find_recipe(name), entries)
+        entry.name: found.shared * found.masks[0] if isinstance(found, Masked) else found
+        for entry, found in apply(find_recipe(name), entries)
     }
 
 
@@ -103,7 +103,7 @@ def store(folder: Path, base: dict[str, Tensor], taus: list[dict[str, Tensor]]) 
     for index, tau in enumerate(taus):
         for name, value in tau.items():
             stored[f"{index}.tau.{name}"] = value
-            stored[f"{index}.uniform.{name}"] = Part(name, base[name], *about[name]).uniform(index)
+            stored[f"{index}.uniform.{name}"] = Entry(name, base[name], *about[name]).uniform(index)
             stored[f"{index}.fisher.{name}"] = torch.rand_like(value)
             if value.ndim == 2 and name.endswith(".weight"):
                 inputs = torch.randn(4 * value.shape[1], value.shape[1])

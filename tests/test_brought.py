@@ -25,7 +25,7 @@ from taskvec.encoders.loaders.checkpoints import stripped
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
 from taskvec.engine.store import Store
-from taskvec.evaluation.accuracy import correct
+from taskvec.evaluation.accuracy import accuracy
 from taskvec.learning.external import arranged, head_of, read_finetuned, read_head
 from taskvec.learning.heads import Head, save_heads
 from taskvec.report.rows import results
@@ -126,7 +126,7 @@ def test_scale_0_of_a_brought_head_is_measured_and_not_taken_for_probing(data: P
     task = tv.load_task(f"folder:{data / 'one'}", backbone.preprocessing)
     found = read_finetuned(data / "tuned.safetensors", backbone)
     head = Head(found.classifier["head.weight"], found.classifier["head.bias"])
-    want = float(correct(backbone, backbone.pretrained, task.validation, head).mean())
+    want = accuracy(backbone, backbone.pretrained, task.validation, head)
     at = {"method": "task_arithmetic", "task": "one", "split": "validation", "metric": "accuracy", "scale": 0}
     assert one(rows, **at) == pytest.approx(want)
 

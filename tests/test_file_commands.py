@@ -27,7 +27,7 @@ from test_cli import loads_torch, taskvec
 from test_files import TORCH, write, write_shards
 from typer.testing import CliRunner
 
-from taskvec.command.cli import app
+from taskvec.command.cli import app, excluded
 from taskvec.command.weight_files import Merge, check_out, compare, parse_settings, parse_size
 from taskvec.command.weight_files import write as write_tables
 from taskvec.core.errors import TaskvecError
@@ -359,11 +359,11 @@ def simple(folder: Path, tasks: int = 2) -> list[Path]:
 
 def test_one_file_keeps_metadata_and_tells_of_every_tensor(tmp_path: Path) -> None:
     base, *tuned = simple(tmp_path)
-    lines = Merge(base, tuned, tmp_path / "out.safetensors", 0.3, keep=["t2"]).run()
+    lines = Merge(base, tuned, tmp_path / "out.safetensors", 0.3, exclude=["t2"]).run()
     assert lines == [
         "task_arithmetic of 2 checkpoints at scale 0.3",
         "merged 2 of 5 tensors (17 numbers)",
-        "carried over from the base: 2 integers (steps, mask), 1 by --keep (t2); refused: none",
+        "carried over from the base: 2 integers (steps, mask), 1 by --exclude (t2); refused: none",
         "not used of m1: 1 (t2)",
         "not used of m2: 1 (t2)",
         str(tmp_path / "out.safetensors"),
@@ -419,7 +419,7 @@ def test_shards_stay_as_they_are_with_index_and_configuration(tmp_path: Path) ->
 
 def test_another_type_is_for_floating_point_tensors_only(tmp_path: Path) -> None:
     base, *tuned = simple(tmp_path)
-    Merge(base, tuned, tmp_path / "out.safetensors", 0.3, keep=["t2"], dtype="bfloat16").run()
+    Merge(base, tuned, tmp_path / "out.safetensors", 0.3, exclude=["t2"], dtype="bfloat16").run()
     found, want = (
         load_file(tmp_path / "out.safetensors"),
         expected(load_file(base), [load_file(one) for one in tuned], 0.3),
@@ -434,10 +434,10 @@ def test_carried_numbers_must_fit_and_masks_may_be_infinite(tmp_path: Path) -> N
     base, large = (write(tmp_path / f"{i}.safetensors", state | {"mask": mask}) for i, mask in (
         (0, state["mask"]), (1, torch.tensor([0.0, -1e9])),
     ))  # fmt: skip
-    Merge(base, [large], tmp_path / "o.safetensors", 1.0, keep=["mask"], dtype="float16").run()
+    Merge(base, [large], tmp_path / "o.safetensors", 1.0, exclude=["mask"], dtype="float16").run()
     assert load_file(tmp_path / "o.safetensors")["mask"].tolist() == [0.0, -torch.inf]
     with pytest.raises(TaskvecError, match="'mask' of the result holds .* F16 cannot hold"):
-        Merge(large, [base], tmp_path / "p.safetensors", 1.0, keep=["mask"], dtype="float16").run()
+        Merge(large, [base], tmp_path / "p.safetensors", 1.0, exclude=["mask"], dtype="float16").run()
 
 
 def test_running_variances_do_not_become_negative(tmp_path: Path) -> None:
@@ -565,10 +565,22 @@ def test_results_of_tasks_stay_in_their_folder(tmp_path: Path) -> None:
         (tmp_path / name / "model.safetensors").write_bytes(path.read_bytes())
     (tmp_path / "z" / "c" / "deep").mkdir()
     tuned = [tmp_path / "a-b" / "c", tmp_path / "a" / "b-c", tmp_path / "z" / "c" / "deep" / ".."]
-    Merge(base, tuned, tmp_path / "out", 1.0, "emr", keep=["t2"]).run()
+    Merge(base, tuned, tmp_path / "out", 1.0, "emr", exclude=["t2"]).run()
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["a-b-c-2.safetensors", "a-b-c.safetensors", "z-c.safetensors"]
     assert labels([tmp_path / "x" / ".."]) == [tmp_path.name]
+
+
+def test_the_former_name_of_exclude_still_works_and_says_so(tmp_path: Path) -> None:
+    base, *tuned = simple(tmp_path)
+    merges = [{"keep": ["t2"]}, {"exclude": ["t2"]}]
+    for number, extra in enumerate(merges):
+        Merge(base, tuned, tmp_path / f"{number}.safetensors", 0.3, **extra).run()  # type: ignore[arg-type]
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    with listen() as heard:
+        assert excluded(None, ["t2"]) == excluded(["t2"], None) == ["t2"]
+    assert heard == ["--keep is called --exclude now, and still works"]
+    assert compare(base, tuned, keep=["t2"]).tensors.equals(compare(base, tuned, ["t2"]).tensors)
 
 
 def test_odd_signs_in_names_may_be_kept(tmp_path: Path) -> None:
@@ -576,9 +588,9 @@ def test_odd_signs_in_names_may_be_kept(tmp_path: Path) -> None:
     tuned = write(tmp_path / "tuned.safetensors", {"head.[0].weight": torch.zeros(3), "w": torch.ones(2)})
     with pytest.raises(TaskvecError) as caught:
         Merge(base, [tuned], tmp_path / "o.safetensors", 1.0).run()
-    pattern = str(caught.value).partition("--keep '")[2].partition("'")[0]
+    pattern = str(caught.value).partition("--exclude '")[2].partition("'")[0]
     for number, keep in enumerate([pattern, "head.[0].weight"]):
-        Merge(base, [tuned], tmp_path / f"o{number}.safetensors", 1.0, keep=[keep]).run()
+        Merge(base, [tuned], tmp_path / f"o{number}.safetensors", 1.0, exclude=[keep]).run()
 
 
 def test_patterns_of_a_comparison_may_split_tied_weights(tmp_path: Path) -> None:
@@ -593,7 +605,7 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     base, *tuned = simple(tmp_path)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    Merge(base, tuned, tmp_path / "link", 0.5, keep=["t2"]).run()
+    Merge(base, tuned, tmp_path / "link", 0.5, exclude=["t2"]).run()
     assert (tmp_path / "link").is_symlink() and any((tmp_path / "real").iterdir())
 
 
@@ -603,9 +615,9 @@ def test_keep_does_not_split_tied_weights(tmp_path: Path) -> None:
         table = torch.randn(6, 4, generator=torch.Generator().manual_seed(index))
         state = {"embed_tokens.weight": table, "lm_head.weight": table.clone(), "norm.weight": torch.ones(4)}
         paths.append(write(tmp_path / f"{index}.safetensors", state))
-    with pytest.raises(TaskvecError, match=r"keeps 'lm_head.weight', which is tied to 'embed_tokens.weight'"):
-        Merge(paths[0], paths[1:], tmp_path / "out.safetensors", 1.0, keep=["lm_head*"]).run()
-    Merge(paths[0], paths[1:], tmp_path / "out.safetensors", 1.0, keep=["lm_head*", "embed*"]).run()
+    with pytest.raises(TaskvecError, match=r"names 'lm_head.weight', which is tied to 'embed_tokens.weight'"):
+        Merge(paths[0], paths[1:], tmp_path / "out.safetensors", 1.0, exclude=["lm_head*"]).run()
+    Merge(paths[0], paths[1:], tmp_path / "out.safetensors", 1.0, exclude=["lm_head*", "embed*"]).run()
     found, before = load_file(tmp_path / "out.safetensors"), load_file(paths[0])
     assert torch.equal(found["lm_head.weight"], before["lm_head.weight"])
 
@@ -933,7 +945,7 @@ def test_layers_are_named_and_ordered_from_input_to_output() -> None:
 
 def test_the_commands_merge_and_compare(tmp_path: Path) -> None:
     base, *tuned = simple(tmp_path)
-    done = taskvec("merge", base, *tuned, "--scale", "0.5", "--out", "o.safetensors", "--keep", "t2", cwd=tmp_path)
+    done = taskvec("merge", base, *tuned, "--scale", "0.5", "--out", "o.safetensors", "--exclude", "t2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "merged 2 of 5 tensors" in done.stdout
     done = taskvec("diff", base, tmp_path / "o.safetensors", *tuned, "--out", tmp_path / "d")

@@ -19,7 +19,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.encoders.loaders.hf.saved import shards as loaded_shards
 from taskvec.merging.matching import match, patterns
 from taskvec.weights.flat import read
-from taskvec.weights.reader import Checkpoint, labels, same, widen
+from taskvec.weights.reader import Checkpoint, labels, same_tensor, widen
 from taskvec.weights.writer import LARGEST, Shard, Writer, narrow, peak, shards
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -208,7 +208,7 @@ def test_what_is_written_in_pieces_is_read_by_the_library(tmp_path: Path) -> Non
         writer.finish()
         with Checkpoint(tmp_path / "out.safetensors") as copy:
             assert copy.metadata == model.metadata
-            assert all(same(model, name, copy, name) for name in model.tensors)
+            assert all(same_tensor(model, name, copy, name) for name in model.tensors)
     found = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     header = layout[0].header()
@@ -254,7 +254,7 @@ CHANGES = {
     "head": (
         {"head.weight": torch.ones(3, 4), "head.bias": torch.ones(3)},
         r"'head\.weight' has shape \[3, 4\]",
-        "--keep 'head.*'",
+        "--exclude 'head.*'",
     ),
     "type": ({"body.bias": torch.ones(4, dtype=torch.int8)}, r"'body\.bias' has type I8 instead of F32", "saved with"),
     "quantised": ({"index": torch.zeros(2, 2, dtype=torch.int64)}, r"'index' \(I64\) differs", "quantised"),
@@ -280,9 +280,9 @@ def test_heads_of_another_size_are_carried_and_accounted_for(tmp_path: Path) -> 
     )
     matched = match(base, [other], ["head.*"])
     assert set(matched.merged) == {"body.weight", "body.bias"}
-    assert set(matched.kept) == {"head.weight", "head.bias"}
+    assert set(matched.excluded) == {"head.weight", "head.bias"}
     assert set(matched.integers) == {"steps", "index"}
-    assert set(matched.aside[0]) == {"head.weight", "head.bias", "head.new"}
+    assert set(matched.unused[0]) == {"head.weight", "head.bias", "head.new"}
 
 
 def test_counters_may_differ_and_a_pattern_without_a_match_is_an_error(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_tied_weights_may_be_stored_once_or_twice(tmp_path: Path, once: str) -> 
     matched = match(base, [other])
     assert set(matched.merged) == {"embed", "norm"}
     assert matched.tied == ({} if once == "base" else {"lm_head": "embed"})
-    assert matched.aside == ((("lm_head",) if once == "base" else ()),)
+    assert matched.unused == ((("lm_head",) if once == "base" else ()),)
     if once == "tuned":
         assert matched.sources[0]["lm_head"] == "embed"
 
@@ -554,7 +554,7 @@ def test_names_of_wrappers_and_classes_are_matched(
     matched = match(base, [tuned])
     assert matched.sources[0] == {own[name]: other[name] for name in NAMES}
     assert set(matched.merged) == set(own.values())
-    assert matched.carried == () and matched.aside == ((),)
+    assert matched.carried == () and matched.unused == ((),)
     assert "has other names" in capsys.readouterr().err
 
 
@@ -570,12 +570,12 @@ def test_what_has_no_counterpart_behind_a_prefix_is_kept_by_either_name(tmp_path
     base, tuned = pair(tmp_path, NAMES | {"pooler.dense.weight": torch.randn(4, 4)}, other)
     with pytest.raises(TaskvecError, match="refused 3 tensors") as caught:
         match(base, [tuned])
-    advice = "--keep 'pooler.dense.weight' --keep 'classifier.*' carries the base's"
+    advice = "--exclude 'pooler.dense.weight' --exclude 'classifier.*' carries the base's"
     assert caught.value.fix.startswith(advice)
     for pattern in ("classifier.*", "module.classifier.*"):
         matched = match(base, [tuned], ["pooler.*", pattern])
-        assert matched.kept == ("pooler.dense.weight",)
-        assert set(matched.aside[0]) == {"module.classifier.weight", "module.classifier.bias"}
+        assert matched.excluded == ("pooler.dense.weight",)
+        assert set(matched.unused[0]) == {"module.classifier.weight", "module.classifier.bias"}
 
 
 @pytest.mark.parametrize(
@@ -596,7 +596,7 @@ def test_no_advice_would_leave_a_trained_tensor_behind(tmp_path: Path, change: d
     base, tuned = pair(tmp_path, NAMES, {change.get(name, name): tensor for name, tensor in NAMES.items()})
     with pytest.raises(TaskvecError, match="refused 2 tensors") as caught:
         match(base, [tuned])
-    assert "--keep" not in str(caught.value)
+    assert "--exclude" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -611,14 +611,14 @@ def test_what_is_no_training_of_the_encoder_may_be_kept_of_the_base(tmp_path: Pa
     for one, other in ((base, tuned), (tuned, base)):
         with pytest.raises(TaskvecError, match="refused 1 tensors") as caught:
             match(one, [other])
-        assert caught.value.fix.startswith(f"--keep '{name}' carries the base's")
+        assert caught.value.fix.startswith(f"--exclude '{name}' carries the base's")
 
 
 def test_counters_of_batch_norm_may_be_missing_or_beyond(tmp_path: Path) -> None:
     counter = {"bn.num_batches_tracked": torch.tensor(3)}
     base, tuned = pair(tmp_path, NAMES | counter, {f"model.{n}": t for n, t in NAMES.items()})
     assert match(base, [tuned]).integers == ("bn.num_batches_tracked",)
-    assert match(tuned, [base]).aside == (("bn.num_batches_tracked",),)
+    assert match(tuned, [base]).unused == (("bn.num_batches_tracked",),)
 
 
 def test_a_pattern_that_is_advised_leaves_trained_neighbours_alone() -> None:
@@ -654,4 +654,4 @@ def test_files_that_hold_something_else_say_what_and_what_to_do(tmp_path: Path, 
     with pytest.raises(TaskvecError, match=r"tuned\.safetensors' holds ") as caught:
         match(base, [tuned])
     assert told in caught.value.fix
-    assert "--keep" not in caught.value.fix
+    assert "--exclude" not in caught.value.fix

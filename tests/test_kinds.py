@@ -29,7 +29,7 @@ from taskvec.encoders.backbone import Backbone, assemble, encode, load_backbone
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
 from taskvec.engine.store import Store
-from taskvec.evaluation.accuracy import correct, paired_gain
+from taskvec.evaluation.accuracy import paired_bootstrap, per_image_scores
 from taskvec.evaluation.disentanglement import disentanglement
 from taskvec.lab.drawing import scenes, worlds
 from taskvec.lab.drawing.looks import Look, paint, stream
@@ -201,7 +201,7 @@ def test_probing_and_fine_tuning_learn_every_kind(transformer: Backbone, name: s
     before = head.loss(features, labels)
     transformer.use(tuned)
     assert head.loss(*heads.features_of(transformer, task.train, task.kind)) < before
-    scores = correct(transformer, tuned, task.test, head)
+    scores = per_image_scores(transformer, tuned, task.test, head)
     assert tv.evaluate(transformer, tuned, [task], [head])[name] == scores.mean()
     assert scores.dtype == (bool if name == "angle" else np.float64)
     assert finetune_full(transformer, task, None, TUNE).heads[0].kind == task.kind
@@ -233,7 +233,7 @@ def test_the_interval_of_shares_covers_as_a_plain_bootstrap_does() -> None:
     ours = {"ink": generator.integers(5, 17, 200) / 16, "greek": generator.random(150) < 0.7}
     base = {"ink": generator.integers(3, 17, 200) / 16, "greek": generator.random(150) < 0.6}
     tuned = {"ink": 0.8, "greek": 0.5}
-    gain = paired_gain(ours, base, of=tuned)
+    gain = paired_bootstrap(ours, base, of=tuned)
     draws = []
     for _ in range(4000):
         means = []

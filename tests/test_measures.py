@@ -17,11 +17,12 @@ from taskvec.core.settings import Finetune, Probe
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation import scale_search as search
-from taskvec.evaluation.accuracy import correct, normalised_accuracy, paired_gain
+from taskvec.evaluation.accuracy import normalised_accuracy, paired_bootstrap, per_image_scores
 from taskvec.evaluation.disentanglement import choose_pairs, disentanglement
 from taskvec.learning import heads
 from taskvec.learning.finetuning import finetune_full, training_batches
 from taskvec.learning.heads import Head
+from taskvec.merging.in_memory import merge_vectors
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights, mend_variances
 
@@ -129,7 +130,7 @@ def test_scale_zero_is_probing_for_kept_and_reprobed_heads(backbone: Backbone, t
     probed, _, taus = tune(backbone, tasks)
     settings = QUICK.model_copy(update={"learning_rates": (0.03,)})
     head = tv.fit_head(backbone, tasks[0], settings)
-    merged = search.direction(backbone.pretrained, taus, "task_arithmetic")
+    merged = merge_vectors(backbone.pretrained, taus, "task_arithmetic")
     values, refitted = search.reprobed_curve(backbone, merged, tasks[0], 0.03, settings, [0.0])
     assert torch.equal(refitted[0].weight, head.weight)
     assert search.kept_curve(backbone, merged, tasks[0], head, [0.0]) == values
@@ -151,7 +152,7 @@ def test_the_search_reads_validation_and_never_test(backbone: Backbone, tasks: l
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=21))
 def test_ties_go_to_the_smaller_scale(values: list[int]) -> None:
     scales = [round(0.05 * i, 10) for i in range(len(values))]
-    assert search.choose(scales, values) == scales[values.index(max(values))]
+    assert search.argmax(scales, values) == scales[values.index(max(values))]
 
 
 @given(st.integers(0, 20))
@@ -160,9 +161,9 @@ def test_coarse_to_fine_finds_the_peak_of_any_single_peaked_curve(peak: int) -> 
     value = {scale: -abs(i - peak) for i, scale in enumerate(grid)}
     tried = settings.coarse(grid)
     for step in (2, 1):
-        best = search.choose(tried, [value[s] for s in tried])
-        tried += search.refine(grid, tried, best, step)
-    assert search.choose(tried, [value[s] for s in tried]) == grid[peak]
+        best = search.argmax(tried, [value[s] for s in tried])
+        tried += search.untried_neighbours(grid, tried, best, step)
+    assert search.argmax(tried, [value[s] for s in tried]) == grid[peak]
     assert len(tried) == len(set(tried)) <= 9
 
 
@@ -238,7 +239,7 @@ def test_the_paired_interval_covers_as_a_plain_bootstrap_does() -> None:
     generator = np.random.default_rng(0)
     ours = {"a": generator.random(200) < 0.8, "b": generator.random(300) < 0.7}
     base = {"a": generator.random(200) < 0.7, "b": generator.random(300) < 0.7}
-    gain = paired_gain(ours, base)
+    gain = paired_bootstrap(ours, base)
     draws = []
     for _ in range(4000):
         means = []
@@ -248,7 +249,7 @@ def test_the_paired_interval_covers_as_a_plain_bootstrap_does() -> None:
         draws.append(np.mean(means))
     assert gain.mean == pytest.approx(np.mean([ours[n].mean() - base[n].mean() for n in ours]))
     assert (gain.low, gain.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
-    same = paired_gain(ours, ours)
+    same = paired_bootstrap(ours, ours)
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
@@ -262,7 +263,7 @@ def test_training_batches_come_from_the_seed_alone(backbone: Backbone, tasks: li
 
 def test_correct_is_the_accuracy_image_by_image(backbone: Backbone, tasks: list[Task]) -> None:
     head = tv.fit_head(backbone, tasks[1], QUICK)
-    right = correct(backbone, backbone.pretrained, tasks[1].test, head)
+    right = per_image_scores(backbone, backbone.pretrained, tasks[1].test, head)
     assert right.dtype == bool
     assert right.mean() == tv.evaluate(backbone, backbone.pretrained, [tasks[1]], [head])["cold"]
     backbone.use(vectors.scale(backbone.pretrained, 0.5))

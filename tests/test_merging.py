@@ -1,4 +1,4 @@
-"""Every method of the registry keeps the laws that it declares; recipes, kinds of entries, order statistics."""
+"""Every method of the registry keeps the invariants that it declares; recipes, kinds of entries, order statistics."""
 
 from __future__ import annotations
 
@@ -6,225 +6,148 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from taskvec.testing import SHAPES, VALUES, Case, InvariantError, check_case, check_method, make_model
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.settings import Settings
 from taskvec.merging import in_memory as buffers
-from taskvec.merging.entries import Masked, Part, depths, describe, kind_of
-from taskvec.merging.methods.averaging import rows
+from taskvec.merging.entries import Entry, Masked, depths, describe, kind_of
 from taskvec.merging.methods.ranks import order_statistics
 from taskvec.merging.registry import METHODS, Method, Recipe, apply, find_recipe, register
 from taskvec.weights import vectors as arithmetic
 from taskvec.weights.flat import Weights, pack
 
-SHAPES: dict[str, tuple[int, ...]] = {
-    "patch_embed.proj.weight": (4, 3, 2, 2),
-    "pos_embed": (1, 5, 4),
-    "blocks.0.norm.weight": (4,),
-    "blocks.0.fc.weight": (6, 4),
-    "blocks.1.fc.weight": (4, 6),
-    "blocks.1.square": (3, 3),
-    "bn.running_var": (4,),
-    "scale": (),
-    "nothing": (0, 3),
-}
-VALUES = ("normal", "few", "zeros", "huge", "tiny", "equal")
-SMALL = settings(max_examples=6, deadline=None)
 QUICK: dict[str, dict[str, Any]] = {"wudi": {"steps": 3}}
-"""Hyperparameters with which a method's laws are checked in little time."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """Entries of a random model that a contract test can look at, with made-up statistics where a method needs some."""
-
-    parts: tuple[Part, ...]
-    stacks: tuple[Tensor, ...]
-
-    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
-        return zip(self.parts, self.stacks, strict=True)
-
-    def with_vectors(self, change: Any) -> Model:
-        return Model(self.parts, tuple(change(stack) for stack in self.stacks))
-
-    def permuted(self, order: Sequence[int]) -> Model:
-        parts = tuple(
-            part if part.statistics is None else replace(part, statistics=part.statistics[list(order)])
-            for part in self.parts
-        )
-        return Model(parts, tuple(stack[list(order)] for stack in self.stacks))
-
-
-def numbers(shape: tuple[int, ...], values: str, generator: torch.Generator) -> Tensor:
-    """Draw numbers of one character; many ties, zeros, or extremes of float32."""
-    normal = torch.randn(shape, generator=generator)
-    few = torch.randint(-1, 2, shape, generator=generator).float()
-    made = {"normal": normal, "few": few, "zeros": normal * 0, "huge": normal * 1e15, "tiny": normal * 1e-12}
-    return (made | {"equal": torch.ones(shape)})[values]
-
-
-def statistics(method: Method, part: Part, tasks: int, generator: torch.Generator) -> Tensor | None:
-    """Make up what a method would measure on data."""
-    if method.name == "fisher":
-        return torch.rand((tasks, *part.base.shape), generator=generator)
-    if method.name == "regmean" and part.kind == "matrix":
-        inputs = torch.randn(tasks, 9, part.base[0].numel(), generator=generator)
-        return inputs.mT @ inputs
-    if method.name == "adamerging":
-        return torch.rand(tasks, generator=generator)
-    assert not method.measure or method.name == "regmean", f"say what {method.name} measures"
-    return None
-
-
-def model(method: Method, tasks: int, values: str, seed: int) -> Model:
-    generator = torch.Generator().manual_seed(seed)
-    about = describe(SHAPES)
-    parts, stacks = [], []
-    for name, shape in SHAPES.items():
-        part = Part(name, torch.randn(shape, generator=generator), *about[name], seed=seed)
-        parts.append(replace(part, statistics=statistics(method, part, tasks, generator)))
-        each = [values if task == 0 else VALUES[seed % len(VALUES)] for task in range(tasks)]
-        if "huge" in each:
-            each = ["huge"] * tasks
-        stacks.append(torch.stack([numbers(shape, own, generator) for own in each]))
-    return Model(tuple(parts), tuple(stacks))
-
-
-def directions(recipe: Recipe, entries: Model) -> list[Tensor]:
-    """Return the direction of every entry; a per-task method's for all tasks, one after the other."""
-    tasks = len(entries.stacks[0])
-    return [
-        torch.stack([found.of(task) for task in range(tasks)]) if isinstance(found, Masked) else found
-        for _, found in apply(recipe, buffers.Checked(entries))
-    ]
-
-
-def near(found: Tensor, wanted: Tensor, size: Tensor) -> bool:
-    """Say whether two tensors agree to rounding, relative to the largest number that went in, or that came out.
-
-    What comes out may be larger: Adam moves entries of 1e-12 by its learning rate.
-    """
-    if not size.numel():
-        return bool((found == wanted).all())
-    largest = torch.maximum(size.abs().amax(), wanted.abs().amax())
-    return bool(((found - wanted).abs() <= 2e-5 * largest + 1e-30).all())
-
-
+"""Hyperparameters with which a method is checked in little time."""
 METHOD = pytest.mark.parametrize("name", METHODS)
-DRAWN = {"values": st.sampled_from(VALUES), "seed": st.integers(0, 10_000), "tasks": st.integers(1, 4)}
 
 
-def drawn(name: str, values: str, seed: int, tasks: int) -> tuple[Recipe, Model]:
-    method = METHODS[name]
-    return find_recipe(name, QUICK.get(name)), model(method, method.tasks or tasks, values, seed)
+def statistics(name: str) -> Callable[[Entry, int, torch.Generator], Tensor | None]:
+    """Return what makes up what a method would measure on data."""
+
+    def grams(entry: Entry, tasks: int, generator: torch.Generator) -> Tensor | None:
+        if entry.kind != "matrix":
+            return None
+        inputs = torch.randn(tasks, 9, entry.base[0].numel(), generator=generator)
+        return inputs.mT @ inputs
+
+    return {
+        "fisher": lambda entry, tasks, generator: torch.rand((tasks, *entry.base.shape), generator=generator),
+        "regmean": grams,
+        "adamerging": lambda entry, tasks, generator: torch.rand(tasks, generator=generator),
+    }.get(name, lambda *_: None)
+
+
+def directions(recipe: Recipe, entries: Any) -> list[Tensor]:
+    """Return the direction of every entry; a per-task method's for all tasks, one after the other."""
+    results = [result for _, result in apply(recipe, buffers.FiniteEntries(entries))]
+    tasks = range(len(entries.stacks[0]))
+    return [torch.stack([r.of(task) for task in tasks]) if isinstance(r, Masked) else r for r in results]
 
 
 @METHOD
-@SMALL
-@given(**DRAWN)
-def test_directions_are_finite_have_the_shape_of_the_base_and_come_out_the_same_twice(
-    name: str, values: str, seed: int, tasks: int
+@settings(max_examples=4, deadline=None)
+@given(st.builds(Case, st.sampled_from(VALUES), st.integers(1, 4), st.integers(0, 10_000)))
+def test_methods_keep_the_invariants_of_all_and_those_that_they_declare(name: str, case: Case) -> None:
+    check_case(name, case, QUICK.get(name), statistics(name))
+
+
+def halved(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return vectors.sum(0) / 2
+
+
+def first(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return vectors[0] * 1.0
+
+
+def squared(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return (vectors**2).clamp(max=1).sum(0)
+
+
+def inverse(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return 1 / vectors.sum(0)
+
+
+def shifted(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return vectors.sum(0) + 1
+
+
+def in_place(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return vectors.mul_(0.5).sum(0)
+
+
+def drawn(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return vectors.sum(0) * torch.rand(())
+
+
+def centred(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return (vectors - (vectors.mean() if vectors.numel() else 0)).sum(0)
+
+
+def double(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return vectors.double().sum(0)
+
+
+def stacked(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return vectors
+
+
+def tensors_only(vectors: Any, entry: Entry, config: Settings) -> Any:
+    return vectors.sum(0).clamp(min=-1e20)
+
+
+@pytest.mark.parametrize(
+    ("function", "declared", "message"),
+    [
+        (halved, {"laws": {"one task"}}, r"'one task' \(values normal, tasks 1, seed 0\): .*instead of"),
+        (first, {"laws": {"order"}}, "'order' .* instead of .*allowed"),
+        (squared, {"laws": {"homogeneous"}}, "'homogeneous'"),
+        (inverse, {}, "'finite' .* has inf for finite vectors|'zero vectors move nothing' .* has inf"),
+        (shifted, {}, "'zero vectors move nothing' .* has 1 instead of 0"),
+        (in_place, {}, "'inputs stay as they are' .*'patch_embed.proj.weight' was changed in place"),
+        (drawn, {}, "'the same twice'"),
+        (centred, {"elementwise": True}, "'elementwise'|'files'"),
+        (double, {}, "'float32' .* torch.float64"),
+        (stacked, {}, "'a direction for every entry' .* makes .* where .* belongs"),
+        (tensors_only, {"arrays": True}, "'arrays' .* AttributeError: 'numpy.ndarray' object has no attribute 'clamp'"),
+    ],
+)
+def test_a_method_that_breaks_an_invariant_is_told_which_and_where(
+    function: Any, declared: dict[str, Any], message: str
 ) -> None:
-    recipe, entries = drawn(name, values, seed, tasks)
-    before = [stack.clone() for stack in entries.stacks]
-    for part, stack, found, again in zip(
-        entries.parts, entries.stacks, directions(recipe, entries), directions(recipe, entries), strict=True
-    ):
-        assert found.shape == (stack.shape if recipe.per_task else part.base.shape), part.name
-        assert found.dtype == torch.float32
-        assert bool(found.isfinite().all()), part.name
-        assert torch.equal(found, again), part.name
-    assert all(torch.equal(a, b) for a, b in zip(before, entries.stacks, strict=True)), "vectors were changed in place"
+    laws = frozenset(declared.pop("laws", ()))
+    method = Method("mine", function, "made up", "here", laws=laws, **declared)
+    with pytest.raises(InvariantError, match=f"method 'mine' breaks ({message})"):
+        check_method(method)
 
 
-@METHOD
-@SMALL
-@given(**DRAWN)
-def test_zero_vectors_move_nothing(name: str, values: str, seed: int, tasks: int) -> None:
-    recipe, entries = drawn(name, values, seed, tasks)
-    for found in directions(recipe, entries.with_vectors(torch.zeros_like)):
-        assert not found.any()
-
-
-@METHOD
-@SMALL
-@given(**DRAWN)
-def test_one_task_at_scale_one_gives_its_weights_back(name: str, values: str, seed: int, tasks: int) -> None:
-    if "one task" not in METHODS[name].laws:
-        pytest.skip("not declared")
-    recipe, entries = drawn(name, values, seed, 1)
-    for part, stack, found in zip(entries.parts, entries.stacks, directions(recipe, entries), strict=True):
-        tuned = part.base + stack[0]
-        rounding = 2 * torch.finfo(torch.float32).eps * torch.maximum(tuned.abs(), part.base.abs())
-        assert bool(((part.base + found.view(part.base.shape) - tuned).abs() <= rounding).all()), part.name
-
-
-@METHOD
-@SMALL
-@given(**DRAWN)
-def test_the_order_of_tasks_does_not_matter(name: str, values: str, seed: int, tasks: int) -> None:
-    if "order" not in METHODS[name].laws:
-        pytest.skip("not declared")
-    recipe, entries = drawn(name, values, seed, tasks)
-    order = torch.randperm(len(entries.stacks[0]), generator=torch.Generator().manual_seed(seed)).tolist()
-    found, other = directions(recipe, entries), directions(recipe, entries.permuted(order))
-    for part, stack, one, two in zip(entries.parts, entries.stacks, found, other, strict=True):
-        assert near(one[order] if recipe.per_task else one, two, stack), part.name
-
-
-@METHOD
-@SMALL
-@given(**DRAWN)
-def test_twice_the_vectors_give_twice_the_direction(name: str, values: str, seed: int, tasks: int) -> None:
-    if "homogeneous" not in METHODS[name].laws:
-        pytest.skip("not declared")
-    recipe, entries = drawn(name, values, seed, tasks)
-    found, twice = directions(recipe, entries), directions(recipe, entries.with_vectors(lambda stack: 2 * stack))
-    for part, stack, one, two in zip(entries.parts, entries.stacks, found, twice, strict=True):
-        assert near(2 * one, two, stack), part.name
+def test_what_a_method_measures_must_be_made_up_to_check_it() -> None:
+    with pytest.raises(TaskvecError, match="'regmean' measures on data"):
+        check_method("regmean")
 
 
 @METHOD
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_an_error_that_names_the_tensor(name: str, bad: float) -> None:
-    recipe, entries = drawn(name, "normal", 3, 2)
+    recipe, entries = find_recipe(name, QUICK.get(name)), make_model(Case("normal", 2, 3), statistics(name))
     entries.stacks[3][1, 2, 1] = bad
     with pytest.raises(TaskvecError, match=r"blocks\.0\.fc\.weight"):
         directions(recipe, entries)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if find_recipe(name).elementwise])
-def test_elementwise_methods_may_be_given_slices(name: str) -> None:
-    recipe, entries = drawn(name, "normal", 5, 2)
-    pieces = [
-        (replace(part, base=part.base.flatten()[start:stop], start=start, statistics=None), rows(stack)[:, start:stop])
-        for part, stack in entries
-        for start, stop in ((start, start + 7) for start in range(0, part.base.numel(), 7))
-    ]
-    parts, stacks = zip(*pieces, strict=True)
-    found, sliced = directions(recipe, entries), directions(recipe, Model(parts, stacks))
-    tasks = 2 if recipe.per_task else 1
-    assert torch.equal(joined(found, tasks), joined(sliced, tasks))
-
-
-def joined(found: Sequence[Tensor], tasks: int) -> Tensor:
-    """Return the directions of all entries, one row a task."""
-    return torch.cat([one.reshape(tasks, -1) for one in found if one.numel()], 1)
-
-
 def test_methods_that_draw_one_after_the_other_have_numbers_of_their_own() -> None:
     torch.manual_seed(0)
-    entries = [(Part("w", torch.zeros(200, 50), "matrix", 0.5), torch.rand(2, 200, 50) + 1)]
+    entries = [(Entry("w", torch.zeros(200, 50), "matrix", 0.5), torch.rand(2, 200, 50) + 1)]
     for name in (
         "dare+della",
         "lines+dare+della",
@@ -239,7 +162,7 @@ def test_methods_that_draw_one_after_the_other_have_numbers_of_their_own() -> No
 def test_a_vector_too_short_for_float32_does_not_break_wudi() -> None:
     torch.manual_seed(0)
     tiny = 1e-22 * torch.randn(3, 6, 5)
-    ((_, found),) = apply(find_recipe("wudi", {"steps": 3}), [(Part("w", torch.zeros(6, 5), "matrix"), tiny)])
+    ((_, found),) = apply(find_recipe("wudi", {"steps": 3}), [(Entry("w", torch.zeros(6, 5), "matrix"), tiny)])
     assert torch.equal(found, tiny.sum(0))
 
 
@@ -270,7 +193,7 @@ def test_order_statistics_of_nothing_are_zero() -> None:
 
 
 def test_drops_depend_on_seed_entry_and_task_alone() -> None:
-    part = Part("a", torch.zeros(5, 3), "matrix", seed=1)
+    part = Entry("a", torch.zeros(5, 3), "matrix", seed=1)
     draws = part.uniform(0)
     assert float(draws.min()) >= 0
     assert float(draws.max()) < 1
@@ -283,7 +206,7 @@ def test_drops_depend_on_seed_entry_and_task_alone() -> None:
 
 
 def test_the_kept_share_of_dare_is_one_minus_p_and_its_mean_is_the_vector() -> None:
-    part = Part("a", torch.zeros(20_000), "vector", seed=1)
+    part = Entry("a", torch.zeros(20_000), "vector", seed=1)
     [(_, found)] = apply(find_recipe("dare", {"drop": 0.75}), [(part, torch.ones(1, 20_000))])
     assert isinstance(found, Tensor)
     assert abs(float((found != 0).float().mean()) - 0.25) < 0.02
@@ -351,11 +274,11 @@ def tuned(count: int) -> tuple[Weights, list[Weights]]:
 
 @METHOD
 def test_buffers_keep_layout_ties_and_integers(name: str) -> None:
-    recipe, method = find_recipe(name), METHODS[name]
+    recipe = find_recipe(name)
     base, taus = tuned(2)
     about = {
-        part.name: statistics(method, part, 2, torch.Generator().manual_seed(0))
-        for part, _ in buffers.Buffers(base, taus)
+        entry.name: statistics(name)(entry, 2, torch.Generator().manual_seed(0))
+        for entry, _ in buffers.Buffers(base, taus)
     }
     entries = buffers.Buffers(base, taus, 0, {name: found for name, found in about.items() if found is not None})
     if recipe.per_task:
@@ -451,12 +374,7 @@ def test_a_method_from_outside_the_package_is_as_good_as_any() -> None:
     try:
         method = METHODS["agreement"]
         assert method.laws == {"one task", "order", "homogeneous"}
-        entries = model(method, 3, "normal", 0)
-        found, turned = (directions(find_recipe("agreement"), one) for one in (entries, entries.permuted([2, 0, 1])))
-        doubled = directions(find_recipe("agreement"), entries.with_vectors(lambda stack: 2 * stack))
-        for stack, one, two, three in zip(entries.stacks, found, turned, doubled, strict=True):
-            assert near(one, two, stack)
-            assert near(2 * one, three, stack)
+        check_method("agreement")
         base, taus = tuned(2)
         config = {"power": 0.0, "drop": 0.0}
         merged = buffers.direction(find_recipe("dare+agreement", config), buffers.Buffers(base, taus))
@@ -514,13 +432,3 @@ def test_listing_methods_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.arrays])
-def test_methods_for_arrays_give_the_same_bits_with_numpy(name: str) -> None:
-    recipe, entries = drawn(name, "normal", 7, 3)
-    flat = [(replace(part, base=part.base.numpy()), stack.numpy()) for part, stack in entries]
-    for (_, array), tensor in zip(apply(recipe, flat), directions(recipe, entries), strict=True):
-        assert isinstance(array, np.ndarray | np.float32)
-        assert array.dtype == np.float32
-        assert np.array_equal(array, tensor.numpy())

@@ -23,7 +23,6 @@ from taskvec.encoders.backbone import load_backbone
 from taskvec.engine.executors import open_executor
 from taskvec.engine.pipeline import run
 from taskvec.engine.store import Store
-from taskvec.evaluation import scale_search as search
 from taskvec.learning import heads
 from taskvec.learning.finetuning import finetune
 from taskvec.merging import in_memory as buffers
@@ -376,6 +375,6 @@ def test_adamerging_needs_predictions_with_an_entropy(ground: Data) -> None:
 
 def test_the_public_merge_takes_methods_and_hyperparameters(ground: Data) -> None:
     base, taus = ground.backbone.pretrained, ground.vectors
-    some, again, other = (search.merge(base, taus, 1.0, "dare+average", {"drop": 0.5}, seed) for seed in (1, 1, 2))
+    some, again, other = (buffers.merge(base, taus, 1.0, "dare+average", {"drop": 0.5}, seed) for seed in (1, 1, 2))
     assert torch.equal(some.flat, again.flat)
     assert not torch.equal(some.flat, other.flat)

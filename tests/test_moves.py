@@ -21,9 +21,8 @@ from taskvec.data.tasks import Task
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone, linearised
 from taskvec.evaluation import accuracy as evaluation
-from taskvec.evaluation import alignment as agreement
+from taskvec.evaluation import alignment, negation
 from taskvec.evaluation import disentanglement as disentangling
-from taskvec.evaluation import negation as arithmetic
 from taskvec.evaluation import scale_search as search
 from taskvec.learning import external as brought
 from taskvec.learning import finetuning, heads
@@ -35,7 +34,7 @@ from taskvec.weights.flat import Weights
 PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
 TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)
 SCALES = [0.0, 0.5, 1.0]
-MODULES = (agreement, arithmetic, batch_norm, disentangling, evaluation, finetuning, heads, measuring, search)
+MODULES = (alignment, batch_norm, disentangling, evaluation, finetuning, heads, measuring, negation, search)
 PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all"}
 """What looks through the present weights in the present mode, or moves them, for others that put them back."""
 
@@ -69,8 +68,8 @@ def singles(g: Ground) -> list[Any]:
 
 
 CALLS: dict[str, Callable[[Ground], object]] = {
-    "agreement_curve": lambda g: agreement.agreement_curve(g.backbone, g.taus[0], g.taus[1], g.images[0], SCALES),
-    "negate": lambda g: arithmetic.negate(g.backbone, g.taus[0], tuple(g.tasks), g.pair[0], SCALES),
+    "alignment_curve": lambda g: alignment.alignment_curve(g.backbone, g.taus[0], g.taus[1], g.images[0], SCALES),
+    "negate": lambda g: negation.negate(g.backbone, g.taus[0], tuple(g.tasks), g.pair[0], SCALES),
     "check": lambda g: batch_norm.check(g.backbone),
     "reestimate": lambda g: batch_norm.reestimate(g.backbone, g.taus[0], g.images[0], 8),
     "predictions": lambda g: disentangling.predictions(g.backbone, g.heads[0], g.images[0]),
@@ -79,7 +78,8 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     ),
     "disentanglement": lambda g: disentangling.disentanglement(g.backbone, tuple(g.taus), *g.pair, SCALES),
     "set_error": lambda g: disentangling.set_error(g.backbone, g.taus, *g.pair, singles(g), SCALES, 2),
-    "correct": lambda g: evaluation.correct(g.backbone, g.taus[0], g.tasks[0].test, g.heads[0]),
+    "per_image_scores": lambda g: evaluation.per_image_scores(g.backbone, g.taus[0], g.tasks[0].test, g.heads[0]),
+    "accuracy": lambda g: evaluation.accuracy(g.backbone, g.taus[0], g.tasks[0].test, g.heads[0]),
     "evaluate": lambda g: evaluation.evaluate(g.backbone, g.taus[0], g.tasks, g.heads),
     "training_batches": lambda g: next(finetuning.training_batches(g.backbone, g.tasks[0].train, 4, 0)),
     "finetune": lambda g: finetuning.finetune(g.backbone, g.tasks[0], g.heads[0], TUNE),
@@ -98,8 +98,8 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     "grams": lambda g: measuring.grams(g.data, Regmean(examples=8)),
     "coefficients": lambda g: measuring.coefficients(g.data, Adamerging(steps=2, batch_size=4)),
     "kept_curve": lambda g: search.kept_curve(g.backbone, g.taus[0], g.tasks[0], g.heads[0], SCALES),
-    "accuracies": lambda g: search.accuracies(g.backbone, g.tasks, g.heads),
-    "own_accuracies": lambda g: search.own_accuracies(g.backbone, g.taus, g.tasks, g.heads),
+    "accuracies": lambda g: evaluation.accuracies(g.backbone, g.tasks, g.heads),
+    "fine_tuned_accuracies": lambda g: evaluation.fine_tuned_accuracies(g.backbone, g.taus, g.tasks, g.heads),
     "coordinate_search": lambda g: search.coordinate_search(
         g.backbone, g.taus, g.tasks, g.heads, [1, 1], SCALES, 0.5
     ),
@@ -205,7 +205,7 @@ def test_threads_that_share_a_backbone_measure_what_one_alone_does(
     for place, tau in enumerate(ground.taus):
         where: Weights = tau.with_flat(backbone.pretrained.flat + tau.flat)
         jobs += [
-            lambda w=where, p=place: evaluation.correct(  # type: ignore[misc]
+            lambda w=where, p=place: evaluation.per_image_scores(  # type: ignore[misc]
                 ground.backbone, w, ground.tasks[p].test, ground.heads[p]
             ).tolist(),
             lambda t=tau: disentangling.single_predictions(  # type: ignore[misc]

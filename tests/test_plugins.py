@@ -102,7 +102,7 @@ def test_a_plugin_is_known_while_it_is_used_and_may_be_named_and_imported_twice(
     [changed] = plugins.use([path])
     assert changed.digest != first.digest
     [(method, config)] = find_recipe("mine", {"times": 2.0}).stages
-    part = replace(Part("w", torch.zeros(3), "vector"), whole=1)
+    part = replace(Part("w", torch.zeros(3), "vector"), global_statistics=1)
     assert method.function(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]), part, config).tolist() == [4, 4, 4]
     assert not (tmp_path / "__pycache__").exists()
     measuring = MINE.replace("elementwise=True", "measure=f'{__name__}:survey'")

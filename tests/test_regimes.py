@@ -37,6 +37,7 @@ from taskvec.evaluation.disentanglement import (
 from taskvec.learning import heads
 from taskvec.learning.finetuning import finetune_full, finetune_joint, training_batches
 from taskvec.learning.heads import Head
+from taskvec.merging.in_memory import merge_vectors
 from taskvec.study.files import open_study, packaged, parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
@@ -122,7 +123,7 @@ def test_one_scale_a_task_never_loses_to_the_common_one(backbone: Backbone, task
     grid = [round(0.1 * i, 10) for i in range(11)]
     common = tv.search_scale(backbone, taus, tasks, probed, scales=grid)
     found = search.coordinate_search(backbone, taus, tasks, probed, normal, grid, common.scale)
-    values = [search.value_of(accuracies, normal) for _, accuracies in found.tried]
+    values = [search.objective(accuracies, normal) for _, accuracies in found.tried]
     assert found.tried[-1][0] == found.scales
     assert values[-1] == max(values) >= max(common.values)
     assert len({scales for scales, _ in found.tried}) == len(found.tried)
@@ -139,11 +140,11 @@ def test_coarse_search_agrees_with_a_full_one_where_it_looked(backbone: Backbone
         tv.evaluate(backbone, w, [t], [h], "validation")[t.name] for w, t, h in zip(tuned, tasks, probed, strict=True)
     ]
     full = tv.search_scale(backbone, taus, tasks, probed)
-    merged = search.direction(backbone.pretrained, taus, "task_arithmetic")
+    merged = merge_vectors(backbone.pretrained, taus, "task_arithmetic")
     coarse = search.coarse_search(backbone, merged, tasks, probed, normal, full.scales)
     known = dict(zip(full.scales, full.values, strict=True))
     assert list(coarse.values) == pytest.approx([known[scale] for scale in coarse.scales])
-    assert coarse.scale == search.choose(coarse.scales, coarse.values)
+    assert coarse.scale == search.argmax(coarse.scales, coarse.values)
     assert 5 <= len(coarse.scales) <= 9
 
 

@@ -23,6 +23,7 @@ from taskvec.encoders.linearised import jvp_features
 from taskvec.engine.store import Store
 from taskvec.evaluation import scale_search as search
 from taskvec.learning.external import read_finetuned
+from taskvec.merging.in_memory import merge_vectors
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
@@ -158,7 +159,7 @@ def test_fine_tuning_lowers_the_loss_and_leaves_statistics_of_batch_norm(backbon
 
 def test_a_line_search_by_two_passes_equals_one_pass_a_scale(backbone: Backbone, tasks: list[Task]) -> None:
     flat, heads, taus = tuned(backbone, tasks)
-    merged, split = search.direction(flat.pretrained, taus, "task_arithmetic"), tasks[0].validation
+    merged, split = merge_vectors(flat.pretrained, taus, "task_arithmetic"), tasks[0].validation
     scales = [-1.0, 0.0, 0.3, 1.7]
     for scale, (found, labels) in zip(
         scales, search.features_along(flat, merged, split, tasks[0].kind, scales), strict=True

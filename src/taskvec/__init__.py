@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from taskvec.encoders.backbone import Backbone, load_backbone
     from taskvec.evaluation.accuracy import evaluate, normalised_accuracy
     from taskvec.evaluation.disentanglement import disentanglement
-    from taskvec.evaluation.scale_search import merge, search_scale
+    from taskvec.evaluation.scale_search import search_scale
     from taskvec.learning.finetuning import finetune, task_vector
     from taskvec.learning.heads import Head, fit_head
+    from taskvec.merging.in_memory import merge
     from taskvec.weights.flat import Weights
 
 _HOMES = {
@@ -38,7 +39,7 @@ _HOMES = {
     "load": "deploy.model",
     "load_backbone": "encoders.backbone",
     "load_task": "data.tasks",
-    "merge": "evaluation.scale_search",
+    "merge": "merging.in_memory",
     "normalised_accuracy": "evaluation.accuracy",
     "search_scale": "evaluation.scale_search",
     "task_vector": "learning.finetuning",
@@ -80,6 +81,7 @@ _SHORT = {
     "taskvec.merging.parts": "taskvec.merging.entries",
     "taskvec.settings": "taskvec.core.settings",
     "taskvec.study_files": "taskvec.study.files",
+    "taskvec.testing": "taskvec.merging.testing",
 }
 """Short names of modules for users and their plugins, whatever wing the module lives in."""
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from taskvec.core.errors import TaskvecError, unknown
-from taskvec.core.notes import listen, print_note, printable
+from taskvec.core.notes import listen, note, print_note, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -286,6 +286,16 @@ def predict(
         say("\t".join([*names, f"{answer.probability:.3f}"]))
 
 
+FormerExclude = Annotated[list[str] | None, typer.Option("--keep", hidden=True)]
+
+
+def excluded(exclude: list[str] | None, keep: list[str] | None) -> list[str]:
+    """Return the patterns of --exclude and of its former name, which is noted."""
+    if keep:
+        note("--keep is called --exclude now, and still works")
+    return [*(exclude or ()), *(keep or ())]
+
+
 @app.command()
 @guarded
 def merge(
@@ -297,9 +307,10 @@ def merge(
         str, typer.Option(help="a merging method (taskvec list methods), or several with +")
     ] = "task_arithmetic",
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a hyperparameter")] = None,
-    keep: Annotated[
+    exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="tensors that stay the base's, such as 'head.*'")
     ] = None,
+    keep: FormerExclude = None,
     dtype: Annotated[str | None, typer.Option(help="store as float32, bfloat16, ...; as the base by default")] = None,
     shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="largest file, such as 5GB")] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of methods that draw")] = 0,
@@ -312,7 +323,8 @@ def merge(
     from taskvec.command.progress import passes
 
     begin = time.monotonic()
-    given = (base, tuned, out, scale, method, settings or (), keep or (), dtype, shard_size, seed, plugin or ())
+    patterns = excluded(exclude, keep)
+    given = (base, tuned, out, scale, method, settings or (), patterns, dtype, shard_size, seed, plugin or ())
     request = file_commands.Merge(*given)
     with passes("merging", Console(stderr=True)) as watch:
         lines = request.run(watch)
@@ -326,9 +338,10 @@ def diff(
     base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
     tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
     out: Annotated[Path | None, typer.Option(help="a folder for a figure (png, pdf) and tables (csv)")] = None,
-    keep: Annotated[
+    exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="tensors to leave out, such as 'head.*'")
     ] = None,
+    keep: FormerExclude = None,
 ) -> None:
     """Compare fine-tuned weights with their base: norms by layer, cosines, share of changed entries."""
     from taskvec.command import weight_files as file_commands
@@ -337,7 +350,7 @@ def diff(
     if out is not None:
         file_commands.check_out(out, [base, *tuned])
     with passes("comparing", Console(stderr=True)) as watch:
-        found = file_commands.compare(base, tuned, keep or (), watch)
+        found = file_commands.compare(base, tuned, excluded(exclude, keep), watch)
     for title, frame in file_commands.tables(found).items():
         _print(title, frame)
     if out is not None:

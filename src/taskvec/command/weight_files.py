@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,7 +22,7 @@ from taskvec.merging.matching import SHOWN, Matched, match
 from taskvec.merging.on_disk import SLICE, Streams, Watch, check_new, merge_files, plan_target, unwatched
 from taskvec.merging.registry import ADDITION, Recipe, find_recipe
 from taskvec.weights.reader import FLOATS, Checkpoint, labels
-from taskvec.weights.writer import alone
+from taskvec.weights.writer import sole_writer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,10 @@ def open_all(paths: Sequence[Path], stack: ExitStack) -> list[Checkpoint]:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge of files as it is asked for; ``settings`` are key=value, ``keep`` patterns, ``plugins`` Python files."""
+    """A merge of files as it is asked for; ``settings`` are key=value, ``exclude`` patterns, ``plugins`` Python files.
+
+    ``keep`` is the former name of ``exclude``.
+    """
 
     base: Path
     tuned: Sequence[Path]
@@ -54,11 +57,16 @@ class Merge:
     scale: float
     method: str = ADDITION
     settings: Sequence[str] = ()
-    keep: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     dtype: str | None = None
     shard_size: str | None = None
     seed: int = 0
     plugins: Sequence[Path] = ()
+    keep: InitVar[Sequence[str]] = ()
+
+    def __post_init__(self, keep: Sequence[str]) -> None:
+        """Exclude what the former name asks for as well."""
+        object.__setattr__(self, "exclude", (*self.exclude, *keep))
 
     def run(self, watch: Watch = unwatched) -> list[str]:
         """Merge, and return what to tell about it; mistakes raise before anything is written."""
@@ -76,41 +84,45 @@ class Merge:
             streams = Streams(
                 base,
                 tuned,
-                match(base, tuned, self.keep),
+                match(base, tuned, self.exclude),
                 not recipe.elementwise,
                 not recipe.arrays,
                 self.seed,
                 watch=watch,
             )
-            with alone(target.out):
+            with sole_writer(target.out):
                 check_new(target)
                 written = merge_files(recipe, streams, self.scale, target)
             count = f"{len(tuned)} checkpoint{'s' if len(tuned) > 1 else ''}"
-            return [f"{recipe.name} of {count} at scale {self.scale:g}", *told(streams, recipe), *map(str, written)]
+            return [
+                f"{recipe.name} of {count} at scale {self.scale:g}",
+                *summary_lines(streams, recipe),
+                *map(str, written),
+            ]
 
 
 def check_different(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise for files that are given twice: their vector would count twice, or be zero and water an average down."""
     seen: dict[frozenset[Any], int] = {}
-    for number, one in enumerate(checkpoints):
-        places = ((found.st_dev, found.st_ino) for found in map(Path.stat, one.files))
-        first = seen.setdefault(frozenset((*places, *one.tensors)), number)
+    for number, checkpoint in enumerate(checkpoints):
+        places = ((stat.st_dev, stat.st_ino) for stat in map(Path.stat, checkpoint.files))
+        first = seen.setdefault(frozenset((*places, *checkpoint.tensors)), number)
         if first < number:
-            told = "the base and a fine-tuned checkpoint" if first == 0 else "given twice"
+            reason = "the base and a fine-tuned checkpoint" if first == 0 else "given twice"
             raise TaskvecError(
-                f"'{one.path}' is {told}", "name every file once; a pattern such as * may have the base too"
+                f"'{checkpoint.path}' is {reason}", "name every file once; a pattern such as * may have the base too"
             )
 
 
 def check_filled(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise for files whose matrices are all zero: nothing was saved in them."""
-    for one in checkpoints:
-        floats = {name: stored for name, stored in one.tensors.items() if stored.dtype in FLOATS and stored.size}
+    for checkpoint in checkpoints:
+        floats = {name: stored for name, stored in checkpoint.tensors.items() if stored.dtype in FLOATS and stored.size}
         matrices = {name: stored.size for name, stored in floats.items() if len(stored.shape) > 1}
         slices = ((name, i, min(size, i + SLICE)) for name, size in matrices.items() for i in range(0, size, SLICE))
-        if matrices and not any(one.read(*place).any() for place in slices):
+        if matrices and not any(checkpoint.read(*place).any() for place in slices):
             raise TaskvecError(
-                f"'{one.path}': all its matrices are zero", "give a checkpoint that holds trained weights"
+                f"'{checkpoint.path}': all its matrices are zero", "give a checkpoint that holds trained weights"
             )
 
 
@@ -128,29 +140,29 @@ def check_possible(recipe: Recipe, scale: float) -> None:
 
 def parse_settings(given: Sequence[str]) -> dict[str, Any]:
     """Return hyperparameters of key=value; values are JSON (0.2, true, [1, 2]) or else text."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for text in given:
         key, equals, value = text.partition("=")
-        if not equals or not key.strip() or key.strip() in found:
-            why = "given twice" if key.strip() in found else "not of the form key=value"
+        if not equals or not key.strip() or key.strip() in settings:
+            why = "given twice" if key.strip() in settings else "not of the form key=value"
             raise TaskvecError(f"--set '{text}' is {why}", "write for example --set drop=0.5")
         try:
-            found[key.strip()] = json.loads(value)
+            settings[key.strip()] = json.loads(value)
         except (ValueError, RecursionError):
-            found[key.strip()] = value.strip()
-    return found
+            settings[key.strip()] = value.strip()
+    return settings
 
 
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as 5GB, 500 MB or 2GiB."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?)B?", text.strip().upper())
-    size = int(float(found.group(1)) * UNITS.get(found.group(2), 0)) if found else 0
+    parsed = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?I?)B?", text.strip().upper())
+    size = int(float(parsed.group(1)) * UNITS.get(parsed.group(2), 0)) if parsed else 0
     if size < 1:
         raise TaskvecError(f"--shard-size '{text}' is no size", "write for example 5GB or 500MiB")
     return size
 
 
-def told(streams: Streams, recipe: Recipe) -> list[str]:
+def summary_lines(streams: Streams, recipe: Recipe) -> list[str]:
     """Return lines that account for every tensor of every file."""
     matched, base = streams.matched, streams.base
     numbers = sum(base.tensors[name].size for name in matched.merged)
@@ -162,13 +174,13 @@ def told(streams: Streams, recipe: Recipe) -> list[str]:
         kinds = {kind: [name for name in matched.merged if streams.kinds[name][0] == kind] for kind in get_args(Kind)}
         tables = f", {len(kinds['embedding'])} tables ({_some(kinds['embedding'])})" if kinds["embedding"] else ""
         lines.append(f"as matrices: {len(kinds['matrix'])}; averaged: {len(kinds['vector'])} vectors{tables}")
-    ways = {"integers": matched.integers, "by --keep": matched.kept}
+    ways = {"integers": matched.integers, "by --exclude": matched.excluded}
     carried = [f"{len(names)} {way} ({_some(names)})" for way, names in ways.items() if names]
     lines.append(f"carried over from the base: {', '.join(carried) or 'none'}; refused: none")
-    for one, names in zip(streams.tuned, matched.aside, strict=True):
+    for checkpoint, names in zip(streams.tuned, matched.unused, strict=True):
         if names:
-            lines.append(f"not used of {one.label}: {len(names)} ({_some(names)})")
-    unmoved = [one.label for one, moved in zip(streams.tuned, streams.moved, strict=True) if not moved]
+            lines.append(f"not used of {checkpoint.label}: {len(names)} ({_some(names)})")
+    unmoved = [checkpoint.label for checkpoint, moved in zip(streams.tuned, streams.moved, strict=True) if not moved]
     return [*lines, *(f"{label} does not differ from the base: its task vector is zero" for label in unmoved)]
 
 
@@ -179,37 +191,46 @@ def _some(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- comparing
 
 
-def compare(base: Path, tuned: Sequence[Path], keep: Sequence[str] = (), watch: Watch = unwatched) -> Differences:
-    """Measure how checkpoints differ from their base; tensors of the patterns in ``keep`` are left out."""
+def compare(
+    base: Path,
+    tuned: Sequence[Path],
+    exclude: Sequence[str] = (),
+    watch: Watch = unwatched,
+    keep: Sequence[str] = (),
+) -> Differences:
+    """Return how checkpoints differ from their base, without tensors that match the patterns of ``exclude``.
+
+    ``keep`` is the former name of ``exclude``.
+    """
     with ExitStack() as stack:
         first, *others = open_all([base, *tuned], stack)
-        matched: Matched = match(first, others, keep, split=True)
+        matched: Matched = match(first, others, (*exclude, *keep), split=True)
         from taskvec.merging.differences import measure  # pandas
 
         return measure(Streams(first, others, matched, watch=watch))
 
 
-def tables(found: Differences) -> dict[str, pd.DataFrame]:
+def tables(measured: Differences) -> dict[str, pd.DataFrame]:
     """Return what the terminal shows: titles and tables of text."""
     import pandas as pd
 
-    whole = found.by_checkpoint()
+    totals = measured.by_checkpoint()
     summary = pd.DataFrame(
         {
-            "Checkpoint": whole["fine_tuned"],
-            "norm": whole["norm"].map("{:.4g}".format),
-            "of the base's": whole["relative"].map(_share),
-            "entries changed": whole["share"].map("{:.1%}".format),
+            "Checkpoint": totals["fine_tuned"],
+            "norm": totals["norm"].map("{:.4g}".format),
+            "of the base's": totals["relative"].map(_share),
+            "entries changed": totals["share"].map("{:.1%}".format),
         }
     )
-    layers = found.by_layer().pivot(index="layer", columns="fine_tuned", values="relative")
-    layers = layers.loc[list(found.products), list(found.labels)].map(_share)
+    layers = measured.by_layer().pivot(index="layer", columns="fine_tuned", values="relative")
+    layers = layers.loc[list(measured.products), list(measured.labels)].map(_share)
     shown = {
         "task vectors": summary,
         "norm of the task vector by layer, of the base's": _named("Layer", layers),
     }
-    if len(found.labels) > 1:
-        shown["cosines between task vectors"] = _square(found.cosines())
+    if len(measured.labels) > 1:
+        shown["cosines between task vectors"] = _square(measured.cosines())
     return shown
 
 
@@ -222,10 +243,10 @@ def _square(cosines: pd.DataFrame) -> pd.DataFrame:
     """Return the cosines over all layers as a triangle, a row a checkpoint."""
     import pandas as pd
 
-    whole = cosines[cosines["layer"] == ""]
-    names = list(dict.fromkeys([*whole["first"], *whole["second"]]))
-    texts = (whole["cosine"].round(3) + 0.0).map("{:.3f}".format)
-    values = dict(zip(zip(whole["first"], whole["second"], strict=True), texts, strict=True))
+    overall = cosines[cosines["layer"] == ""]
+    names = list(dict.fromkeys([*overall["first"], *overall["second"]]))
+    texts = (overall["cosine"].round(3) + 0.0).map("{:.3f}".format)
+    values = dict(zip(zip(overall["first"], overall["second"], strict=True), texts, strict=True))
     rows = [[values.get((other, name), "") for other in names[:-1]] for name in names[1:]]
     return _named("Checkpoint", pd.DataFrame(rows, columns=names[:-1], index=names[1:]))
 
@@ -243,7 +264,7 @@ def check_out(out: Path, inputs: Sequence[Path]) -> None:
     check_outside(out, [Path(split_key(str(given))[0]) for given in inputs])
 
 
-def write(found: Differences, out: Path) -> list[str]:
+def write(measured: Differences, out: Path) -> list[str]:
     """Write diff.csv (a row a tensor and checkpoint), cosines.csv, and the figure; return their names.
 
     Other files of these names are kept aside.
@@ -254,9 +275,9 @@ def write(found: Differences, out: Path) -> list[str]:
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with workspace(out / "diff") as fresh:
-            for name, frame in {"diff.csv": found.tensors, "cosines.csv": found.cosines()}.items():
+            for name, frame in {"diff.csv": measured.tensors, "cosines.csv": measured.cosines()}.items():
                 write_text(fresh / name, frame.to_csv(index=False, lineterminator="\n"))
-            figures.save(differences(found.by_layer(), found.cosines()), fresh, "diff")
+            figures.save(differences(measured.by_layer(), measured.cosines()), fresh, "diff")
             for name in FILES:
                 settle(fresh, out, name)
     return list(FILES)

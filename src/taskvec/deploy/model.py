@@ -79,10 +79,10 @@ class MultiTaskModel:
         """Return the scores of tasks and of those that read the same features, from one pass for each kind."""
         if self.directions is not None:
             return {task: self.own_scores(images, task) for task in tasks}
-        found: dict[str, Tensor] = {}
+        scores_of: dict[str, Tensor] = {}
         for per_patch in {self.heads[task].task_type.per_patch for task in tasks}:
-            found |= self.logits(self.backbone.features(images, per_patch=per_patch), per_patch)
-        return found
+            scores_of |= self.logits(self.backbone.features(images, per_patch=per_patch), per_patch)
+        return scores_of
 
     def own_scores(self, images: UInt8[np.ndarray, "count 3 size size"], task: str) -> Tensor:
         """Return one task's scores for decoded images, with the encoder moved by its own direction."""
@@ -119,13 +119,13 @@ class MultiTaskModel:
         scores = self.scores(np.stack(views), tasks)
         for index, name in enumerate(names):
             for task in tasks:
-                own = scores[task][index]
-                if not bool(own.isfinite().all()):
+                logits = scores[task][index]
+                if not bool(logits.isfinite().all()):
                     raise TaskvecError(
                         f"the model's scores of '{name}' for task '{task}' are no numbers: its weights are too large",
                         RESTORE,
                     )
-                yield Prediction(name, task, *self.heads[task].task_type.describe(own, self.classes[task]))
+                yield Prediction(name, task, *self.heads[task].task_type.describe(logits, self.classes[task]))
 
 
 def save_model(
@@ -248,17 +248,17 @@ def open_encoder(folder: Path, record: ModelRecord, device: str) -> Backbone:
 def open_heads(folder: Path, record: ModelRecord, backbone: Backbone) -> dict[str, Head]:
     """Open the heads of a model's tasks: one for each, that reads its encoder's features and scores its classes."""
     path, wanted = folder / HEADS, {task.name: len(task.classes) for task in record.tasks}
-    found = read_heads(path)
-    if set(found) != set(wanted) or len(wanted) < len(record.tasks):
+    heads = read_heads(path)
+    if set(heads) != set(wanted) or len(wanted) < len(record.tasks):
         tasks = ", ".join(task.name for task in record.tasks)
         raise TaskvecError(
-            f"'{path}' has heads of {', '.join(found) or 'no task'}; the tasks of {ABOUT} are {tasks}", RESTORE
+            f"'{path}' has heads of {', '.join(heads) or 'no task'}; the tasks of {ABOUT} are {tasks}", RESTORE
         )
-    for name, head in found.items():
+    for name, head in heads.items():
         if tuple(head.weight.shape) != (wanted[name], backbone.width):
             shapes = f"{list(head.weight.shape)}, not [{wanted[name]} classes, {backbone.width} features]"
             raise TaskvecError(f"'{path}': the head of '{name}' has the shape {shapes}", RESTORE)
-    return {name: found[name] for name in wanted}
+    return {name: heads[name] for name in wanted}
 
 
 def open_directions(folder: Path, record: ModelRecord, backbone: Backbone) -> TaskDirections | None:
@@ -277,9 +277,9 @@ def find_model(folder: Path) -> Path:
     """Return the folder itself if it is a model's, or the model of a run with the best mean validation accuracy."""
     if (folder / ABOUT).is_file():
         return folder
-    found = sorted((folder / "models").glob(f"*/{ABOUT}"))
-    if not found:
+    models = sorted((folder / "models").glob(f"*/{ABOUT}"))
+    if not models:
         raise TaskvecError(
             f"no model in '{folder}'", "give a run folder (it holds models/) or one of the folders in its models/"
         )
-    return max(found, key=lambda path: read_record(path, ModelRecord).validation).parent
+    return max(models, key=lambda path: read_record(path, ModelRecord).validation).parent

@@ -21,7 +21,7 @@ from taskvec.data.images import normalise
 from taskvec.data.splits import seeded_choice
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone
-from taskvec.weights.flat import Entry, Weights, view
+from taskvec.weights.flat import Slot, Weights, view
 
 IMAGES = 2048
 """Training images that statistics are estimated from, shared evenly by the tasks."""
@@ -85,7 +85,7 @@ def cumulative_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
                 layer.num_batches_tracked.copy_(counted)
 
 
-def entries(weights: Weights) -> list[Entry]:
+def entries(weights: Weights) -> list[Slot]:
     """Return the entries that are running means and variances."""
     return [entry for entry in weights.layout if entry.name.endswith(("running_mean", "running_var"))]
 

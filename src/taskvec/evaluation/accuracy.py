@@ -1,4 +1,7 @@
-"""Accuracy, normalised accuracy (paper, equation 1) and paired intervals."""
+"""Accuracy of encoders with their heads, normalised accuracy (paper, equation 1), paired confidence intervals.
+
+A task of another type than classification has its own metric in the place of accuracy.
+"""
 
 from __future__ import annotations
 
@@ -12,86 +15,108 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.learning.heads import Head, features_of
+from taskvec.learning.heads import accuracy as heads_accuracy
+from taskvec.weights import vectors
 from taskvec.weights.flat import Weights
 
 Scores = Bool[np.ndarray, " count"] | Float64[np.ndarray, " count"]
-"""How right a model is on every image: yes or no, or the share of its patches."""
+"""How right a model is on each image: yes or no, or the share of its patches."""
 
 
-def correct(backbone: Backbone, weights: Weights, split: Split, head: Head) -> Scores:
-    """Say for every image of a split whether the encoder at ``weights`` with ``head`` gives its class.
+def per_image_scores(backbone: Backbone, weights: Weights, split: Split, head: Head) -> Scores:
+    """Return for every image of a split whether the encoder at ``weights`` with ``head`` gives its class.
 
-    Heads of other kinds say whether the angle is near, or give the share of patches whose class is right.
+    Heads of other task types say whether the angle is near, or give the share of patches whose class is right.
     """
     with backbone.at(weights):
-        right: Scores = head.score(*features_of(backbone, split, head.kind)).numpy()
-    return right
+        scores: Scores = head.score(*features_of(backbone, split, head.kind)).numpy()
+    return scores
+
+
+def accuracy(backbone: Backbone, weights: Weights, split: Split, head: Head) -> float:
+    """Return the accuracy (a fraction) on a split of the encoder at ``weights`` with ``head``."""
+    return float(per_image_scores(backbone, weights, split, head).mean())
 
 
 def evaluate(
     backbone: Backbone, weights: Weights, tasks: Sequence[Task], heads: Sequence[Head], split: str = "test"
 ) -> dict[str, float]:
-    """Return the accuracy (or its kind's metric; a fraction) of each task under common weights, with its own head.
+    """Return the accuracy (a fraction) of each task by name, under common weights and with the task's own head.
 
-    They are by name, so two tasks of one name raise.
+    Two tasks of one name raise.
     """
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise TaskvecError(f"two tasks are named '{name}'", "give each a name: dataclasses.replace(task, name=...)")
     pairs = zip(tasks, heads, strict=True)
-    return {task.name: float(correct(backbone, weights, getattr(task, split), head).mean()) for task, head in pairs}
+    return {task.name: accuracy(backbone, weights, getattr(task, split), head) for task, head in pairs}
+
+
+def accuracies(backbone: Backbone, tasks: Sequence[Task], heads: Sequence[Head]) -> tuple[float, ...]:
+    """Return the validation accuracy of each task under the backbone's present weights."""
+    pairs = zip(tasks, heads, strict=True)
+    return tuple(heads_accuracy(head, *features_of(backbone, task.validation, task.kind)) for task, head in pairs)
+
+
+def fine_tuned_accuracies(
+    backbone: Backbone, task_vectors: Sequence[Weights], tasks: Sequence[Task], heads: Sequence[Head]
+) -> list[float]:
+    """Return the validation accuracy of each task under its own fine-tuned weights, by which others are normalised."""
+    values: list[float] = []
+    with backbone.at():
+        for vector, task, head in zip(task_vectors, tasks, heads, strict=True):
+            vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
+            values += accuracies(backbone, [task], [head])
+    return values
 
 
 def normalised_accuracy(merged: Sequence[float], fine_tuned: Sequence[float]) -> float | None:
-    """Return mean_t acc_t(merged) / acc_t(fine-tuned), both on one split; None where a fine-tuned accuracy is zero.
-
-    Each task may have a metric of its own in the place of accuracy.
-    """
+    """Return mean_t acc_t(merged) / acc_t(fine-tuned), both on one split; None where a fine-tuned accuracy is zero."""
     if any(value == 0 for value in fine_tuned):
         return None
     return float(np.mean([a / b for a, b in zip(merged, fine_tuned, strict=True)]))
 
 
 @dataclass(frozen=True)
-class Gain:
-    """A difference of accuracies (fractions) with its 95 % interval."""
+class ConfidenceInterval:
+    """A difference of accuracies (fractions) with its 95 % confidence interval."""
 
     mean: float
     low: float
     high: float
 
 
-def paired_gain(
+def paired_bootstrap(
     ours: Mapping[str, Scores],
     baseline: Mapping[str, Scores],
     draws: int = 10_000,
     seed: int = 0,
     of: Mapping[str, float] | None = None,
-) -> Gain:
-    """Bootstrap the mean over tasks of the accuracy gained on the same test images (percentile interval).
+) -> ConfidenceInterval:
+    """Return the mean over tasks of the accuracy gained on the same test images, with its percentile interval.
 
-    ``of`` has the value of each task that its change is divided by, where tasks differ in their metric.
+    ``of`` has the value of each task that its difference is divided by, where tasks differ in their metric.
 
-    Images are drawn anew within each task. An image gains, loses or ties (or changes by one of a few shares), so a draw
+    Images are drawn anew within each task. An image gains, loses or ties (or differs by one of a few shares), so a draw
     of n images is one draw of as many counts from a multinomial: exact, and as fast for a million images as for ten.
     """
     generator = np.random.default_rng(seed)
     means, samples = [], []
     for task in baseline:
-        change, values = changes(ours[task], baseline[task])
+        difference, values = differences(ours[task], baseline[task])
         unit = of[task] if of else 1.0
-        share = np.array([(change == value).mean() for value in values])
-        counts = generator.multinomial(len(change), share / share.sum(), size=draws)
-        means.append(change.mean() / unit)
-        samples.append(counts @ values / len(change) / unit)
+        share = np.array([(difference == value).mean() for value in values])
+        counts = generator.multinomial(len(difference), share / share.sum(), size=draws)
+        means.append(difference.mean() / unit)
+        samples.append(counts @ values / len(difference) / unit)
     low, high = np.quantile(np.mean(samples, axis=0), [0.025, 0.975])
-    return Gain(float(np.mean(means)), float(low), float(high))
+    return ConfidenceInterval(float(np.mean(means)), float(low), float(high))
 
 
-def changes(ours: Scores, baseline: Scores) -> tuple[Shaped[np.ndarray, " count"], Shaped[np.ndarray, " values"]]:
+def differences(ours: Scores, baseline: Scores) -> tuple[Shaped[np.ndarray, " count"], Shaped[np.ndarray, " values"]]:
     """Return the difference of two models on every image, and which values it takes (-1, 0 and 1 for yes and no)."""
     if ours.dtype == bool:
         return ours.astype(np.int8) - baseline.astype(np.int8), np.array([-1, 0, 1])
-    change = ours - baseline
-    return change, np.unique(change)
+    difference = ours - baseline
+    return difference, np.unique(difference)

@@ -1,4 +1,7 @@
-"""How alike two encoders see the same images, without labels: a cheap guess of the scale for re-probed heads."""
+"""Feature alignment: how alike two encoders see the same images, by linear CKA and without labels.
+
+It is a cheap guess of the scale for re-probed heads; results call this metric ``agreement``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def linear_cka(first: Float[Tensor, "count *patches width"], second: Float[Tenso
     """Return the linear centred kernel alignment of two sets of features of the same images, 0 to 1.
 
     It stays the same when features are rotated, shifted or scaled as a whole, which a new linear head undoes (arXiv
-    1905.00414, section 3). Features that do not vary agree with nothing: 0.
+    1905.00414, section 3). Features that do not vary align with nothing: 0.
     """
     x, y = (features.double().flatten(0, -2) for features in (first, second))
     x, y = x - x.mean(0), y - y.mean(0)
@@ -27,7 +30,7 @@ def linear_cka(first: Float[Tensor, "count *patches width"], second: Float[Tenso
     return float(torch.linalg.norm(x.T @ y) ** 2 / within) if within > 0 else 0.0
 
 
-def agreement_curve(
+def alignment_curve(
     backbone: Backbone,
     merged: Weights,
     fine_tuned: Weights,
@@ -36,16 +39,16 @@ def agreement_curve(
     per_patch: bool = False,
     progress: Progress = no_progress,
 ) -> list[float]:
-    """Return at each scale along a merged vector how far its features agree with a fine-tuned encoder's (linear CKA).
+    """Return the linear CKA of the features at each scale along a merged vector with a fine-tuned encoder's.
 
     The mean over tasks is a guess of where re-probed heads do best; how merged representations align with those of
     single tasks is what arXiv 2604.12935 works on.
     """
     values = []
     with backbone.at(fine_tuned):
-        wanted = backbone.features(images, per_patch=per_patch)
+        target = backbone.features(images, per_patch=per_patch)
         for index, scale in enumerate(scales):
             vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
-            values.append(linear_cka(backbone.features(images, per_patch=per_patch), wanted))
+            values.append(linear_cka(backbone.features(images, per_patch=per_patch), target))
             progress((index + 1) / len(scales))
     return values

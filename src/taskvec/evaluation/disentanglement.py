@@ -1,4 +1,4 @@
-"""Weight disentanglement error over two coefficients (paper, section 4.1)."""
+"""Weight disentanglement error xi of two tasks (paper, section 4.1) or of a set, and the choice of pairs and sets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from taskvec.weights import vectors
 from taskvec.weights.flat import Weights
 
 Images = UInt8[np.ndarray, "count 3 size size"]
+Labels = Int64[np.ndarray, " count *patches"]
 Predictions = Int64[np.ndarray, "points count *patches"]
 BOX_AXIS = (-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875)
 """Coefficients of points in the box [-1, 1]^T: the middles of eight equal parts, so that every task is added."""
@@ -36,11 +37,10 @@ class Errors:
         return total
 
 
-def predictions(backbone: Backbone, head: Head, images: Images) -> Int64[np.ndarray, " count *patches"]:
+def predictions(backbone: Backbone, head: Head, images: Images) -> Labels:
     """Return the predicted classes (of every patch, or sectors of angles) under the backbone's present weights."""
-    predicted: Int64[np.ndarray, " count *patches"] = head.predict(
-        backbone.features(images, per_patch=head.task_type.per_patch)
-    ).numpy()
+    features = backbone.features(images, per_patch=head.task_type.per_patch)
+    predicted: Labels = head.predict(features).numpy()
     return predicted
 
 
@@ -83,14 +83,19 @@ def disentanglement(
         singles = first, second
     shares = np.zeros((2, len(scales), len(scales)))
     with backbone.at():
-        for (i, one), (j, two) in itertools.product(enumerate(scales), enumerate(scales)):
-            vectors.move(backbone.bound, backbone.pretrained, task_vectors, (one, two))
-            for task, (own, other) in enumerate([(i, two), (j, one)]):
-                if other != 0:
+        for (i, first_scale), (j, second_scale) in itertools.product(enumerate(scales), enumerate(scales)):
+            vectors.move(backbone.bound, backbone.pretrained, task_vectors, (first_scale, second_scale))
+            for task, (place, other_scale) in enumerate([(i, second_scale), (j, first_scale)]):
+                if other_scale != 0:
                     merged = predictions(backbone, heads[task], images[task])
-                    shares[task, i, j] = np.mean((merged != singles[task][own]) | (merged < 0))
+                    shares[task, i, j] = changed(merged, singles[task][place])
             progress((i * len(scales) + j + 1) / len(scales) ** 2)
     return Errors(tuple(scales), shares[0], shares[1])
+
+
+def changed(merged: Labels, single: Labels) -> float:
+    """Return the share of predictions that differ from those under a task's own vector, or give no class (-1)."""
+    return float(np.mean((merged != single) | (merged < 0)))
 
 
 def latin_points(axis: int, tasks: int, points: int, seed: int) -> Int64[np.ndarray, "points tasks"]:
@@ -123,9 +128,8 @@ def set_error(
     with backbone.at():
         for places in latin_points(len(axis), len(task_vectors), points, seed):
             vectors.move(backbone.bound, backbone.pretrained, task_vectors, [axis[place] for place in places])
-            for place, head, own, single in zip(places, heads, images, singles, strict=True):
-                merged = predictions(backbone, head, own)
-                errors.append(np.mean((merged != single[place]) | (merged < 0)))
+            for place, head, task_images, single in zip(places, heads, images, singles, strict=True):
+                errors.append(changed(predictions(backbone, head, task_images), single[place]))
     return 2 * float(np.mean(errors))
 
 
@@ -140,14 +144,14 @@ def choose_sets(names: Sequence[str], size: int, count: int, seed: int = 0) -> l
     uses = dict.fromkeys(names, 0)
     chosen: dict[tuple[str, ...], None] = {}
     while len(chosen) < count:
-        luck = dict(zip(names, generator.random(len(names)), strict=True))
-        rarest = sorted(names, key=lambda name: (uses[name], luck[name]))[:size]
-        found = tuple(name for name in names if name in rarest)
-        if found in chosen:  # the rarest names were together before: any set will do
-            found = tuple(names[i] for i in sorted(generator.choice(len(names), size, replace=False)))
-        if found not in chosen:
-            chosen[found] = None
-            uses |= {name: uses[name] + 1 for name in found}
+        order = dict(zip(names, generator.random(len(names)), strict=True))
+        rarest = sorted(names, key=lambda name: (uses[name], order[name]))[:size]
+        members = tuple(name for name in names if name in rarest)
+        if members in chosen:  # the rarest names were together before: any set will do
+            members = tuple(names[i] for i in sorted(generator.choice(len(names), size, replace=False)))
+        if members not in chosen:
+            chosen[members] = None
+            uses |= {name: uses[name] + 1 for name in members}
     return list(chosen)
 
 
@@ -159,7 +163,7 @@ def spread_sets(names: Sequence[str], sizes: Sequence[int], limit: int, seed: in
         if not open_sizes:
             break
         counts[min(open_sizes, key=lambda size: counts[size])] += 1
-    return [found for size, count in counts.items() for found in choose_sets(names, size, count, seed)]
+    return [members for size, count in counts.items() for members in choose_sets(names, size, count, seed)]
 
 
 def choose_pairs(names: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Arithmetic on task vectors beside addition: forgetting by negation, and analogy (arXiv 2212.04089)."""
+"""Task vectors beyond addition: forgetting by negation, and analogy (arXiv 2212.04089)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def choose_negation(
     Ties go to the smaller scale. ``scales`` must hold 0, which always keeps all (arXiv 2212.04089, section 3).
     """
     floor = keep * control[list(scales).index(0.0)]
-    allowed = [(lost, scale) for scale, lost, kept in zip(scales, forgotten, control, strict=True) if kept >= floor]
-    return min(allowed)[1]
+    trials = zip(forgotten, scales, control, strict=True)
+    return min((accuracy, scale) for accuracy, scale, control_accuracy in trials if control_accuracy >= floor)[1]
 
 
 def negate(
@@ -61,15 +61,15 @@ def negate(
     ``tasks`` and ``heads`` are those of the task to forget and of the control task; only their validation splits are
     looked at. Scales are 0 or more; 0 is tried in any case.
     """
-    given = parse_scales(scales) if isinstance(scales, str) else list(scales)
-    if not all(scale >= 0 for scale in given):
-        raise TaskvecError(f"scales of negation are 0 or more, not {min(given):g}", "negation puts the sign itself")
+    asked = parse_scales(scales) if isinstance(scales, str) else list(scales)
+    if not all(scale >= 0 for scale in asked):
+        raise TaskvecError(f"scales of negation are 0 or more, not {min(asked):g}", "negation puts the sign itself")
     if not 0 <= keep <= 1:
         raise TaskvecError(f"the control task cannot keep {keep:g} of its accuracy", "give a share from 0 to 1")
-    grid = sorted({0.0, *given})
-    away = vectors.scale(vector, -1.0)
+    grid = sorted({0.0, *asked})
+    negated = vectors.scale(vector, -1.0)
     forgotten, control = (
-        tuple(kept_curve(backbone, away, task, head, grid, _half(progress, place)))
+        tuple(kept_curve(backbone, negated, task, head, grid, _half(progress, place)))
         for place, (task, head) in enumerate(zip(tasks, heads, strict=True))
     )
     return Forgetting(choose_negation(grid, forgotten, control, keep), tuple(grid), forgotten, control, keep)

@@ -22,7 +22,7 @@ OUTPUT = re.compile(r"^(?!.*embed)(.*\.)?(norm|fc|head|classifier|ln_(f|post|fin
 
 @dataclass(frozen=True)
 class Differences:
-    """What was measured: ``tensors`` has a row a tensor and checkpoint, ``products`` <tau_i, tau_j> for each layer.
+    """Differences from the base: ``tensors`` has a row a tensor and checkpoint, ``products`` <tau_i, tau_j> by layer.
 
     Columns of ``tensors``: fine_tuned, layer, tensor, entries, base_norm, norm (of tau), changed (entries that differ).
     """
@@ -41,10 +41,10 @@ class Differences:
 
     def cosines(self) -> pd.DataFrame:
         """Return a row for each pair of checkpoints and layer ("" for all): layer, first, second, cosine."""
-        whole: Float64[ndarray, "tasks tasks"] = sum(self.products.values(), np.zeros((len(self.labels),) * 2))
+        overall: Float64[ndarray, "tasks tasks"] = sum(self.products.values(), np.zeros((len(self.labels),) * 2))
         rows = [
             (layer, self.labels[i], self.labels[j], cosine(products, i, j))
-            for layer, products in {"": whole, **self.products}.items()
+            for layer, products in {"": overall, **self.products}.items()
             for i in range(len(self.labels))
             for j in range(i + 1, len(self.labels))
         ]
@@ -60,11 +60,11 @@ def cosine(products: Float64[ndarray, "tasks tasks"], i: int, j: int) -> float:
 def _summed(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Add up entries, changes and squared norms, and relate the norm to the base's."""
     squared = rows.assign(base_norm=rows["base_norm"] ** 2, norm=rows["norm"] ** 2)
-    found = squared.groupby(keys, sort=False, as_index=False)[["entries", "changed", "base_norm", "norm"]].sum()
-    found[["base_norm", "norm"]] **= 0.5
-    found["relative"] = (found["norm"] / found["base_norm"]).where(found["base_norm"] > 0)
-    found["share"] = found["changed"] / found["entries"].clip(lower=1)
-    return found
+    sums = squared.groupby(keys, sort=False, as_index=False)[["entries", "changed", "base_norm", "norm"]].sum()
+    sums[["base_norm", "norm"]] **= 0.5
+    sums["relative"] = (sums["norm"] / sums["base_norm"]).where(sums["base_norm"] > 0)
+    sums["share"] = sums["changed"] / sums["entries"].clip(lower=1)
+    return sums
 
 
 def layer_of(name: str) -> str:
@@ -72,8 +72,8 @@ def layer_of(name: str) -> str:
 
     ``blocks.3.attn.qkv.weight`` is in blocks.3, ``patch_embed.proj.bias`` in patch_embed.proj.
     """
-    found = [*LAYERS.finditer(name)][-1:] or [*NUMBERED.finditer(name)][:1]
-    return name[: found[0].end()] if found else name.rpartition(".")[0] or name
+    matches = [*LAYERS.finditer(name)][-1:] or [*NUMBERED.finditer(name)][:1]
+    return name[: matches[0].end()] if matches else name.rpartition(".")[0] or name
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -88,20 +88,20 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def measure(streams: Streams) -> Differences:
-    """Measure everything in one pass over the files, in float64."""
-    labels = tuple(one.label for one in streams.tuned)
+    """Return the differences of checkpoints from their base, measured in one pass over the files and in float64."""
+    labels = tuple(checkpoint.label for checkpoint in streams.tuned)
     tasks = len(labels)
     names = in_order(streams.matched.merged)
     products = {layer_of(name): np.zeros((tasks, tasks)) for name in names}
     changed = {name: np.zeros(tasks, np.int64) for name in names}
     squares = {name: np.zeros(tasks + 1) for name in names}
-    for part, vectors in streams:
+    for entry, vectors in streams:
         exact = np.asarray(vectors, np.float64)
-        found = exact @ exact.T
-        products[layer_of(part.name)] += found
-        changed[part.name] += np.count_nonzero(vectors, axis=1)
-        base = np.asarray(part.base, np.float64)
-        squares[part.name] += [*np.diagonal(found), base @ base]
+        gram = exact @ exact.T
+        products[layer_of(entry.name)] += gram
+        changed[entry.name] += np.count_nonzero(vectors, axis=1)
+        base = np.asarray(entry.base, np.float64)
+        squares[entry.name] += [*np.diagonal(gram), base @ base]
     rows = [
         (labels[i], layer_of(name), name, streams.base.tensors[name].size, squares[name][-1] ** 0.5,
          squares[name][i] ** 0.5, changed[name][i])

@@ -42,13 +42,13 @@ LAYERS = re.compile(r"(?:^|[._])(?:res)?(?:blocks?|layers?|stages?|levels?|h)[._
 
 
 @dataclass(frozen=True)
-class Part:
-    """One entry of a model, or a slice of its flattened elements if a recipe is elementwise.
+class Entry:
+    """One named tensor of a model, or a slice of its flattened elements if a recipe is elementwise.
 
     ``base`` is the pre-trained tensor in float32; ``depth`` is l / (L - 1) for layer l of L, 0 outside of the layers,
-    None where no name tells a layer; ``start`` is the position of a slice in its entry. ``whole`` is what the method's
-    survey found over all entries, ``statistics`` what was measured on data for this entry, tasks first, ``drawn`` how
-    many methods before this one of the recipe have drawn numbers.
+    None where no name tells a layer; ``start`` is the position of a slice in its entry. ``global_statistics`` is what
+    the method's global pass returned, ``statistics`` what was measured on data for this entry, tasks first, ``drawn``
+    how many methods before this one of the recipe have drawn numbers.
     """
 
     name: str
@@ -57,9 +57,14 @@ class Part:
     depth: float | None = None
     seed: int = 0
     start: int = 0
-    whole: Any = None
+    global_statistics: Any = None
     statistics: Tensor | None = None
     drawn: int = 0
+
+    @property
+    def whole(self) -> Any:
+        """The global statistics, by the name that plugins know."""
+        return self.global_statistics
 
     def uniform(self, task: int) -> Float32[Tensor, " *shape"]:
         """Return numbers in [0, 1) of 24 bits each, drawn from the seed, the entry's name and the task's place.
@@ -79,21 +84,23 @@ class Part:
         return torch.from_numpy(bits.astype(np.float32) / 2.0**24).view(self.base.shape).to(self.base.device)
 
 
-Entries = Iterable[tuple[Part, "Float32[Tensor, ' tasks *shape']"]]
+Part = Entry
+"""The name by which plugins know an entry."""
+Entries = Iterable[tuple[Entry, "Float32[Tensor, ' tasks *shape']"]]
 """All entries of all task vectors, in any order; it can be iterated over as often as a method needs passes."""
 
 
 @dataclass(frozen=True)
 class Masked:
-    """What a per-task method gives for one entry: task t moves by rescales[t] * masks[t] * common."""
+    """What a per-task method gives for one entry: task t moves by rescales[t] * masks[t] * shared."""
 
-    common: Float32[Tensor, " *shape"]
+    shared: Float32[Tensor, " *shape"]
     masks: Bool[Tensor, " tasks *shape"]
     rescales: Float32[Tensor, " tasks"]
 
     def of(self, task: int) -> Float32[Tensor, " *shape"]:
         """Return one task's direction."""
-        return self.common * self.masks[task] * self.rescales[task]
+        return self.shared * self.masks[task] * self.rescales[task]
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,8 @@ def depths(names: Iterable[str]) -> dict[str, float | None]:
     if not towers:
         return dict.fromkeys(names)
     places = {
-        tower: {layer: index / max(1, len(found) - 1) for index, layer in enumerate(sorted(found))}
-        for tower, found in towers.items()
+        tower: {layer: index / max(1, len(layers) - 1) for index, layer in enumerate(sorted(layers))}
+        for tower, layers in towers.items()
     }
     return {name: places[tower][layer] if layer else 0.0 for name, (tower, layer) in places_of.items()}
 
@@ -151,20 +158,20 @@ def _place(name: str, numbered: Container[str]) -> tuple[str, tuple[int, ...]]:
     outer = NUMBERED.search(name)
     if outer and _before(name) in numbered:
         return _before(name), tuple(int(number) for number in outer.group(1).split(".") if number)
-    return _tower(name), tuple(int(found.group(1)) for found in LAYERS.finditer(name))
+    return _tower(name), tuple(int(match.group(1)) for match in LAYERS.finditer(name))
 
 
 def _before(name: str) -> str:
-    found = NUMBERED.search(name)
-    return name[: found.start(1)] if found else ""
+    match = NUMBERED.search(name)
+    return name[: match.start(1)] if match else ""
 
 
 def _tower(name: str) -> str:
-    found = LAYERS.search(name)
-    return name[: found.start(1)].rstrip("0123456789.") if found else ""
+    match = LAYERS.search(name)
+    return name[: match.start(1)].rstrip("0123456789.") if match else ""
 
 
 def describe(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Kind, float | None]]:
     """Return the kind and the relative depth of every floating-point entry of a model."""
-    deep = depths(shapes)
-    return {name: (kind_of(name, shape), deep[name]) for name, shape in shapes.items()}
+    by_name = depths(shapes)
+    return {name: (kind_of(name, shape), by_name[name]) for name, shape in shapes.items()}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
-from taskvec.merging.entries import Data, Entries, Kind, Masked, Part, describe
-from taskvec.merging.recipes import Recipe, apply
+from taskvec.merging.entries import Data, Entries, Entry, Kind, Masked, describe
+from taskvec.merging.registry import ADDITION, Recipe, apply, find_recipe
 from taskvec.weights import vectors
-from taskvec.weights.flat import Entry, Weights, distinct, read, read_metadata, save_tensors, view
+from taskvec.weights.flat import Slot, Weights, distinct, read, read_metadata, save_tensors, view
 
 DIRECTIONS = "directions.safetensors"
 """The file of a per-task result, where other merges have one direction."""
@@ -37,38 +38,61 @@ class Buffers:
     @cached_property
     def kinds(self) -> dict[str, tuple[Kind, float | None]]:
         """What every entry is, and how deep."""
-        return describe({entry.name: entry.shape for entry in self.pretrained.layout})
+        return describe({slot.name: slot.shape for slot in self.pretrained.layout})
 
     @cached_property
-    def layout(self) -> tuple[Entry, ...]:
+    def layout(self) -> tuple[Slot, ...]:
         """The entries without twins."""
         return distinct(self.pretrained)
 
-    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Entry, Tensor]]:
         """Yield every entry with its task vectors, one stacked on the other."""
-        for entry in self.layout:
-            kind, depth = self.kinds[entry.name]
-            base = view(self.pretrained.flat, entry)
-            statistics = self.statistics.get(entry.name)
-            part = Part(entry.name, base, kind, depth, self.seed, statistics=statistics)
-            yield part, torch.stack([view(vector.flat, entry) for vector in self.vectors])
+        for slot in self.layout:
+            kind, depth = self.kinds[slot.name]
+            base = view(self.pretrained.flat, slot)
+            statistics = self.statistics.get(slot.name)
+            entry = Entry(slot.name, base, kind, depth, self.seed, statistics=statistics)
+            yield entry, torch.stack([view(vector.flat, slot) for vector in self.vectors])
 
 
 @dataclass(frozen=True)
-class Checked:
+class FiniteEntries:
     """Entries of which none holds NaN or infinity; one that does raises, by name."""
 
     entries: Entries
 
-    def __iter__(self) -> Iterator[tuple[Part, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Entry, Tensor]]:
         """Yield every entry that is in order, or raise."""
-        for part, found in self.entries:
-            if not bool(found.isfinite().all()):
+        for entry, stack in self.entries:
+            if not bool(stack.isfinite().all()):
                 raise TaskvecError(
-                    f"tensor '{part.name}' of a task vector holds NaN or infinity",
+                    f"tensor '{entry.name}' of a task vector holds NaN or infinity",
                     "merge checkpoints that did not diverge",
                 )
-            yield part, found
+            yield entry, stack
+
+
+def merge(
+    pretrained: Weights,
+    task_vectors: Sequence[Weights],
+    scale: float,
+    method: str = ADDITION,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Return theta_pre + scale * direction; the method, or several joined by +, makes it out of the task vectors."""
+    return vectors.add(pretrained, merge_vectors(pretrained, task_vectors, method, config, seed), scale)
+
+
+def merge_vectors(
+    pretrained: Weights,
+    task_vectors: Sequence[Weights],
+    method: str = ADDITION,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Return the direction of a method, or of several joined by +, with hyperparameters by name."""
+    return direction(find_recipe(method, config), Buffers(pretrained, task_vectors, seed))
 
 
 def direction(recipe: Recipe, entries: Buffers) -> Weights:
@@ -79,10 +103,10 @@ def direction(recipe: Recipe, entries: Buffers) -> Weights:
     if recipe.per_task:
         raise TaskvecError(f"'{recipe.name}' gives each task its own weights", "choose a method with one result")
     merged = torch.zeros_like(entries.pretrained.flat)
-    starts = {entry.name: entry for entry in entries.layout}
-    for part, found in apply(recipe, checked(recipe, entries)):
-        assert isinstance(found, Tensor)
-        view(merged, starts[part.name]).copy_(found)
+    starts = {slot.name: slot for slot in entries.layout}
+    for entry, result in apply(recipe, check_entries(recipe, entries)):
+        assert isinstance(result, Tensor)
+        view(merged, starts[entry.name]).copy_(result)
     return entries.pretrained.with_flat(merged)
 
 
@@ -90,7 +114,7 @@ def direction(recipe: Recipe, entries: Buffers) -> Weights:
 class TaskDirections:
     """What a per-task recipe gives: a common vector, one bit an element and task, one rescale an entry and task."""
 
-    common: Weights
+    shared: Weights
     masks: UInt8[Tensor, "tasks bytes"]
     rescales: Float32[Tensor, "tasks entries"]
     names: tuple[str, ...]
@@ -98,12 +122,12 @@ class TaskDirections:
 
     def of(self, task: int) -> Weights:
         """Return one task's direction."""
-        bits = unpack_bits(self.masks[task], self.common.flat.numel()).to(self.common.flat.device)
-        flat = self.common.flat * bits
-        entries = {entry.name: entry for entry in self.common.layout}
+        bits = unpack_bits(self.masks[task], self.shared.flat.numel()).to(self.shared.flat.device)
+        flat = self.shared.flat * bits
+        entries = {slot.name: slot for slot in self.shared.layout}
         for name, factor in zip(self.names, self.rescales[task], strict=True):
             view(flat, entries[name]).mul_(factor.to(flat.device))
-        return self.common.with_flat(flat)
+        return self.shared.with_flat(flat)
 
     @property
     def bytes_per_task(self) -> int:
@@ -114,20 +138,20 @@ class TaskDirections:
 def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
     """Return the result of a recipe that gives each task its own direction."""
     tasks, flat = len(entries.vectors), entries.pretrained.flat
-    common, masks = torch.zeros_like(flat), torch.zeros(tasks, flat.numel(), dtype=torch.bool)
-    starts = {entry.name: entry for entry in entries.layout}
+    shared, masks = torch.zeros_like(flat), torch.zeros(tasks, flat.numel(), dtype=torch.bool)
+    starts = {slot.name: slot for slot in entries.layout}
     rescales = []
-    for part, found in apply(recipe, checked(recipe, entries)):
-        assert isinstance(found, Masked)
-        entry = starts[part.name]
-        view(common, entry).copy_(found.common)
-        masks[:, entry.start : entry.start + entry.size] = found.masks.reshape(tasks, -1).cpu()
-        rescales.append(found.rescales.cpu())
+    for entry, result in apply(recipe, check_entries(recipe, entries)):
+        assert isinstance(result, Masked)
+        slot = starts[entry.name]
+        view(shared, slot).copy_(result.shared)
+        masks[:, slot.start : slot.start + slot.size] = result.masks.reshape(tasks, -1).cpu()
+        rescales.append(result.rescales.cpu())
     packed = torch.stack([pack_bits(mask) for mask in masks])
-    return TaskDirections(entries.pretrained.with_flat(common), packed, torch.stack(rescales, 1), tuple(starts))
+    return TaskDirections(entries.pretrained.with_flat(shared), packed, torch.stack(rescales, 1), tuple(starts))
 
 
-def checked(recipe: Recipe, entries: Buffers) -> Checked:
+def check_entries(recipe: Recipe, entries: Buffers) -> FiniteEntries:
     """Return the entries, of which none may hold NaN; raise where they are not what the recipe needs."""
     for vector in entries.vectors:
         vectors.matching(vector, entries.pretrained)
@@ -135,7 +159,7 @@ def checked(recipe: Recipe, entries: Buffers) -> Checked:
     if recipe.measures and not entries.statistics:
         needed = " and ".join(sorted(recipe.needs - {"seed"}))
         raise TaskvecError(f"'{recipe.name}' needs {needed}", "merge by it in a study, or choose another method")
-    return Checked(entries)
+    return FiniteEntries(entries)
 
 
 def transformed(recipe: Recipe, entries: Buffers) -> Sequence[Weights]:
@@ -144,48 +168,48 @@ def transformed(recipe: Recipe, entries: Buffers) -> Sequence[Weights]:
     if not before.stages:
         return entries.vectors
     flats = [torch.zeros_like(entries.pretrained.flat) for _ in entries.vectors]
-    starts = {entry.name: entry for entry in entries.layout}
-    for part, found in apply(before, Checked(entries)):
-        assert isinstance(found, Tensor)
-        for flat, row in zip(flats, found, strict=True):
-            view(flat, starts[part.name]).copy_(row)
+    starts = {slot.name: slot for slot in entries.layout}
+    for entry, rows in apply(before, FiniteEntries(entries)):
+        assert isinstance(rows, Tensor)
+        for flat, row in zip(flats, rows, strict=True):
+            view(flat, starts[entry.name]).copy_(row)
     return [entries.pretrained.with_flat(flat) for flat in flats]
 
 
 def measure(recipe: Recipe, data: Data) -> dict[str, Tensor]:
     """Measure on data what the last method of a recipe needs, by entry, along transformed vectors; nothing for most."""
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     if recipe.measures:
         entries = Buffers(data.backbone.pretrained, data.vectors, data.seed)
         data = replace(data, vectors=transformed(recipe, entries))
     for method, config in recipe.measures:
         module, _, function = method.measure.partition(":")
-        found |= getattr(importlib.import_module(module), function)(data, config)
-    return found
+        statistics |= getattr(importlib.import_module(module), function)(data, config)
+    return statistics
 
 
 def save_directions(result: TaskDirections, path: Path) -> None:
     """Write a per-task result to a safetensors file, as compact as it is in memory."""
-    tensors = {"common": result.common.flat.cpu(), "masks": result.masks, "rescales": result.rescales.contiguous()}
+    tensors = {"common": result.shared.flat.cpu(), "masks": result.masks, "rescales": result.rescales.contiguous()}
     save_tensors(tensors, path, {"names": json.dumps(result.names)})
 
 
 def read_directions(path: Path, like: Weights) -> TaskDirections:
     """Read a per-task result for an encoder with the layout of ``like``; one of another encoder is an error."""
-    tensors, names = read(path), [entry.name for entry in distinct(like)]
-    found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    tensors, names = read(path), [slot.name for slot in distinct(like)]
+    held = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     size, tasks = like.flat.numel(), len(tensors.get("masks", ()))
     wanted = {
         "common": (torch.float32, (size,)),
         "masks": (torch.uint8, (tasks, -(-size // 8))),
         "rescales": (torch.float32, (tasks, len(names))),
     }
-    if found != wanted or read_metadata(path).get("names") != json.dumps(names):
+    if held != wanted or read_metadata(path).get("names") != json.dumps(names):
         raise TaskvecError(f"'{path}' holds no directions for this encoder", "restore the file, or make it again")
     if not (tensors["common"].isfinite().all() and tensors["rescales"].isfinite().all()):
         raise TaskvecError(f"'{path}' holds NaN or infinity", "restore the file, or make it again")
-    common = like.with_flat(tensors["common"].to(like.flat.device))
-    return TaskDirections(common, tensors["masks"], tensors["rescales"], tuple(names))
+    shared = like.with_flat(tensors["common"].to(like.flat.device))
+    return TaskDirections(shared, tensors["masks"], tensors["rescales"], tuple(names))
 
 
 def pack_bits(mask: Bool[Tensor, " count"]) -> UInt8[Tensor, " bytes"]:

@@ -21,12 +21,13 @@ from numpy import ndarray
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import write_json
 from taskvec.engine.publishing import check_outside
-from taskvec.merging.entries import Kind, Masked, Part, describe
+from taskvec.merging.entries import Entry, Kind, Masked, describe
 from taskvec.merging.matching import Matched
 from taskvec.merging.recipes import prepare
 from taskvec.merging.registry import Recipe
-from taskvec.weights.reader import FLOATS, INDEX, PICKLES, Checkpoint, distinct
-from taskvec.weights.writer import LARGEST, Shard, Writer, appearing, check_space, narrow, peak, shards
+from taskvec.weights.header import PICKLES
+from taskvec.weights.reader import FLOATS, INDEX, Checkpoint, distinct
+from taskvec.weights.writer import LARGEST, Shard, Writer, check_space, narrow, new_folder, peak, shards
 
 SLICE = 1 << 20
 """Elements of all task vectors together in a slice, for elementwise recipes; a quarter of them for those with torch."""
@@ -85,7 +86,7 @@ class Streams:
             twins.setdefault(first, []).append(twin)
         return twins
 
-    def __iter__(self) -> Iterator[tuple[Part, Any]]:
+    def __iter__(self) -> Iterator[tuple[Entry, Any]]:
         """Yield parts and their vectors in order, as ``read`` gives them."""
         return map(self.read, self.places())
 
@@ -112,24 +113,24 @@ class Streams:
                 done += stop - start
                 self.watch(self.passes, done / total)
 
-    def read(self, place: Place) -> tuple[Part, Any]:
+    def read(self, place: Place) -> tuple[Entry, Any]:
         """Return a part and its vectors in float32, "tasks *shape" or "tasks slice"; NaN and infinity raise."""
         name, start, stop = place
         wide = self.base.read(name, start, stop)
-        found = np.empty((len(self.tuned), stop - start), np.float32)
+        stack = np.empty((len(self.tuned), stop - start), np.float32)
         with np.errstate(all="ignore"):
-            for one, names, row in zip(self.tuned, self.matched.sources, found, strict=True):
-                np.subtract(one.read(names[name], start, stop, row), wide, out=row, casting="same_kind")
+            for checkpoint, names, row in zip(self.tuned, self.matched.sources, stack, strict=True):
+                np.subtract(checkpoint.read(names[name], start, stop, row), wide, out=row, casting="same_kind")
                 if not peak(row) < np.inf:
                     raise self._infinite(name, start, stop)
             base = wide.astype(np.float32, copy=False)
         if not self.moved.all():
-            self.moved[found.any(axis=1)] = True
+            self.moved[stack.any(axis=1)] = True
         kind, depth = self.kinds[name]
         if self.whole:
             shape = self.base.tensors[name].shape
-            base, found = base.reshape(shape), found.reshape(len(self.tuned), *shape)
-        return Part(name, self._lend(base), kind, depth, self.seed, start), self._lend(found)
+            base, stack = base.reshape(shape), stack.reshape(len(self.tuned), *shape)
+        return Entry(name, self._lend(base), kind, depth, self.seed, start), self._lend(stack)
 
     def _lend(self, values: Float32[ndarray, "*shape"]) -> Any:
         """Return the array, or a tensor that shares its memory."""
@@ -142,11 +143,11 @@ class Streams:
     def _infinite(self, name: str, start: int, stop: int) -> TaskvecError:
         """Say which file holds what is not finite."""
         fix = "give a checkpoint whose training did not diverge; if it is a mask, "
-        fix += f"--keep '{escape(name)}' carries the base's"
+        fix += f"--exclude '{escape(name)}' carries the base's"
         names = [name, *(source[name] for source in self.matched.sources)]
-        for one, source in zip([self.base, *self.tuned], names, strict=True):
-            if not peak(one.read(source, start, stop)) < np.inf:
-                return TaskvecError(f"'{one.path}': tensor '{source}' holds NaN or infinity", fix)
+        for checkpoint, source in zip([self.base, *self.tuned], names, strict=True):
+            if not peak(checkpoint.read(source, start, stop)) < np.inf:
+                return TaskvecError(f"'{checkpoint.path}': tensor '{source}' holds NaN or infinity", fix)
         return TaskvecError(f"tensor '{name}' differs from the base's by more than float32 holds", fix)
 
 
@@ -198,9 +199,9 @@ def plan_target(
     if target.single and (limit is not None or recipe.per_task):
         why = "shards" if limit is not None else f"'{recipe.name}', which gives each task its own weights,"
         raise TaskvecError(f"'{out}' is one file, and {why} need a folder", "give --out a name without .safetensors")
-    if os.path.realpath(out) in {os.path.realpath(file) for one in inputs for file in one.files}:
+    if os.path.realpath(out) in {os.path.realpath(file) for checkpoint in inputs for file in checkpoint.files}:
         raise TaskvecError(f"'{out}' is one of the checkpoints that are merged", "choose another --out")
-    check_outside(out, [one.path for one in inputs])
+    check_outside(out, [checkpoint.path for checkpoint in inputs])
     check_new(target)
     return target
 
@@ -223,7 +224,7 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
     np.empty(4 * SLICE, np.float32)  # freed at once: glibc keeps smaller blocks from now on, which saves page faults
     layouts = lay_out(recipe, streams, target)
     check_space(target.out, sum(shard.length for layout in layouts for shard in layout))
-    with appearing(target.out) as folder, ExitStack() as stack:
+    with new_folder(target.out) as folder, ExitStack() as stack:
         writers = [stack.enter_context(closing(Writer(folder, layout))) for layout in layouts]
         for layout in layouts:
             _index(folder, streams.base, layout, target)
@@ -232,12 +233,12 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
         stages = prepare(recipe, streams)
 
         def merge(place: Place) -> None:
-            part, found = streams.read(place)
+            entry, result = streams.read(place)
             for stage in stages:
-                found = stage(part, found)
+                result = stage(entry, result)
             for task, writer in enumerate(writers):
-                result = found.of(task) if isinstance(found, Masked) else found
-                _move(streams, writer, part, np.asarray(result).reshape(-1), scale, target.dtype)
+                direction = result.of(task) if isinstance(result, Masked) else result
+                _move(streams, writer, entry, np.asarray(direction).reshape(-1), scale, target.dtype)
 
         streams.each(merge)
         for writer in writers:
@@ -274,23 +275,28 @@ def _carry(streams: Streams, writer: Writer, dtype: str | None) -> None:
 
 
 def _move(
-    streams: Streams, writer: Writer, part: Part, direction: Float32[ndarray, " count"], scale: float, dtype: str | None
+    streams: Streams,
+    writer: Writer,
+    entry: Entry,
+    direction: Float32[ndarray, " count"],
+    scale: float,
+    dtype: str | None,
 ) -> None:
-    """Write base + scale * direction for a part, a slice at a time; running variances stay >= 0, as in memory."""
-    stored = streams.base.tensors[part.name]
-    flat = np.asarray(part.base).reshape(-1)
+    """Write base + scale * direction for an entry, a slice at a time; running variances stay >= 0, as in memory."""
+    stored = streams.base.tensors[entry.name]
+    flat = np.asarray(entry.base).reshape(-1)
     for start in range(0, len(direction), SLICE):
-        stop, place = min(len(direction), start + SLICE), part.start + start
-        wide = streams.base.read(part.name, place, part.start + stop) if stored.dtype == "F64" else flat[start:stop]
+        stop, place = min(len(direction), start + SLICE), entry.start + start
+        wide = streams.base.read(entry.name, place, entry.start + stop) if stored.dtype == "F64" else flat[start:stop]
         with np.errstate(all="ignore"):
             moved = direction[start:stop].astype(wide.dtype) * scale
             still = moved == 0
             moved += wide
-        if part.name.endswith("running_var"):
+        if entry.name.endswith("running_var"):
             np.maximum(moved, 0, out=moved)
         np.copyto(moved, wide, where=still)  # -0.0 + 0.0 would be 0.0
-        _check_fit(part.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
-        for name in streams.names_of(part.name):
+        _check_fit(entry.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
+        for name in streams.names_of(entry.name):
             _store(writer, name, place, moved, dtype or stored.dtype)
 
 

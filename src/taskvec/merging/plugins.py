@@ -121,13 +121,13 @@ def _neighbours(path: Path, source: bytes) -> list[str]:
     nodes = list(ast.walk(ast.parse(source)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    found = []
+    neighbours = []
     for name in sorted({name.partition(".")[0] for name in names}):
         with contextlib.suppress(ImportError, ValueError):  # one that may be absent, or was made by a program
             spec = importlib.util.find_spec(name)
             places = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
-            found += [name for place in places if Path(place).resolve().parent == path.parent]
-    return found
+            neighbours += [name for place in places if Path(place).resolve().parent == path.parent]
+    return neighbours
 
 
 def sources(recipe: Recipe, plugins: Iterable[Plugin]) -> dict[str, str]:
@@ -149,6 +149,6 @@ def sources(recipe: Recipe, plugins: Iterable[Plugin]) -> dict[str, str]:
 
 def check_same(recipe: Recipe, plugins: Iterable[Plugin], known: Mapping[str, str]) -> None:
     """Raise if the source of a recipe's methods is not what it was when the run was planned."""
-    if (found := sources(recipe, plugins)) != known:
-        changed = ", ".join(sorted(name for name in {*found, *known} if found.get(name) != known.get(name)))
+    if (digests := sources(recipe, plugins)) != known:
+        changed = ", ".join(sorted(name for name in {*digests, *known} if digests.get(name) != known.get(name)))
         raise TaskvecError(f"the plugin of '{changed}' has changed since the run began", "run again")

@@ -1,4 +1,4 @@
-"""The registry of merging methods, and recipes that join them.
+"""Merging methods, and recipes that join them.
 
 Every method gives a direction along which a scale moves the encoder, entry by entry:
 theta = theta_pre + scale * direction. A *transform* changes the vectors and leaves one a task, a *combiner* makes one
@@ -18,18 +18,18 @@ from pydantic import ValidationError
 
 from taskvec.core.errors import TaskvecError, did_you_mean, unknown
 from taskvec.core.settings import Settings, parse_scales
-from taskvec.merging.entries import Entries, Masked, Part
+from taskvec.merging.entries import Entries, Entry, Masked
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Float32
     from torch import Tensor
 
-    Function = Callable[[Float32[Tensor, " tasks *shape"], Part, Any], Tensor | Masked]
+    Function = Callable[[Float32[Tensor, " tasks *shape"], Entry, Any], Tensor | Masked]
 
 Role = Literal["transform", "combiner", "per-task"]
 Need = Literal["inputs", "heads", "seed"]
 Law = Literal["one task", "order", "homogeneous"]
-"""Beside the laws of all methods (zero vectors give a zero direction; shapes stay; the same twice is the same):
+"""The invariants that a method may declare, beside those of all (``taskvec.testing``):
 
 - "one task": the direction of one task is its vector, so that scale 1 gives the fine-tuned weights back;
 - "order": the order of the tasks does not matter, up to rounding;
@@ -41,11 +41,11 @@ Law = Literal["one task", "order", "homogeneous"]
 class Method:
     """One entry of the registry.
 
-    ``function(vectors, part, config)`` is called for one entry at a time with " tasks *shape" in float32. It returns
+    ``function(vectors, entry, config)`` is called for one entry at a time with " tasks *shape" in float32. It returns
     " tasks *shape" for a transform, "*shape" for a combiner and ``Masked`` for a per-task method. ``survey(entries,
-    config)`` goes over all entries before that, as often as it needs to; functions find what it returns as
-    ``part.whole``. ``elementwise`` functions may be given slices of an entry, in any order and by several threads:
-    they share no state, and draw random numbers by ``part.uniform``.
+    config)`` is a global pass: it goes over all entries before that, as often as it needs to, and what it returns is
+    ``entry.global_statistics``. ``elementwise`` functions may be given slices of an entry, in any order and by several
+    threads: they share no state, and draw random numbers by ``entry.uniform``.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Method:
     measure: str = ""
     """``module:function`` that takes ``Data`` and the configuration and returns the statistics of entries by name."""
     laws: frozenset[Law] = frozenset()
+    """The invariants that it keeps; ``taskvec.testing.check_method`` tries them."""
     elementwise: bool = False
     arrays: bool = False
     """Whether function and survey use only what numpy's arrays and torch's tensors share: files need no torch then."""
@@ -88,6 +89,10 @@ REESTIMATED = "_reestimated"
 
 SURGERY = "_surgery"
 """What is added to a method's name in results where features were corrected and heads kept."""
+FIXED = "1:1:1"
+"""The scales of methods that give merged weights themselves."""
+MIDDLE, WIDE = "0:2:0.1", "0:3:0.15"
+"""The scales of methods whose direction is shorter, or much shorter, than the sum of the vectors."""
 RESERVED = ("probing", "zero_shot", "fine_tuned", "joint", PER_TASK)
 """Methods of results that merge nothing by a recipe."""
 
@@ -178,7 +183,12 @@ def find_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
 
     Raises for an unknown method, one that stands where it cannot, and a hyperparameter that no method has.
     """
-    methods = [find_method(part.strip()) for part in name.split("+")]
+    return join([find_method(method.strip()) for method in name.split("+")], settings, name)
+
+
+def join(methods: Sequence[Method], settings: Mapping[str, Any] | None = None, name: str = "") -> Recipe:
+    """Return the recipe of methods one after the other; they need not be registered."""
+    name = name or "+".join(method.name for method in methods)
     for method in methods[:-1]:
         if method.role != "transform":
             raise TaskvecError(
@@ -186,10 +196,9 @@ def find_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
             )
     if len({method.name for method in methods}) < len(methods):
         raise TaskvecError(f"'{name}' names a method twice", "name each once")
-    scales = methods[-1].scales
-    if methods[-1].role == "transform":
-        methods.append(METHODS[ADDITION])
-    return Recipe(name, _configured(name, methods, dict(settings or {})), scales)
+    last = methods[-1]
+    stages = [*methods, METHODS[ADDITION]] if last.role == "transform" else methods
+    return Recipe(name, _configured(name, stages, dict(settings or {})), last.scales)
 
 
 def _configured(name: str, methods: Sequence[Method], settings: dict[str, Any]) -> tuple[tuple[Method, Settings], ...]:
@@ -199,9 +208,9 @@ def _configured(name: str, methods: Sequence[Method], settings: dict[str, Any]) 
             raise TaskvecError(f"'{name}' has no hyperparameter '{key}'", did_you_mean(key, known))
     stages = []
     for method in methods:
-        own = {key: value for key, value in settings.items() if key in method.config.model_fields}
+        chosen = {key: value for key, value in settings.items() if key in method.config.model_fields}
         try:
-            stages.append((method, method.config.model_validate(own)))
+            stages.append((method, method.config.model_validate(chosen)))
         except ValidationError as error:
             first = error.errors()[0]
             message = first["msg"].removeprefix("Value error, ")
@@ -214,22 +223,23 @@ def _configured(name: str, methods: Sequence[Method], settings: dict[str, Any]) 
 
 @dataclass(frozen=True)
 class Stage:
-    """A method of a recipe with its hyperparameters, what its survey found, and how many methods drew before it."""
+    """A method of a recipe with its hyperparameters and global statistics, and how many methods drew before it."""
 
     method: Method
     config: Settings
-    whole: Any
+    global_statistics: Any
     drawn: int
 
-    def __call__(self, part: Part, vectors: Any) -> Any:
+    def __call__(self, entry: Entry, vectors: Any) -> Any:
         """Return what the method makes of an entry; what has another shape, which could be stretched to it, raises."""
-        found = self.method.function(vectors, replace(part, whole=self.whole, drawn=self.drawn), self.config)
-        result = found.common if isinstance(found, Masked) else found
+        known = replace(entry, global_statistics=self.global_statistics, drawn=self.drawn)
+        result = self.method.function(vectors, known, self.config)
+        tensor = result.shared if isinstance(result, Masked) else result
         wanted = tuple(vectors.shape[self.method.role != "transform" :])
-        if (shape := tuple(getattr(result, "shape", ("nothing",)))) != wanted:
-            problem = f"method '{self.method.name}' makes {shape} of '{part.name}', where {wanted} belongs"
+        if (shape := tuple(getattr(tensor, "shape", ("nothing",)))) != wanted:
+            problem = f"method '{self.method.name}' makes {shape} of '{entry.name}', where {wanted} belongs"
             raise TaskvecError(problem, "a transform returns a tensor a task, all others one (docs/methods.md)")
-        return found
+        return result
 
 
 @dataclass(frozen=True)
@@ -239,28 +249,28 @@ class Applied:
     entries: Entries
     stages: Sequence[Stage]
 
-    def __iter__(self) -> Iterator[tuple[Part, Any]]:
+    def __iter__(self) -> Iterator[tuple[Entry, Any]]:
         """Yield every entry after the stages, anew each time."""
-        for part, found in self.entries:
+        for entry, vectors in self.entries:
             for stage in self.stages:
-                found = stage(part, found)  # what went in is not kept
-            yield part, found
-            del part, found  # nor is this while the next entry is read
+                vectors = stage(entry, vectors)  # what went in is not kept
+            yield entry, vectors
+            del entry, vectors  # nor is this while the next entry is read
 
 
 def prepare(recipe: Recipe, entries: Entries) -> tuple[Stage, ...]:
-    """Return a recipe's stages, after their surveys of all entries, which are finite."""
+    """Return a recipe's stages, after their global passes over all entries, which are finite."""
     ready: tuple[Stage, ...] = ()
     for method, config in recipe.stages:
-        whole = method.survey(Applied(entries, ready), config) if method.survey else None
-        ready += (Stage(method, config, whole, sum("seed" in stage.method.needs for stage in ready)),)
+        global_statistics = method.survey(Applied(entries, ready), config) if method.survey else None
+        ready += (Stage(method, config, global_statistics, sum("seed" in stage.method.needs for stage in ready)),)
     return ready
 
 
-def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Part, Tensor | Masked]]:
+def apply(recipe: Recipe, entries: Entries) -> Iterator[tuple[Entry, Tensor | Masked]]:
     """Yield every entry with its direction (``Masked`` for a per-task recipe), in the order of ``entries``.
 
-    ``entries`` are finite; they are iterated over once, and once more for every pass of a survey. Nothing is kept in
+    ``entries`` are finite; they are iterated over once, and once more for every global pass. Nothing is kept in
     memory but one entry of all tasks.
     """
     yield from Applied(entries, prepare(recipe, entries))

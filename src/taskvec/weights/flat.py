@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Slot:
     """One named tensor inside the flat buffer; tied tensors are entries with the same ``start``."""
 
     name: str
@@ -45,7 +45,7 @@ class Entry:
 class Weights:
     """Floating-point entries in one buffer; everything else (integer and boolean buffers) is carried beside it."""
 
-    layout: tuple[Entry, ...]
+    layout: tuple[Slot, ...]
     flat: Float32[Tensor, " size"]
     carried: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -53,12 +53,12 @@ class Weights:
         """Return a view of one entry, or a carried tensor."""
         if name in self.carried:
             return self.carried[name]
-        entry = next(entry for entry in self.layout if entry.name == name)
-        return view(self.flat, entry)
+        slot = next(slot for slot in self.layout if slot.name == name)
+        return view(self.flat, slot)
 
     def state(self) -> dict[str, Tensor]:
         """Return all tensors by name, floating-point ones as views of the buffer."""
-        return {entry.name: view(self.flat, entry) for entry in self.layout} | dict(self.carried)
+        return {slot.name: view(self.flat, slot) for slot in self.layout} | dict(self.carried)
 
     def with_flat(self, flat: Float32[Tensor, " size"]) -> Weights:
         """Return weights of the same layout and carried tensors around another buffer."""
@@ -76,26 +76,26 @@ class Weights:
 
 def mend_variances(weights: Weights) -> Weights:
     """Raise negative running variances to 0 in place: far along a vector batch norm would give NaN otherwise."""
-    for entry in weights.layout:
-        if entry.name.endswith("running_var"):
-            view(weights.flat, entry).clamp_(min=0)
+    for slot in weights.layout:
+        if slot.name.endswith("running_var"):
+            view(weights.flat, slot).clamp_(min=0)
     return weights
 
 
-def view(flat: Float32[Tensor, " size"], entry: Entry) -> Tensor:
+def view(flat: Float32[Tensor, " size"], slot: Slot) -> Tensor:
     """Return the part of the buffer that holds ``entry``, in its shape."""
-    return flat[entry.start : entry.start + entry.size].view(entry.shape)
+    return flat[slot.start : slot.start + slot.size].view(slot.shape)
 
 
-def distinct(weights: Weights) -> tuple[Entry, ...]:
+def distinct(weights: Weights) -> tuple[Slot, ...]:
     """Return the entries that hold something, tied ones once by the first of their names, in the buffer's order."""
-    first = {entry.start: entry for entry in reversed(weights.layout) if entry.size}
+    first = {slot.start: slot for slot in reversed(weights.layout) if slot.size}
     return tuple(first[start] for start in sorted(first))
 
 
 def pack(state: Mapping[str, Tensor]) -> Weights:
     """Copy a state dictionary into one flat float32 buffer, in its order; tied tensors are stored once."""
-    layout: list[Entry] = []
+    layout: list[Slot] = []
     carried: dict[str, Tensor] = {}
     starts: dict[int, int] = {}
     pieces, end = [], 0
@@ -107,7 +107,7 @@ def pack(state: Mapping[str, Tensor]) -> Weights:
             starts[id(tensor)] = end
             end += tensor.numel()
             pieces.append(tensor.detach().reshape(-1).to(torch.float32))
-        layout.append(Entry(name, tuple(tensor.shape), starts[id(tensor)]))
+        layout.append(Slot(name, tuple(tensor.shape), starts[id(tensor)]))
     flat = torch.cat(pieces) if pieces else torch.empty(0)
     return Weights(tuple(layout), flat, carried)
 
@@ -120,8 +120,8 @@ def bind(module: nn.Module) -> Weights:
     module.float()
     state = module.state_dict(keep_vars=True)
     bound = pack(state)
-    for entry in bound.layout:
-        state[entry.name].data = view(bound.flat, entry)
+    for slot in bound.layout:
+        state[slot.name].data = view(bound.flat, slot)
     carried = {name: state[name] for name in bound.carried}
     return Weights(bound.layout, bound.flat, carried)
 
@@ -129,16 +129,20 @@ def bind(module: nn.Module) -> Weights:
 def check_keys(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str, fix: str) -> None:
     """Raise unless both have the same keys and shapes; the message names the first that differ."""
     missing = [key for key in wanted if key not in found]
-    extra = [key for key in found if key not in wanted]
-    reshaped = [key for key in wanted if key in found and tuple(found[key]) != tuple(wanted[key])]
-    if not (missing or extra or reshaped):
+    unexpected = [key for key in found if key not in wanted]
+    mismatched = [key for key in wanted if key in found and tuple(found[key]) != tuple(wanted[key])]
+    if not (missing or unexpected or mismatched):
         return
-    if told := foreign(extra):
-        raise TaskvecError(f"{source} does not fit: it holds {told[0]} ({_some('', extra).strip()})", told[1])
-    parts = [_some("is missing", missing), _some("has unexpected", extra)]
-    if reshaped and not missing and not extra:
+    if explained := foreign(unexpected):
+        raise TaskvecError(
+            f"{source} does not fit: it holds {explained[0]} ({_some('', unexpected).strip()})", explained[1]
+        )
+    parts = [_some("is missing", missing), _some("has unexpected", unexpected)]
+    if mismatched and not missing and not unexpected:
         fix += "; if it was made for another input size: give that size, or none where the architecture keeps its own"
-    parts += [_some("has another shape for", [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in reshaped])]
+    parts += [
+        _some("has another shape for", [f"{k} {list(found[k])} instead of {list(wanted[k])}" for k in mismatched])
+    ]
     raise TaskvecError(f"{source} does not fit: it " + "; ".join(part for part in parts if part), fix)
 
 
@@ -152,7 +156,7 @@ def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
 
     A tied entry may be missing from ``state`` when its twin is there.
     """
-    twins = {entry.start: entry.name for entry in like.layout if entry.name in state}
+    twins = {slot.start: slot.name for slot in like.layout if slot.name in state}
     names = {e.name: twins[e.start] for e in like.layout if e.name not in state and e.start in twins}
     full = dict(state) | {name: state[twin] for name, twin in names.items()}
     shapes = {key: tuple(value.shape) for key, value in full.items()}
@@ -160,8 +164,8 @@ def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
     check_keys(shapes, wanted, source, "give a checkpoint of that architecture, or name the one it was saved from")
     check_kinds(full, like.state(), source)
     flat = torch.empty_like(like.flat)
-    for entry in like.layout:
-        view(flat, entry).copy_(full[entry.name])
+    for slot in like.layout:
+        view(flat, slot).copy_(full[slot.name])
     check_finite(Weights(like.layout, flat), source)
     carried = {name: full[name].to(tensor.device, tensor.dtype, copy=True) for name, tensor in like.carried.items()}
     return Weights(like.layout, flat, carried)
@@ -194,8 +198,8 @@ def _why_not(tensor: Tensor, wanted: Tensor | None) -> str:
 
 def check_filled(weights: Weights, source: str) -> None:
     """Raise when all matrices of an encoder are zero: nothing was saved."""
-    matrices = [entry for entry in weights.layout if len(entry.shape) > 1 and entry.size]
-    if matrices and not any(bool(view(weights.flat, entry).any()) for entry in matrices):
+    matrices = [slot for slot in weights.layout if len(slot.shape) > 1 and slot.size]
+    if matrices and not any(bool(view(weights.flat, slot).any()) for slot in matrices):
         raise TaskvecError(f"{source}: all its matrices are zero", "give a checkpoint that holds trained weights")
 
 
@@ -203,7 +207,7 @@ def check_finite(weights: Weights, source: str, fix: str = "give a checkpoint wh
     """Raise when an entry holds NaN or infinity, and name it."""
     if bool(torch.isfinite(weights.flat).all()):
         return
-    bad = next(entry.name for entry in weights.layout if not torch.isfinite(view(weights.flat, entry)).all())
+    bad = next(slot.name for slot in weights.layout if not torch.isfinite(view(weights.flat, slot)).all())
     raise TaskvecError(f"{source}: tensor '{bad}' holds NaN or infinity", fix)
 
 

@@ -49,15 +49,15 @@ def cached(repo: str, file: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(repo, file)
+        path = try_to_load_from_cache(repo, file)
     except HFValidationError as error:
         raise TaskvecError(f"'{repo}' names no repository of the hub: {first_line(error)}", "give OWNER/NAME") from None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def first_cached(repo: str, files: Sequence[str]) -> Path | None:
     """Return the first of ``files`` that the cache holds, or None."""
-    return next((found for file in files if (found := cached(repo, file))), None)
+    return next((path for file in files if (path := cached(repo, file))), None)
 
 
 # ---------------------------------------------------------------- downloads
@@ -70,15 +70,15 @@ def fetch(repo: str, files: Sequence[str], allow_pickle: bool, wanted: str, inst
     comes within seconds: the hub is asked once.
     """
     safe = [file for file in files if allow_pickle or file.endswith((".safetensors", ".json"))]
-    found = first_cached(repo, safe)
-    for file in safe if found is None else ():
+    path = first_cached(repo, safe)
+    for file in safe if path is None else ():
         if exists(repo, file, wanted, instead):
             return download(repo, file, wanted, instead)
-    if found is None and len(safe) < len(files):
+    if path is None and len(safe) < len(files):
         check_pickle(f"{repo}/{next(file for file in files if file not in safe)}", allow_pickle)
-    if found is None:
+    if path is None:
         raise TaskvecError(f"'{wanted}' needs {' or '.join(files)} of '{repo}', which the hub does not hold", instead)
-    return found
+    return path
 
 
 def exists(repo: str, file: str, wanted: str, instead: str) -> bool:

@@ -67,7 +67,7 @@ FOREIGN = (
 def foreign(names: Iterable[str]) -> tuple[str, str] | None:
     """Say by names of tensors that fit nowhere what a file holds and what to do about it; None where they do not."""
     names = list(names)
-    return next((told for pattern, *told in FOREIGN if any(re.search(pattern, name) for name in names)), None)  # type: ignore[return-value]
+    return next((explained for pattern, *explained in FOREIGN if any(re.search(pattern, name) for name in names)), None)  # type: ignore[return-value]
 
 
 def is_head(name: str) -> bool:
@@ -108,19 +108,19 @@ def prefixes(names: Iterable[str], least: float) -> list[str]:
     return ["", *sorted((prefix for prefix, count in counts.items() if count >= least), key=len)]
 
 
-def shifts(own: Collection[str], other: Collection[str]) -> list[tuple[str, str]]:
+def shifts(names: Collection[str], others: Collection[str]) -> list[tuple[str, str]]:
     """Return the pairs of prefixes behind which most names of both are equal: several only if they compete.
 
-    That must be more than half of our own names; else, and where equal names do as well, the pair is empty.
+    That must be more than half of ``names``; else, and where equal names do as well, the pair is empty.
     """
-    half = len(own) / 2
-    theirs = {prefix: _behind(prefix, other) for prefix in prefixes(other, half)}
+    half = len(names) / 2
+    tails_by_prefix = {prefix: _behind(prefix, others) for prefix in prefixes(others, half)}
     scores: dict[tuple[str, str], int] = {}
-    for prefix in prefixes(own, half):
-        tails = _behind(prefix, own)
-        for second, found in theirs.items():
+    for prefix in prefixes(names, half):
+        tails = _behind(prefix, names)
+        for second, other_tails in tails_by_prefix.items():
             pair = _reduced(prefix, second)
-            scores[pair] = max(scores.get(pair, 0), len(tails & found))
+            scores[pair] = max(scores.get(pair, 0), len(tails & other_tails))
     best = max(scores.values(), default=0)
     if best <= half or scores["", ""] == best:
         return [("", "")]
@@ -140,13 +140,13 @@ def _reduced(first: str, second: str) -> tuple[str, str]:
     return "".join(f"{part}." for part in a), "".join(f"{part}." for part in b)
 
 
-def counterparts(own: Collection[str], other: Collection[str], shift: tuple[str, str]) -> dict[str, str]:
-    """Return our names by those of ``other`` that belong to them: moved from prefix to prefix, or else equal ones."""
+def counterparts(names: Collection[str], others: Collection[str], shift: tuple[str, str]) -> dict[str, str]:
+    """Return ``names`` by those of ``others`` that belong to them: moved from prefix to prefix, or else equal ones."""
     before, after = shift
-    moved = {after + name.removeprefix(before): name for name in own if name.startswith(before)}
-    found = {there: name for there, name in moved.items() if there in other}
-    matched = set(found.values())
-    return found | {name: name for name in own if name not in matched and name in other and name not in found}
+    moved = {after + name.removeprefix(before): name for name in names if name.startswith(before)}
+    pairs = {moved_name: name for moved_name, name in moved.items() if moved_name in others}
+    matched = set(pairs.values())
+    return pairs | {name: name for name in names if name not in matched and name in others and name not in pairs}
 
 
 def parts(keys: Iterable[str], most: int = 3) -> str:

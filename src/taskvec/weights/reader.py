@@ -5,12 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import json
-import math
 import os
-import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +20,7 @@ from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import disk_errors, json_text
 from taskvec.core.notes import note
 from taskvec.weights.formats import format_of
+from taskvec.weights.header import Metadata, Stored, are_texts, damaged, parse_json, read_header
 
 INDEX = ".safetensors.index.json"
 FLOATS: dict[str, np.dtype[Any]] = {
@@ -34,37 +31,14 @@ FLOATS: dict[str, np.dtype[Any]] = {
 }
 """Types that can be computed with, and how numpy holds their bytes (it has no bfloat16)."""
 INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-HEADER_LIMIT = 100_000_000
 LONGEST_NAME = 255
 """Bytes of the name of a shard."""
 NESTED = 50
 """Levels that an index has at most."""
-DIMENSIONS = 60
-"""Dimensions that a tensor may have; numpy and torch know no more than 64, some for all checkpoints together."""
-PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 PIECE = 1 << 22
 """Bytes that are copied or compared at once."""
 SAMPLE = 4096
 """Elements by which tensors are compared before they are read as a whole."""
-
-Shape = tuple[int, ...]
-Metadata = Mapping[str, str] | None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its type as safetensors writes it, shape, the file's number, first byte, number of bytes."""
-
-    dtype: str
-    shape: Shape
-    file: int
-    start: int
-    length: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 class Checkpoint:
@@ -81,8 +55,8 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         self.metadata: list[Metadata] = []
         self._handles: list[int] = []
-        self._looks: dict[str, Hashable] = {}
-        self._contents: dict[str, bytes] = {}
+        self._tie_keys: dict[str, Hashable] = {}
+        self._digests: dict[str, bytes] = {}
         try:
             for number, file in enumerate(self.files):
                 self._open(number, file)
@@ -104,7 +78,7 @@ class Checkpoint:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close all files."""
         self.close()
@@ -127,11 +101,11 @@ class Checkpoint:
         They are read into ``room`` where it is given and they are stored as float32.
         """
         stored = self.tensors[name]
-        kind = FLOATS[stored.dtype]
+        dtype = FLOATS[stored.dtype]
         raw: Shaped[ndarray, " count"] = (
-            room if room is not None and stored.dtype == "F32" else np.empty(stop - start, kind)
+            room if room is not None and stored.dtype == "F32" else np.empty(stop - start, dtype)
         )
-        self._fill(stored, start * kind.itemsize, raw.view(np.uint8).data)
+        self._fill(stored, start * dtype.itemsize, raw.view(np.uint8).data)
         return widen(raw, stored.dtype)
 
     def pieces(self, name: str) -> Iterator[tuple[int, bytearray]]:
@@ -142,35 +116,35 @@ class Checkpoint:
             self._fill(stored, start, memoryview(piece))
             yield start, piece
 
-    def looks(self, name: str) -> Hashable:
-        """Return what tied tensors have in common: type, shape and first elements; its name where it can have no twin.
+    def tie_key(self, name: str) -> Hashable:
+        """Return what tied tensors have in common: type, shape, first elements; the name of one that can have no twin.
 
         Tensors of fewer than two dimensions, and those that begin with one value only, are alike by chance.
         """
-        if name not in self._looks:
+        if name not in self._tie_keys:
             stored, start = self.tensors[name], b""
             if len(stored.shape) > 1 and stored.dtype in FLOATS:
                 first = self.read(name, 0, min(stored.size, SAMPLE))
                 start = hashlib.blake2b(first.tobytes()).digest() if len(np.unique(first)) > 1 else b""
-            self._looks[name] = (stored.dtype, stored.shape, start) if start else name
-        return self._looks[name]
+            self._tie_keys[name] = (stored.dtype, stored.shape, start) if start else name
+        return self._tie_keys[name]
 
     @cached_property
-    def alike(self) -> dict[Hashable, list[str]]:
-        """All names by looks."""
+    def by_tie_key(self) -> dict[Hashable, list[str]]:
+        """All names by tie key: only those of one key can be tied."""
         groups: dict[Hashable, list[str]] = {}
         for name in self.tensors:
-            groups.setdefault(self.looks(name), []).append(name)
+            groups.setdefault(self.tie_key(name), []).append(name)
         return groups
 
-    def content(self, name: str) -> Hashable:
-        """Return what tells tied tensors from others: looks, and a digest of all bytes where another looks alike."""
-        if name not in self._contents:
+    def tie_digest(self, name: str) -> Hashable:
+        """Return what only tied tensors share: the tie key, and a digest of all bytes if there can be a twin."""
+        if name not in self._digests:
             digest = hashlib.blake2b()
-            for _, piece in self.pieces(name) if self.looks(name) != name else ():
+            for _, piece in self.pieces(name) if self.tie_key(name) != name else ():
                 digest.update(piece)
-            self._contents[name] = digest.digest()
-        return self.looks(name), self._contents[name]
+            self._digests[name] = digest.digest()
+        return self.tie_key(name), self._digests[name]
 
     def _fill(self, stored: Stored, start: int, buffer: memoryview) -> None:
         done, path = 0, self.files[stored.file]
@@ -178,17 +152,17 @@ class Checkpoint:
             with disk_errors(path):
                 count = os.preadv(self._handles[stored.file], [buffer[done:]], stored.start + start + done)
             if not count:
-                raise _damaged(path, "it was cut short while it was read")
+                raise damaged(path, "it was cut short while it was read")
             done += count
 
     def _open(self, number: int, file: Path) -> None:
         with disk_errors(file):
             handle = open_file(file, os.O_RDONLY)
         self._handles.append(handle)
-        metadata, tensors = _header(handle, number, file)
+        metadata, tensors = read_header(handle, number, file)
         for name in tensors:
             if name in self.tensors:
-                raise _damaged(file, f"tensor '{name}' is also in '{self.files[self.tensors[name].file].name}'")
+                raise damaged(file, f"tensor '{name}' is also in '{self.files[self.tensors[name].file].name}'")
         self.tensors |= tensors
         self.metadata.append(metadata)
 
@@ -230,7 +204,7 @@ def open_file(path: Path, flags: int) -> int:
     return os.open(path, flags, 0o666)
 
 
-def same(first: Checkpoint, name: str, second: Checkpoint, other: str) -> bool:
+def same_tensor(first: Checkpoint, name: str, second: Checkpoint, other: str) -> bool:
     """Say whether two tensors have the same type, shape and bytes."""
     a, b = first.tensors[name], second.tensors[other]
     if (a.dtype, a.shape) != (b.dtype, b.shape):
@@ -250,11 +224,12 @@ def labels(paths: Iterable[Path]) -> list[str]:
 
 def distinct(names: Iterable[str]) -> list[str]:
     """Return names with a number behind those that came before."""
-    found: list[str] = []
+    unique: list[str] = []
     for name in names:
         numbered = (f"{name}-{number}" for number in itertools.count(2))
-        found.append(next(one for one in itertools.chain([name], numbered) if one not in found))
-    return found
+        candidates = itertools.chain([name], numbered)
+        unique.append(next(candidate for candidate in candidates if candidate not in unique))
+    return unique
 
 
 def _speaking(path: Path) -> tuple[str, ...]:
@@ -275,15 +250,15 @@ def _find(path: Path) -> tuple[tuple[Path, ...], dict[str, Any] | None, str]:
 def _single(folder: Path) -> Path:
     """Return the file of a folder's weights, or its index; as transformers does, a whole model goes before an index."""
     indices, files = sorted(folder.glob(f"*{INDEX}")), sorted(folder.glob("*.safetensors"))
-    whole = [one for one in files if one.with_name(one.stem + INDEX) in indices]
-    found = whole or indices or files
-    if len(found) == 1:
-        tell_other(found[0])
-        return found[0]
-    others = [(one.name, told) for one in sorted(folder.iterdir()) if (told := format_of(one.name))]
-    if not found and others:
+    complete = [file for file in files if file.with_name(file.stem + INDEX) in indices]
+    candidates = complete or indices or files
+    if len(candidates) == 1:
+        tell_other(candidates[0])
+        return candidates[0]
+    others = [(file.name, what) for file in sorted(folder.iterdir()) if (what := format_of(file.name))]
+    if not candidates and others:
         raise TaskvecError(f"'{folder}' holds {others[0][1][0]} ('{others[0][0]}')", others[0][1][1])
-    names = ", ".join(one.name for one in found[:4]) or "none"
+    names = ", ".join(file.name for file in candidates[:4]) or "none"
     raise TaskvecError(
         f"'{folder}' holds no single model: there should be one *{INDEX} or *.safetensors (found: {names})",
         "name the file itself; pickled weights must be saved as safetensors first",
@@ -301,13 +276,13 @@ def read_index(path: Path) -> dict[str, Any]:
     """Read an index of weights in several files, which lie in its folder or below."""
     try:
         index = parse_json(path.read_bytes())
-        if not _texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
+        if not are_texts(index["weight_map"]) or not isinstance(index.get("metadata") or {}, dict):
             raise TypeError("weight_map is to map names to files, and metadata to be a mapping")
         if _nested(index):
             raise ValueError(f"more than {NESTED} levels")
         json_text(index).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"no index of shards ({error})") from None
+        raise damaged(path, f"no index of shards ({error})") from None
     for name in set(index["weight_map"].values()):
         parts, odd = Path(name).parts, "\0" in name or len(name.encode()) > LONGEST_NAME
         if odd or not parts or Path(name).is_absolute() or ".." in parts:
@@ -320,7 +295,7 @@ def read_index(path: Path) -> dict[str, Any]:
 def _nested(value: Any, levels: int = NESTED) -> bool:
     """Say whether containers are nested more than so many levels deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels == 0 or any(_nested(one, levels - 1) for one in inner)
+    return levels == 0 or any(_nested(item, levels - 1) for item in inner)
 
 
 def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
@@ -333,87 +308,6 @@ def _indexed(path: Path) -> tuple[tuple[Path, ...], dict[str, Any]]:
                 f"'{path}' names the shard '{file.name}', which is not beside it", "copy the missing shard"
             )
     return files, index
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse JSON as the standard has it: UTF-8, each key once, no NaN and infinity; else a ValueError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key stands twice")
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    return json.loads(data.decode(), object_pairs_hook=once, parse_constant=refuse)
-
-
-def _header(handle: int, number: int, path: Path) -> tuple[Metadata, dict[str, Stored]]:
-    """Read and check a safetensors header: ranges of bytes follow one another and fill the file."""
-    if other := format_of(path.name):
-        raise TaskvecError(f"'{path}' is {other[0]}", other[1])
-    if path.suffix in PICKLES:
-        raise TaskvecError(
-            f"'{path}' is a pickle by its name, and unpickling can run code",
-            "save it with safetensors.torch.save_file first",
-        )
-    size = os.fstat(handle).st_size
-    length = int.from_bytes(os.pread(handle, 8, 0), "little")
-    if size < 8 or length > min(size - 8, HEADER_LIMIT):
-        raise _damaged(path, "it has no header, or was cut short")
-    try:
-        header = parse_json(os.pread(handle, length, 8))
-        metadata = header.pop("__metadata__", None)
-        if not _texts({} if metadata is None else metadata):
-            raise TypeError("__metadata__ is no mapping of texts")
-        tensors = {name: _stored(info, number, 8 + length) for name, info in header.items()}
-        "".join([*tensors, *(text for pair in (metadata or {}).items() for text in pair)]).encode()
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise _damaged(path, f"its header is wrong ({error})") from None
-    end = 8 + length
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].length)))
-    for name, stored in tensors.items():
-        each = bits(stored.dtype)
-        if stored.start != end or stored.length < 0 or (each and (stored.size * each + 7) // 8 != stored.length):
-            raise _damaged(path, f"the bytes of '{name}' are not where they should be")
-        end += stored.length
-    if end != size:
-        raise _damaged(path, f"it has {size} bytes, and its header tells of {end}")
-    return metadata, tensors
-
-
-def _texts(found: Any) -> bool:
-    """Say whether something is a mapping of texts to texts."""
-    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-
-
-def bits(dtype: str) -> int:
-    """Return the bits of an element by its type's name (F8_E4M3: 8), 0 where it does not say."""
-    found = re.search(r"\d{1,4}", dtype)
-    return 8 if dtype == "BOOL" else int(found.group()) if found else 0
-
-
-def _stored(info: Mapping[str, Any], number: int, origin: int) -> Stored:
-    start, stop = info["data_offsets"]
-    shape, dtype = info["shape"], info["dtype"]
-    if not isinstance(shape, list) or len(shape) > DIMENSIONS:
-        raise TypeError(f"a shape is a list of at most {DIMENSIONS} whole numbers")
-    if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]{1,15}", dtype):
-        raise TypeError("a type has a name such as F32")
-    for count in (start, stop, *shape):
-        if type(count) is not int:
-            raise TypeError(f"{count} is no whole number")
-    if math.prod(max(1, count) for count in shape) >= 2**63 or not all(
-        0 <= count < 2**63 for count in (*shape, start, stop)
-    ):
-        raise ValueError("a number is negative, or larger than any file")
-    return Stored(dtype, tuple(shape), number, origin + start, stop - start)
-
-
-def _damaged(path: Path, why: str) -> TaskvecError:
-    return TaskvecError(f"'{path}' cannot be read as safetensors: {why}", "is it complete? copy or convert it again")
 
 
 def widen(raw: Shaped[ndarray, " count"], dtype: str) -> Shaped[ndarray, " count"]:

@@ -47,8 +47,8 @@ def cosine(first: Weights, second: Weights) -> float:
 def matching(weights: Weights, like: Weights) -> Weights:
     """Return ``weights`` if it has the layout of ``like``; raise and name the keys that differ otherwise."""
     if weights.layout != like.layout:
-        found = {entry.name: entry.shape for entry in weights.layout}
-        wanted = {entry.name: entry.shape for entry in like.layout}
+        found = {slot.name: slot.shape for slot in weights.layout}
+        wanted = {slot.name: slot.shape for slot in like.layout}
         check_keys(found, wanted, "the weights", "subtract and add weights of one architecture")
         raise ValueError("same keys in another order: pack both from the same module")
     return weights

@@ -22,7 +22,8 @@ from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors
 from taskvec.core.formatting import bytes_text
 from taskvec.core.locks import beside, holding, workspace
-from taskvec.weights.reader import FLOATS, Checkpoint, Metadata, Shape, Stored, bits, open_file
+from taskvec.weights.header import Metadata, Shape, Stored, bits
+from taskvec.weights.reader import FLOATS, Checkpoint, open_file
 
 LARGEST = {"F64": math.inf} | {
     dtype: float.fromhex(limit)
@@ -126,12 +127,12 @@ def _alignment(sized: tuple[str, Shape, int]) -> int:
 def _groups(sized: Mapping[str, tuple[str, Shape, int]], limit: int) -> list[dict[str, tuple[str, Shape, int]]]:
     groups: list[dict[str, tuple[str, Shape, int]]] = [{}]
     used = 0
-    for name, one in sized.items():
-        if groups[-1] and used + one[2] > limit:
+    for name, tensor in sized.items():
+        if groups[-1] and used + tensor[2] > limit:
             groups.append({})
             used = 0
-        groups[-1][name] = one
-        used += one[2]
+        groups[-1][name] = tensor
+        used += tensor[2]
     return groups
 
 
@@ -200,7 +201,7 @@ def _write(handle: int, data: memoryview, place: int) -> None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def sole_writer(path: Path) -> Iterator[None]:
     """Write ``path`` as the only process during a block; raise if another does."""
     busy = TaskvecError(f"another process is writing '{path}'", "wait for it to end, or choose another --out")
     with ExitStack() as stack:
@@ -211,7 +212,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` to write into, removed after the block; a full or closed disk raises.
 
     Folders that killed processes have left beside ``path`` are removed as well.

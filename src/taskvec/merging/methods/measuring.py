@@ -24,7 +24,7 @@ from taskvec.learning.heads import Head
 from taskvec.merging.entries import Data
 from taskvec.merging.methods.adaptive import Adamerging, Fisher, Regmean
 from taskvec.weights import vectors
-from taskvec.weights.flat import Entry, distinct, mend_variances, view
+from taskvec.weights.flat import Slot, distinct, mend_variances, view
 
 BATCH = 64
 Measured = TypeVar("Measured")
@@ -41,14 +41,14 @@ def scored(
 
 def at_fine_tuned(data: Data, measured: Callable[[Task, Head], Measured]) -> list[Measured]:
     """Return what is measured of every task and its head while the encoder is at that task's fine-tuned weights."""
-    backbone, found = data.backbone, []
+    backbone, results = data.backbone, []
     with backbone.at():
         backbone.module.eval()
         for vector, task, head in zip(data.vectors, data.tasks, data.heads, strict=True):
             vectors.move(backbone.bound, backbone.pretrained, [vector], [1.0])
-            found.append(measured(task, head))
-            data.progress(len(found) / len(data.tasks))
-    return found
+            results.append(measured(task, head))
+            data.progress(len(results) / len(data.tasks))
+    return results
 
 
 def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *shape"]]:
@@ -73,8 +73,8 @@ def fisher(data: Data, config: Fisher) -> dict[str, Float32[Tensor, " tasks *sha
                     square += gradient.square() / len(chosen)
         return sums
 
-    found = at_fine_tuned(data, squares)
-    return {name: torch.stack(rows) for name, rows in zip(names, zip(*found, strict=True), strict=True)}
+    information = at_fine_tuned(data, squares)
+    return {name: torch.stack(rows) for name, rows in zip(names, zip(*information, strict=True), strict=True)}
 
 
 def drawn_surprise(
@@ -96,14 +96,14 @@ def grams(data: Data, config: Regmean) -> dict[str, Float32[Tensor, "tasks input
     modules (torch's own multi-head attention) have none.
     """
 
-    def own(task: Task, head: Head) -> dict[str, Tensor]:
+    def task_grams(task: Task, head: Head) -> dict[str, Tensor]:
         chosen = seeded_choice(len(task.train), config.examples, data.seed)
         batches = [task.train.images[chosen[start : start + BATCH]] for start in range(0, len(chosen), BATCH)]
         with torch.no_grad():
             return watch(data.backbone.module, lambda: [scored(data, head, batch) for batch in batches])
 
-    found = at_fine_tuned(data, own)
-    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+    results = at_fine_tuned(data, task_grams)
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
 def watch(module: nn.Module, run: Callable[[], object]) -> dict[str, Float32[Tensor, "inputs inputs"]]:
@@ -126,7 +126,7 @@ def watch(module: nn.Module, run: Callable[[], object]) -> dict[str, Float32[Ten
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: found / rows[name] for name, found in sums.items()}
+    return {name: gram / rows[name] for name, gram in sums.items()}
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -152,8 +152,8 @@ def coefficients(data: Data, config: Adamerging) -> dict[str, Float32[Tensor, " 
     """
     if any(head.kind == "regression" for head in data.heads):
         raise TaskvecError("adamerging: a regression head has no entropy", "leave that task out, or adamerging")
-    entries, backbone = distinct(data.backbone.pretrained), data.backbone
-    groups = torch.arange(len(entries)) if config.level == "layer" else torch.zeros(len(entries), dtype=torch.int64)
+    slots, backbone = distinct(data.backbone.pretrained), data.backbone
+    groups = torch.arange(len(slots)) if config.level == "layer" else torch.zeros(len(slots), dtype=torch.int64)
     raw = torch.full((int(groups.max()) + 1, len(data.vectors)), config.start, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=config.learning_rate)
     batches = [index_batches(len(task.train), config.batch_size, data.seed) for task in data.tasks]
@@ -161,38 +161,40 @@ def coefficients(data: Data, config: Adamerging) -> dict[str, Float32[Tensor, " 
         backbone.module.eval()
         for step in range(config.steps):
             each = raw.clamp(0, 1)[groups]
-            write_merged(data, entries, each.detach())
-            images = [task.train.images[next(own).numpy()] for task, own in zip(data.tasks, batches, strict=True)]
+            write_merged(data, slots, each.detach())
+            pairs = zip(data.tasks, batches, strict=True)
+            images = [task.train.images[next(indices).numpy()] for task, indices in pairs]
             optimizer.zero_grad()
-            each.backward(gradients(data, entries, images))
+            each.backward(gradients(data, slots, images))
             optimizer.step()
             data.progress((step + 1) / config.steps)
-    return dict(zip((entry.name for entry in entries), raw.detach().clamp(0, 1)[groups], strict=True))
+    return dict(zip((slot.name for slot in slots), raw.detach().clamp(0, 1)[groups], strict=True))
 
 
-def write_merged(data: Data, entries: Sequence[Entry], factors: Float32[Tensor, "entries tasks"]) -> None:
+def write_merged(data: Data, slots: Sequence[Slot], factors: Float32[Tensor, "slots tasks"]) -> None:
     """Move the encoder to theta_pre + sum_t factor_t tau_t, with factors of each entry's own."""
     bound = data.backbone.bound
     bound.flat.copy_(data.backbone.pretrained.flat)
-    for entry, row in zip(entries, factors.tolist(), strict=True):
+    for slot, row in zip(slots, factors.tolist(), strict=True):
         for vector, factor in zip(data.vectors, row, strict=True):
-            view(bound.flat, entry).add_(view(vector.flat, entry), alpha=factor)
+            view(bound.flat, slot).add_(view(vector.flat, slot), alpha=factor)
     mend_variances(bound)
 
 
 def gradients(
-    data: Data, entries: Sequence[Entry], images: Sequence[UInt8[np.ndarray, "batch 3 size size"]]
-) -> Float32[Tensor, "entries tasks"]:
+    data: Data, slots: Sequence[Slot], images: Sequence[UInt8[np.ndarray, "batch 3 size size"]]
+) -> Float32[Tensor, "slots tasks"]:
     """Return the gradient of the summed entropies by every coefficient, at the encoder's present weights."""
     parameters = dict(data.backbone.module.named_parameters())
     each = [entropy(scored(data, head, batch)) for head, batch in zip(data.heads, images, strict=True)]
     loss = torch.stack(each).sum()
-    found = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True))
-    rows = torch.zeros(len(entries), len(data.vectors))
-    for row, entry in zip(rows, entries, strict=True):
-        gradient = found.get(entry.name)
+    gradients_of = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    by_name = dict(zip(parameters, gradients_of, strict=True))
+    rows = torch.zeros(len(slots), len(data.vectors))
+    for row, slot in zip(rows, slots, strict=True):
+        gradient = by_name.get(slot.name)
         if gradient is not None:
-            row.copy_(torch.stack([(gradient * view(vector.flat, entry)).sum() for vector in data.vectors]))
+            row.copy_(torch.stack([(gradient * view(vector.flat, slot)).sum() for vector in data.vectors]))
     return rows
 
 

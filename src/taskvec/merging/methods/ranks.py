@@ -31,12 +31,12 @@ def order_statistics(
     wanted = np.tile(np.array(ranks(int(upper[0].sum())), np.int64), (len(upper), 1))
     if not upper.any():
         return np.zeros(wanted.shape, np.float32)
-    found = [_bucket(counts, want) for counts, want in zip(upper, wanted, strict=True)]
-    bucket, before = (np.stack(each) for each in zip(*found, strict=True))
+    buckets = [_bucket(counts, want) for counts, want in zip(upper, wanted, strict=True)]
+    bucket, before = (np.stack(each) for each in zip(*buckets, strict=True))
     del upper
     lower = _tally_lower(slices, bucket)
     rest = [
-        [counts.cumsum().searchsorted(one, side="right") for counts, one in zip(row, left, strict=True)]
+        [counts.cumsum().searchsorted(place, side="right") for counts, place in zip(row, left, strict=True)]
         for row, left in zip(lower, wanted - before, strict=True)
     ]
     return _numbers((bucket << BITS) + np.array(rest, np.int64))
@@ -47,37 +47,37 @@ def _bucket(
 ) -> tuple[Int64[ndarray, " ranks"], Int64[ndarray, " ranks"]]:
     """Return the bins that ranks fall into, and how many numbers are in those before."""
     ends = counts.cumsum()
-    found = ends.searchsorted(ranks, side="right")
-    return found, ends[found] - counts[found]
+    places = ends.searchsorted(ranks, side="right")
+    return places, ends[places] - counts[places]
 
 
 def _tally_upper(slices: Iterable[Any]) -> Int64[ndarray, "rows bins"]:
     """Count the numbers of every row by their upper bits."""
-    found = np.zeros((1, BINS), np.int64)
-    for part in map(_array, slices):
-        if len(found) < len(part):
-            found = np.zeros((len(part), BINS), np.int64)
-        for row, counts in zip(part, found, strict=True):
+    tallies = np.zeros((1, BINS), np.int64)
+    for piece in map(_array, slices):
+        if len(tallies) < len(piece):
+            tallies = np.zeros((len(piece), BINS), np.int64)
+        for row, counts in zip(piece, tallies, strict=True):
             np.add.at(counts, _keys(row) >> BITS, 1)
-    return found
+    return tallies
 
 
 def _tally_lower(slices: Iterable[Any], bucket: Int64[ndarray, "rows ranks"]) -> Int64[ndarray, "rows ranks bins"]:
     """Count the numbers of every row that are in the bucket of a rank by their lower bits."""
-    found = np.zeros((*bucket.shape, BINS), np.int64)
+    tallies = np.zeros((*bucket.shape, BINS), np.int64)
     first, last = _numbers(bucket << BITS), _numbers((bucket << BITS) + BINS - 1)
     last[(last == 0) & np.signbit(last)] = -SMALLEST  # all zeros are in the bucket of 0
-    for part in map(_array, slices):
-        for row, values in enumerate(part):
-            for rank, counts in enumerate(found[row]):
+    for piece in map(_array, slices):
+        for row, values in enumerate(piece):
+            for rank, counts in enumerate(tallies[row]):
                 inside = values[(values >= first[row, rank]) & (values <= last[row, rank])]
                 np.add.at(counts, _keys(inside) & (BINS - 1), 1)
-    return found
+    return tallies
 
 
-def _array(part: Any) -> Float32[ndarray, "rows count"]:
+def _array(piece: Any) -> Float32[ndarray, "rows count"]:
     """Return the numbers of a tensor on any device, or those of an array."""
-    return np.asarray(part.cpu() if hasattr(part, "cpu") else part)
+    return np.asarray(piece.cpu() if hasattr(piece, "cpu") else piece)
 
 
 def _keys(numbers: Float32[ndarray, " count"]) -> UInt32[ndarray, " count"]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, FiniteFloat, model_validator
 
 from taskvec.core.settings import Count, Settings
-from taskvec.merging.entries import Entries, Masked, Part
+from taskvec.merging.entries import Entries, Entry, Masked
 from taskvec.merging.methods.averaging import by_task, precise_total, rows, total
 from taskvec.merging.methods.ranks import order_statistics
+from taskvec.merging.recipes import FIXED, MIDDLE, Method, register
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from collections.abc import Callable
@@ -116,48 +117,93 @@ def elect(vectors: Float32[Tensor, " tasks *shape"], fuse: Fuse) -> Float32[Tens
     return merged if fuse == "sum" else merged / agreeing.sum(0, dtype=vectors.dtype).clip(1)
 
 
-def ties(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Ties) -> Float32[Tensor, " *shape"]:
+def ties(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Ties) -> Float32[Tensor, " *shape"]:
     """Return the mean of the trimmed tau_t that have the elected sign, sgn(sum_t trim(tau_t)) (arXiv 2306.01708).
 
     trim keeps what is at least as large as the threshold of the authors' code, the (n - int(0.2 n))-th smallest of n
     magnitudes. Where kept values cancel exactly the code takes the whole vector's majority sign; here none is elected.
     """
-    kept = vectors * (abs(vectors) >= by_task(part.whole, vectors))
+    kept = vectors * (abs(vectors) >= by_task(entry.global_statistics, vectors))
     return elect(kept, config.fuse)
 
 
-def dare(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Dare) -> Float32[Tensor, " tasks *shape"]:
+register(
+    Method(
+        name="ties",
+        function=ties,
+        description="the largest entries, a sign elected for each, the mean of those that have it",
+        reference="Yadav et al., TIES-Merging, arXiv 2306.01708",
+        scales=MIDDLE,
+        config=Ties,
+        survey=trim_thresholds,
+        laws=frozenset({"order", "homogeneous"}),
+        elementwise=True,
+        arrays=True,
+    )
+)
+
+
+def dare(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Dare) -> Float32[Tensor, " tasks *shape"]:
     """Return (1 - m) tau_t / (1 - p), m drawn from Bernoulli(p) for every entry (arXiv 2311.03099)."""
     kept = vectors.clone()
     for task in range(len(vectors)):
-        kept[task] *= part.uniform(task) >= config.drop
+        kept[task] *= entry.uniform(task) >= config.drop
     return kept / (1 - config.drop)
 
 
-def della(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Della) -> Float32[Tensor, " *shape"]:
+register(
+    Method(
+        name="dare",
+        function=dare,
+        description="random entries dropped and the others scaled up; before any other method",
+        reference="Yu et al., Language models are super Mario, arXiv 2311.03099",
+        role="transform",
+        config=Dare,
+        needs=frozenset({"seed"}),
+        laws=frozenset({"homogeneous"}),
+        elementwise=True,
+    )
+)
+
+
+def della(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Della) -> Float32[Tensor, " *shape"]:
     """Return sum_t of the elected sign of (1 - m) tau_t / (1 - p), p falling with magnitude (arXiv 2406.11617).
 
     Within a row (the first dimension's; a vector is one row) p falls linearly with the rank of the magnitude, from drop
     + epsilon to drop - epsilon. The paper takes the mean of the elected, mergekit's della the sum; see ``fuse``.
     """
-    base = part.base.flatten(1) if part.base.ndim > 1 else part.base.reshape(1, -1)
+    base = entry.base.flatten(1) if entry.base.ndim > 1 else entry.base.reshape(1, -1)
     stacks, columns = vectors.reshape(len(vectors), *base.shape), base.shape[1]
     merged, step = base.new_empty(base.shape), max(1, BLOCK // max(1, len(vectors) * columns))
     for start in range(0, len(base), step):
         block = slice(start, start + step)
-        own = replace(part, base=base[block], start=part.start + start * columns)
-        merged[block] = elect(thinned(stacks[:, block], own, config), config.fuse)
-    return merged.view(part.base.shape)
+        rows_entry = replace(entry, base=base[block], start=entry.start + start * columns)
+        merged[block] = elect(thinned(stacks[:, block], rows_entry, config), config.fuse)
+    return merged.view(entry.base.shape)
+
+
+register(
+    Method(
+        name="della",
+        function=della,
+        description="entries dropped by chance and magnitude, a sign elected for each, the sum of those that have it",
+        reference="Deep et al., DELLA-Merging, arXiv 2406.11617",
+        scales=MIDDLE,
+        config=Della,
+        needs=frozenset({"seed"}),
+        laws=frozenset({"homogeneous"}),
+    )
+)
 
 
 def thinned(
-    vectors: Float32[Tensor, "tasks rows columns"], part: Part, config: Della
+    vectors: Float32[Tensor, "tasks rows columns"], entry: Entry, config: Della
 ) -> Float32[Tensor, "tasks rows columns"]:
     """Return some rows of every task with entries dropped by chance, and the others scaled up."""
     kept = vectors.clone()
     for task, vector in enumerate(vectors):
         chance = 1 - drop_chances(vector, config)
-        kept[task] *= (part.uniform(task) < chance) / chance
+        kept[task] *= (entry.uniform(task) < chance) / chance
     return kept
 
 
@@ -169,7 +215,7 @@ def drop_chances(matrix: Float32[Tensor, "rows columns"], config: Della) -> Floa
 
 
 def breadcrumbs(
-    vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Breadcrumbs
+    vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Breadcrumbs
 ) -> Float32[Tensor, " tasks *shape"]:
     """Return tau_t without its gamma n largest magnitudes and with the beta n next ones alone (arXiv 2312.06795).
 
@@ -185,6 +231,19 @@ def breadcrumbs(
         chosen = largest(vector, min(count, dropped + kept)) ^ largest(vector, dropped)
         torch.where(chosen, vector, out, out=out)
     return middle
+
+
+register(
+    Method(
+        name="breadcrumbs",
+        function=breadcrumbs,
+        description="the entries of each tensor without outliers and without small ones; before any other method",
+        reference="Davari and Belilovsky, Model Breadcrumbs, arXiv 2312.06795",
+        role="transform",
+        config=Breadcrumbs,
+        laws=frozenset({"order", "homogeneous"}),
+    )
+)
 
 
 def largest(vector: Float32[Tensor, " *shape"], count: int) -> Bool[Tensor, " *shape"]:
@@ -203,7 +262,7 @@ def largest(vector: Float32[Tensor, " *shape"], count: int) -> Bool[Tensor, " *s
     return chosen
 
 
-def magmax(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Settings) -> Float32[Tensor, " *shape"]:
+def magmax(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Settings) -> Float32[Tensor, " *shape"]:
     """Return tau_t of the task t whose magnitude is largest, entry by entry (arXiv 2407.06322).
 
     Of equal magnitudes the positive one wins, so that the order of tasks does not matter (the code takes the later).
@@ -215,12 +274,25 @@ def magmax(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Settin
     return best
 
 
+register(
+    Method(
+        name="magmax",
+        function=magmax,
+        description="of every entry the one with the largest magnitude",
+        reference="Marczak et al., MagMax, arXiv 2407.06322",
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+        arrays=True,
+    )
+)
+
+
 def tall_mask(vectors: Float32[Tensor, " tasks *shape"], k: float) -> Bool[Tensor, " tasks *shape"]:
     """Return abs(tau_t) > k * abs(sum_s tau_s - tau_t) (arXiv 2405.07813)."""
     return abs(vectors) > k * abs(total(vectors) - vectors)
 
 
-def consensus(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Consensus) -> Float32[Tensor, " *shape"]:
+def consensus(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Consensus) -> Float32[Tensor, " *shape"]:
     """Return sum_t tau_t where at least ``at_least`` of the tasks' masks hold, else 0 (arXiv 2405.07813).
 
     The authors choose k for each task on validation; here it is one hyperparameter. With fewer tasks all must agree.
@@ -229,10 +301,39 @@ def consensus(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Con
     return total(vectors) * used
 
 
-def tall_masks(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Tall) -> Masked:
+register(
+    Method(
+        name="consensus",
+        function=consensus,
+        description="the sum of the vectors where at least two tasks use an entry",
+        reference="Wang et al., Localizing task information, arXiv 2405.07813",
+        config=Consensus,
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+        arrays=True,
+    )
+)
+
+
+def tall_masks(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Tall) -> Masked:
     """Return sum_s tau_s under each task's mask, abs(tau_t) > k abs(sum_s tau_s - tau_t) (arXiv 2405.07813)."""
-    common = total(vectors)
-    return Masked(common, tall_mask(vectors, config.k), vectors.new_ones(len(vectors)))
+    shared = total(vectors)
+    return Masked(shared, tall_mask(vectors, config.k), vectors.new_ones(len(vectors)))
+
+
+register(
+    Method(
+        name="tall_masks",
+        function=tall_masks,
+        description="the sum of the vectors under a mask of each task",
+        reference="Wang et al., Localizing task information, arXiv 2405.07813",
+        scales=FIXED,
+        role="per-task",
+        config=Tall,
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+    )
+)
 
 
 def unify(vectors: Float32[Tensor, " tasks *shape"]) -> tuple[Tensor, Tensor]:
@@ -257,13 +358,28 @@ def emr_rescales(entries: Entries, config: Settings) -> Float32[Tensor, " tasks"
     return rescales.float()
 
 
-def emr(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Settings) -> Masked:
+def emr(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Settings) -> Masked:
     """Return lambda_t M_t unified: elected, masked where signs agree, rescaled to the norm of tau_t (arXiv 2405.17461).
 
     lambda_t = sum abs(tau_t) / sum abs(M_t unified) as in the paper; their code adds up the means of each tensor.
     """
     unified, masks = unify(vectors)
-    return Masked(unified, masks, part.whole.to(vectors.device))
+    return Masked(unified, masks, entry.global_statistics.to(vectors.device))
+
+
+register(
+    Method(
+        name="emr",
+        function=emr,
+        description="one elected vector under a mask of each task, rescaled for each",
+        reference="Huang et al., EMR-Merging, arXiv 2405.17461",
+        scales=FIXED,
+        role="per-task",
+        survey=emr_rescales,
+        laws=frozenset({"one task", "order", "homogeneous"}),
+        elementwise=True,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -306,13 +422,28 @@ def scores(
     return (len(vectors) * (unit(vectors.abs(), clip) ** 2 - 1)).exp() * (vectors * total(vectors)).tanh()
 
 
-def pcb(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Pcb) -> Float32[Tensor, " *shape"]:
+def pcb(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Pcb) -> Float32[Tensor, " *shape"]:
     """Return sum_t s_t tau_t / sum_t s_t, s_t the score above its (1 - keep) quantile, from 0 to 1 (arXiv 2410.02396).
 
     Follows the authors' code: magnitudes are clipped at their 0.0001 quantiles from below and above, and the tanh of
     tau_t times the sum of all stands for the softmax over pairs in the paper's equation 3.
     """
-    low, high = (by_task(end, vectors) for end in part.whole.clip.T)
-    weights = unit(scores(vectors, part.whole.clip), part.whole.keep)
+    low, high = (by_task(end, vectors) for end in entry.global_statistics.clip.T)
+    weights = unit(scores(vectors, entry.global_statistics.clip), entry.global_statistics.keep)
     clipped = vectors.sign() * vectors.abs().clamp(low, high)
     return total(clipped * weights) / total(weights).clamp(min=1e-12)
+
+
+register(
+    Method(
+        name="pcb",
+        function=pcb,
+        description="the mean weighted by how important an entry is to its task and to the others",
+        reference="Du et al., Parameter Competition Balancing, arXiv 2410.02396",
+        scales=MIDDLE,
+        config=Pcb,
+        survey=importance,
+        laws=frozenset({"order"}),
+        elementwise=True,
+    )
+)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, FiniteFloat
 
 from taskvec.core.settings import Count, Rate, Settings
-from taskvec.merging.entries import Part
+from taskvec.merging.entries import Entry
 from taskvec.merging.methods.averaging import average, total
-from taskvec.merging.methods.directions import Columns, Directions, decompose, joined, multiply
+from taskvec.merging.methods.singular import Columns, TruncatedSVD, decompose, joined, multiply
+from taskvec.merging.recipes import MIDDLE, WIDE, Method, register
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Float32
@@ -22,7 +23,7 @@ ROWS = 1 << 17
 
 
 class IsoCts(Settings):
-    """The share of directions that all tasks have in common; the others are shared out among the tasks."""
+    """The share of singular vectors that all tasks have in common; the others are shared out among the tasks."""
 
     k: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.8
 
@@ -34,17 +35,17 @@ class Wudi(Settings):
     learning_rate: Rate = 1e-5
 
 
-Function = Callable[["Float32[Tensor, ' tasks *shape']", Part, Any], "Float32[Tensor, ' *shape']"]
+Function = Callable[["Float32[Tensor, ' tasks *shape']", Entry, Any], "Float32[Tensor, ' *shape']"]
 
 
 def on_matrices(function: Callable[[Float32[Tensor, "tasks rows columns"], Any], Tensor]) -> Function:
     """Give a method the linear maps as matrices, kernels flattened to [outputs, inputs * size]; average the rest."""
 
     @wraps(function)
-    def merged(vectors: Float32[Tensor, " tasks *shape"], part: Part, config: Any) -> Float32[Tensor, " *shape"]:
-        if part.kind != "matrix":
-            return average(vectors, part, config)
-        return function(vectors.flatten(2), config).reshape(part.base.shape)
+    def merged(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Any) -> Float32[Tensor, " *shape"]:
+        if entry.kind != "matrix":
+            return average(vectors, entry, config)
+        return function(vectors.flatten(2), config).reshape(entry.base.shape)
 
     return merged
 
@@ -67,7 +68,7 @@ def columns_of(vector: Float32[Tensor, "rows columns"]) -> Columns:
 
 
 def summed(vectors: Float32[Tensor, "tasks rows columns"]) -> Columns:
-    """Return the sum over tasks, added up in float64 so that no rounding looks like a direction."""
+    """Return the sum over tasks, added up in float64 so that no rounding looks like a singular vector."""
 
     def read(place: slice) -> Tensor:
         piece = vectors[0][:, place].double()
@@ -83,28 +84,54 @@ def summed(vectors: Float32[Tensor, "tasks rows columns"]) -> Columns:
 def tsv_m(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> Float32[Tensor, "rows columns"]:
     """Return U' S V'^T, U' and V' nearest orthogonal to the tasks' joined U_t and V_t of rank r/T (arXiv 2412.00081).
 
-    S joins the tasks' largest r/T singular values. With more tasks than dimensions each keeps one direction, where the
+    S joins the tasks' largest r/T singular values. With more tasks than dimensions each keeps one vector, where the
     authors' code keeps none.
     """
     import torch
 
     rank = max(1, vectors.shape[1] // len(vectors))
-    found = [decompose(columns_of(vector), rank) for vector in vectors]
-    return joined(found, torch.cat([one.sizes for one in found]))
+    parts = [decompose(columns_of(vector), rank) for vector in vectors]
+    return joined(parts, torch.cat([part.values for part in parts]))
+
+
+register(
+    Method(
+        name="tsv_m",
+        function=tsv_m,
+        description="the largest singular vectors of every task, made orthogonal to each other",
+        reference="Gargiulo et al., Task singular vectors, arXiv 2412.00081",
+        scales=WIDE,
+        laws=frozenset({"order", "homogeneous"}),
+        matrices=True,
+    )
+)
 
 
 @on_matrices
 @wide
 def iso_c(vectors: Float32[Tensor, "tasks rows columns"], config: Settings) -> Float32[Tensor, "rows columns"]:
     """Return mean(S) U V^T of the sum's SVD, sum_t tau_t = U S V^T (arXiv 2502.04959)."""
-    found = decompose(summed(vectors))
-    mean = found.sizes.sum() / len(found.left)
-    return multiply((found.left * (mean / found.sizes)) @ found.left.mT, found.matrix)
+    svd = decompose(summed(vectors))
+    mean = svd.values.sum() / len(svd.left)
+    return multiply((svd.left * (mean / svd.values)) @ svd.left.mT, svd.matrix)
+
+
+register(
+    Method(
+        name="iso_c",
+        function=iso_c,
+        description="the sum of the vectors with all singular values of a matrix made equal",
+        reference="Marczak et al., No task left behind, arXiv 2502.04959",
+        scales=WIDE,
+        laws=frozenset({"order", "homogeneous"}),
+        matrices=True,
+    )
+)
 
 
 @on_matrices
 def iso_cts(vectors: Float32[Tensor, "tasks rows columns"], config: IsoCts) -> Float32[Tensor, "rows columns"]:
-    """Return mean(S') U' V'^T: directions of the sum, and of what each task has outside them (arXiv 2502.04959).
+    """Return mean(S') U' V'^T: singular vectors of the sum, and of what each task has outside them (arXiv 2502.04959).
 
     The sum gives about k r directions and each task (1 - k) r / T of its residual tau_t - U U^T tau_t, rounded as in
     the authors' code; U' and V' are nearest orthogonal to all of them, and mean(S') is over r values.
@@ -114,34 +141,48 @@ def iso_cts(vectors: Float32[Tensor, "tasks rows columns"], config: IsoCts) -> F
     return _iso_cts(vectors, config.k, outside_left)
 
 
+register(
+    Method(
+        name="iso_cts",
+        function=iso_cts,
+        description="iso_c on shared singular vectors and on every task's own",
+        reference="Marczak et al., No task left behind, arXiv 2502.04959",
+        scales=WIDE,
+        config=IsoCts,
+        laws=frozenset({"order", "homogeneous"}),
+        matrices=True,
+    )
+)
+
+
 def _iso_cts(
-    vectors: Float32[Tensor, "tasks rows columns"], k: float, outside: Callable[[Tensor, Directions], Columns]
+    vectors: Float32[Tensor, "tasks rows columns"], k: float, outside: Callable[[Tensor, TruncatedSVD], Columns]
 ) -> Float32[Tensor, "rows columns"]:
     import torch
 
     tasks, rank, _ = vectors.shape
-    own = min(round((rank - int(rank * k)) / tasks), rank // tasks)
-    common = decompose(summed(vectors), rank - own * tasks)
-    found = [common, *(decompose(outside(vector, common), own) for vector in vectors if own)]
-    return joined(found, torch.cat([one.sizes for one in found]).sum() / rank)
+    rank_of_each = min(round((rank - int(rank * k)) / tasks), rank // tasks)
+    shared = decompose(summed(vectors), rank - rank_of_each * tasks)
+    parts = [shared, *(decompose(outside(vector, shared), rank_of_each) for vector in vectors if rank_of_each)]
+    return joined(parts, torch.cat([part.values for part in parts]).sum() / rank)
 
 
-def outside_left(vector: Float32[Tensor, "rows columns"], common: Directions) -> Columns:
-    """Return what a matrix has outside the left directions of another: x - U U^T x."""
+def outside_left(vector: Float32[Tensor, "rows columns"], shared: TruncatedSVD) -> Columns:
+    """Return what a matrix has outside the left singular vectors of another: x - U U^T x."""
 
     def read(place: slice) -> Tensor:
         piece = vector[:, place].double()
-        return piece.sub_(common.left @ (common.left.mT @ piece))
+        return piece.sub_(shared.left @ (shared.left.mT @ piece))
 
     return Columns(read, len(vector), vector.shape[1], float(vector.norm()))
 
 
-def outside_right(vector: Float32[Tensor, "rows columns"], common: Directions) -> Columns:
-    """Return what a matrix has outside the right directions of another: x - x V V^T."""
-    within: Any = sum(piece @ common.right(place).mT for place, piece in columns_of(vector))
+def outside_right(vector: Float32[Tensor, "rows columns"], shared: TruncatedSVD) -> Columns:
+    """Return what a matrix has outside the right singular vectors of another: x - x V V^T."""
+    within: Any = sum(piece @ shared.right(place).mT for place, piece in columns_of(vector))
 
     def read(place: slice) -> Tensor:
-        return vector[:, place].double().sub_(within @ common.right(place))
+        return vector[:, place].double().sub_(within @ shared.right(place))
 
     return Columns(read, len(vector), vector.shape[1], float(vector.norm()))
 
@@ -168,6 +209,20 @@ def wudi(vectors: Float32[Tensor, "tasks rows columns"], config: Wudi) -> Float3
         goal: Any = sum(((vector[rows] * factor) @ vector.mT) @ vector for vector, factor in scaled)
         _descend(merged[rows], pull, goal, config)
     return merged
+
+
+register(
+    Method(
+        name="wudi",
+        function=wudi,
+        description="matrices that disturb the inputs of every task least, by gradient descent",
+        reference="Cheng et al., Whoever started the interference, arXiv 2503.08099",
+        scales=MIDDLE,
+        config=Wudi,
+        laws=frozenset({"one task", "order"}),
+        matrices=True,
+    )
+)
 
 
 def _pull(scaled: Sequence[tuple[Tensor, float]]) -> Callable[[Tensor], Tensor]:

@@ -62,7 +62,7 @@ def choose_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -
     curves = [read_json(folder / "probe.json") for folder in inputs["probes"]]
     means = np.mean([curve["validation"] for curve in curves], axis=0)
     rates = curves[0]["rates"]
-    best = search.choose(rates, means.tolist())
+    best = search.argmax(rates, means.tolist())
     write_json(out / "rate.json", {"index": rates.index(best), "rate": best})
 
 
@@ -85,7 +85,7 @@ def zero_shot(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     texts, scale = backbones.text_features(config["address"], every, config["allow_pickle"])
     head = zero_shot_head(class_texts(texts, list(map(len, groups))) if several else texts, scale)
     save_head(head, out)
-    right = evaluation.correct(backbone, backbone.pretrained, task.validation, head)
+    right = evaluation.per_image_scores(backbone, backbone.pretrained, task.validation, head)
     write_json(out / "metrics.json", {"validation": float(right.mean())})
 
 
@@ -119,7 +119,7 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
     if "trial" not in config:
         save(weights, out / "encoder.safetensors")
         save_head(head, out)
-    right = evaluation.correct(backbone, weights, task.validation, head)
+    right = evaluation.per_image_scores(backbone, weights, task.validation, head)
     tell_unlearned(right)
     facts |= {} if head.kind == CLASSIFICATION else {"metric": head.task_type.metric}
     write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
@@ -158,8 +158,7 @@ def finetune_joint(config: Config, inputs: Inputs, out: Path, progress: Progress
     weights = finetuning.finetune_joint(backbone, every, heads, settings, config["seed"], config["precision"], progress)
     save(weights, out / "encoder.safetensors")
     measured = [
-        float(evaluation.correct(backbone, weights, task.validation, head).mean())
-        for task, head in zip(every, heads, strict=True)
+        evaluation.accuracy(backbone, weights, task.validation, head) for task, head in zip(every, heads, strict=True)
     ]
     write_json(out / "metrics.json", {"validation": measured, **training_facts(config, settings, backbone)})
 
@@ -176,7 +175,7 @@ def import_finetuned(config: Config, inputs: Inputs, out: Path, progress: Progre
         head = brought.head_of(found, config["classes"], task, backbone.width, start)
     save(found.encoder, out / "encoder.safetensors")
     save_head(head, out)
-    right = evaluation.correct(backbone, found.encoder, task.validation, head)
+    right = evaluation.per_image_scores(backbone, found.encoder, task.validation, head)
     tell_unlearned(right)
     facts: Config = {"metric": head.task_type.metric} if head.kind != CLASSIFICATION else {}
     if "head" in config and found.classifier:
@@ -190,5 +189,5 @@ def choose_learning_rate(config: Config, inputs: Inputs, out: Path, progress: Pr
     """Choose the fine-tuning rate with the highest validation accuracy on one task; ties go to the smaller."""
     rates, values = config["rates"], validations(inputs["finetuned"])
     write_json(
-        out / "rate.json", {"rate": search.choose(rates, values)}
+        out / "rate.json", {"rate": search.argmax(rates, values)}
     )  # no more: what reads it depends on the choice alone

@@ -15,7 +15,7 @@ from taskvec.deploy import model
 from taskvec.engine.pipeline import on_cpu, step_type
 from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import disentanglement as disentangling
-from taskvec.evaluation import negation as arithmetic
+from taskvec.evaluation import negation
 from taskvec.evaluation import scale_search as search
 from taskvec.merging import in_memory as buffers
 from taskvec.merging.registry import ADDITION
@@ -43,14 +43,14 @@ def negate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
     backbone, (forget, control) = open_backbone(inputs, config), open_tasks(inputs)
     first, second = open_heads(inputs)
     vector = open_task_vectors(inputs, backbone)[0]
-    found = arithmetic.negate(
+    found = negation.negate(
         backbone, vector, (forget, control), (first, second), config["scales"], config["keep"], progress
     )
     test = {}
     for name, scale in (("before", 0.0), ("after", found.scale)):
         weights = vectors.add(backbone.pretrained, vector, -scale)
         pairs = ((forget, first), (control, second))
-        test[name] = [float(evaluation.correct(backbone, weights, task.test, head).mean()) for task, head in pairs]
+        test[name] = [evaluation.accuracy(backbone, weights, task.test, head) for task, head in pairs]
     write_json(out / "negation.json", {**vars(found), "test": test})
 
 
@@ -59,22 +59,22 @@ def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     """Touch a task's test split, once: the baselines, fine-tuned, and what validation chose for every candidate."""
     backbone, task, own = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
     probed = open_head(inputs, "probe")
-    right = {"probing": evaluation.correct(backbone, backbone.pretrained, task.test, probed)}
+    right = {"probing": evaluation.per_image_scores(backbone, backbone.pretrained, task.test, probed)}
     if "zero_shot" in inputs:
         zero = open_head(inputs, "zero_shot")
-        right["zero_shot"] = evaluation.correct(backbone, backbone.pretrained, task.test, zero)
+        right["zero_shot"] = evaluation.per_image_scores(backbone, backbone.pretrained, task.test, zero)
     if "joint" in inputs:
         joint = open_encoder(inputs["joint"][0], backbone)
-        right["joint"] = evaluation.correct(backbone, joint, task.test, probed)
+        right["joint"] = evaluation.per_image_scores(backbone, joint, task.test, probed)
     tuned = open_encoder(inputs["finetuned"][0], backbone)
-    right["fine_tuned"] = evaluation.correct(backbone, tuned, task.test, own)
+    right["fine_tuned"] = evaluation.per_image_scores(backbone, tuned, task.test, own)
     progress(2 / (2 + len(config["candidates"])))
     for index, kind in enumerate(config["candidates"]):
         scale = read_json(inputs["choices"][index] / "choice.json")["scale"]
         vector, estimated = open_vector(inputs["merged"][index], backbone, config), inputs.get(f"statistics{index}", [])
         weights = merged_weights(backbone, vector, scale, estimated)
         head = own if kind == "kept" else find_head(inputs[f"rounds{index}"], scale)
-        right[str(index)] = evaluation.correct(backbone, weights, task.test, head)
+        right[str(index)] = evaluation.per_image_scores(backbone, weights, task.test, head)
         progress((3 + index) / (2 + len(config["candidates"])))
     np.savez(out / "correct.npz", **right)  # type: ignore[arg-type]
     write_json(out / "test.json", {name: float(values.mean()) for name, values in right.items()})
@@ -85,7 +85,7 @@ def own_accuracy(config: Config, inputs: Inputs, out: Path, progress: Progress) 
     """Measure a task with its own fine-tuned encoder on a sample of validation images, for all sets that hold it."""
     backbone, task, heads = open_backbone(inputs, config), open_task(inputs), open_heads(inputs, "finetuned")
     few = replace(task, validation=task.validation.sample(config["samples"]))
-    [found] = search.own_accuracies(backbone, open_task_vectors(inputs, backbone), [few], heads)
+    [found] = evaluation.fine_tuned_accuracies(backbone, open_task_vectors(inputs, backbone), [few], heads)
     write_json(out / "metrics.json", {"validation": found})
 
 
@@ -98,12 +98,12 @@ def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> Non
     if config["merge"]:
         few = [replace(task, validation=task.validation.sample(config["samples"])) for task in every]
         normal = validations(inputs["own"])
-        merged = search.direction(backbone.pretrained, tuned, ADDITION)
+        merged = buffers.merge_vectors(backbone.pretrained, tuned, ADDITION)
         chosen = search.coarse_search(backbone, merged, few, heads, normal, config["grid"])
         progress(0.5)
         weights = vectors.add(backbone.pretrained, merged, chosen.scale)
         pairs = zip(every, heads, strict=True)
-        test = [float(evaluation.correct(backbone, weights, task.test, head).mean()) for task, head in pairs]
+        test = [evaluation.accuracy(backbone, weights, task.test, head) for task, head in pairs]
         found = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
         found["fine_tuned"] = normal
         progress(0.8)
@@ -139,8 +139,8 @@ def units_of(config: Config, right: Mapping[str, Any]) -> dict[str, float]:
 
 def gains_over(base: Mapping[str, Any], ours: Mapping[str, Any], units: Mapping[str, float]) -> dict[str, Any]:
     """Return the gain of each task, and of all together unless a unit is zero."""
-    found = {name: vars(evaluation.paired_gain({name: ours[name]}, {name: base[name]})) for name in base}
-    return found | ({"": vars(evaluation.paired_gain(ours, base, of=units))} if all(units.values()) else {})
+    found = {name: vars(evaluation.paired_bootstrap({name: ours[name]}, {name: base[name]})) for name in base}
+    return found | ({"": vars(evaluation.paired_bootstrap(ours, base, of=units))} if all(units.values()) else {})
 
 
 @step_type(2, ("torch", "numpy"), threaded=on_cpu)
@@ -208,7 +208,7 @@ def best_candidate(config: Config, inputs: Inputs) -> dict[str, Any]:
     """
     tuned, probed = validations(inputs["finetuned"]), validations(inputs["probe"])
     best = {"method": "probing", "heads": "kept", "scale": 0.0, "validation": float(np.mean(probed)), "index": None}
-    highest = search.value_of(probed, tuned)
+    highest = search.objective(probed, tuned)
     for index, candidate in enumerate(config["candidates"]):
         choice = read_json(inputs["choices"][index] / "choice.json")
         if choice["value"] > highest:

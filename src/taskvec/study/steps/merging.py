@@ -19,7 +19,7 @@ from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import always, on_cpu, step_type
 from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import scale_search as search
-from taskvec.evaluation.alignment import agreement_curve
+from taskvec.evaluation.alignment import alignment_curve
 from taskvec.learning.heads import accuracy, features_of, save_heads
 from taskvec.learning.surgery import operate
 from taskvec.merging import in_memory as buffers
@@ -110,7 +110,7 @@ def reestimated_curve(config: Config, inputs: Inputs, out: Path, progress: Progr
     vector, curve = open_vector(inputs["merged"][0], backbone, config), {}
     for scale in config["scales"]:
         weights = merged_weights(backbone, vector, scale, inputs["statistics"])
-        curve[scale] = float(evaluation.correct(backbone, weights, task.validation, head).mean())
+        curve[scale] = evaluation.accuracy(backbone, weights, task.validation, head)
         progress(len(curve) / len(config["scales"]))
     write_curve(out, config["scales"], curve)
 
@@ -126,17 +126,24 @@ def per_task_scales(config: Config, inputs: Inputs, out: Path, progress: Progres
     start = read_json(inputs["choice"][0] / "choice.json")["scale"]
     few = [replace(task, validation=task.validation.sample(config["samples"])) for task in every]
     found = search.coordinate_search(
-        backbone, tuned, few, heads, search.own_accuracies(backbone, tuned, few, heads), config["grid"], start, progress
+        backbone,
+        tuned,
+        few,
+        heads,
+        evaluation.fine_tuned_accuracies(backbone, tuned, few, heads),
+        config["grid"],
+        start,
+        progress,
     )
     measured = {}
     with backbone.at():
         for scales in ((start,) * len(every), found.scales):
             vectors.move(backbone.bound, backbone.pretrained, tuned, scales)
-            measured[scales] = search.accuracies(backbone, every, heads)
-    best = max(measured, key=lambda scales: search.value_of(measured[scales], normal))  # ties keep the common one
+            measured[scales] = evaluation.accuracies(backbone, every, heads)
+    best = max(measured, key=lambda scales: search.objective(measured[scales], normal))  # ties keep the common one
     total = torch.stack([vector.flat * scale for vector, scale in zip(tuned, best, strict=True)]).sum(0)
     save(backbone.pretrained.with_flat(total), out / "direction.safetensors")
-    chosen: dict[str, Any] = {"scale": 1.0, "scales": best, "value": search.value_of(measured[best], normal)}
+    chosen: dict[str, Any] = {"scale": 1.0, "scales": best, "value": search.objective(measured[best], normal)}
     chosen |= {"accuracy": float(np.mean(measured[best])), "measured": list(measured.items())}
     write_json(out / "choice.json", chosen | {"tried": [one for one in found.tried if one[0] not in measured]})
 
@@ -199,7 +206,7 @@ def agreement(config: Config, inputs: Inputs, out: Path, progress: Progress) -> 
     backbone, task = open_backbone(inputs, config), open_task(inputs)
     vector, tuned = open_vector(inputs["merged"][0], backbone, config), open_encoder(inputs["finetuned"][0], backbone)
     images, per_patch = task.train.sample(config["images"]).images, TASK_TYPES[task.kind].per_patch
-    values = agreement_curve(backbone, vector, tuned, images, config["scales"], per_patch, progress)
+    values = alignment_curve(backbone, vector, tuned, images, config["scales"], per_patch, progress)
     write_json(out / "agreement.json", {"scales": config["scales"], "values": values})
 
 
@@ -213,10 +220,10 @@ def choose_scale(config: Config, inputs: Inputs, out: Path, progress: Progress) 
         curves = [read_json(folder / "curve.json") for folder in inputs[role]]
         scales += curves[0]["scales"]
         rows += zip(*(curve["validation"] for curve in curves), strict=True)
-    values = [search.value_of(row, tuned) for row in rows]
-    best = search.choose(scales, values)
+    values = [search.objective(row, tuned) for row in rows]
+    best = search.argmax(scales, values)
     if not config["refine"] and best == max(config["grid"]) > min(config["grid"]):
         note(f"the largest scale that was tried, {best:g}, is the best: a wider grid (scales) may give more")
-    after = search.refine(config["grid"], scales, best, config["refine"]) if config["refine"] else []
+    after = search.untried_neighbours(config["grid"], scales, best, config["refine"]) if config["refine"] else []
     chosen = {"scale": best, "value": values[scales.index(best)], "accuracy": float(np.mean(rows[scales.index(best)]))}
     write_json(out / "choice.json", chosen | {"next": after})

@@ -1,8 +1,8 @@
-"""Singular directions of matrices that are read in pieces of columns: no copy in float64 is ever held.
+"""Singular vectors of matrices that are read in pieces of columns: no copy in float64 is ever held.
 
-A matrix has at most as many rows as columns (it is transposed otherwise). Its left directions come from the Gram matrix
-of its rows, or where that is not exact enough from the triangle R of a QR decomposition; both are summed over pieces.
-Right directions are not stored: V^T = S^-1 U^T M is computed piece by piece where it is read. Directions whose singular
+A matrix has at most as many rows as columns (it is transposed otherwise). Its left singular vectors come from the Gram
+matrix of its rows, or where that is not exact enough from the triangle R of a QR decomposition; both are summed over
+pieces. Right ones are not stored: V^T = S^-1 U^T M is computed piece by piece where it is read. Vectors whose singular
 value is below float32's rounding of the largest one say nothing and are left out, so that no result depends on how a
 null space happens to be completed.
 """
@@ -45,22 +45,22 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Directions:
-    """The largest singular directions of a matrix: U, S, and V^T by pieces of columns."""
+class TruncatedSVD:
+    """The largest singular values of a matrix with their vectors: U, S, and V^T by pieces of columns."""
 
     left: Float64[Tensor, "rows rank"]
-    sizes: Float64[Tensor, " rank"]
+    values: Float64[Tensor, " rank"]
     matrix: Columns
 
     def right(self, place: slice) -> Float64[Tensor, "rank piece"]:
         """Return some columns of V^T."""
-        return (self.left.mT @ self.matrix.read(place)).div_(self.sizes[:, None])
+        return (self.left.mT @ self.matrix.read(place)).div_(self.values[:, None])
 
 
-def decompose(matrix: Columns, most: int | None = None) -> Directions:
-    """Return the singular directions of a matrix without null ones, the ``most`` largest at most.
+def decompose(matrix: Columns, most: int | None = None) -> TruncatedSVD:
+    """Return the singular values and vectors of a matrix without null ones, the ``most`` largest at most.
 
-    A direction is null below the rounding of the largest one, or of the matrix's ``size``.
+    A value is null below the rounding of the largest one, or of the matrix's ``size``.
     """
     import torch
 
@@ -68,11 +68,11 @@ def decompose(matrix: Columns, most: int | None = None) -> Directions:
     most = len(squares) if most is None else min(most, len(squares))
     if most and squares[-most] < WORST * squares[-1]:
         del left
-        left, sizes, _ = torch.linalg.svd(_triangle(matrix).mT, full_matrices=False)
+        left, values, _ = torch.linalg.svd(_triangle(matrix).mT, full_matrices=False)
     else:
-        left, sizes = left.flip(1), squares.flip(0).clamp(min=0).sqrt()
-    count = min(most, int((sizes > ROUNDING * sizes[:1].clamp(min=matrix.size)).sum()))
-    return Directions(left[:, :count].clone(), sizes[:count].clone(), matrix)
+        left, values = left.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    count = min(most, int((values > ROUNDING * values[:1].clamp(min=matrix.size)).sum()))
+    return TruncatedSVD(left[:, :count].clone(), values[:count].clone(), matrix)
 
 
 def _gram(matrix: Columns) -> Float64[Tensor, "rows rows"]:
@@ -106,8 +106,8 @@ def multiply(factor: Float64[Tensor, "new rows"], matrix: Columns) -> Float32[Te
 
 def orthogonaliser(matrix: Columns) -> Float64[Tensor, "rows rows"]:
     """Return what a matrix is to be multiplied with from the left to be U V^T of its SVD: U S^-1 U^T."""
-    found = decompose(matrix)
-    return (found.left / found.sizes) @ found.left.mT
+    svd = decompose(matrix)
+    return (svd.left / svd.values) @ svd.left.mT
 
 
 def nearest_orthogonal(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tensor, "rows columns"]:
@@ -117,12 +117,12 @@ def nearest_orthogonal(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tenso
     return orthogonaliser(Columns(lambda place: matrix[:, place], *matrix.shape)) @ matrix
 
 
-def joined(found: Sequence[Directions], sizes: Float64[Tensor, " rank"]) -> Float32[Tensor, "rows columns"]:
-    """Return U' S V'^T, U' and V' nearest orthogonal to the left and the right directions of several matrices."""
+def joined(parts: Sequence[TruncatedSVD], values: Float64[Tensor, " rank"]) -> Float32[Tensor, "rows columns"]:
+    """Return U' S V'^T, U' and V' nearest orthogonal to the left and the right singular vectors of several matrices."""
     import torch
 
-    rank, columns = sum(len(one.sizes) for one in found), found[0].matrix.count
-    rights = Columns(lambda place: torch.cat([one.right(place) for one in found]), rank, columns)
+    rank, columns = sum(len(part.values) for part in parts), parts[0].matrix.count
+    rights = Columns(lambda place: torch.cat([part.right(place) for part in parts]), rank, columns)
     right = orthogonaliser(rights)
-    left = nearest_orthogonal(torch.cat([one.left for one in found], 1)).mul_(sizes)
+    left = nearest_orthogonal(torch.cat([part.left for part in parts], 1)).mul_(values)
     return multiply(left @ right, rights)
