@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_folder_task
+from taskvec.study.forecast.step_cost import COUNTS, Work, task_size, total
 from test_pipeline import Quiet
 from typer.testing import CliRunner
 
@@ -31,7 +32,6 @@ from taskvec.paper.tasks import TASKS
 from taskvec.study.files import open_study, parse_study
 from taskvec.study.forecast.estimate import DEVICES, Forecast, decoded_bytes, forecast, report, seconds
 from taskvec.study.forecast.model_cost import PAPER, Transformer, anatomy, counted, input_size
-from taskvec.study.forecast.step_cost import COUNTS, Work, task_size, total
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
 

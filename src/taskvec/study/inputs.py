@@ -56,11 +56,6 @@ class Sources:
                 raise
             return absent
 
-    def source(self, address: str, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what a decoded task depends on, and the address, which counts only where it is all there is."""
-        config = {"limit": self.study.limit, **about} | ({"skip_corrupt": True} if self.study.skip_corrupt else {})
-        return (config, {"address": address}) if tasks.has_whole(address) else ({"address": address, **config}, {})
-
     def address_of(self, choice: BackboneChoice) -> str:
         """Return an address whose path is absolute: relative paths start from the study file's folder."""
         kind, colon, rest = choice.address.partition(":")

@@ -12,12 +12,13 @@ from taskvec.core.files import canonical, fingerprint, json_text
 from taskvec.core.formatting import flops_text, size_text, time_text
 from taskvec.data.decoding import view_bytes
 from taskvec.encoders.backbone import to_download
-from taskvec.engine.pipeline import Step, ordered, step_id
-from taskvec.engine.store import Artifact, Store
+from taskvec.engine.pipeline import Step, leaves, look, ordered
+from taskvec.engine.store import Store
 from taskvec.engine.store import seconds as recorded
-from taskvec.study.experiment import Cell
+from taskvec.engine.work import Work, total
+from taskvec.study.experiment import Experiment
 from taskvec.study.forecast.model_cost import input_size
-from taskvec.study.forecast.step_cost import Counter, Work, memory, total
+from taskvec.study.forecast.sizes import Sizes
 from taskvec.study.remote import UNKNOWN_IMAGES, absent_task
 
 STARTING = 0.005
@@ -109,50 +110,60 @@ def seconds(work: Work, device: Device) -> float:
     return forward_seconds(work, device) + training_seconds(work, device) + host_seconds(work)
 
 
-def forecast(name: str, cells: Sequence[Cell], store: Store) -> Forecast:
+def forecast(name: str, experiments: Sequence[Experiment], store: Store) -> Forecast:
     """Say what the steps of a study take, and which of them the store holds; no weight and no image is read."""
-    count, seen, found = Counter(), dict[Step, Artifact](), dict[str, Planned]()
-    steps = ordered(step for cell in cells for step in cell.steps())
-    for step in steps:
-        inputs = {role: [seen[s] for s in read] for role, read in step.inputs.items()}
-        id = step_id(step, inputs)
-        known = store.look(id)
-        seen[step] = Artifact(id, store.folder, known[0] if known else expected_digest(step, id, count))
-        if id not in found:
-            took = (told if math.isfinite(told := recorded(known[1])) else 0.0) if known else None
-            found[id] = Planned(step, count.work(step), memory(count, step), took)
-    planned = tuple(found.values())
-    return Forecast(name, planned, tuple(unknown_shapes(count)), tuple(downloads(planned)))
+    sizes, planned = Sizes(), dict[str, Planned]()
+    steps = (step for experiment in experiments for step in experiment.steps())
+    looks = look(steps, store, lambda step, id: view_digest(step, sizes) or id)
+    for step, (id, record) in looks.items():
+        if id not in planned:
+            took = None if record is None else recorded(record) if math.isfinite(recorded(record)) else 0.0
+            planned[id] = Planned(step, step.type.work(step, sizes), memory(step, sizes), took)
+    every = tuple(planned.values())
+    return Forecast(name, every, tuple(unknown_shapes(sizes)), tuple(downloads(every)))
 
 
-def expected_digest(step: Step, id: str, count: Counter) -> str:
-    """Return the digest that a step's output will have, where it is known before: that of the view to decode.
+def view_digest(step: Step, sizes: Sizes) -> str:
+    """Return the digest of a view to decode, which is known before it is written; nothing for other steps.
 
-    Backbones that look at images alike so share decoded tasks. Other outputs stand for themselves.
+    Backbones that look at images alike so share decoded tasks.
     """
-    view = count.backbone(step).view if step.type.name == "preprocessing" else None
+    view = sizes.backbone(step).view if step.type.name == "preprocessing" else None
     if view is None:
-        return id
+        return ""
     text = json_text(view.decoding())
     return fingerprint({"preprocessing.json": hashlib.sha256(text.encode()).hexdigest()})
 
 
-def unknown_shapes(count: Counter) -> Iterator[str]:
+def memory(step: Step, sizes: Sizes) -> tuple[float, float]:
+    """Return the bytes a step needs on its device and in main memory: an estimate from above, without the libraries.
+
+    Training keeps weights, gradients, Adam's two moments and the pre-trained copy, and half-precision activations.
+    """
+    weights = sizes.weights(step) if step.inputs.get("backbone") else 0.0
+    if settings := getattr(step.config, "finetune", None):
+        batch = settings.batch_size / settings.accumulate
+        return 6 * weights + 2 * batch * sizes.backbone(step).activations, 2 * weights
+    held = (len(list(leaves(step.inputs.get("finetuned")))) + 4) * weights
+    return (held, 2 * weights) if getattr(step.config, "device", "") else (0, held)
+
+
+def unknown_shapes(sizes: Sizes) -> Iterator[str]:
     """Name backbones whose architecture is told by no file here."""
-    for (address, *_), shape in count.anatomies.items():
-        if shape is None:
+    for (address, *_), cost in sizes.costs.items():
+        if cost is None:
             yield f"the architecture of {address} is not on this machine: counted as a ViT-B/16 at 224 px"
 
 
 def downloads(planned: Sequence[Planned]) -> Iterator[str]:
     """Name what is not on this machine: weights that no step has loaded yet, and data of the paper's tasks."""
     for one in planned:
-        config = one.step.config
         if one.kind != "load_backbone" or one.seconds is not None:
             continue
-        if file := config["source"].get("absent") or to_download(one.step.untracked["address"], True):
-            yield f"{one.step.untracked['address']}: {file} (its encoder is {size_text(one.work.disk)})"
-    absent = {one.step.config["source"].get("absent") for one in planned if one.kind == "decode_task"}
+        address = one.step.config.address
+        if file := one.step.config.source.get("absent") or to_download(address, True):
+            yield f"{address}: {file} (its encoder is {size_text(one.work.disk)})"
+    absent = {one.step.config.source.get("absent") for one in planned if one.kind == "decode_task"}
     for address in sorted(absent - {None}):
         unknown = "" if absent_task(address) else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
         yield f"{address}: its images{unknown}"
@@ -160,27 +171,14 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
 
 def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
     """Return about how many bytes of evaluation views the store lacks for a study; no weight and no image is read."""
-    done, sizes = dict[Step, Artifact](), dict[str, float]()
-    for step in ordered(steps):
-        kind = step.type.name
-        if kind not in ("load_backbone", "preprocessing", "decode_task"):
-            continue
-        if all(read in done for read in step.dependencies()):
-            id = step_id(step, {role: [done[one] for one in read] for role, read in step.inputs.items()})
-            if known := store.look(id):
-                done[step] = Artifact(id, store.folder, known[0])
-                continue
-        if kind == "decode_task":
-            size, source = size_of(step.inputs["preprocessing"][0].inputs["backbone"][0]), step.config["source"]
-            images = min(source["images"], 3 * (step.config["limit"] or source["images"]))
-            sizes[canonical([source, size])] = view_bytes(images, size)
-    return sum(sizes.values())
-
-
-def size_of(encoder: Step) -> int:
-    """Return the pixels that the backbone of a step sees."""
-    config = encoder.config
-    return input_size(encoder.untracked["address"], config["size"], config.get("projection"))
+    views, bytes_of = [step for step in ordered(steps) if step.type.name == "decode_task"], dict[str, float]()
+    for step, (_, record) in look(views, store, lambda _, id: id).items():
+        if step.type.name == "decode_task" and record is None:
+            encoder = step.inputs["preprocessing"].inputs["backbone"].config
+            size, source = input_size(encoder.address, encoder.size, encoder.projection), step.config.source
+            images = min(source["images"], 3 * (step.config.limit or source["images"]))
+            bytes_of[canonical([source, size])] = view_bytes(images, size)
+    return sum(bytes_of.values())
 
 
 def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:
@@ -252,7 +250,7 @@ def resources(found: Forecast) -> Iterator[str]:
 
 def check(found: Forecast) -> Iterator[str]:
     """Yield how the estimate compares with what finished steps took on the CPU of this machine."""
-    held = [one for one in found.done if one.step.config.get("device", "cpu") == "cpu"]
+    held = [one for one in found.done if getattr(one.step.config, "device", "") in ("", "cpu")]
     took, wanted = sum(one.seconds or 0 for one in held), sum(seconds(one.work, DEVICES["cpu"]) for one in held)
     if took >= 1:
         yield f"check     {len(held)} finished steps took {time_text(took)}; expected of a core {time_text(wanted)}"
