@@ -21,6 +21,7 @@ from taskvec.core.files import (
     file_digest,
     fingerprint,
     is_within,
+    json_text,
     move_aside,
     read_json,
     write_json,
@@ -145,21 +146,18 @@ class Store:
 
     def finish(self, id: str, folder: Path, about: dict[str, Any]) -> Artifact:
         """Write the record last, then rename the temporary folder into place; who comes second gives way."""
-        place = self._place(id)
+        place, artifact = self._place(id), None
         try:
             with disk_errors(self.folder):
                 with present([], folder):
-                    write_json(folder / RECORD, {"about": about, "files": digests(folder)})
+                    files = digests(folder)
+                    (folder / RECORD).write_text(json_text({"about": about, "files": files}), encoding="utf-8")
                 place.parent.mkdir(parents=True, exist_ok=True)
-                while not _renamed(folder, place) and self.find(id) is None:
-                    pass  # what was damaged there has been moved aside
-                shutil.rmtree(folder, ignore_errors=True)
-        except BaseException:
+                while artifact is None:  # what is damaged there is moved aside
+                    artifact = Artifact(id, place, fingerprint(files)) if _renamed(folder, place) else self.find(id)
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
-        artifact = self.find(id)
-        if artifact is None:
-            raise TaskvecError(f"artifact '{place}' was damaged while it was written", "check the disk and run again")
+        self._checked[id] = artifact
         return artifact
 
     def held(self) -> list[Held]:
