@@ -191,15 +191,15 @@ def say_size(views: float, store: Store, reporter: Reporter) -> None:
 
 def all_notes(planned: list[str], steps: list[pipeline.Step], done: Done) -> list[dict[str, str]]:
     """List what was noted and by whom, in the order of the plan; what a step tells as well, the plan does not."""
-    told = [(step.label, text) for step in pipeline.ordered(steps) for text in done[step].notes()]
-    known = {text for _, text in told}
-    every = dict.fromkeys([*((PLANNING, text) for text in planned if text not in known), *told])
-    return [{"label": label, "text": text} for label, text in every]
+    notes_of_steps = [(step.label, text) for step in pipeline.ordered(steps) for text in done[step].notes()]
+    known = {text for _, text in notes_of_steps}
+    notes = dict.fromkeys([*((PLANNING, text) for text in planned if text not in known), *notes_of_steps])
+    return [{"label": label, "text": text} for label, text in notes]
 
 
 def of_figures(notes: list[dict[str, str]], figures: bool = True) -> list[dict[str, str]]:
     """Return the notes that were told while figures were drawn, or the others."""
-    return [one for one in notes if (one["label"] == FIGURES) == figures]
+    return [entry for entry in notes if (entry["label"] == FIGURES) == figures]
 
 
 def check_folder(out: Path) -> None:
@@ -213,19 +213,19 @@ def check_folder(out: Path) -> None:
 
 def check_free(file: StudyFile, out: Path) -> None:
     """Raise, before any work, if something of the user's stands in a run folder where a file of ours may have to go."""
-    own = owned(out, MARKER, LOCK) | {MARKER: set()}
+    ours = owned(out, MARKER, LOCK) | {MARKER: set()}
     backbones = [choice.name or default_name(choice.address) for choice in file.study.backbones]
-    names = [MARKER, *FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, own)]
-    found = [out / name for name in FOLDERS if os.path.lexists(out / name) and not is_folder(out / name)]
-    found += [place for name in names if (place := obstacle(out, name, own))]
-    if found:
-        raise refuse(found[0])
+    names = [MARKER, *FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, ours)]
+    blocking = [out / name for name in FOLDERS if os.path.lexists(out / name) and not is_folder(out / name)]
+    blocking += [place for name in names if (place := obstacle(out, name, ours))]
+    if blocking:
+        raise refuse(blocking[0])
 
 
-def beside(out: Path, own: Known) -> Iterator[str]:
+def beside(out: Path, ours: Known) -> Iterator[str]:
     """Yield what others have put among the figures and tables under a name that could be one of ours."""
     others = [p for folder in ("figures", "tables") if is_folder(out / folder) for p in (out / folder).iterdir()]
-    names = [name for path in others if (name := path.relative_to(out).as_posix()) not in own]
+    names = [name for path in others if (name := path.relative_to(out).as_posix()) not in ours]
     if names:
         from taskvec.report.page import READING  # slow, and seldom needed
 
@@ -257,15 +257,15 @@ def check_inputs(file: StudyFile, out: Path, store: Path) -> None:
 
 def image_folders(file: StudyFile) -> list[Path]:
     """Return the folders of images that a study reads all of: a task's splits or own folder, and classes elsewhere."""
-    found: list[Path] = []
+    roots: list[Path] = []
     for task in file.study.tasks:
         kind, rest = parse(resolve(task.address, file.folder, file.study.data))
         root = Path(rest if kind == "folder" else rest.partition("@")[0])
         if kind in ("folder", "hf") and root.is_dir():
             with disk_errors(root):
                 folders = (kind == "folder" and splits_in(root)) or [root]
-                found += [*folders, *(one for folder in folders for one in folders_in(folder) if one.is_symlink())]
-    return found
+                roots += [*folders, *(link for folder in folders for link in folders_in(folder) if link.is_symlink())]
+    return roots
 
 
 def named_files(file: StudyFile) -> list[Path]:
@@ -356,10 +356,10 @@ def write_report(
     from taskvec.report import leaderboard, page, tables
     from taskvec.report import paper_tables as comparison
 
-    roles, told = roles_of(file), note_lines(lock["notes"])
-    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, spent, lock, told))
-    if found := leaderboard.boards(rows, spent):
-        write_text(out / "leaderboard.md", leaderboard.markdown_boards(found, file.smoke))
+    roles, noted = roles_of(file), note_lines(lock["notes"])
+    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, spent, lock, noted))
+    if boards := leaderboard.boards(rows, spent):
+        write_text(out / "leaderboard.md", leaderboard.markdown_boards(boards, file.smoke))
     banner = f"% {SMOKE}\n" if file.smoke else ""
     for name, text in comparison.latex_tables(rows, heat, roles).items():
         (out / "tables").mkdir(exist_ok=True)
@@ -371,7 +371,7 @@ def write_report(
 def best_models(experiments: list[Experiment], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:
     """Return the best model of every backbone, by validation, of the regimes with the most tasks, and what it is."""
     best: dict[str, tuple[int, float]] = {}
-    found: dict[str, tuple[dict[str, Any], Artifact]] = {}
+    models: dict[str, tuple[dict[str, Any], Artifact]] = {}
     for exp in experiments:
         if exp.model is not None:
             artifact = done[exp.model]
@@ -379,8 +379,8 @@ def best_models(experiments: list[Experiment], done: Done) -> dict[str, tuple[di
             value = len(exp.tasks), float(record["validation"])
             if exp.backbone not in best or value > best[exp.backbone]:
                 about = {"regime": exp.regime, "seed": exp.seed} | {key: record[key] for key in KEPT if key in record}
-                best[exp.backbone], found[exp.backbone] = value, (about, artifact)
-    return found
+                best[exp.backbone], models[exp.backbone] = value, (about, artifact)
+    return models
 
 
 def write_models(experiments: list[Experiment], done: Done, out: Path) -> None:

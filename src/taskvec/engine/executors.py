@@ -69,9 +69,9 @@ def perform(job: Job, progress: Callable[[float], None], note: Callable[[str], N
                 write_json(job.folder / NOTES, notes)
     except BaseException as error:
         shutil.rmtree(job.folder, ignore_errors=True)
-        if (told := explained(step.label, error)) is error:
+        if (explanation := explained(step.label, error)) is error:
             raise
-        raise told from None
+        raise explanation from None
     return Finished(job, time.perf_counter() - start)
 
 

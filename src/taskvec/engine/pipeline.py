@@ -160,7 +160,7 @@ class Step:
         if unknown := self.inputs.keys() - set(self.type.reads):
             raise ValueError(f"a step '{self.type.name}' reads no {', '.join(sorted(unknown))}")
         if type(self.config) is not self.type.config:
-            raise TypeError(f"a step '{self.type.name}' is told {self.type.config.__name__}")
+            raise TypeError(f"a step '{self.type.name}' takes {self.type.config.__name__}")
 
     def dependencies(self) -> list[Step]:
         """List the steps that it reads, in order."""

@@ -41,9 +41,9 @@ def costs(experiments: Iterable[Experiment], done: Done) -> pd.DataFrame:
 
 def rows(exp: Experiment, done: Done) -> Iterator[Row]:
     """Yield the costs of every option of one backbone, regime and seed."""
-    own = {"probing": (1, exp.head), "zero_shot": (1, exp.zero_shot)}
-    own |= {"fine_tuned": (len(exp.tasks), exp.finetuned), "joint": (1, {"": exp.joint} if exp.joint else {})}
-    for method, (encoders, steps) in own.items():
+    baselines = {"probing": (1, exp.head), "zero_shot": (1, exp.zero_shot)}
+    baselines |= {"fine_tuned": (len(exp.tasks), exp.finetuned), "joint": (1, {"": exp.joint} if exp.joint else {})}
+    for method, (encoders, steps) in baselines.items():
         if steps:
             yield row(exp, done, method, "kept", {}, stored(exp, done, encoders), steps.values())
     for trial in exp.trials:

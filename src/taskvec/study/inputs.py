@@ -36,9 +36,9 @@ class Sources:
 
     def backbones(self) -> dict[str, BackboneChoice]:
         """Return the backbones by name; two of one name raise."""
-        chosen = self.study.backbones
-        names = [one.name or default_name(one.address) for one in chosen]
-        return dict(zip(unique(names, [one.address for one in chosen], "backbones"), chosen, strict=True))
+        choices = self.study.backbones
+        names = [choice.name or default_name(choice.address) for choice in choices]
+        return dict(zip(unique(names, [choice.address for choice in choices], "backbones"), choices, strict=True))
 
     def describe(self, address: str) -> dict[str, Any]:
         """Return what identifies a task's images; an estimate reads none, and those published may be absent."""
@@ -126,11 +126,11 @@ class Sources:
 
     def _note_left_out(self, regime: str) -> None:
         """Note which backbones and tasks a regime that starts from zero-shot heads does without."""
-        for one in (one for one in self.study.backbones if not one.regimes or regime in one.regimes):
-            name = one.name or default_name(one.address)
-            if not self._has_text(one):
+        for choice in (choice for choice in self.study.backbones if not choice.regimes or regime in choice.regimes):
+            name = choice.name or default_name(choice.address)
+            if not self._has_text(choice):
                 note(f"regime '{regime}' leaves out backbone {name}, which has no text tower")
-            elif lacking := ", ".join(task for task, found in self.captions_for(one).items() if not found):
+            elif lacking := ", ".join(task for task, captions in self.captions_for(choice).items() if not captions):
                 note(f"regime '{regime}' leaves out {lacking} for backbone {name}: their classes have no captions")
 
     def check_negation(self) -> None:

@@ -80,12 +80,12 @@ class Forecast:
     @property
     def ahead(self) -> list[Planned]:
         """List what is not done."""
-        return [one for one in self.planned if one.seconds is None]
+        return [item for item in self.planned if item.seconds is None]
 
     @property
     def done(self) -> list[Planned]:
         """List what is done."""
-        return [one for one in self.planned if one.seconds is not None]
+        return [item for item in self.planned if item.seconds is not None]
 
 
 def forward_seconds(work: Work, device: Device) -> float:
@@ -157,13 +157,13 @@ def unknown_shapes(sizes: Sizes) -> Iterator[str]:
 
 def downloads(planned: Sequence[Planned]) -> Iterator[str]:
     """Name what is not on this machine: weights that no step has loaded yet, and data of the paper's tasks."""
-    for one in planned:
-        if one.kind != "load_backbone" or one.seconds is not None:
+    for item in planned:
+        if item.kind != "load_backbone" or item.seconds is not None:
             continue
-        address = one.step.config.address
-        if file := one.step.config.source.get("absent") or to_download(address, True):
-            yield f"{address}: {file} (its encoder is {size_text(one.work.disk)})"
-    absent = {one.step.config.source.get("absent") for one in planned if one.kind == "decode_task"}
+        address = item.step.config.address
+        if file := item.step.config.source.get("absent") or to_download(address, True):
+            yield f"{address}: {file} (its encoder is {size_text(item.work.disk)})"
+    absent = {item.step.config.source.get("absent") for item in planned if item.kind == "decode_task"}
     for address in sorted(absent - {None}):
         unknown = "" if absent_task(address) else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
         yield f"{address}: its images{unknown}"
@@ -183,48 +183,48 @@ def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
 
 def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:
     """Return for every kind of step how many there are, how many are done, and the work of those that are not."""
-    names = dict.fromkeys(one.kind for one in forecast.planned)
-    every = {name: [one for one in forecast.planned if one.kind == name] for name in names}
-    ahead = {name: [one for one in held if one.seconds is None] for name, held in every.items()}
+    names = dict.fromkeys(item.kind for item in forecast.planned)
+    every = {name: [item for item in forecast.planned if item.kind == name] for name in names}
+    ahead = {name: [item for item in items if item.seconds is None] for name, items in every.items()}
     return [
-        (name, len(held), len(held) - len(ahead[name]), total(one.work for one in ahead[name]))
-        for name, held in every.items()
+        (name, len(items), len(items) - len(ahead[name]), total(item.work for item in ahead[name]))
+        for name, items in every.items()
     ]
 
 
-def report(found: Forecast, devices: Sequence[str], workers: int) -> Iterator[str]:
+def report(estimate: Forecast, devices: Sequence[str], workers: int) -> Iterator[str]:
     """Yield the lines of ``taskvec plan``: steps by kind, time by device, disk, memory, downloads, and a check."""
-    yield f"{found.name}: {len(found.planned)} steps, {len(found.done)} of them done; the rest takes"
+    yield f"{estimate.name}: {len(estimate.planned)} steps, {len(estimate.done)} of them done; the rest takes"
     yield ""
-    yield from table(found)
+    yield from table(estimate)
     yield ""
     for name in devices:
-        yield from device_lines(name, found, workers)
+        yield from device_lines(name, estimate, workers)
     yield ""
-    yield from resources(found)
-    yield from (f"download  {what}" for what in found.downloads)
-    yield from (f"note      {what}" for what in found.notes)
-    yield from check(found)
+    yield from resources(estimate)
+    yield from (f"download  {what}" for what in estimate.downloads)
+    yield from (f"note      {what}" for what in estimate.notes)
+    yield from check(estimate)
 
 
-def table(found: Forecast) -> Iterator[str]:
+def table(estimate: Forecast) -> Iterator[str]:
     """Yield a line for every kind of step, and one for all; images and FLOPs are those still to come."""
     yield f"{'step':<24}{'steps':>6}{'done':>6}{'images forward':>16}{'trained on':>14}{'FLOPs':>13}"
-    rows = kinds(found)
+    rows = kinds(estimate)
     rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows), total(r[3] for r in rows)))
     for name, steps, done, work in rows:
         images = f"{work.forward:>16,.0f}{work.trained:>14,.0f}"
         yield f"{name:<24}{steps:>6}{done:>6}{images}{flops_text(work.flops):>13}"
 
 
-def device_lines(name: str, found: Forecast, workers: int) -> Iterator[str]:
+def device_lines(name: str, estimate: Forecast, workers: int) -> Iterator[str]:
     """Yield the time on a device, what it is made of, and the rates that it assumes."""
     device = DEVICES[name]
-    each = [seconds(one.work, device) for one in found.ahead]
+    each = [seconds(item.work, device) for item in estimate.ahead]
     shared = max(sum(each) / workers, max(each, default=0)) if name == "cpu" else sum(each)
     several = f" with {workers} workers" if name == "cpu" and workers > 1 else ""
     yield f"{name:<10}{time_text(shared)}{several}"
-    work = total(one.work for one in found.ahead)
+    work = total(item.work for item in estimate.ahead)
     passes = forward_seconds(work, device), training_seconds(work, device)
     parts = zip(("evaluation", "training"), passes, strict=True)
     yield (
@@ -237,20 +237,20 @@ def device_lines(name: str, found: Forecast, workers: int) -> Iterator[str]:
     yield " " * 10 + f"at {reached} ({device.about})"
 
 
-def resources(found: Forecast) -> Iterator[str]:
+def resources(estimate: Forecast) -> Iterator[str]:
     """Yield disk by the largest kinds of step, and the memory of the largest step."""
-    by_kind = {name: work.disk for name, _, _, work in kinds(found)}
+    by_kind = {name: work.disk for name, _, _, work in kinds(estimate)}
     largest = [name for name in sorted(by_kind, key=lambda name: -by_kind[name])[:3] if by_kind[name] >= 1e6]
     named = ", ".join(f"{name} {size_text(by_kind[name])}" for name in largest)
     yield f"disk      {size_text(sum(by_kind.values()))} more in the store" + (f" ({named})" if named else "")
     for place, where in enumerate(("the device", "main memory")):
-        top = max(found.planned, key=lambda one: one.memory[place])
+        top = max(estimate.planned, key=lambda item: item.memory[place])
         yield f"memory    {size_text(top.memory[place])} of {where} ({top.step.label})"
 
 
-def check(found: Forecast) -> Iterator[str]:
+def check(estimate: Forecast) -> Iterator[str]:
     """Yield how the estimate compares with what finished steps took on the CPU of this machine."""
-    held = [one for one in found.done if getattr(one.step.config, "device", "") in ("", "cpu")]
-    took, wanted = sum(one.seconds or 0 for one in held), sum(seconds(one.work, DEVICES["cpu"]) for one in held)
+    items = [item for item in estimate.done if getattr(item.step.config, "device", "") in ("", "cpu")]
+    took, wanted = sum(item.seconds or 0 for item in items), sum(seconds(item.work, DEVICES["cpu"]) for item in items)
     if took >= 1:
-        yield f"check     {len(held)} finished steps took {time_text(took)}; expected of a core {time_text(wanted)}"
+        yield f"check     {len(items)} finished steps took {time_text(took)}; expected of a core {time_text(wanted)}"

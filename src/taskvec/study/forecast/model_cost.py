@@ -126,8 +126,8 @@ def architecture(address: str, size: int | None, projection: bool | None = None)
         return {"family": "timm", "options": options}, lambda m: timm.preprocessing(m, options["size"])
     if family.missing(asked):
         raise TaskvecError(f"'{address}' is not on this machine", "give a file")
-    found = loaders.load(asked, family)
-    return found.architecture, found.preprocessing
+    loaded = loaders.load(asked, family)
+    return loaded.architecture, loaded.preprocessing
 
 
 def counted(

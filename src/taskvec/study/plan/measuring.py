@@ -80,11 +80,11 @@ def disentanglement(planner: Planner, exp: Experiment, shared: SharedSteps) -> N
     among = {t for names in sets for t in names if subsets.points}
     singles = {t: single_axis(planner, t, "box", list(BOX_AXIS), exp, shared) for t in exp.tasks if t in among}
     merged = {t for names in sets for t in names if len(names) < len(exp.tasks)}
-    own = {t: own_accuracy(planner, t, exp, shared) for t in exp.tasks if t in merged}
+    normal = {t: own_accuracy(planner, t, exp, shared) for t in exp.tasks if t in merged}
     for names in sets:
         whole = len(names) == len(exp.tasks)
         if subsets.points or not whole:  # the merge of all tasks is measured elsewhere
-            exp.subsets[names] = subset(planner, names, exp, shared, singles, {} if whole else own)
+            exp.subsets[names] = subset(planner, names, exp, shared, singles, {} if whole else normal)
 
 
 def merged_by_open(planner: Planner, exp: Experiment) -> list[tuple[str, ...]]:
@@ -136,13 +136,13 @@ def subset(
     exp: Experiment,
     shared: SharedSteps,
     singles: dict[str, Step],
-    own: dict[str, Step],
+    normal: dict[str, Step],
 ) -> Step:
-    """Plan to add a set of tasks where ``own`` normalises it, and to measure their error in the box."""
+    """Plan to add a set of tasks where ``normal`` normalises it, and to measure their error in the box."""
     settings, axis = planner.study.subsets, planner.study.heatmap
     grids = [method.grid() for method in planner.study.methods if method.name == ADDITION]
     config = steps.SetConfig(
-        merge=bool(own),
+        merge=bool(normal),
         grid=grids[0] if grids else parse_scales(find_recipe(ADDITION).scales),
         samples=settings.samples,
         points=settings.points,
@@ -151,8 +151,8 @@ def subset(
         **planner.on(exp.backbone, exp.regime),
     )
     inputs = {"backbone": shared.encoder, "tasks": [shared.data[t] for t in names]}
-    inputs |= {"finetuned": [exp.finetuned[t] for t in names], "own": [own[t] for t in names] if own else None}
+    inputs |= {"finetuned": [exp.finetuned[t] for t in names], "own": [normal[t] for t in names] if normal else None}
     inputs |= {"singles": [singles[t] for t in names] if settings.points else None}
     images = sum(0.1 * planner.images[t] + 8 * min(settings.samples, 0.1 * planner.images[t]) for t in names)
-    cost = bool(own) * images + settings.points * len(names) * axis.samples
+    cost = bool(normal) * images + settings.points * len(names) * axis.samples
     return planner.step(steps.subset, f"add {', '.join(names)} {exp.where}", config, inputs, cost)

@@ -107,7 +107,7 @@ def test_work(step: Step, sizes: Sizes) -> Work:
 )
 def test_task(config: TestConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Touch a task's test split, once: the baselines, fine-tuned, and what validation chose for every candidate."""
-    backbone, task, own = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
+    backbone, task, kept = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
     probed = open_head(inputs["probe"])
     right = {"probing": evaluation.correct(backbone, backbone.pretrained, task.test, probed)}
     if inputs["zero_shot"]:
@@ -117,13 +117,13 @@ def test_task(config: TestConfig, inputs: Inputs, out: Path, progress: Progress)
         joint = open_encoder(inputs["joint"], backbone)
         right["joint"] = evaluation.correct(backbone, joint, task.test, probed)
     tuned = open_encoder(inputs["finetuned"], backbone)
-    right["fine_tuned"] = evaluation.correct(backbone, tuned, task.test, own)
+    right["fine_tuned"] = evaluation.correct(backbone, tuned, task.test, kept)
     progress(2 / (2 + len(config.candidates)))
     for index, kind in enumerate(config.candidates):
         scale = read_json(inputs["choices"][index] / CHOICE)["scale"]
         vector = open_vector(inputs["merged"][index], backbone, config.task)
         weights = merged_weights(backbone, vector, scale, inputs["statistics"][index])
-        head = own if kind == "kept" else find_head(inputs["rounds"][index], scale)
+        head = kept if kind == "kept" else find_head(inputs["rounds"][index], scale)
         right[str(index)] = evaluation.correct(backbone, weights, task.test, head)
         progress((3 + index) / (2 + len(config.candidates)))
     np.savez(out / CORRECT, **right)  # type: ignore[arg-type]
