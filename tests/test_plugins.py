@@ -219,7 +219,7 @@ def test_a_plugin_that_changes_during_a_run_or_registers_nothing_is_told(tasks: 
     empty = write(tasks / "own" / "empty.py", "x = 1")
     file = study(tasks, STUDY.replace("[own/mine.py]", "[own/mine.py, own/empty.py]"))
     [cell] = plan(file, store)
-    [merge] = [one.merged for one in cell.candidates if one.name == "lines+mine"]
+    [merge] = [one.merged for one in cell.trials if one.name == "lines+mine"]
     assert set(merge.config.sources) == {"mine"}
     assert str(tasks) not in str(merge.config.tracked())
     write(path, MINE + "\n# changed")
