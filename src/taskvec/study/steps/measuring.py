@@ -142,12 +142,7 @@ def own_work(step: Step, sizes: Sizes) -> Work:
 
 
 @step_type(
-    1,
-    ("torch", "numpy"),
-    threaded=on_cpu,
-    reads=["backbone", "task", "finetuned"],
-    writes=[METRICS],
-    work=own_work,
+    1, ("torch", "numpy"), threaded=on_cpu, reads=["backbone", "task", "finetuned"], writes=[METRICS], work=own_work
 )
 def own_accuracy(config: SampleConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task with its own fine-tuned encoder on a sample of validation images, for all sets that hold it."""

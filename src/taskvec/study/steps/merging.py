@@ -99,11 +99,7 @@ class PickConfig(Config):
 
 
 @step_type(
-    1,
-    reads=["merged", "option"],
-    writes=lambda config: merged_files(config.per_task),
-    work=encoder,
-    heading="search",
+    1, reads=["merged", "option"], writes=lambda config: merged_files(config.per_task), work=encoder, heading="search"
 )
 def pick_merge(config: PickConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Keep the merge of the chosen hyperparameters, and nothing else: what was measured of it holds for the copy."""
