@@ -14,11 +14,17 @@ import torch
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.notes import note
-from taskvec.engine.pipeline import step_type
+from taskvec.engine.pipeline import Config, step_type
+
+
+class Telling(Config):
+    value: str = "1"
+    fail: bool = False
+    kind: str = ""
 
 
 @step_type(1)
-def tell(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+def tell(config: Telling, inputs: Any, out: Path, progress: Any) -> None:
     """Tell in every way there is, some of it twice."""
     quiet = logging.getLogger("some.library")
     quiet.propagate = False  # as transformers' and datasets' loggers
@@ -31,23 +37,23 @@ def tell(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progr
     warnings.warn("soon gone", DeprecationWarning, stacklevel=1)
     print("printed by Python", file=sys.stderr)
     os.write(2, b"written by C\n")
-    (out / "n.txt").write_text(config["value"])
-    if config.get("fail"):
+    (out / "n.txt").write_text(config.value)
+    if config.fail:
         raise TaskvecError("the step failed", "mend it")
 
 
 @step_type(1)
-def starve(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
-    if config["kind"] == "cpu":
+def starve(config: Telling, inputs: Any, out: Path, progress: Any) -> None:
+    if config.kind == "cpu":
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
-    raise torch.cuda.OutOfMemoryError("CUDA out of memory.") if config["kind"] == "cuda" else MemoryError
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory.") if config.kind == "cuda" else MemoryError
 
 
 @step_type(1)
-def lack(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+def lack(config: Telling, inputs: Any, out: Path, progress: Any) -> None:
     importlib.import_module("no_such_module")
 
 
 @step_type(1)
-def crash(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+def crash(config: Telling, inputs: Any, out: Path, progress: Any) -> None:
     raise ZeroDivisionError("a fault of ours")

@@ -24,7 +24,7 @@ from taskvec.encoders.loaders.requests import Request
 from taskvec.encoders.loaders.timm import preprocessing, state_for, translate
 from taskvec.encoders.records import read_backbone, write_backbone
 from taskvec.learning.external import read_finetuned
-from taskvec.study.forecast.model_cost import anatomy
+from taskvec.study.forecast.model_cost import model_cost
 from taskvec.weights.flat import align, check_keys, pack
 
 VIT = "vit_tiny_patch16_224"
@@ -223,12 +223,12 @@ def test_a_border_that_timm_lays_around_images_is_told(
 def test_a_plan_says_what_a_run_would_and_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.safetensors"
     with pytest.raises(TaskvecError, match="patches of 16 px, and 8 px leave 8 px .*\n.*a multiple of 16: 16;"):
-        anatomy(f"timm:{VIT}@{path}", 8)
+        model_cost(f"timm:{VIT}@{path}", 8)
     save_file({"x": torch.zeros(1)}, path)
     monkeypatch.setattr("taskvec.encoders.loaders.requests.file_digest", lambda _: pytest.fail("the weights were read"))
     family, asked = loaders.find(f"timm:{VIT}@{path}")
     loaders.load(asked, family)
-    wide, narrow = (anatomy("paper:vit-b16-clip-2b", None, projection) for projection in (None, False))
+    wide, narrow = (model_cost("paper:vit-b16-clip-2b", None, projection) for projection in (None, False))
     assert wide is not None and narrow is not None
     assert (wide.width, narrow.width) == (512, 768)
 

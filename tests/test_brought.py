@@ -333,7 +333,7 @@ def test_names_beside_a_checkpoint_are_in_its_fingerprint(data: Path) -> None:
 
     def source() -> dict[str, str]:
         (cell,) = plan(study(data, "finetuned: tuned.safetensors"), Store(data / "store"))
-        return next(dict(s.config["source"]) for s in cell.steps() if s.type.name == "import_finetuned")
+        return next(dict(s.config.source) for s in cell.steps() if s.type.name == "import_finetuned")
 
     assert list(source()) == ["finetuned"]
     (data / "config.json").write_text(json.dumps({"label_names": ["cow", "ant", "bee"]}))
@@ -392,11 +392,11 @@ def test_a_part_of_a_file_is_named_in_the_study_and_in_the_fingerprint(data: Pat
         file = study(data, f'finetuned: "both.pth{part}"', tail="allow_pickle: true\n")
         (cell,) = plan(file, Store(data / "store"))
         found = next(s for s in cell.steps() if s.type.name == "import_finetuned")
-        return dict(found.config), dict(found.untracked)
+        return found.config.tracked(), found.config.model_dump()
 
-    (student, aside), (teacher, _) = step("#student"), step("#teacher")
+    (student, whole), (teacher, _) = step("#student"), step("#teacher")
     assert student["source"] == teacher["source"] and student != teacher
-    assert aside["finetuned"] == str(data / "both.pth#student")
+    assert whole["finetuned"] == str(data / "both.pth#student")
     assert "parts" not in step("")[0]
     backbone = tv.load_backbone(f"timm:test_vit@{data / 'pre.safetensors'}", size=32, device="cpu")
     found = read_finetuned(data / "both.pth#student", backbone, allow_pickle=True)

@@ -23,16 +23,17 @@ from taskvec.data.sources import parse
 from taskvec.encoders import backbone as backbones
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
-from taskvec.engine.pipeline import STEP_TYPES
+from taskvec.engine.pipeline import STEP_TYPES, little
 from taskvec.engine.store import Store
+from taskvec.engine.work import Work, total
 from taskvec.lab import encoders
 from taskvec.learning import finetuning
 from taskvec.paper.numbers import MODELS
 from taskvec.paper.tasks import TASKS
 from taskvec.study.files import open_study, parse_study
 from taskvec.study.forecast.estimate import DEVICES, Forecast, decoded_bytes, forecast, report, seconds
-from taskvec.study.forecast.model_cost import PAPER, Transformer, anatomy, counted, input_size
-from taskvec.study.forecast.step_cost import COUNTS, Work, task_size, total
+from taskvec.study.forecast.model_cost import PAPER, Transformer, counted, input_size, model_cost
+from taskvec.study.forecast.sizes import task_size
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
 
@@ -124,7 +125,7 @@ def test_images_bytes_and_steps_are_those_of_a_run(data: Path, regimes: str, mon
     for step, artifact in done.items():
         kept[step.label] = sum(p.stat().st_size for p in artifact.folder.iterdir() if p.name != "record.json")
     for one in before.planned:
-        at_most = one.kind == "build_model" and "linearised" in one.step.config  # probing needs no expansion
+        at_most = one.kind == "build_model" and one.step.config.linearised  # probing needs no expansion
         if at_most or one.kind == "decode_training":  # small images are kept as they are
             assert kept[one.step.label] <= one.work.disk
         elif max(one.work.disk, kept[one.step.label]) > 2e4:
@@ -152,8 +153,8 @@ def test_what_is_done_is_found_and_a_further_task_is_not(data: Path) -> None:
 
 
 def test_every_kind_of_step_is_counted_or_passes_nothing() -> None:
-    assert set(COUNTS) | CHOOSING == {name for name, kind in STEP_TYPES.items() if kind.place.startswith("taskvec.")}
-    assert not set(COUNTS) & CHOOSING
+    types = [kind for kind in STEP_TYPES.values() if kind.place.startswith("taskvec.")]
+    assert {kind.name for kind in types if kind.work is little} == CHOOSING
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_every_kind_of_step_is_counted_or_passes_nothing() -> None:
 )
 def test_the_formula_agrees_with_counted_operations(name: str, size: int, shape: Transformer) -> None:
     want = counted({"family": "timm", "options": {"name": name, "size": size}})
-    found = shape.anatomy(size)
+    found = shape.cost(size)
     assert found.flops == want.flops
     assert found.parameters == pytest.approx(want.parameters, rel=1e-4)
     assert found.activations == pytest.approx(want.activations, rel=0.2)
@@ -176,7 +177,7 @@ def test_the_formula_agrees_with_counted_operations(name: str, size: int, shape:
 @pytest.mark.parametrize("name", ["supervised", "supervised-vit-l", "random"])
 def test_the_labs_encoders_are_counted_exactly(name: str) -> None:
     want = counted({"family": "lab", "options": encoders.options(name)})
-    found = anatomy(f"lab:{name}", None)
+    found = model_cost(f"lab:{name}", None)
     assert found is not None
     assert (found.flops, found.parameters, found.width, found.size) == (
         want.flops,
@@ -187,7 +188,7 @@ def test_the_labs_encoders_are_counted_exactly(name: str) -> None:
 
 
 def test_any_timm_model_is_counted_without_weights() -> None:
-    found = anatomy("timm:resnet18", 64)
+    found = model_cost("timm:resnet18", 64)
     assert found is not None
     assert (
         found.parameters == 11_176_512 + 9_600

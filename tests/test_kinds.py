@@ -37,7 +37,7 @@ from taskvec.learning import heads
 from taskvec.learning.finetuning import encode_all, finetune_full, training_batches
 from taskvec.learning.heads import Head
 from taskvec.report.rows import Done, results
-from taskvec.study.experiment import Cell
+from taskvec.study.experiment import Experiment
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
@@ -329,7 +329,7 @@ METRICS = {"one": "accuracy", "ink": "patch_accuracy", "angle": "within_15_degre
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, list[Cell], Done]:
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, list[Experiment], Done]:
     root = tmp_path_factory.mktemp("mixed")
     write_folder_task(root / "one")
     write_folder_task(root / "two", ("red", "blue"), train=15, test=6)
@@ -344,7 +344,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, list[
     return results("mixed", cells, done), cells, done
 
 
-def test_every_task_of_a_mixed_study_has_its_own_metric(mixed: tuple[pd.DataFrame, list[Cell], Done]) -> None:
+def test_every_task_of_a_mixed_study_has_its_own_metric(mixed: tuple[pd.DataFrame, list[Experiment], Done]) -> None:
     rows = mixed[0][mixed[0].tasks == "one+ink+angle+two"]
     for method in ("probing", "fine_tuned", "joint", "task_arithmetic", "task_arithmetic_per_task"):
         test = rows[(rows.method == method) & (rows.split == "test") & (rows.heads == "kept")]
@@ -355,7 +355,7 @@ def test_every_task_of_a_mixed_study_has_its_own_metric(mixed: tuple[pd.DataFram
 
 
 def test_normalised_rows_are_ratios_to_the_tasks_own_fine_tuned_value(
-    mixed: tuple[pd.DataFrame, list[Cell], Done],
+    mixed: tuple[pd.DataFrame, list[Experiment], Done],
 ) -> None:
     rows = mixed[0][mixed[0].tasks == "one+ink+angle+two"]
     place = ["method", "config", "heads", "scale", "split"]
@@ -377,7 +377,7 @@ def test_normalised_rows_are_ratios_to_the_tasks_own_fine_tuned_value(
     assert seen > 10
 
 
-def test_lambda_is_chosen_by_the_mean_over_all_kinds(mixed: tuple[pd.DataFrame, list[Cell], Done]) -> None:
+def test_lambda_is_chosen_by_the_mean_over_all_kinds(mixed: tuple[pd.DataFrame, list[Experiment], Done]) -> None:
     rows = mixed[0][(mixed[0].tasks == "one+ink+angle+two") & (mixed[0].method == "task_arithmetic")]
     for kind in ("kept", "reprobed"):
         means = rows[(rows.heads == kind) & (rows.metric == "normalised_metric") & (rows.task == "")]
@@ -387,7 +387,7 @@ def test_lambda_is_chosen_by_the_mean_over_all_kinds(mixed: tuple[pd.DataFrame, 
 
 
 def test_gains_are_in_each_tasks_own_metric_and_normalised_in_the_mean(
-    mixed: tuple[pd.DataFrame, list[Cell], Done],
+    mixed: tuple[pd.DataFrame, list[Experiment], Done],
 ) -> None:
     rows = mixed[0][(mixed[0].tasks == "one+ink+angle+two") & (mixed[0].split == "test") & (mixed[0].heads == "kept")]
     methods = ("probing", "task_arithmetic", "fine_tuned")
@@ -399,7 +399,7 @@ def test_gains_are_in_each_tasks_own_metric_and_normalised_in_the_mean(
     assert ours["normalised_metric", ""] - base["normalised_metric", ""] == pytest.approx(np.mean(shares))
 
 
-def test_pairs_of_one_kind_in_a_mixed_study_are_as_ever(mixed: tuple[pd.DataFrame, list[Cell], Done]) -> None:
+def test_pairs_of_one_kind_in_a_mixed_study_are_as_ever(mixed: tuple[pd.DataFrame, list[Experiment], Done]) -> None:
     rows = mixed[0]
     plain = rows[(rows.tasks == "one+two") & (rows.metric != "disentanglement_error")]
     assert set(plain.metric) == {"accuracy", "normalised_accuracy"}
@@ -408,7 +408,7 @@ def test_pairs_of_one_kind_in_a_mixed_study_are_as_ever(mixed: tuple[pd.DataFram
 
 
 def test_the_model_of_a_mixed_study_answers_for_every_kind(
-    mixed: tuple[pd.DataFrame, list[Cell], Done], tmp_path: Path
+    mixed: tuple[pd.DataFrame, list[Experiment], Done], tmp_path: Path
 ) -> None:
     _, cells, done = mixed
     assert cells[0].model is not None

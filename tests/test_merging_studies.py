@@ -116,14 +116,14 @@ def test_what_was_measured_of_an_option_holds_when_it_is_chosen(data: Path) -> N
     [cell] = plan(study_file(data, [ties, masks], "[kept, reprobed]"), store)
     done = run(cell.steps(), store, open_executor(1), watcher)
     assert not [label for label in watcher.ran if "round 1" in label and "chosen" in label]
-    for candidate in cell.candidates:
-        assert candidate.option is not None
-        best = candidate.options[done[candidate.option].json("option.json")["index"]]
-        assert done[candidate.merged].digest == done[best.merged].digest
-        assert all(done[candidate.rounds[0][t]] == done[best.rounds[0][t]] for t in cell.tasks)
-        assert (done[candidate.choice] == done[best.choice]) == (candidate.heads == "kept")
+    for trial in cell.trials:
+        assert trial.option is not None
+        best = trial.options[done[trial.option].json("option.json")["index"]]
+        assert done[trial.merged].digest == done[best.merged].digest
+        assert all(done[trial.rounds[0][t]] == done[best.rounds[0][t]] for t in cell.tasks)
+        assert (done[trial.selection] == done[best.selection]) == (trial.heads == "kept")
     assert cell.model is not None
-    assert {"option0", "option1", "option2", "option3"} <= set(cell.model.inputs)
+    assert cell.model.inputs["options"] == [trial.option for trial in cell.trials]
     spent = costs([cell], done)
     assert (spent[spent.method == "tall_masks"].bytes_per_task > 0).all()
 
@@ -138,7 +138,7 @@ def test_one_data_set_under_two_names_is_two_tasks_in_sets_and_each_is_measured_
     assert len(cell.subsets) == 4
     assert sum("own accuracy" in label for label in watcher.ran) == 2  # the one of again is that of one
     for names, step in cell.subsets.items():
-        own = [done[one].json("metrics.json")["validation"] for one in step.inputs.get("own", ())]
+        own = [done[one].json("metrics.json")["validation"] for one in step.inputs["own"] or ()]
         found = done[step].json("subset.json")
         assert found.get("fine_tuned", []) == own
         assert len(own) == (0 if len(names) == 3 else 2)
@@ -157,13 +157,13 @@ def test_a_plain_study_plans_the_steps_that_it_always_had(data: Path) -> None:
     """Long runs are kept by the fingerprints of their steps: what has its default must not appear in them."""
     store = Store(data / "store")
     [cell] = plan(study_file(data, [{"name": "task_arithmetic"}]), store)
-    [candidate] = cell.candidates
-    assert candidate.merged.config == {"method": "task_arithmetic"}
-    assert set(candidate.merged.inputs) == {"backbone", "finetuned"}
-    assert set(candidate.rounds[0]["one"].config) == {"scales", "device"}
-    assert cell.test["one"].config == {"candidates": ["kept"], "device": "cpu"}
+    [trial] = cell.trials
+    assert trial.merged.config.tracked() == {"method": "task_arithmetic"}
+    assert set(trial.merged.inputs) == {"backbone", "finetuned"}
+    assert set(trial.rounds[0]["one"].config.tracked()) == {"scales", "device"}
+    assert cell.test["one"].config.tracked() == {"candidates": ["kept"], "device": "cpu"}
     assert cell.model is not None
-    assert cell.model.config["candidates"] == [{"method": "task_arithmetic", "heads": "kept"}]
+    assert cell.model.config.candidates == [{"method": "task_arithmetic", "heads": "kept"}]
 
 
 def test_a_study_says_what_a_method_cannot_do(data: Path) -> None:

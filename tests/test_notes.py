@@ -31,7 +31,7 @@ from taskvec.report.figures import drawing as figures
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
-from taskvec.study.steps.merging import choose_scale
+from taskvec.study.steps.searching import ChoiceConfig, choose_scale
 
 STUDY = """
 backbones: [{address: "timm:test_vit@pre.safetensors", size: 32}]
@@ -45,7 +45,7 @@ TOLD = ["odd classes", "UserWarning: odd values", "some.library: odd weights", "
 
 
 def step(label: str, function: str = "tell", **config: Any) -> Step:
-    return Step(label, getattr(telling, function), {"value": "1", **config})
+    return Step(label, getattr(telling, function), telling.Telling(**config))
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_a_step_that_cannot_import_says_what(tmp_path: Path, workers: None, coun
 
 
 def test_a_step_whose_own_module_a_worker_cannot_import_says_what(tmp_path: Path) -> None:
-    lost = Step("lost", telling.crash, {})  # a worker does not find the tests
+    lost = Step("lost", telling.crash, telling.Telling())  # a worker does not find the tests
     with pytest.raises(TaskvecError, match="step 'lost' cannot import what it needs: No module named"):
         pipeline.run([lost], Store(tmp_path), Processes(2), Quiet())
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -281,8 +281,8 @@ def test_the_terminal_gets_a_note_of_several_steps_once_and_then_their_names() -
     watcher = Quiet()
     counter = runs.Counter(watcher)
     for label in (runs.PLANNING, "decode a", "decode a", "decode b", "decode c"):
-        counter.noted(label, "left out 3 files")
-    counter.noted("load x", "own")
+        counter.note(label, "left out 3 files")
+    counter.note("load x", "own")
     counter.repeat()
     assert watcher.notes == ["plan: left out 3 files", "load x: own", "also decode b, decode c: left out 3 files"]
 
@@ -320,8 +320,8 @@ def choice(folder: Path, scales: list[float], values: list[float], refine: int) 
     ):
         write_json(folder / name, content)
     with listen() as heard:
-        config = {"grid": scales, "refine": refine}
-        choose_scale(config, {"round0": [folder], "finetuned": [folder]}, folder, lambda _: None)
+        config = ChoiceConfig(grid=scales, refine=refine)
+        choose_scale.function(config, {"rounds": [[folder]], "finetuned": [folder]}, folder, lambda _: None)
     return heard
 
 

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 from taskvec.core import locks
 from taskvec.core.errors import TaskvecError
-from taskvec.core.files import canonical, disk_errors, fingerprint, read_json
+from taskvec.core.files import canonical, disk_errors, fingerprint, read_json, write_json
 from taskvec.core.notes import listen
+from taskvec.core.settings import Probe
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline, Processes, decode, encode
-from taskvec.engine.pipeline import Job, Step, always, step_type
+from taskvec.engine.pipeline import Config, Job, Step, Untracked, always, mapped, step_type
 from taskvec.engine.store import RECORD, Store
 
 PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -45,8 +46,8 @@ class Quiet:
     def started(self, step: Step) -> None: ...
     def advanced(self, step: Step, share: float) -> None: ...
 
-    def noted(self, label: str, note: str) -> None:
-        self.notes.append(f"{label}: {note}")
+    def note(self, label: str, text: str) -> None:
+        self.notes.append(f"{label}: {text}")
 
     def reused(self, step: Step) -> None:
         self.kept.append(step.label)
@@ -55,38 +56,59 @@ class Quiet:
         self.ran.append(step.label)
 
 
-@step_type(1, threaded=always)
-def number(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+class Number(Config):
+    value: int = 0
+    fail: bool = False
+    divide: int = 1
+
+
+@step_type(1, threaded=always, reads=["numbers"], writes=["n.txt"])
+def number(config: Number, inputs: Any, out: Path, progress: Any) -> None:
     """Write a number: its own plus those it reads."""
-    total = config["value"] + sum(int((f / "n.txt").read_text()) for fs in inputs.values() for f in fs)
-    if config.get("fail"):
+    total = config.value + sum(int((folder / "n.txt").read_text()) for folder in inputs["numbers"] or ())
+    if config.fail:
         (out / "half.txt").write_text("half")
         raise TaskvecError("the step failed", "mend it")
-    (out / "n.txt").write_text(str(total // config.get("divide", 1)))
+    (out / "n.txt").write_text(str(total // config.divide))
+
+
+class Duration(Config):
+    seconds: float
 
 
 @step_type(1)
-def slow(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+def slow(config: Duration, inputs: Any, out: Path, progress: Any) -> None:
     (out / "n.txt").write_text(f"{os.getpid()}")
     progress(0.5)
-    time.sleep(config["seconds"])
+    time.sleep(config.seconds)
 
 
-@step_type(1)
-def remove(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+@step_type(1, reads=["numbers"])
+def remove(config: Number, inputs: Any, out: Path, progress: Any) -> None:
     """Clear the store that it reads, as another process may."""
     store = Store(out.parent.parent)
     store.clear(store.held())
-    number(config, inputs, out, progress)
+    number.function(config, inputs, out, progress)
 
 
 @step_type(1)
-def die(config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, progress: Any) -> None:
+def die(config: Config, inputs: Any, out: Path, progress: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@step_type(1, writes=["n.txt", "m.txt"])
+def forget(config: Config, inputs: Any, out: Path, progress: Any) -> None:
+    (out / "n.txt").write_text("1")
+
+
+@step_type(1, reads=["tree"], writes=["shape.json"])
+def shape(config: Config, inputs: Any, out: Path, progress: Any) -> None:
+    """Write the numbers that it reads, nested as they are."""
+    write_json(out / "shape.json", mapped(inputs["tree"], lambda folder: int((folder / "n.txt").read_text())))
+
+
 def step(label: str, value: int, *reads: Step, **config: Any) -> Step:
-    return Step(label, number, {"value": value, **config}, {"numbers": reads} if reads else {})
+    return Step(label, number, Number(value=value, **config), {"numbers": reads} if reads else {})
 
 
 def run(store: Store, *steps: Step) -> tuple[dict[Step, Any], Quiet]:
@@ -218,7 +240,7 @@ def test_a_record_of_odd_seconds_is_one_that_does_not_tell_them(tmp_path: Path, 
 def test_a_store_that_is_cleared_during_a_run_is_one_clear_error(tmp_path: Path) -> None:
     store = Store(tmp_path)
     one = step("one", 1)
-    two = Step("two", remove, {"value": 2}, {"numbers": [one]})
+    two = Step("two", remove, Number(value=2), {"numbers": [one]})
     with pytest.raises(TaskvecError, match="two: '.*' was removed while a run needed it\nrun again"):
         run(store, two)
     assert run(Store(tmp_path), step("two", 2, one))[1].ran == ["one", "two"]
@@ -309,7 +331,7 @@ def test_errors_and_sudden_deaths_of_workers_are_told(tmp_path: Path, monkeypatc
     with pytest.raises(TaskvecError, match="the step failed"):
         pipeline.run([step("bad", 1, fail=True)], Store(tmp_path), Processes(2), Quiet())
     with pytest.raises(TaskvecError, match="'gone' was ended by signal 9"):
-        pipeline.run([Step("gone", die, {})], Store(tmp_path), Processes(2), Quiet())
+        pipeline.run([Step("gone", die, Config())], Store(tmp_path), Processes(2), Quiet())
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -317,7 +339,7 @@ def test_killing_the_parent_ends_its_workers_and_the_next_run_sweeps(tmp_path: P
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_pipeline import *\n"
-        "s = Step('slow', slow, {'seconds': 60})\n"
+        "s = Step('slow', slow, Duration(seconds=60))\n"
         "pipeline.run([s], Store(Path(sys.argv[2])), Processes(2), Quiet())"
     )
     here = str(Path(__file__).parent)
@@ -365,7 +387,7 @@ def test_a_full_disk_while_finishing_leaves_nothing(tmp_path: Path, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("taskvec.engine.store.write_json", full)
+    monkeypatch.setattr("taskvec.engine.store.json_text", full)
     with pytest.raises(TaskvecError, match="no space left"):
         run(Store(tmp_path), step("one", 1))
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -390,7 +412,7 @@ def test_a_tree_digest_follows_content_and_not_times(tmp_path: Path) -> None:
 def test_jobs_survive_the_way_to_a_worker(tmp_path: Path) -> None:
     job = Job(step("one", 1), "abc", {"numbers": ["x"]}, tmp_path)
     back = decode(encode(job))
-    assert (back.id, back.inputs, back.folder, back.step.config) == (job.id, job.inputs, job.folder, {"value": 1})
+    assert (back.id, back.inputs, back.folder, back.step.config) == (job.id, job.inputs, job.folder, Number(value=1))
 
 
 @given(st.dictionaries(st.text(max_size=3), st.integers() | st.floats(allow_nan=False, allow_infinity=False)))
@@ -405,19 +427,94 @@ def test_fingerprints_refuse_what_has_no_stable_form() -> None:
 
 
 def test_threads_and_version_are_part_of_a_steps_identity_and_labels_are_not() -> None:
-    base = Step("a", number, {}, threads=1)
-    same, threads = Step("b", number, {}, untracked={"name": "b"}), Step("a", number, {}, threads=2)
-    version = Step("a", replace(number, version=2), {})
+    base = Step("a", number, Number(), threads=1)
+    same, threads = Step("b", number, Number()), Step("a", number, Number(), threads=2)
+    version = Step("a", replace(number, version=2), Number())
     assert pipeline.step_id(base, {}) == pipeline.step_id(same, {})
     assert len({pipeline.step_id(s, {}) for s in (base, threads, version)}) == 3
+
+
+class Told(Config):
+    rate: float
+    size: int | None
+    fast: bool = False
+    probe: Probe = Probe()
+    name: Untracked[str] = ""
+
+    def unused(self) -> dict[str, set[str]]:
+        return {"probe": {"warmup"}}
+
+
+def test_what_is_untracked_unused_or_as_it_always_was_is_no_part_of_a_configuration() -> None:
+    assert Told(rate=1, size=None, name="x").tracked() == {"rate": 1.0, "size": None}
+    changed = Told(rate=1, size=None, fast=True, probe=Probe(steps=3)).tracked()
+    assert (changed["fast"], changed["probe"]["steps"]) == (True, 3)
+    assert set(Probe.model_fields) - set(changed["probe"]) == {"warmup"}
+    with pytest.raises(ValueError, match="fest"):
+        Told(rate=1, size=None, fest=True)
 
 
 def test_where_a_function_lives_is_no_part_of_a_steps_identity() -> None:
     moved = replace(number, function=slow.function)
     assert moved.place != number.place
-    assert pipeline.step_id(Step("a", moved, {}), {}) == pipeline.step_id(Step("a", number, {}), {})
+    assert pipeline.step_id(Step("a", moved, Number()), {}) == pipeline.step_id(Step("a", number, Number()), {})
 
 
 def test_two_kinds_of_step_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="two kinds of step are named 'number'"):
         step_type(1, name="number")(slow.function)
+
+
+def test_a_step_of_other_inputs_or_configuration_than_its_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="a step 'number' reads no letters"):
+        Step("a", number, Number(), {"letters": []})
+    with pytest.raises(TypeError, match="a step 'number' takes Number"):
+        Step("a", number, Config())
+
+
+def test_a_file_that_a_step_should_have_written_is_missed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"step 'a' has not written m\.txt"):
+        run(Store(tmp_path), Step("a", forget, Config()))
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("executor", [Inline, lambda: Processes(2)])
+def test_nested_inputs_keep_their_shape(tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", PATHS)
+    one, two = step("one", 1), step("two", 2)
+    nested = Step("nested", shape, Config(), {"tree": [[one, None], [], [[two]]]})
+    flat = Step("flat", shape, Config(), {"tree": [one, two]})
+    done = pipeline.run([nested, flat], Store(tmp_path), executor(), Quiet())
+    assert done[nested].json("shape.json") == [[1, None], [], [[2]]]
+    assert done[nested].json(RECORD)["about"]["inputs"] == {"tree": [[done[one].id, None], [], [[done[two].id]]]}
+    assert done[nested].id != done[flat].id
+
+
+def test_what_another_process_makes_meanwhile_is_used(tmp_path: Path) -> None:
+    steps = [step("a", 1), step("b", 2)]
+
+    class Together(Inline):
+        def start(self, job: Job, *told: Any) -> None:
+            if job.step is steps[0]:
+                run(Store(tmp_path), step("elsewhere", 2))
+            super().start(job, *told)
+
+    watcher = Quiet()
+    pipeline.run(steps, Store(tmp_path), Together(), watcher)
+    assert (watcher.ran, watcher.kept) == (["a"], ["b"])
+
+
+def test_the_steps_of_a_plan_start_in_its_order(tmp_path: Path) -> None:
+    first = step("first", 1)
+    after, other = step("after", 2, first), step("other", 3)
+    assert run(Store(tmp_path), after, other)[1].ran == ["first", "after", "other"]
+
+
+def test_a_step_costs_no_more_in_a_longer_plan(tmp_path: Path) -> None:
+    """A step costs as much in a long plan as in a short one: what waits is counted and not looked through."""
+    seconds = []
+    for count in (100, 1000):
+        begin = time.process_time()
+        run(Store(tmp_path / str(count)), *(step(f"s{index}", index) for index in range(count)))
+        seconds.append((time.process_time() - begin) / count)
+    assert seconds[1] < 3 * seconds[0]

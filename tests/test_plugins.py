@@ -33,7 +33,6 @@ from taskvec.merging.registry import ADDITION, BUILT_IN, METHODS, Method, find_r
 from taskvec.study.files import open_study, parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
-from taskvec.study.steps.merging import open_recipe
 
 MINE = """
 from taskvec.merging import Method, register
@@ -220,12 +219,12 @@ def test_a_plugin_that_changes_during_a_run_or_registers_nothing_is_told(tasks: 
     empty = write(tasks / "own" / "empty.py", "x = 1")
     file = study(tasks, STUDY.replace("[own/mine.py]", "[own/mine.py, own/empty.py]"))
     [cell] = plan(file, store)
-    [merge] = [one.merged for one in cell.candidates if one.name == "lines+mine"]
-    assert set(merge.config["sources"]) == {"mine"}
-    assert str(tasks) not in str(merge.config)
+    [merge] = [one.merged for one in cell.trials if one.name == "lines+mine"]
+    assert set(merge.config.sources) == {"mine"}
+    assert str(tasks) not in str(merge.config.tracked())
     write(path, MINE + "\n# changed")
     with pytest.raises(TaskvecError, match="the plugin of 'mine' has changed since the run began"):
-        open_recipe({**merge.config, **merge.untracked})
+        merge.config.recipe()
     watcher = Quiet()
     runs.run_study(file, tasks / "out", store, 1, watcher, "taskvec run own")
     assert watcher.notes[0] == f"plan: plugin '{empty}' registers no merging method"

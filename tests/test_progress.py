@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from taskvec.command import progress
-from taskvec.engine.pipeline import Step, StepType, never
+from taskvec.engine.pipeline import Config, Step, step_type
 
-KIND = StepType("nothing", lambda *_: None, 1, (), never)
+
+@step_type(1)
+def nothing(config: Config, inputs: Any, out: Path, progress: Any) -> None:
+    """Do nothing."""
 
 
 @pytest.fixture
@@ -23,7 +28,9 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_time_left_follows_the_cost_that_is_done(now: list[float]) -> None:
     out = io.StringIO()
     watcher = progress.Terminal(Console(file=out, force_terminal=False, width=200))
-    first, second, third, kept = (Step(f"s{i}", KIND, {}, cost=cost) for i, cost in enumerate((10, 20, 30, 500)))
+    first, second, third, kept = (
+        Step(f"s{i}", nothing, Config(), cost=cost) for i, cost in enumerate((10, 20, 30, 500))
+    )
     watcher.planned([first, second, third, kept])
     watcher.reused(kept)
     now[0] = 100.0  # starting workers takes its time and is no measure of the work
@@ -48,7 +55,9 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 def test_lines_of_a_file_fit_80_columns_have_no_colour_and_no_control_characters() -> None:
     out = io.StringIO()
     watcher = progress.Terminal(Console(file=out, force_terminal=False, width=80))
-    steps = [Step(f"fine-tune [bold]{'x' * 90}\x1b[31m{i} (backbone, aligned, seed 0)", KIND, {}) for i in (1, 2)]
+    steps = [
+        Step(f"fine-tune [bold]{'x' * 90}\x1b[31m{i} (backbone, aligned, seed 0)", nothing, Config()) for i in (1, 2)
+    ]
     watcher.planned(steps)
     for step in steps:
         watcher.started(step)
@@ -62,7 +71,7 @@ def test_lines_of_a_file_fit_80_columns_have_no_colour_and_no_control_characters
 
 def test_there_is_an_estimate_within_the_first_long_step_of_a_resumed_run(now: list[float]) -> None:
     watcher = progress.Terminal(Console(file=io.StringIO(), force_terminal=False, width=80))
-    kept, long = Step("kept", KIND, {}, cost=500), Step("long", KIND, {}, cost=100)
+    kept, long = Step("kept", nothing, Config(), cost=500), Step("long", nothing, Config(), cost=100)
     watcher.planned([kept, long])
     watcher.reused(kept)
     watcher.started(long)

@@ -200,9 +200,9 @@ agreement: 8
 negation: {forget: greek, control: street}
 """
     [cell] = plan(StudyFile(parse_study(text, "s"), text, tmp_path), Store(tmp_path))
-    told = {step.type.name: step.config.get("linearised") for step in cell.steps()}
+    told = {step.type.name: getattr(step.config, "linearised", False) for step in cell.steps()}
     assert {"surgery_curve", "agreement", "reprobed_curve", "test_task"} <= set(told)
-    assert {name for name, linear in told.items() if linear is None} == {
+    assert {name for name, linear in told.items() if not linear} == {
         "choose_scale",
         "gains",
         "pick_head",

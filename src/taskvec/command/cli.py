@@ -174,11 +174,11 @@ def run(
     folder = (out or Path("runs") / file.study.name).expanduser()
     command = f"taskvec run {shlex.quote(study)}" + (" --smoke" if smoke else "")
     console, begin = Console(stderr=True), time.monotonic()
-    watcher = Terminal(console)
+    reporter = Terminal(console)
     try:
-        outcome = run_study(file, folder, Store((store or default_store()).expanduser()), workers, watcher, command)
+        outcome = run_study(file, folder, Store((store or default_store()).expanduser()), workers, reporter, command)
     finally:
-        watcher.close()
+        reporter.close()
     _tell(outcome, duration_text(time.monotonic() - begin))
 
 

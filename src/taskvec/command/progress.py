@@ -86,10 +86,10 @@ class Terminal:
         name = shorten(one_line(label), self.console.width - len(count) - len(took))
         self.console.print(count + name + took, markup=False, highlight=False, soft_wrap=True)
 
-    def noted(self, label: str, note: str) -> None:
+    def note(self, label: str, text: str) -> None:
         """Write what a step has to tell."""
         whole = not self.console.is_terminal
-        self.console.print(printable(f"{label}: {note}"), markup=False, highlight=False, soft_wrap=whole)
+        self.console.print(printable(f"{label}: {text}"), markup=False, highlight=False, soft_wrap=whole)
 
     def _measure_from(self, begin: float, base: float) -> None:
         """Take the first sign of progress as the start: what came before, such as starting workers, is no measure."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from taskvec.encoders.addresses import parse, split_key
 from taskvec.encoders.records import BASE
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
-from taskvec.engine.pipeline import Watcher
+from taskvec.engine.pipeline import Reporter
 from taskvec.engine.publishing import Known, check_outside, check_place, inside, mark, obstacle, owned, publish, refuse
 from taskvec.engine.store import Artifact, Store, digests, present
 from taskvec.merging import plugins
@@ -36,7 +37,7 @@ from taskvec.merging.in_memory import DIRECTIONS
 from taskvec.report.costs import costs
 from taskvec.report.rows import Done, heatmaps, negations, results
 from taskvec.report.verdict import SMOKE
-from taskvec.study.experiment import Cell
+from taskvec.study.experiment import Experiment
 from taskvec.study.forecast.estimate import decoded_bytes
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
@@ -77,35 +78,35 @@ class Outcome:
 
 
 class Counter:
-    """Counts the steps that were run now, tells each note once, and passes everything on to another watcher."""
+    """Counts the steps that were run now, tells each note once, and passes everything on to another reporter."""
 
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, reporter: Reporter) -> None:
         self.ran = 0
-        self.watcher = watcher
-        self.told: dict[str, list[str]] = {}
+        self.reporter = reporter
+        self.labels: dict[str, list[str]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Pass on what is not counted."""
-        return getattr(self.watcher, name)
+        return getattr(self.reporter, name)
 
     def finished(self, step: pipeline.Step, seconds: float) -> None:
         """Count a step that was done now."""
         self.ran += 1
-        self.watcher.finished(step, seconds)
+        self.reporter.finished(step, seconds)
 
-    def noted(self, label: str, note: str) -> None:
+    def note(self, label: str, text: str) -> None:
         """Pass on a note, unless the same was told before."""
-        labels = self.told.setdefault(note, [])
+        labels = self.labels.setdefault(text, [])
         if not labels:
-            self.watcher.noted(label, note)
+            self.reporter.note(label, text)
         if label not in labels:
             labels.append(label)
 
     def repeat(self) -> None:
         """Name those that told the same as another step, in one line for each note."""
-        for note, labels in self.told.items():
+        for text, labels in self.labels.items():
             if others := [label for label in labels if label != PLANNING][1:]:
-                self.watcher.noted(f"also {some(others)}", note)
+                self.reporter.note(f"also {some(others)}", text)
 
 
 def default_workers(device: str, threads: int) -> int:
@@ -113,40 +114,41 @@ def default_workers(device: str, threads: int) -> int:
     return 1 if device != "cpu" else max(1, cores() // threads)
 
 
-def run_study(file: StudyFile, out: Path, store: Store, workers: int | None, watcher: Watcher, command: str) -> Outcome:
+def run_study(
+    file: StudyFile, out: Path, store: Store, workers: int | None, reporter: Reporter, command: str
+) -> Outcome:
     """Run what is not done yet and write the run folder; a run with nothing to do leaves the folder as it is."""
     check_inputs(file, out, store.folder)
+    counter, device = Counter(reporter), choose_device(file.study.device)
     with writing(out):
         check_free(file, out)
         store.open()
         store.sweep()
-        return _run(file, out, store, workers, watcher, command)
-
-
-def _run(file: StudyFile, out: Path, store: Store, workers: int | None, watcher: Watcher, command: str) -> Outcome:
-    """Run the steps, and write the run folder where it is not written yet."""
-    device = choose_device(file.study.device)
-    counter = Counter(watcher)
-    with listen(lambda text: counter.noted(PLANNING, text)) as planned, library_warnings():
-        cells = plan(file, store)
-    if not (out / MARKER).exists():
-        mark(out, MARKER, {})
-    used = {one.path: one.digest for one in plugins.use(file.plugins)}
-    sources = {name: used[path.resolve()] for name, path in zip(file.study.plugins, file.plugins, strict=True)}
-    steps = [step for cell in cells for step in cell.steps()]
-    say_size(decoded_bytes(steps, store), store, watcher)
-    executor = open_executor(workers or default_workers(device, file.study.threads))
-    done = pipeline.run(steps, store, executor, counter)
-    with present(artifact.folder for artifact in done.values()), listen(lambda text: counter.noted(FOLDER, text)):
-        lock = make_lock(file, cells, done, device, command)
-        lock |= {"notes": all_notes(planned, steps, done)} | ({"plugins": sources} if sources else {})
-        fresh = not is_written(out, lock)
-        if fresh:
-            write_run(file, cells, done, out, lock)
-    for one in of_figures(read_json(out / LOCK)["notes"]):
-        counter.noted(one["label"], one["text"])
+        with listen(functools.partial(counter.note, PLANNING)) as planned, library_warnings():
+            experiments = plan(file, store)
+        if not (out / MARKER).exists():
+            mark(out, MARKER, {})
+        plugins_used, steps = used_plugins(file), [step for exp in experiments for step in exp.steps()]
+        say_size(decoded_bytes(steps, store), store, reporter)
+        executor = open_executor(workers or default_workers(device, file.study.threads))
+        done = pipeline.run(steps, store, executor, counter)
+        with present(artifact.folder for artifact in done.values()), listen(functools.partial(counter.note, FOLDER)):
+            lock = make_lock(file, experiments, done, device, command)
+            lock |= {"notes": all_notes(planned, steps, done)} | plugins_used
+            fresh = not is_written(out, lock)
+            if fresh:
+                write_run(file, experiments, done, out, lock)
+        for note in of_figures(read_json(out / LOCK)["notes"]):
+            counter.note(note["label"], note["text"])
     counter.repeat()
     return Outcome(out, len(done), counter.ran, fresh)
+
+
+def used_plugins(file: StudyFile) -> dict[str, Any]:
+    """Return what the lock says of a study's plugins: the digest of each by its name in the study."""
+    used = {plugin.path: plugin.digest for plugin in plugins.use(file.plugins)}
+    digests = {name: used[path.resolve()] for name, path in zip(file.study.plugins, file.plugins, strict=True)}
+    return {"plugins": digests} if digests else {}
 
 
 @contextlib.contextmanager
@@ -177,11 +179,11 @@ def tidy(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def say_size(views: float, store: Store, watcher: Watcher) -> None:
+def say_size(views: float, store: Store, reporter: Reporter) -> None:
     """Say before the work how much room decoded images take, where that is much."""
     if views >= LARGE:
         free = bytes_text(shutil.disk_usage(store.folder if store.folder.exists() else Path()).free)
-        watcher.noted(
+        reporter.note(
             "decoded images",
             f"about {bytes_text(views)} of evaluation views, and whole training images beside them, in "
             f"'{store.folder}' ({free} free there); taskvec store lists and clears them",
@@ -190,15 +192,15 @@ def say_size(views: float, store: Store, watcher: Watcher) -> None:
 
 def all_notes(planned: list[str], steps: list[pipeline.Step], done: Done) -> list[dict[str, str]]:
     """List what was noted and by whom, in the order of the plan; what a step tells as well, the plan does not."""
-    told = [(step.label, text) for step in pipeline.ordered(steps) for text in done[step].notes()]
-    known = {text for _, text in told}
-    every = dict.fromkeys([*((PLANNING, text) for text in planned if text not in known), *told])
-    return [{"label": label, "text": text} for label, text in every]
+    notes_of_steps = [(step.label, text) for step in pipeline.ordered(steps) for text in done[step].notes()]
+    known = {text for _, text in notes_of_steps}
+    notes = dict.fromkeys([*((PLANNING, text) for text in planned if text not in known), *notes_of_steps])
+    return [{"label": label, "text": text} for label, text in notes]
 
 
 def of_figures(notes: list[dict[str, str]], figures: bool = True) -> list[dict[str, str]]:
     """Return the notes that were told while figures were drawn, or the others."""
-    return [one for one in notes if (one["label"] == FIGURES) == figures]
+    return [entry for entry in notes if (entry["label"] == FIGURES) == figures]
 
 
 def check_folder(out: Path) -> None:
@@ -212,19 +214,19 @@ def check_folder(out: Path) -> None:
 
 def check_free(file: StudyFile, out: Path) -> None:
     """Raise, before any work, if something of the user's stands in a run folder where a file of ours may have to go."""
-    own = owned(out, MARKER, LOCK) | {MARKER: set()}
+    ours = owned(out, MARKER, LOCK) | {MARKER: set()}
     backbones = [choice.called for choice in file.study.backbones]
-    names = [MARKER, *FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, own)]
-    found = [out / name for name in FOLDERS if os.path.lexists(out / name) and not is_folder(out / name)]
-    found += [place for name in names if (place := obstacle(out, name, own))]
-    if found:
-        raise refuse(found[0])
+    names = [MARKER, *FILES, *(f"models/{name}/{part}" for name in backbones for part in MODEL), *beside(out, ours)]
+    blocking = [out / name for name in FOLDERS if os.path.lexists(out / name) and not is_folder(out / name)]
+    blocking += [place for name in names if (place := obstacle(out, name, ours))]
+    if blocking:
+        raise refuse(blocking[0])
 
 
-def beside(out: Path, own: Known) -> Iterator[str]:
+def beside(out: Path, ours: Known) -> Iterator[str]:
     """Yield what others have put among the figures and tables under a name that could be one of ours."""
     others = [p for folder in ("figures", "tables") if is_folder(out / folder) for p in (out / folder).iterdir()]
-    names = [name for path in others if (name := path.relative_to(out).as_posix()) not in own]
+    names = [name for path in others if (name := path.relative_to(out).as_posix()) not in ours]
     if names:
         from taskvec.report.page import READING  # slow, and seldom needed
 
@@ -256,15 +258,15 @@ def check_inputs(file: StudyFile, out: Path, store: Path) -> None:
 
 def image_folders(file: StudyFile) -> list[Path]:
     """Return the folders of images that a study reads all of: a task's splits or own folder, and classes elsewhere."""
-    found: list[Path] = []
+    roots: list[Path] = []
     for task in file.study.tasks:
         address = sources.parse(task.address, file.folder, file.study.data)
         root = address.source.folder(address.rest)
         if root is not None and root.is_dir():
             with disk_errors(root):
                 folders = (address.source.class_folders and splits_in(root)) or [root]
-                found += [*folders, *(one for folder in folders for one in folders_in(folder) if one.is_symlink())]
-    return found
+                roots += [*folders, *(link for folder in folders for link in folders_in(folder) if link.is_symlink())]
+    return roots
 
 
 def named_files(file: StudyFile) -> list[Path]:
@@ -275,11 +277,11 @@ def named_files(file: StudyFile) -> list[Path]:
     return [path for path in (*paths, *weights, *file.plugins) if path.exists()]
 
 
-def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, command: str) -> dict[str, Any]:
+def make_lock(file: StudyFile, experiments: list[Experiment], done: Done, device: str, command: str) -> dict[str, Any]:
     """Return what is needed to get the same numbers again: study, versions, seeds, threads, device, fingerprints."""
     study = file.study
-    tuned = {f"{c.backbone}, {t}": done[s].json("metrics.json") for c in cells for t, s in c.finetuned.items()}
-    left_out = {cell.backbone: done[cell.encoder].json("backbone.json")["left_out"] for cell in cells}
+    tuned = {f"{c.backbone}, {t}": done[s].json("metrics.json") for c in experiments for t, s in c.finetuned.items()}
+    left_out = {exp.backbone: done[exp.encoder].json("backbone.json")["left_out"] for exp in experiments}
     lock = {
         "study": study.model_dump(mode="json"),
         "command": command,
@@ -291,8 +293,8 @@ def make_lock(file: StudyFile, cells: list[Cell], done: Done, device: str, comma
         "left_out": left_out | {name: metrics["left_out"] for name, metrics in tuned.items() if "left_out" in metrics},
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
-    records = {cell.backbone: done[cell.encoder].json("backbone.json") for cell in cells}
-    lock |= {"models": {backbone: about for backbone, (about, _) in best_models(cells, done).items()}}
+    records = {exp.backbone: done[exp.encoder].json("backbone.json") for exp in experiments}
+    lock |= {"models": {backbone: about for backbone, (about, _) in best_models(experiments, done).items()}}
     lock |= {"smoke": True} if file.smoke else {}
     if weights := {name: record["sha256"] for name, record in records.items() if "sha256" in record}:
         lock["weights"] = weights
@@ -311,19 +313,19 @@ def is_written(out: Path, lock: dict[str, Any]) -> bool:
         return False
 
 
-def write_run(file: StudyFile, cells: list[Cell], done: Done, out: Path, lock: dict[str, Any]) -> None:
+def write_run(file: StudyFile, experiments: list[Experiment], done: Done, out: Path, lock: dict[str, Any]) -> None:
     """Write the whole run into a hidden folder, then move it into place; a failure leaves the old run as it was."""
     with disk_errors(out), workspace(out / "run") as fresh:
         write_text(fresh / "study.yaml", file.text)
-        rows, heat = results(file.study.name, cells, done), heatmaps(cells, done)
+        rows, heat = results(file.study.name, experiments, done), heatmaps(experiments, done)
         write_text(fresh / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
         if heat is not None:
             write_text(fresh / "disentanglement.csv", heat.to_csv(index=False, lineterminator="\n"))
-        if (forgotten := negations(cells, done)) is not None:
+        if (forgotten := negations(experiments, done)) is not None:
             write_text(fresh / "negation.csv", forgotten.to_csv(index=False, lineterminator="\n"))
-        spent = costs(cells, done)
+        spent = costs(experiments, done)
         write_text(fresh / "costs.csv", spent.to_csv(index=False, lineterminator="\n"))
-        write_models(cells, done, fresh / "models")
+        write_models(experiments, done, fresh / "models")
         lock = lock | {"notes": lock["notes"] + draw_figures(rows, heat, spent, fresh / "figures", file)}
         write_report(rows, heat, spent, fresh, lock, file)
         write_json(fresh / LOCK, lock | {"files": digests(fresh)})
@@ -353,10 +355,10 @@ def write_report(
     from taskvec.report import leaderboard, page, tables
     from taskvec.report import paper_tables as comparison
 
-    roles, told = roles_of(file), note_lines(lock["notes"])
-    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, spent, lock, told))
-    if found := leaderboard.boards(rows, spent):
-        write_text(out / "leaderboard.md", leaderboard.markdown_boards(found, file.smoke))
+    roles, noted = roles_of(file), note_lines(lock["notes"])
+    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, spent, lock, noted))
+    if boards := leaderboard.boards(rows, spent):
+        write_text(out / "leaderboard.md", leaderboard.markdown_boards(boards, file.smoke))
     banner = f"% {SMOKE}\n" if file.smoke else ""
     for name, text in comparison.latex_tables(rows, heat, roles).items():
         (out / "tables").mkdir(exist_ok=True)
@@ -365,24 +367,24 @@ def write_report(
     write_text(out / "report.html", page.render(rows, heat, out / "figures", *how))
 
 
-def best_models(cells: list[Cell], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:
+def best_models(experiments: list[Experiment], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:
     """Return the best model of every backbone, by validation, of the regimes with the most tasks, and what it is."""
     best: dict[str, tuple[int, float]] = {}
-    found: dict[str, tuple[dict[str, Any], Artifact]] = {}
-    for cell in cells:
-        if cell.model is not None:
-            artifact = done[cell.model]
+    models: dict[str, tuple[dict[str, Any], Artifact]] = {}
+    for exp in experiments:
+        if exp.model is not None:
+            artifact = done[exp.model]
             record = artifact.json("model.json")
-            value = len(cell.tasks), float(record["validation"])
-            if cell.backbone not in best or value > best[cell.backbone]:
-                about = {"regime": cell.regime, "seed": cell.seed} | {key: record[key] for key in KEPT if key in record}
-                best[cell.backbone], found[cell.backbone] = value, (about, artifact)
-    return found
+            value = len(exp.tasks), float(record["validation"])
+            if exp.backbone not in best or value > best[exp.backbone]:
+                about = {"regime": exp.regime, "seed": exp.seed} | {key: record[key] for key in KEPT if key in record}
+                best[exp.backbone], models[exp.backbone] = value, (about, artifact)
+    return models
 
 
-def write_models(cells: list[Cell], done: Done, out: Path) -> None:
+def write_models(experiments: list[Experiment], done: Done, out: Path) -> None:
     """Copy the best model of every backbone into its folder."""
-    for backbone, (_, artifact) in best_models(cells, done).items():
+    for backbone, (_, artifact) in best_models(experiments, done).items():
         source = artifact.folder
         (out / backbone).mkdir(parents=True)
         for name in MODEL:

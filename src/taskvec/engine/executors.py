@@ -19,14 +19,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from taskvec.core.errors import TaskvecError
-from taskvec.core.notes import print_note, printable
-from taskvec.engine.pipeline import Executor, Finished, Job, Step, perform
+from taskvec.core.files import disk_errors, write_json
+from taskvec.core.notes import library_warnings, listen, print_note, printable
+from taskvec.engine.pipeline import Executor, Finished, Job, Step, leaves, mapped
+from taskvec.engine.store import NOTES, present
 
 MOMENT = 0.5
 """Seconds between looks at what workers wrote on standard error."""
@@ -43,28 +46,48 @@ def open_executor(workers: int) -> Executor:
     return Inline() if workers <= 1 else Processes(workers)
 
 
-def perform_here(job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> Finished:
-    """Run a job in this process with the step's number of threads."""
+def perform(job: Job, progress: Callable[[float], None], note: Callable[[str], None]) -> Finished:
+    """Run a job in this process with the step's number of threads, and keep what is noted beside its result.
+
+    When it fails its folder is removed, and a user's mistake is told with its label.
+    """
+    start, step = time.perf_counter(), job.step
+    inputs = dict.fromkeys(step.type.reads) | {role: mapped(tree, Path) for role, tree in job.inputs.items()}
     try:
         from taskvec.core.compute import threads
 
-        with threads(job.step.threads):
-            return perform(job, progress, noted)
-    except ImportError as error:
-        raise cannot_import(job.step.label, job.folder, error) from None
-    except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
+        reading = present(leaves(list(inputs.values())), job.folder)
+        with threads(step.threads), disk_errors(job.folder), reading, listen(note) as notes, library_warnings():
+            step.type.function(step.config, inputs, job.folder, progress)
+            check_written(job)
+            if notes:
+                write_json(job.folder / NOTES, notes)
+    except BaseException as error:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        if (explanation := explained(step.label, error)) is error:
             raise
+        raise explanation from None
+    return Finished(job, time.perf_counter() - start)
+
+
+def check_written(job: Job) -> None:
+    """Raise if a step has not written a file that its type declares."""
+    names = job.step.type.writes(job.step.config)
+    if missing := [name for name in names if not (job.folder / name).exists()]:
+        raise RuntimeError(f"step '{job.step.label}' has not written {', '.join(missing)}")
+
+
+def explained(label: str, error: BaseException) -> BaseException:
+    """Return what a user is told of an error in a step; errors that no user can mend stay as they are."""
+    if isinstance(error, TaskvecError):
+        return TaskvecError(f"{label}: {error.problem}", error.fix)
+    if isinstance(error, ImportError):
+        problem = f"step '{label}' cannot import what it needs: {error}"
+        return TaskvecError(problem, "install what is missing beside taskvec")
+    if isinstance(error, MemoryError | RuntimeError) and is_lack_of_memory(error):
         fix = "lower batch_size, raise accumulate, or choose another device"
-        raise TaskvecError(f"no memory left in step '{job.step.label}'", fix) from None
-
-
-def cannot_import(label: str, folder: Path, error: ImportError) -> TaskvecError:
-    """Say that a step lacks a library, and remove its folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return TaskvecError(
-        f"step '{label}' cannot import what it needs: {error}", "install what is missing beside taskvec"
-    )
+        return TaskvecError(f"no memory left in step '{label}'", fix)
+    return error
 
 
 def is_lack_of_memory(error: Exception) -> bool:
@@ -81,9 +104,9 @@ class Inline:
     def __init__(self) -> None:
         self._finished: list[Finished] = []
 
-    def start(self, job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> None:
+    def start(self, job: Job, progress: Callable[[float], None], note: Callable[[str], None]) -> None:
         """Run the job now."""
-        self._finished.append(perform_here(job, progress, noted))
+        self._finished.append(perform(job, progress, note))
 
     def wait(self) -> list[Finished]:
         """Return what was done since the last call."""
@@ -103,7 +126,7 @@ class _Worker:
     ended: bool = False
     job: Job | None = None
     progress: Callable[[float], None] = lambda _: None
-    noted: Callable[[str], None] = lambda _: None
+    note: Callable[[str], None] = lambda _: None
 
     def written(self) -> str:
         """Return the whole lines that it wrote on standard error since the last call."""
@@ -130,11 +153,11 @@ class Processes:
         self._messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
         self._said: dict[str, _Worker] = {}
 
-    def start(self, job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> None:
+    def start(self, job: Job, progress: Callable[[float], None], note: Callable[[str], None]) -> None:
         """Hand the job to an idle worker."""
         idle = (w for w in self._workers if w.job is None and not w.ended and w.process.poll() is None)
         worker = next(idle, None) or self._hire()
-        worker.job, worker.progress, worker.noted = job, progress, noted
+        worker.job, worker.progress, worker.note = job, progress, note
         assert worker.process.stdin is not None
         with contextlib.suppress(OSError):  # one that died while idle: its closed output tells so, and wait() raises
             worker.process.stdin.write(encode(job) + "\n")
@@ -160,7 +183,7 @@ class Processes:
             if "progress" in message:
                 worker.progress(message["progress"])
             elif "note" in message:
-                worker.noted(message["note"])
+                worker.note(message["note"])
             elif "seconds" in message:
                 worker.job = None
                 return [Finished(job, message["seconds"])]
@@ -192,12 +215,7 @@ class Processes:
 
     def _hire(self) -> _Worker:
         log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  closed with the worker
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "taskvec.engine.executors",
-        ]  # -P: no import from the folder one happens to be in
+        command = [sys.executable, "-P", "-m", "taskvec.engine.executors"]  # -P: no import from the present folder
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
         try:
             process = subprocess.Popen(
@@ -222,8 +240,8 @@ class Processes:
 def message_of(line: str) -> dict[str, Any]:
     """Read what a worker answers; a line that is no answer was printed by something that it loads at its start."""
     with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(found := json.loads(line), dict) and found.keys() & ANSWERS:
-            return found
+        if isinstance(answer := json.loads(line), dict) and answer.keys() & ANSWERS:
+            return answer
     return {"said": line.rstrip("\n")}
 
 
@@ -244,22 +262,23 @@ def died(worker: _Worker, job: Job) -> TaskvecError:
 def encode(job: Job) -> str:
     """Write a job as one line of JSON; a step's inputs are folders by now, so its dependencies stay behind."""
     step = job.step
-    fields = {"label": step.label, "config": step.config, "threads": step.threads, "untracked": dict(step.untracked)}
-    return json.dumps(
-        fields | {"place": step.type.place, "id": job.id, "inputs": job.inputs, "folder": str(job.folder)}
-    )
+    fields = {"place": step.type.place, "label": step.label, "threads": step.threads, "id": job.id}
+    config = step.config.model_dump(mode="json")
+    return json.dumps(fields | {"config": config, "inputs": job.inputs, "folder": str(job.folder)})
 
 
 def decode(line: str) -> Job:
     """Read a job from its line of JSON; what its step's module lacks is an error."""
     data = json.loads(line)
     module, _, name = data["place"].partition(":")
+    folder = Path(data["folder"])
     try:
         type = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise cannot_import(data["label"], Path(data["folder"]), error) from None
-    step = Step(data["label"], type, data["config"], threads=data["threads"], untracked=data["untracked"])
-    return Job(step, data["id"], data["inputs"], Path(data["folder"]))
+        shutil.rmtree(folder, ignore_errors=True)
+        raise explained(data["label"], error) from None
+    step = Step(data["label"], type, type.config.model_validate(data["config"]), threads=data["threads"])
+    return Job(step, data["id"], data["inputs"], folder)
 
 
 def work(lines: TextIO, answers: TextIO) -> None:
@@ -279,7 +298,7 @@ def work(lines: TextIO, answers: TextIO) -> None:
     while True:
         try:
             job = decode(jobs.get())
-            done = perform_here(job, lambda share: answer({"progress": share}), lambda text: answer({"note": text}))
+            done = perform(job, lambda share: answer({"progress": share}), lambda text: answer({"note": text}))
             answer({"seconds": done.seconds})
         except TaskvecError as error:
             answer({"problem": error.problem, "fix": error.fix})

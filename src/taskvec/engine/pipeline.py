@@ -9,47 +9,87 @@ output paths and the number of workers are not part of it.
 from __future__ import annotations
 
 import functools
-import itertools
+import heapq
+import inspect
 import platform
-import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
-from taskvec.core.errors import TaskvecError
-from taskvec.core.files import disk_errors, fingerprint, write_json
-from taskvec.core.notes import library_warnings, listen
-from taskvec.engine.store import NOTES, Artifact, Store, present
+from pydantic import BaseModel, ConfigDict
+
+from taskvec.core.files import fingerprint
+from taskvec.core.notes import listen
+from taskvec.engine.store import Artifact, Store
+from taskvec.engine.work import LITTLE, Work
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
+UNTRACKED = "untracked"
+Value = TypeVar("Value")
+Untracked = Annotated[Value, UNTRACKED]
+"""Marks a field of a configuration that is no part of the fingerprint: where files are, or a name in messages."""
 
 
-Config = Mapping[str, Any]
-Function = Callable[..., None]
+class Config(BaseModel):
+    """What a kind of step is told: frozen values that JSON can hold; each kind has a class of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def tracked(self) -> dict[str, Any]:
+        """Return what counts in the fingerprint: neither what is untracked, nor what has its default."""
+        fields = type(self).model_fields.items()
+        counted = {n for n, f in fields if UNTRACKED not in f.metadata and getattr(self, n) != f.default}
+        return self.model_dump(mode="json", include=counted, exclude=self.unused())
+
+    def unused(self) -> dict[str, set[str]]:
+        """Return which parts of its fields a step does not depend on, by field."""
+        return {}
+
+
+Inputs = Mapping[str, Any]
+"""What a step reads by role: steps, or what stands for them (folders, digests), in nested lists; None where absent."""
+Function = Callable[[Any, Inputs, Path, Callable[[float], None]], None]
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Yield what is in nested lists, in order, but None."""
+    if isinstance(tree, list | tuple):
+        for branch in tree:
+            yield from leaves(branch)
+    elif tree is not None:
+        yield tree
+
+
+def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """Return nested lists with ``function`` of everything in them but None."""
+    if isinstance(tree, list | tuple):
+        return [mapped(branch, function) for branch in tree]
+    return None if tree is None else function(tree)
 
 
 @dataclass(frozen=True)
 class StepType:
-    """A kind of step: the name that stands in fingerprints, its function, and what its result depends on.
+    """A kind of step: the one record of what it is called, told, reads, does, writes, takes, and depends on.
 
     ``version`` is raised when the same configuration would give another result. ``packages`` are those that the
     function computes with. ``threaded`` says of a configuration whether the number of threads changes bits.
+    ``reads`` are the roles of inputs; ``writes`` returns the files that it must leave by its configuration, and
+    ``work`` what a step takes by the sizes of what it reads. ``heading`` is what its seconds are for in costs.
     """
 
     name: str
     function: Function
+    config: type[Config]
     version: int
     packages: tuple[str, ...]
-    threaded: Callable[[Config], bool]
-
-    def __call__(
-        self, config: Config, inputs: Mapping[str, Sequence[Path]], out: Path, progress: Callable[[float], None]
-    ) -> None:
-        """Do the step's work in this process."""
-        self.function(config, inputs, out, progress)
+    threaded: Callable[[Any], bool]
+    reads: tuple[str, ...]
+    writes: Callable[[Any], Sequence[str]]
+    work: Callable[[Step, Any], Work]
+    heading: str
 
     @property
     def place(self) -> str:
@@ -71,53 +111,73 @@ def always(config: Config) -> bool:
     return True
 
 
-def on_cpu(config: Config) -> bool:
-    """Say whether a step computes on the CPU, where the number of threads changes the last bits of sums."""
-    return bool(config.get("device", "cpu") == "cpu")
+def little(step: Step, sizes: Any) -> Work:
+    """Return the work of a step that passes no image and writes some numbers."""
+    return LITTLE
 
 
 def step_type(
-    version: int, packages: Iterable[str] = (), threaded: Callable[[Config], bool] = never, name: str = ""
+    version: int,
+    packages: Iterable[str] = (),
+    *,
+    threaded: Callable[[Any], bool] = never,
+    reads: Iterable[str] = (),
+    writes: Sequence[str] | Callable[[Any], Sequence[str]] = (),
+    work: Callable[[Step, Any], Work] = little,
+    heading: str = "",
+    name: str = "",
 ) -> Callable[[Function], StepType]:
-    """Make a function a kind of step, and register it by its own name unless told; two of one name raise."""
+    """Make a function a kind of step, and register it by its own name unless told; two of one name raise.
+
+    The annotation of the function's first parameter is the class of the configuration.
+    """
+    files = writes if callable(writes) else lambda _: writes
 
     def register(function: Function) -> StepType:
-        found = StepType(name or function.__name__, function, version, tuple(packages), threaded)
-        if STEP_TYPES.setdefault(found.name, found).place != found.place:
-            raise ValueError(f"two kinds of step are named '{found.name}'")
-        return found
+        config = next(iter(inspect.get_annotations(function, eval_str=True).values()))
+        how = (version, tuple(packages), threaded, tuple(reads), files, work, heading)
+        kind = StepType(name or function.__name__, function, config, *how)
+        if STEP_TYPES.setdefault(kind.name, kind).place != kind.place:
+            raise ValueError(f"two kinds of step are named '{kind.name}'")
+        return kind
 
     return register
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One unit of work: the function of its type gets the config, input folders and an empty output folder.
-
-    ``untracked`` is given to the function with the config, goes before it, and is no part of the fingerprint: where
-    files are, or how something is called in messages.
-    """
+    """One unit of work: the function of its type gets the configuration, input folders and an empty output folder."""
 
     label: str
     type: StepType
-    config: Config
-    inputs: Mapping[str, Sequence[Step]] = field(default_factory=dict)
+    config: Any
+    inputs: Inputs = field(default_factory=dict)
     threads: int = 1
     cost: float = 1.0
-    untracked: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse inputs and configurations that are not of its type."""
+        if unknown := self.inputs.keys() - set(self.type.reads):
+            raise ValueError(f"a step '{self.type.name}' reads no {', '.join(sorted(unknown))}")
+        if type(self.config) is not self.type.config:
+            raise TypeError(f"a step '{self.type.name}' takes {self.type.config.__name__}")
 
     def dependencies(self) -> list[Step]:
         """List the steps that it reads, in order."""
-        return [step for steps in self.inputs.values() for step in steps]
+        return list(leaves(list(self.inputs.values())))
+
+    def inputs_as(self, function: Callable[[Step], Any]) -> dict[str, Any]:
+        """Return its inputs with ``function`` of each step in its place."""
+        return {role: mapped(tree, function) for role, tree in self.inputs.items()}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A step that is ready to run: everything a worker process needs, and nothing live."""
+    """A step that is ready to run, the folders that it reads, and the one to write: nothing live."""
 
     step: Step
     id: str
-    inputs: dict[str, list[str]]
+    inputs: dict[str, Any]
     folder: Path
 
 
@@ -134,8 +194,8 @@ class Executor(Protocol):
 
     slots: int
 
-    def start(self, job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> None:
-        """Begin a job; at most ``slots`` are under way at once. ``noted`` gets what the step has to tell, at once."""
+    def start(self, job: Job, progress: Callable[[float], None], note: Callable[[str], None]) -> None:
+        """Begin a job; at most ``slots`` are under way at once. ``note`` gets what the step has to tell, at once."""
 
     def wait(self) -> list[Finished]:
         """Wait until at least one job is done; raise what it raised."""
@@ -144,7 +204,7 @@ class Executor(Protocol):
         """Stop whatever is under way."""
 
 
-class Watcher(Protocol):
+class Reporter(Protocol):
     """Is told what happens, to show it."""
 
     def planned(self, steps: Sequence[Step]) -> None:
@@ -162,18 +222,18 @@ class Watcher(Protocol):
     def finished(self, step: Step, seconds: float) -> None:
         """A step that was done now."""
 
-    def noted(self, label: str, note: str) -> None:
+    def note(self, label: str, text: str) -> None:
         """What a step has to tell the user: at once when it runs, and again whenever what it did is used."""
 
 
-def step_id(step: Step, inputs: Mapping[str, Sequence[Artifact]]) -> str:
-    """Return the fingerprint of a step whose inputs are known."""
+def step_id(step: Step, inputs: Inputs) -> str:
+    """Return the fingerprint of a step by the digests of its inputs; a single one counts as a list of one."""
     identity = {
         "step": step.type.name,
         "version": step.type.version,
-        "config": step.config,
+        "config": step.config.tracked(),
         "packages": versions(step.type.packages),
-        "inputs": {role: [artifact.digest for artifact in artifacts] for role, artifacts in inputs.items()},
+        "inputs": {r: tree if isinstance(tree, list) else [tree] for r, tree in inputs.items() if tree is not None},
     }
     return fingerprint(identity | ({"threads": step.threads} if step.type.threaded(step.config) else {}))
 
@@ -194,86 +254,113 @@ def ordered(steps: Iterable[Step]) -> list[Step]:
     return list(done)
 
 
-def run(steps: Iterable[Step], store: Store, executor: Executor, watcher: Watcher) -> dict[Step, Artifact]:
+def run(steps: Iterable[Step], store: Store, executor: Executor, reporter: Reporter) -> dict[Step, Artifact]:
     """Run what is not done yet, as many steps at once as the executor has slots, and return every step's artifact."""
     plan = ordered(steps)
-    watcher.planned(plan)
-    waiting, done, running = list(plan), dict[Step, Artifact](), dict[str, list[Step]]()
+    reporter.planned(plan)
+    schedule = Schedule(plan, store, reporter)
     try:
-        while waiting or running:
-            for step in [s for s in waiting if all(d in done for d in s.dependencies())]:
-                _advance(step, waiting, done, running, store, executor, watcher)
-            if running and (len(running) >= executor.slots or not _ready(waiting, done)):
-                for finished in executor.wait():
-                    artifact = store.finish(finished.job.id, finished.job.folder, about(finished))
-                    first, *joined = running.pop(finished.job.id)
-                    done |= dict.fromkeys([first, *joined], artifact)
-                    watcher.finished(first, finished.seconds)
-                    for step in joined:
-                        watcher.reused(step)
-                        _tell(step, artifact, watcher)
+        while True:
+            while len(schedule.running) < executor.slots and (job := schedule.next_job()):
+                note = functools.partial(reporter.note, job.step.label)
+                executor.start(job, functools.partial(reporter.advanced, job.step), note)
+            if not schedule.running:
+                break
+            for finished in executor.wait():
+                schedule.finish(finished)
     finally:
         executor.close()
-    return {step: done[step] for step in plan}
+    return {step: schedule.done[step] for step in plan}
 
 
-def _ready(waiting: list[Step], done: dict[Step, Artifact]) -> bool:
-    return any(all(d in done for d in step.dependencies()) for step in waiting)
+class Schedule:
+    """The steps of a run that are ready, in the order of the plan, and those under way; steps of one id run once."""
+
+    def __init__(self, plan: Sequence[Step], store: Store, reporter: Reporter) -> None:
+        self.store, self.reporter = store, reporter
+        self.done: dict[Step, Artifact] = {}
+        self.running: dict[str, list[Step]] = {}
+        self.places = {step: place for place, step in enumerate(plan)}
+        self.unread = {step: len(set(step.dependencies())) for step in plan}
+        self.readers = defaultdict[Step, list[Step]](list)
+        for step in plan:
+            for read in set(step.dependencies()):
+                self.readers[read].append(step)
+        self.ready = [(place, step) for step, place in self.places.items() if not self.unread[step]]
+
+    def next_job(self) -> Job | None:
+        """Return the next step to start; ready steps that are done, or the same as one under way, need none."""
+        while self.ready:
+            _, step = heapq.heappop(self.ready)
+            id = step_id(step, step.inputs_as(lambda read: self.done[read].digest))
+            if id in self.running:
+                self.running[id].append(step)
+            elif artifact := self._find(id, step):
+                self._reuse(step, artifact)
+            else:
+                self.running[id] = [step]
+                folders = step.inputs_as(lambda read: str(self.done[read].folder))
+                self.reporter.started(step)
+                return Job(step, id, folders, self.store.begin())
+        return None
+
+    def finish(self, finished: Finished) -> None:
+        """Keep what a job has made, for all steps that are the same."""
+        artifact = self.store.finish(finished.job.id, finished.job.folder, about(finished))
+        first, *same = self.running.pop(finished.job.id)
+        self._complete(first, artifact)
+        self.reporter.finished(first, finished.seconds)
+        for step in same:
+            self._reuse(step, artifact)
+
+    def _find(self, id: str, step: Step) -> Artifact | None:
+        """Return a step's artifact if the store holds it; what is noted meanwhile is the step's."""
+        with listen(functools.partial(self.reporter.note, step.label)):
+            return self.store.find(id)
+
+    def _reuse(self, step: Step, artifact: Artifact) -> None:
+        self._complete(step, artifact)
+        self.reporter.reused(step)
+        for note in artifact.notes():
+            self.reporter.note(step.label, note)
+
+    def _complete(self, step: Step, artifact: Artifact) -> None:
+        """Take a step as done: those that wait for nothing else are ready."""
+        self.done[step] = artifact
+        for reader in self.readers[step]:
+            self.unread[reader] -= 1
+            if not self.unread[reader]:
+                heapq.heappush(self.ready, (self.places[reader], reader))
 
 
-def _advance(
-    step: Step,
-    waiting: list[Step],
-    done: dict[Step, Artifact],
-    running: dict[str, list[Step]],
-    store: Store,
-    executor: Executor,
-    watcher: Watcher,
-) -> None:
-    """Reuse a ready step, join it to the same work under way, or start it if there is room."""
-    inputs = {role: [done[s] for s in steps] for role, steps in step.inputs.items()}
-    id = step_id(step, inputs)
-    if id in running:
-        running[id].append(step)
-        waiting.remove(step)
-    elif (artifact := _find(id, step, store, watcher)) is not None:
-        done[step] = artifact
-        waiting.remove(step)
-        watcher.reused(step)
-        _tell(step, artifact, watcher)
-    elif len(running) < executor.slots:
-        folders = {role: [str(a.folder) for a in artifacts] for role, artifacts in inputs.items()}
-        job = Job(step, id, folders, store.begin())
-        running[id] = [step]
-        waiting.remove(step)
-        watcher.started(step)
-        executor.start(job, lambda share: watcher.advanced(step, share), lambda text: watcher.noted(step.label, text))
+def look(
+    steps: Iterable[Step], store: Store, expect: Callable[[Step, str], str]
+) -> dict[Step, tuple[str, Mapping[str, Any] | None]]:
+    """Return each step's id and what the record tells of it, None where it is not done: nothing is run or checked.
 
-
-def _find(id: str, step: Step, store: Store, watcher: Watcher) -> Artifact | None:
-    with listen() as heard:
-        artifact = store.find(id)
-    for line in heard:
-        watcher.noted(step.label, line)
-    return artifact
-
-
-def _tell(step: Step, artifact: Artifact, watcher: Watcher) -> None:
-    for note in artifact.notes():
-        watcher.noted(step.label, note)
+    ``expect`` returns the digest that the output of a step will have, by the step and its id.
+    """
+    digests: dict[Step, str] = {}
+    looks: dict[Step, tuple[str, Mapping[str, Any] | None]] = {}
+    for step in ordered(steps):
+        id = step_id(step, step.inputs_as(digests.__getitem__))
+        digest, record = store.look(id) or ("", None)
+        digests[step], looks[step] = digest or expect(step, id), (id, record)
+    return looks
 
 
 def about(finished: Finished) -> dict[str, Any]:
     """Say what made an artifact: step, configuration, threads, versions, seconds."""
     step = finished.job.step
+    tracked = step.config.tracked()
     return {
         "label": step.label,
         "step": step.type.name,
         "version": step.type.version,
-        "config": step.config,
-        "untracked": step.untracked,
+        "config": tracked,
+        "untracked": step.config.model_dump(mode="json", exclude=set(tracked)),
         "threads": step.threads,
-        "inputs": {role: [Path(folder).name for folder in folders] for role, folders in finished.job.inputs.items()},
+        "inputs": {role: mapped(tree, lambda path: Path(path).name) for role, tree in finished.job.inputs.items()},
         "seconds": round(finished.seconds, 3),
         "versions": all_versions(),
     }
@@ -290,24 +377,3 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def all_versions() -> dict[str, str]:
     """Return the versions of Python and of every package that can change a number, for the record."""
     return {"python": platform.python_version()} | versions(PACKAGES)
-
-
-def perform(job: Job, progress: Callable[[float], None], noted: Callable[[str], None]) -> Finished:
-    """Run a job in this process, and keep what is noted beside its result.
-
-    When it fails its folder is removed, and a user's mistake is told with its label.
-    """
-    start = time.perf_counter()
-    inputs = {role: [Path(folder) for folder in folders] for role, folders in job.inputs.items()}
-    try:
-        reading = present(itertools.chain(*inputs.values()), job.folder)
-        with disk_errors(job.folder), reading, listen(noted) as heard, library_warnings():
-            job.step.type({**job.step.config, **job.step.untracked}, inputs, job.folder, progress)
-            if heard:
-                write_json(job.folder / NOTES, heard)
-    except BaseException as error:
-        shutil.rmtree(job.folder, ignore_errors=True)
-        if isinstance(error, TaskvecError):
-            raise TaskvecError(f"{job.step.label}: {error.problem}", error.fix) from None
-        raise
-    return Finished(job, time.perf_counter() - start)

@@ -24,9 +24,11 @@ Known = dict[str, set[str]]
 def inside(path: Path, folder: Path) -> bool:
     """Say whether a path is a folder or lies in it, by whatever links, dots and case the two are written."""
     path, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    above = (path, *path.parents)
+    parents = (path, *path.parents)
     with disk_errors(folder):
-        return folder in above or (folder.exists() and any(one.exists() and one.samefile(folder) for one in above))
+        return folder in parents or (
+            folder.exists() and any(parent.exists() and parent.samefile(folder) for parent in parents)
+        )
 
 
 def check_outside(out: Path, inputs: Iterable[Path], option: str = "--out") -> None:
@@ -61,13 +63,13 @@ def _named(record: Path) -> Known:
         return {}
     try:
         files = read_json(record)["files"]
-        listed = {name: [found] if isinstance(found, str) else list(found) for name, found in files.items()}
+        listed = {name: [sums] if isinstance(sums, str) else list(sums) for name, sums in files.items()}
     except (OSError, TaskvecError, KeyError, TypeError, AttributeError):
         return {}
-    return {name: {str(one) for one in found} for name, found in listed.items() if is_within(name)}
+    return {name: {str(digest) for digest in sums} for name, sums in listed.items() if is_within(name)}
 
 
-def obstacle(out: Path, name: str, own: Iterable[str]) -> Path | None:
+def obstacle(out: Path, name: str, owned_names: Iterable[str]) -> Path | None:
     """Return what stands where one of our files is to go: anything but our own file in folders that are no links."""
     place = out
     for part in PurePosixPath(name).parts[:-1]:
@@ -75,7 +77,7 @@ def obstacle(out: Path, name: str, own: Iterable[str]) -> Path | None:
         if place.is_symlink() or (os.path.lexists(place) and not place.is_dir()):
             return place
     place = out / name
-    if not os.path.lexists(place) or (name in own and _is_plain(place)):
+    if not os.path.lexists(place) or (name in owned_names and _is_plain(place)):
         return None
     return place
 
@@ -96,12 +98,12 @@ def publish(fresh: Path, out: Path, marker: str, last: str = "") -> None:
     Nothing is touched if anything stands in the way. Interrupted at any moment, the marker names what the folder may
     hold of ours, and the next call goes on from there.
     """
-    own, new = owned(out, marker, last), digests(fresh)
+    ours, new = owned(out, marker, last), digests(fresh)
     for name in new:
-        found = obstacle(out, name, own)
-        if found and not (found == out / name and _is_plain(found) and file_digest(found) == new[name]):
-            raise refuse(found)
-    both = {name: own.get(name, set()) | ({new[name]} if name in new else set()) for name in own | new}
+        blocking = obstacle(out, name, ours)
+        if blocking and not (blocking == out / name and _is_plain(blocking) and file_digest(blocking) == new[name]):
+            raise refuse(blocking)
+    both = {name: ours.get(name, set()) | ({new[name]} if name in new else set()) for name in ours | new}
     mark(out, marker, both)
     for name in sorted(both, key=lambda name: name != last):
         _take_away(out, name, both[name], name in new and name != last)
@@ -114,7 +116,7 @@ def publish(fresh: Path, out: Path, marker: str, last: str = "") -> None:
 def mark(out: Path, marker: str, known: Mapping[str, Iterable[str]]) -> None:
     """Write the marker of a folder: which files in it are ours, with the digests that they may have."""
     about = "taskvec wrote the files that are named here, and touches no other in this folder"
-    write_json(out / marker, {"about": about, "files": {name: sorted(found) for name, found in known.items()}})
+    write_json(out / marker, {"about": about, "files": {name: sorted(sums) for name, sums in known.items()}})
 
 
 def _take_away(out: Path, name: str, known: Iterable[str], replaced: bool) -> None:
@@ -143,9 +145,9 @@ def check_names(out: Path, names: Iterable[str]) -> None:
     names = list(names)
     check_place(out)
     with disk_errors(out):
-        for found in (obstacle(out, name, names) for name in names):
-            if found:
-                raise refuse(found)
+        for blocking in (obstacle(out, name, names) for name in names):
+            if blocking:
+                raise refuse(blocking)
 
 
 def _keep(out: Path, name: str, why: str) -> None:

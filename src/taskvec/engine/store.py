@@ -21,6 +21,7 @@ from taskvec.core.files import (
     file_digest,
     fingerprint,
     is_within,
+    json_text,
     move_aside,
     read_json,
     write_json,
@@ -69,7 +70,7 @@ class Artifact:
             notes = read_json(place) if place.exists() else []
         except (OSError, TaskvecError):
             notes = None
-        if isinstance(notes, list) and all(isinstance(one, str) for one in notes):
+        if isinstance(notes, list) and all(isinstance(text, str) for text in notes):
             return notes
         return [f"what this step noted is damaged; taskvec store --clear {self.id} makes it again"]
 
@@ -145,34 +146,31 @@ class Store:
 
     def finish(self, id: str, folder: Path, about: dict[str, Any]) -> Artifact:
         """Write the record last, then rename the temporary folder into place; who comes second gives way."""
-        place = self._place(id)
+        place, artifact = self._place(id), None
         try:
             with disk_errors(self.folder):
                 with present([], folder):
-                    write_json(folder / RECORD, {"about": about, "files": digests(folder)})
+                    files = digests(folder)
+                    (folder / RECORD).write_text(json_text({"about": about, "files": files}), encoding="utf-8")
                 place.parent.mkdir(parents=True, exist_ok=True)
-                while not _renamed(folder, place) and self.find(id) is None:
-                    pass  # what was damaged there has been moved aside
-                shutil.rmtree(folder, ignore_errors=True)
-        except BaseException:
+                while artifact is None:  # what is damaged there is moved aside
+                    artifact = Artifact(id, place, fingerprint(files)) if _renamed(folder, place) else self.find(id)
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
-        artifact = self.find(id)
-        if artifact is None:
-            raise TaskvecError(f"artifact '{place}' was damaged while it was written", "check the disk and run again")
+        self._checked[id] = artifact
         return artifact
 
     def held(self) -> list[Held]:
         """Say what is kept, in the order of kind and label, and what was damaged and moved aside."""
-        found = []
+        holdings = []
         for folder in (path for path in self.folder.glob("[0-9a-f][0-9a-f]/*") if not path.is_symlink()):
             if ID.fullmatch(folder.name) and folder == self._place(folder.name) and (record := self._record(folder)):
                 kind, label = step_name(record["about"]), record["about"]["label"]
-                found.append(Held(folder.name, kind, label, _size(folder), folder))
+                holdings.append(Held(folder.name, kind, label, _size(folder), folder))
         for folder in (path for path in (self.folder / DAMAGED).glob("*") if not path.is_symlink()):
             if ASIDE.fullmatch(folder.name):
-                found.append(Held(folder.name, DAMAGED, folder.name, _size(folder), folder))
-        return sorted(found, key=lambda one: (one.kind, one.label, one.id))
+                holdings.append(Held(folder.name, DAMAGED, folder.name, _size(folder), folder))
+        return sorted(holdings, key=lambda held: (held.kind, held.label, held.id))
 
     def is_store(self) -> bool:
         """Say whether a folder is a store: it says so itself, or holds an artifact, or nothing at all."""
@@ -188,24 +186,24 @@ class Store:
 
         A file that an artifact does not know is another's: it is kept among the foreign ones, and a note says so.
         """
-        return [one for one in chosen if self._clear(one)]
+        return [held for held in chosen if self._clear(held)]
 
-    def _clear(self, one: Held) -> bool:
-        self._checked.pop(one.id, None)
+    def _clear(self, held: Held) -> bool:
+        self._checked.pop(held.id, None)
         with disk_errors(self.folder):
-            gone = self.begin() / one.id
+            gone = self.begin() / held.id
             with contextlib.suppress(FileNotFoundError):
-                one.folder.rename(gone)
-            found = gone.exists()
+                held.folder.rename(gone)
+            existed = gone.exists()
             record = artifact_record(gone)
             if record and (foreign := _foreign(gone, record)):
                 for name in (*record["files"], RECORD, NOTES):
                     if not (gone / name).is_dir():
                         (gone / name).unlink(missing_ok=True)
-                aside = move_aside(gone, self.folder / FOREIGN / one.id)
-                note(f"{', '.join(foreign)} in '{one.folder}' is no part of it: kept in '{aside}'")
+                aside = move_aside(gone, self.folder / FOREIGN / held.id)
+                note(f"{', '.join(foreign)} in '{held.folder}' is no part of it: kept in '{aside}'")
             shutil.rmtree(gone.parent, ignore_errors=True)
-        return found and not gone.exists()
+        return existed and not gone.exists()
 
     def sweep(self) -> None:
         """Remove what processes that were killed have left: folders whose lock nobody holds any more."""
@@ -270,9 +268,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 def seconds(about: Mapping[str, Any]) -> float:
     """Return the seconds that a record tells; NaN where they are missing or no number."""
-    told = about.get("seconds")
+    value = about.get("seconds")
     with contextlib.suppress(OverflowError):
-        return float(told) if isinstance(told, int | float) and 0 <= told < math.inf else math.nan
+        return float(value) if isinstance(value, int | float) and 0 <= value < math.inf else math.nan
     return math.nan
 
 

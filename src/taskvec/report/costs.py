@@ -7,7 +7,6 @@ They stand in a file of their own, because results are the same bits on every ru
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -16,90 +15,70 @@ from taskvec.core.files import canonical
 from taskvec.engine.pipeline import Step, ordered
 from taskvec.engine.store import Artifact
 from taskvec.report.rows import Done, Writer
-from taskvec.study.experiment import Candidate, Cell
+from taskvec.study.experiment import Experiment, Trial
 from taskvec.weights.reader import Checkpoint
 
-PARTS: Mapping[str, str] = MappingProxyType(
-    {
-        "features": "probing",
-        "probe_task": "probing",
-        "choose_rate": "probing",
-        "pick_head": "probing",
-        "zero_shot": "probing",
-        "finetune": "training",
-        "finetune_joint": "training",
-        "choose_learning_rate": "training",
-        "merge": "merging",
-        "kept_curve": "search",
-        "reprobed_curve": "search",
-        "reestimate": "search",
-        "reestimated_curve": "search",
-        "per_task_scales": "search",
-        "surgery_curve": "search",
-        "agreement": "search",
-        "choose_scale": "search",
-        "choose_option": "search",
-        "pick_merge": "search",
-    }
-)
-"""What the seconds of each kind of step are for; loading and decoding, which every option needs alike, are left out."""
+HEADINGS = ("probing", "training", "merging", "search")
+"""What the seconds of a step are for; loading and decoding, which every option needs alike, are left out."""
+UNSEEN = "unseen training"
+"""The heading of checkpoints that tasks bring."""
 STORED = ("encoders", "parameters", "bytes_per_task")
-SECONDS = tuple(f"{part}_seconds" for part in dict.fromkeys(PARTS.values()))
+SECONDS = tuple(f"{heading}_seconds" for heading in HEADINGS)
 COLUMNS = ("backbone", "regime", "seed", "tasks", "method", "config", "heads", *STORED, *SECONDS)
 AGREEMENT = "agreement"
 """Stands for heads in rows on what it takes to choose the scale of re-probed heads by the agreement of features."""
 Row = dict[str, Any]
 
 
-def costs(cells: Iterable[Cell], done: Done) -> pd.DataFrame:
+def costs(experiments: Iterable[Experiment], done: Done) -> pd.DataFrame:
     """Return a row for every option of a study: the baselines, and each merge with each kind of heads.
 
     ``parameters`` counts the numbers to store, heads included, ``bytes_per_task`` what a per-task merge needs beside
     them. Training seconds are NaN where a task brings a checkpoint, whose training nothing here has seen.
     """
-    return pd.DataFrame([row for cell in cells for row in rows(cell, done)], columns=COLUMNS)
+    return pd.DataFrame([row for exp in experiments for row in rows(exp, done)], columns=COLUMNS)
 
 
-def rows(cell: Cell, done: Done) -> Iterator[Row]:
+def rows(exp: Experiment, done: Done) -> Iterator[Row]:
     """Yield the costs of every option of one backbone, regime and seed."""
-    own = {"probing": (1, cell.head), "zero_shot": (1, cell.zero_shot)}
-    own |= {"fine_tuned": (len(cell.tasks), cell.finetuned), "joint": (1, {"": cell.joint} if cell.joint else {})}
-    for method, (encoders, steps) in own.items():
+    baselines = {"probing": (1, exp.head), "zero_shot": (1, exp.zero_shot)}
+    baselines |= {"fine_tuned": (len(exp.tasks), exp.finetuned), "joint": (1, {"": exp.joint} if exp.joint else {})}
+    for method, (encoders, steps) in baselines.items():
         if steps:
-            yield row(cell, done, method, "kept", {}, stored(cell, done, encoders), steps.values())
-    for candidate in cell.candidates:
-        config = Writer("", cell, done).config_of(candidate)
-        size = stored(cell, done, 1, done[candidate.merged] if candidate.per_task else None)
-        size["parameters"] += corrections(candidate, done)
-        yield row(cell, done, candidate.name, candidate.read_by, config, size, [candidate.choice])
-        if candidate.agreement:
-            yield row(cell, done, candidate.name, AGREEMENT, config, size, candidate.agreement.values())
+            yield row(exp, done, method, "kept", {}, stored(exp, done, encoders), steps.values())
+    for trial in exp.trials:
+        config = Writer("", exp, done).config_of(trial)
+        size = stored(exp, done, 1, done[trial.merged] if trial.per_task else None)
+        size["parameters"] += corrections(trial, done)
+        yield row(exp, done, trial.name, trial.read_by, config, size, [trial.selection])
+        if trial.agreement:
+            yield row(exp, done, trial.name, AGREEMENT, config, size, trial.agreement.values())
 
 
 def row(
-    cell: Cell, done: Done, method: str, heads: str, config: Mapping[str, Any], size: Row, steps: Iterable[Step]
+    exp: Experiment, done: Done, method: str, heads: str, config: Mapping[str, Any], size: Row, steps: Iterable[Step]
 ) -> Row:
     """Return the costs of one option: what it stores, and the seconds of all that its steps need."""
-    place = {"backbone": cell.backbone, "regime": cell.regime, "seed": cell.seed, "tasks": "+".join(cell.tasks)}
+    place = {"backbone": exp.backbone, "regime": exp.regime, "seed": exp.seed, "tasks": "+".join(exp.tasks)}
     return place | {"method": method, "config": canonical(dict(config)), "heads": heads} | size | seconds(steps, done)
 
 
 def seconds(steps: Iterable[Step], done: Done) -> dict[str, float]:
     """Return the seconds of everything that some steps need, by what they are for; the same work counts once."""
-    kinds: dict[Artifact, str] = {done[step]: step.type.name for step in ordered(steps)}
-    found = dict.fromkeys(SECONDS, 0.0)
-    for artifact, kind in kinds.items():
-        if kind in PARTS:
-            found[f"{PARTS[kind]}_seconds"] += artifact.seconds()
-        elif kind == "import_finetuned":
-            found["training_seconds"] = float("nan")
-    return {name: round(value, 3) for name, value in found.items()}
+    headings: dict[Artifact, str] = {done[step]: step.type.heading for step in ordered(steps)}
+    spent = dict.fromkeys(SECONDS, 0.0)
+    for artifact, heading in headings.items():
+        if heading in HEADINGS:
+            spent[f"{heading}_seconds"] += artifact.seconds()
+    if UNSEEN in headings.values():
+        spent["training_seconds"] = float("nan")
+    return {name: round(value, 3) for name, value in spent.items()}
 
 
-def stored(cell: Cell, done: Done, encoders: int, per_task: Artifact | None = None) -> Row:
+def stored(exp: Experiment, done: Done, encoders: int, per_task: Artifact | None = None) -> Row:
     """Return what an option keeps: so many encoders and a head a task; a per-task merge keeps its common vector too."""
-    size = numbers(done[cell.encoder], "encoder.safetensors")
-    heads = sum(numbers(done[step], "head.safetensors") for step in cell.finetuned.values())
+    size = numbers(done[exp.encoder], "encoder.safetensors")
+    heads = sum(numbers(done[step], "head.safetensors") for step in exp.finetuned.values())
     encoders += per_task is not None
     beside = per_task.json("merge.json")["bytes_per_task"] if per_task else 0
     return {"encoders": encoders, "parameters": encoders * size + heads, "bytes_per_task": beside}
@@ -111,12 +90,12 @@ def numbers(artifact: Artifact, name: str) -> int:
         return sum(tensor.size for tensor in held.tensors.values())
 
 
-def corrections(candidate: Candidate, done: Done) -> int:
+def corrections(trial: Trial, done: Done) -> int:
     """Count the numbers of all tasks' corrections of features, of one scale each; none without surgery."""
-    if candidate.heads != "surgery":
+    if trial.heads != "surgery":
         return 0
     total = 0
-    for step in candidate.rounds[0].values():
+    for step in trial.rounds[0].values():
         with Checkpoint(done[step].folder / "heads.safetensors") as held:
             total += 2 * next(tensor.size for name, tensor in held.tensors.items() if name.endswith(".down"))
     return total

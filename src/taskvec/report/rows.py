@@ -14,7 +14,7 @@ from taskvec.core.files import canonical
 from taskvec.engine.pipeline import Step
 from taskvec.engine.store import Artifact
 from taskvec.merging.registry import ADDITION, PER_TASK
-from taskvec.study.experiment import Candidate, Cell
+from taskvec.study.experiment import Experiment, Trial
 
 COLUMNS = (
     "study backbone regime seed tasks method config heads scale task split metric value artifact".split()  # noqa: SIM905
@@ -32,31 +32,31 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes the rows of one cell: backbone, regime and seed."""
+    """Writes the rows of one experiment: backbone, regime and seed."""
 
     study: str
-    cell: Cell
+    experiment: Experiment
     done: Done
 
     def rows(self) -> Iterator[Row]:
         """Yield all rows: validation for every scale tried, test for what was chosen."""
-        cell = self.cell
-        for method, steps in (("probing", cell.head), ("zero_shot", cell.zero_shot), ("fine_tuned", cell.finetuned)):
+        exp = self.experiment
+        for method, steps in (("probing", exp.head), ("zero_shot", exp.zero_shot), ("fine_tuned", exp.finetuned)):
             if steps:
-                made_by = {t: self.done[s].id for t, s in steps.items()} | {"": self._id(cell.model)}
+                made_by = {t: self.done[s].id for t, s in steps.items()} | {"": self._id(exp.model)}
                 yield from self.measured(method, "kept", SCALE[method], "validation", self.validation(steps), made_by)
-        if cell.joint:
-            values = dict(zip(cell.tasks, self.metrics(cell.joint)["validation"], strict=True))
-            made_by = dict.fromkeys([*cell.tasks, ""], self._id(cell.joint))
+        if exp.joint:
+            values = dict(zip(exp.tasks, self.metrics(exp.joint)["validation"], strict=True))
+            made_by = dict.fromkeys([*exp.tasks, ""], self._id(exp.joint))
             yield from self.measured("joint", "kept", SCALE["joint"], "validation", values, made_by)
-        for candidate in cell.candidates:
-            yield from self.tried_together(candidate) if candidate.name == PER_TASK else self.searched(candidate)
+        for trial in exp.trials:
+            yield from self.tried_together(trial) if trial.name == PER_TASK else self.searched(trial)
         yield from self.test_rows()
-        for names, step in cell.subsets.items():
+        for names, step in exp.subsets.items():
             yield from self.subset_rows(names, step)
         yield from self.learning_rates()
-        for candidate in cell.candidates:
-            yield from self.agreements(candidate)
+        for trial in exp.trials:
+            yield from self.agreements(trial)
 
     def metrics(self, step: Step) -> dict[str, Any]:
         """Return what a step has measured on validation."""
@@ -67,77 +67,80 @@ class Writer:
         """Return the validation accuracy that the step of each task has measured."""
         return {t: self.metrics(step)["validation"] for t, step in steps.items()}
 
-    def config_of(self, candidate: Candidate) -> Mapping[str, Any]:
-        """Return the hyperparameters of a candidate that are not the authors'; of several options those chosen."""
-        if candidate.option:
-            return cast("dict[str, Any]", self.done[candidate.option].json("option.json")["settings"])
-        return candidate.settings
+    def config_of(self, trial: Trial) -> Mapping[str, Any]:
+        """Return the hyperparameters of a trial that are not the authors'; of several options those chosen."""
+        if trial.option:
+            return cast("dict[str, Any]", self.done[trial.option].json("option.json")["settings"])
+        return trial.settings
 
-    def searched(self, candidate: Candidate) -> Iterator[Row]:
-        """Yield the validation rows of a candidate, after those of the options that were not chosen."""
-        for option in candidate.options:
-            if self.config_of(option) != self.config_of(candidate):
+    def searched(self, trial: Trial) -> Iterator[Row]:
+        """Yield the validation rows of a trial, after those of the options that were not chosen."""
+        for option in trial.options:
+            if self.config_of(option) != self.config_of(trial):
                 yield from self.curve(option)
-        yield from self.curve(candidate)
+        yield from self.curve(trial)
 
-    def curve(self, candidate: Candidate) -> Iterator[Row]:
-        """Yield the validation rows of every scale that a candidate tried, in rising order."""
-        config = self.config_of(candidate)
+    def curve(self, trial: Trial) -> Iterator[Row]:
+        """Yield the validation rows of every scale that a trial tried, in rising order."""
+        config = self.config_of(trial)
         found: dict[float, tuple[dict[str, float], dict[str, str]]] = {}
-        for steps in candidate.rounds:
+        for steps in trial.rounds:
             for task, step in steps.items():
                 curve = self.done[step].json("curve.json")
                 for scale, value in zip(curve["scales"], curve["validation"], strict=True):
-                    values, made_by = found.setdefault(scale, ({}, {"": self._id(candidate.choice)}))
+                    values, made_by = found.setdefault(scale, ({}, {"": self._id(trial.selection)}))
                     values[task], made_by[task] = value, self.done[step].id
         for scale, (values, made_by) in sorted(found.items()):
-            yield from self.measured(candidate.name, candidate.read_by, scale, "validation", values, made_by, config)
+            yield from self.measured(trial.name, trial.read_by, scale, "validation", values, made_by, config)
 
-    def tried_together(self, candidate: Candidate) -> Iterator[Row]:
+    def tried_together(self, trial: Trial) -> Iterator[Row]:
         """Yield the validation rows of every set of scales, one a task; ``scale`` is their mean.
 
         Those that were tried on a sample of the split have no normalised rows: the whole cannot normalise them.
         """
-        made_by = dict.fromkeys([*self.cell.tasks, ""], self._id(candidate.choice))
-        found = self.done[candidate.choice].json("choice.json")
+        made_by = dict.fromkeys([*self.experiment.tasks, ""], self._id(trial.selection))
+        found = self.done[trial.selection].json("choice.json")
         for part in ("tried", "measured"):
             for scales, accuracies in found[part]:
-                values = dict(zip(self.cell.tasks, accuracies, strict=True))
+                values = dict(zip(self.experiment.tasks, accuracies, strict=True))
                 mean, config = self.scales_of(scales)
-                rows = self.measured(candidate.name, candidate.read_by, mean, "validation", values, made_by, config)
+                rows = self.measured(trial.name, trial.read_by, mean, "validation", values, made_by, config)
                 yield from (row for row in rows if part == "measured" or not row["metric"].startswith("normalised"))
 
     def scales_of(self, scales: Sequence[float]) -> tuple[float, dict[str, Any]]:
         """Return the mean of one scale a task, and the configuration that tells them all."""
-        return sum(scales) / len(scales), {"scales": dict(zip(self.cell.tasks, scales, strict=True))}
+        return sum(scales) / len(scales), {"scales": dict(zip(self.experiment.tasks, scales, strict=True))}
 
     def test_rows(self) -> Iterator[Row]:
-        """Yield the test rows: the baselines, fine-tuned, and the chosen scale of every candidate with its gain."""
-        cell = self.cell
-        measured = {t: self.done[s].json("test.json") for t, s in cell.test.items()}
-        made_by = {t: self.done[s].id for t, s in cell.test.items()} | {"": self._id(cell.gains)}
+        """Yield the test rows: the baselines, fine-tuned, and the chosen scale of every trial with its gain."""
+        exp = self.experiment
+        measured = {t: self.done[s].json("test.json") for t, s in exp.test.items()}
+        made_by = {t: self.done[s].id for t, s in exp.test.items()} | {"": self._id(exp.gains)}
         for method, scale in SCALE.items():
             if all(method in found for found in measured.values()):
                 values = {t: found[method] for t, found in measured.items()}
                 yield from self.measured(method, "kept", scale, "test", values, made_by)
-        gains = self.done[cell.gains].json("gains.json") if cell.gains else {}
-        for index, candidate in enumerate(cell.candidates):
-            choice = self.done[candidate.choice].json("choice.json")
-            own = choice["scale"], self.config_of(candidate)
+        gains = self.done[exp.gains].json("gains.json") if exp.gains else {}
+        for index, trial in enumerate(exp.trials):
+            choice = self.done[trial.selection].json("choice.json")
+            own = choice["scale"], self.config_of(trial)
             scale, config = self.scales_of(choice["scales"]) if "scales" in choice else own
             values = {t: found[str(index)] for t, found in measured.items()}
-            name, heads = candidate.name, candidate.read_by
+            name, heads = trial.name, trial.read_by
             yield from self.measured(name, heads, scale, "test", values, made_by, config)
             for baseline, gained in gains.items():
                 for place, gain in gained[str(index)].items():
-                    task = cell.tasks[int(place)] if place else ""
+                    task = exp.tasks[int(place)] if place else ""
                     for part, end in ENDS.items():
                         metric = f"gain_over_{baseline}{end}"
                         yield self.row(name, heads, scale, task, "test", metric, gain[part], made_by[task], config)
 
     def subset_rows(self, names: tuple[str, ...], step: Step) -> Iterator[Row]:
         """Yield the rows of one set of tasks: scales tried, the test of the chosen one, and the error in the box."""
-        found, smaller = self.done[step].json("subset.json"), replace(self, cell=replace(self.cell, tasks=names))
+        found, smaller = (
+            self.done[step].json("subset.json"),
+            replace(self, experiment=replace(self.experiment, tasks=names)),
+        )
         made_by = dict.fromkeys([*names, ""], self.done[step].id)
         if "test" in found:
             for scale, values in zip(found["scales"], found["validation"], strict=True):
@@ -153,32 +156,32 @@ class Writer:
 
     def learning_rates(self) -> Iterator[Row]:
         """Yield the learning rates that were used, and what each rate that was tried reached on validation."""
-        cell = self.cell
-        for task, step in cell.probe.items():
+        exp = self.experiment
+        for task, step in exp.probe.items():
             tried = self.done[step].json("probe.json")
             for rate, value in zip(tried["rates"], tried["validation"], strict=True):
                 yield self.tried_rate("probing", task, rate, value, step)
-        for task, step in cell.finetuned.items():
+        for task, step in exp.finetuned.items():
             if (rate := self.metrics(step).get("learning_rate")) is not None:  # none for a checkpoint that was brought
                 yield self.row("fine_tuned", "kept", 1.0, task, "", "learning_rate", rate, self.done[step].id)
-        if cell.joint:
-            rate = self.metrics(cell.joint)["learning_rate"]
-            yield self.row("joint", "kept", SCALE["joint"], "", "", "learning_rate", rate, self.done[cell.joint].id)
-        if cell.rate:
-            for rate, step in cell.rate[1].items():
-                yield self.tried_rate("fine_tuned", cell.rate[0], rate, self.metrics(step)["validation"], step)
+        if exp.joint:
+            rate = self.metrics(exp.joint)["learning_rate"]
+            yield self.row("joint", "kept", SCALE["joint"], "", "", "learning_rate", rate, self.done[exp.joint].id)
+        if exp.rate:
+            for rate, step in exp.rate[1].items():
+                yield self.tried_rate("fine_tuned", exp.rate[0], rate, self.metrics(step)["validation"], step)
 
-    def agreements(self, candidate: Candidate) -> Iterator[Row]:
+    def agreements(self, trial: Trial) -> Iterator[Row]:
         """Yield how far features agree with each task's fine-tuned encoder at every scale, and the mean over tasks."""
-        found = {task: self.done[step].json("agreement.json") for task, step in candidate.agreement.items()}
-        config, metric = self.config_of(candidate), "agreement"
-        for place, scale in enumerate(candidate.grid if found else ()):
+        found = {task: self.done[step].json("agreement.json") for task, step in trial.agreement.items()}
+        config, metric = self.config_of(trial), "agreement"
+        for place, scale in enumerate(trial.grid if found else ()):
             values = {task: one["values"][place] for task, one in found.items()}
             for task, value in values.items():
-                id = self.done[candidate.agreement[task]].id
-                yield self.row(candidate.name, candidate.read_by, scale, task, "train", metric, value, id, config)
+                id = self.done[trial.agreement[task]].id
+                yield self.row(trial.name, trial.read_by, scale, task, "train", metric, value, id, config)
             mean = sum(values.values()) / len(values)
-            yield self.row(candidate.name, candidate.read_by, scale, "", "train", metric, mean, "", config)
+            yield self.row(trial.name, trial.read_by, scale, "", "train", metric, mean, "", config)
 
     def tried_rate(self, method: str, task: str, rate: float, value: float, step: Step) -> Row:
         """Return the row of one learning rate that was tried on one task."""
@@ -188,12 +191,12 @@ class Writer:
     @cached_property
     def tuned(self) -> dict[str, dict[str, float]]:
         """Return the accuracy of every fine-tuned encoder by split, which normalises all others."""
-        test = {t: self.done[step].json("test.json")["fine_tuned"] for t, step in self.cell.test.items()}
-        return {"validation": self.validation(self.cell.finetuned), "test": test}
+        test = {t: self.done[step].json("test.json")["fine_tuned"] for t, step in self.experiment.test.items()}
+        return {"validation": self.validation(self.experiment.finetuned), "test": test}
 
     def metric(self, task: str) -> str:
         """Return the name of a task's own metric, which the step that fine-tuned on it has told."""
-        return str(self.metrics(self.cell.finetuned[task]).get("metric", "accuracy"))
+        return str(self.metrics(self.experiment.finetuned[task]).get("metric", "accuracy"))
 
     def measured(
         self,
@@ -206,7 +209,7 @@ class Writer:
         config: Mapping[str, Any] = NO_CONFIG,
     ) -> Iterator[Row]:
         """Yield accuracy and normalised accuracy of every task and their means, and likewise other kinds' metrics."""
-        for metric, column in self.columns({t: values[t] for t in self.cell.tasks}, self.tuned[split]).items():
+        for metric, column in self.columns({t: values[t] for t in self.experiment.tasks}, self.tuned[split]).items():
             for task, value in column.items():
                 yield self.row(method, heads, scale, task, split, metric, value, made_by[task], config)
             mean = sum(column.values()) / len(column)
@@ -240,8 +243,8 @@ class Writer:
         config: Mapping[str, Any] = NO_CONFIG,
     ) -> Row:
         """Return one row of results.csv."""
-        cell = self.cell
-        place = (self.study, cell.backbone, cell.regime, cell.seed, "+".join(cell.tasks))
+        exp = self.experiment
+        place = (self.study, exp.backbone, exp.regime, exp.seed, "+".join(exp.tasks))
         about = (method, canonical(dict(config)), heads, scale, task, split, metric, value, artifact)
         return dict(zip(COLUMNS, (*place, *about), strict=True))
 
@@ -253,31 +256,34 @@ ENDS = {"mean": "", "low": "_low", "high": "_high"}
 """The parts of a gain, and how the names of their metrics end."""
 
 
-def results(study: str, cells: list[Cell], done: Done) -> pd.DataFrame:
+def results(study: str, experiments: list[Experiment], done: Done) -> pd.DataFrame:
     """Return all rows of a study in the columns of results.csv."""
-    return pd.DataFrame([row for cell in cells for row in Writer(study, cell, done).rows()], columns=COLUMNS)
+    return pd.DataFrame([row for exp in experiments for row in Writer(study, exp, done).rows()], columns=COLUMNS)
 
 
-def heatmaps(cells: list[Cell], done: Done) -> pd.DataFrame | None:
+def heatmaps(experiments: list[Experiment], done: Done) -> pd.DataFrame | None:
     """Return the rows of disentanglement.csv, or None where a study measured no heatmap."""
     rows = [
-        row for cell in cells for pair, step in cell.heatmaps.items() for row in heatmap_rows(cell, pair, done[step])
+        row for exp in experiments for pair, step in exp.heatmaps.items() for row in heatmap_rows(exp, pair, done[step])
     ]
     return pd.DataFrame(rows, columns=HEATMAP_COLUMNS) if rows else None
 
 
-def negations(cells: list[Cell], done: Done) -> pd.DataFrame | None:
+def negations(experiments: list[Experiment], done: Done) -> pd.DataFrame | None:
     """Return the rows of negation.csv, or None where a study forgets nothing: validation, then the test."""
     rows = [
-        row for cell in cells for pair, step in cell.negation.items() for row in negation_rows(cell, pair, done[step])
+        row
+        for exp in experiments
+        for pair, step in exp.negation.items()
+        for row in negation_rows(exp, pair, done[step])
     ]
     return pd.DataFrame(rows, columns=NEGATION_COLUMNS) if rows else None
 
 
-def negation_rows(cell: Cell, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
-    """Yield a row for every scale of negation that one cell tried, and for the test at 0 and at the chosen one."""
+def negation_rows(exp: Experiment, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
+    """Yield a row for every scale of negation one experiment tried, and for the test at 0 and at the chosen one."""
     found = artifact.json("negation.json")
-    place = (cell.backbone, cell.regime, cell.seed, *pair)
+    place = (exp.backbone, exp.regime, exp.seed, *pair)
     tried = [("validation", *one) for one in zip(found["scales"], found["forgotten"], found["control"], strict=True)]
     before, after = found["test"]["before"], found["test"]["after"]
     for split, scale, *accuracies in (*tried, ("test", 0.0, *before), ("test", found["scale"], *after)):
@@ -285,10 +291,10 @@ def negation_rows(cell: Cell, pair: tuple[str, str], artifact: Artifact) -> Iter
         yield dict(zip(NEGATION_COLUMNS, (*place, *values), strict=True))
 
 
-def heatmap_rows(cell: Cell, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
+def heatmap_rows(exp: Experiment, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
     """Yield a row for every point of one heatmap; ``n`` is the smaller number of images of the two tasks."""
     errors = artifact.json("errors.json")
-    place = (cell.backbone, cell.regime, cell.seed, *pair)
+    place = (exp.backbone, exp.regime, exp.seed, *pair)
     for i, one in enumerate(errors["scales"]):
         for j, two in enumerate(errors["scales"]):
             values = (one, two, errors["first"][i][j], errors["second"][i][j], min(errors["n"]))

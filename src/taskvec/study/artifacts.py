@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,89 +13,121 @@ from taskvec.data.tasks import Task, read_task
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders import batch_norm, records
 from taskvec.encoders.backbone import Backbone
+from taskvec.engine.pipeline import Config, Inputs, Untracked
 from taskvec.learning.finetuning import task_vector
 from taskvec.learning.heads import Head, read_heads, save_heads
-from taskvec.merging import in_memory as buffers
+from taskvec.merging.in_memory import DIRECTIONS, read_directions
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights, read
 
-Config = dict[str, Any]
-Inputs = dict[str, list[Path]]
-"""The folders of other steps, by what they are to the step that reads them."""
+HEAD, HEADS = "head.safetensors", "heads.safetensors"
+ENCODER, DIRECTION, STATISTICS = "encoder.safetensors", "direction.safetensors", "statistics.safetensors"
+METRICS, RATE = "metrics.json", "rate.json"
+CURVE, CHOICE, OPTION = "curve.json", "choice.json", "option.json"
+"""The files that steps leave, and by which others read them."""
 
 
-def open_backbone(inputs: Inputs, config: Config) -> Backbone:
+class OnDevice(Config):
+    """What a step is told that looks through an encoder: on which device, and whether the encoder is linearised.
+
+    Which of several devices it is, and what the backbone is called, does not count. No device is the CPU, whatever the
+    study's is.
+    """
+
+    device: str = ""
+    linearised: bool = False
+    backbone_name: Untracked[str] = ""
+
+    def tracked(self) -> dict[str, Any]:
+        """Return what counts: of a device its kind."""
+        fields = super().tracked()
+        return fields | {"device": self.device.partition(":")[0]} if self.device else fields
+
+
+def on_cpu(config: OnDevice) -> bool:
+    """Say whether a step computes on the CPU, where the number of threads changes the last bits of sums."""
+    return config.device in ("", "cpu")
+
+
+def open_backbone(inputs: Inputs, config: OnDevice) -> Backbone:
     """Open the backbone that a step reads, on the study's device, and linearised where its regime is."""
-    device = choose_device(config.get("device", "cpu"))
-    backbone = records.read_backbone(inputs["backbone"][0], device, config["name"])
-    return backbones.linearised(backbone) if config.get("linearised") else backbone
+    backbone = records.read_backbone(inputs["backbone"], choose_device(config.device or "cpu"), config.backbone_name)
+    return backbones.linearised(backbone) if config.linearised else backbone
 
 
 def open_task(inputs: Inputs) -> Task:
-    """Open the decoded task that a step reads."""
-    return open_tasks(inputs)[0]
+    """Open the decoded task that a step reads, with its whole training images where it trains on crops of them."""
+    return read_task(inputs["task"], inputs["task"].name, inputs.get("whole"))
 
 
 def open_tasks(inputs: Inputs) -> list[Task]:
     """Open all decoded tasks that a step reads."""
-    folders = inputs["task"]
-    return [read_task(one, one.name, whole_of(inputs, place)) for place, one in enumerate(folders)]
-
-
-def whole_of(inputs: Inputs, place: int) -> Path | None:
-    """Return the folder of whole training images of the task at a place, where a step trains on crops of them."""
-    return inputs[f"whole{place}"][0] if f"whole{place}" in inputs else None
+    folders = inputs["tasks"]
+    whole = inputs.get("whole") or [None] * len(folders)
+    return [read_task(folder, folder.name, images) for folder, images in zip(folders, whole, strict=True)]
 
 
 def open_view(inputs: Inputs) -> Preprocessing:
     """Open the part of a preprocessing that decides decoded pixels."""
-    return Preprocessing(**read_json(inputs["preprocessing"][0] / "preprocessing.json"))
+    return Preprocessing(**read_json(inputs["preprocessing"] / "preprocessing.json"))
 
 
-def open_head(inputs: Inputs, role: str = "head") -> Head:
-    """Open the head that a step reads."""
-    return open_heads(inputs, role)[0]
+def open_head(folder: Path) -> Head:
+    """Open the head of a step; a fine-tuned encoder's folder holds the head that goes with it."""
+    return read_heads(folder / HEAD)["head"]
 
 
-def open_heads(inputs: Inputs, role: str = "head") -> list[Head]:
-    """Open the heads in the folders of a role; a fine-tuned encoder's folder holds the head that goes with it."""
-    return [read_heads(folder / "head.safetensors")["head"] for folder in inputs[role]]
+def open_heads(folders: Iterable[Path]) -> list[Head]:
+    """Open the heads of several steps."""
+    return [open_head(folder) for folder in folders]
 
 
 def save_head(head: Head, out: Path) -> None:
     """Write the one head of a step."""
-    save_heads({"head": head}, out / "head.safetensors")
+    save_heads({"head": head}, out / HEAD)
+
+
+def open_task_vector(folder: Path, backbone: Backbone) -> Weights:
+    """Open a fine-tuned encoder as a task vector."""
+    return task_vector(backbone, open_encoder(folder, backbone))
 
 
 def open_task_vectors(inputs: Inputs, backbone: Backbone) -> list[Weights]:
     """Open the fine-tuned encoders that a step reads, as task vectors."""
-    return [task_vector(backbone, open_encoder(folder, backbone)) for folder in inputs["finetuned"]]
+    return [open_task_vector(folder, backbone) for folder in inputs["finetuned"]]
 
 
-def open_vector(folder: Path, backbone: Backbone, config: Config) -> Weights:
-    """Open a merged task vector, or of a per-task merge the one of the task whose place the configuration tells."""
-    if (folder / buffers.DIRECTIONS).exists():
-        return buffers.read_directions(folder / buffers.DIRECTIONS, backbone.pretrained).of(config["task"])
-    return records.read_weights(folder / "direction.safetensors", backbone.pretrained)
+def open_vector(folder: Path, backbone: Backbone, task: int | None = None) -> Weights:
+    """Open a merged task vector, or of a per-task merge the one of the task at a place in the study."""
+    if (folder / DIRECTIONS).exists():
+        assert task is not None
+        return read_directions(folder / DIRECTIONS, backbone.pretrained).of(task)
+    return records.read_weights(folder / DIRECTION, backbone.pretrained)
 
 
 def open_encoder(folder: Path, backbone: Backbone) -> Weights:
     """Open a fine-tuned encoder's weights."""
-    return records.read_weights(folder / "encoder.safetensors", backbone.pretrained)
+    return records.read_weights(folder / ENCODER, backbone.pretrained)
 
 
-def merged_weights(backbone: Backbone, vector: Weights, scale: float, estimated: list[Path]) -> Weights:
+def merged_weights(backbone: Backbone, vector: Weights, scale: float, estimated: Path | None = None) -> Weights:
     """Return the encoder at a scale along a merged vector, with statistics of batch norm where they were estimated."""
     weights = vectors.add(backbone.pretrained, vector, scale)
-    for folder in estimated:
-        found = read(folder / "statistics.safetensors", [scale_key(scale)])
-        weights = batch_norm.with_statistics(weights, found[scale_key(scale)])
-    return weights
+    if estimated is None:
+        return weights
+    key = scale_key(scale)
+    return batch_norm.with_statistics(weights, read(estimated / STATISTICS, [key])[key])
 
 
-def validations(folders: list[Path]) -> list[float]:
+def validation(folder: Path) -> float:
+    """Return the validation accuracy that a step has measured."""
+    value: float = read_json(folder / METRICS)["validation"]
+    return value
+
+
+def validations(folders: Iterable[Path]) -> list[float]:
     """Return the validation accuracies that steps have measured."""
-    return [read_json(folder / "metrics.json")["validation"] for folder in folders]
+    return [validation(folder) for folder in folders]
 
 
 def scale_key(scale: float) -> str:
@@ -102,10 +135,10 @@ def scale_key(scale: float) -> str:
     return repr(float(scale) + 0.0)
 
 
-def find_head(rounds: list[Path], scale: float) -> Head:
+def find_head(rounds: Iterable[Path], scale: float) -> Head:
     """Return the head that a round of re-probing fitted at a scale."""
     for folder in rounds:
-        heads = read_heads(folder / "heads.safetensors")
+        heads = read_heads(folder / HEADS)
         if scale_key(scale) in heads:
             return heads[scale_key(scale)]
     raise ValueError(f"no head was fitted at scale {scale}")

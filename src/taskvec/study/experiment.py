@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from taskvec.engine.pipeline import Step
+from taskvec.engine.pipeline import Step, leaves
 from taskvec.study.schema import BackboneChoice
 
 LEARNING = ("full", "open-full")
@@ -18,16 +18,15 @@ LINEARISED = "linearised"
 """The regime whose encoder is its first-order expansion around the pre-trained weights."""
 LORA = "lora"
 """The regime in which adapters of low rank learn."""
-Inputs = dict[str, list[Step]]
 
 
 @dataclass
-class Candidate:
+class Trial:
     """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales.
 
-    ``settings`` are its hyperparameters where they are not the authors'. ``options`` are what they were chosen from,
-    each tried at a few scales; then ``option`` is the step that chose them and ``merged`` has copied the best one.
-    ``per_task`` merges have a direction for each task.
+    ``selection`` is the step that chose a scale. ``settings`` are its hyperparameters where they are not the authors'.
+    ``options`` are what they were chosen from, each tried at a few scales; then ``option`` is the step that chose them
+    and ``merged`` has copied the best one. ``per_task`` merges have a direction for each task.
     ``statistics`` is the step that estimated those of batch norm anew, where that was done; ``agreement`` has the steps
     that compared features with each task's fine-tuned encoder.
     """
@@ -37,10 +36,10 @@ class Candidate:
     heads: str
     merged: Step
     rounds: list[dict[str, Step]]
-    choice: Step
+    selection: Step
     settings: Mapping[str, Any] = field(default_factory=dict)
     per_task: bool = False
-    options: list[Candidate] = field(default_factory=list)
+    options: list[Trial] = field(default_factory=list)
     option: Step | None = None
     statistics: Step | None = None
     agreement: dict[str, Step] = field(default_factory=dict)
@@ -53,12 +52,20 @@ class Candidate:
     @property
     def title(self) -> str:
         """Name it with its hyperparameters, for labels."""
-        told = "".join(f" {key}={value}" for key, value in self.settings.items())
-        return f"{self.name}{told}{', chosen' if self.option else ''}, {self.heads} heads"
+        settings = "".join(f" {key}={value}" for key, value in self.settings.items())
+        return f"{self.name}{settings}{', chosen' if self.option else ''}, {self.heads} heads"
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps that tried and chose its scales, and those of its options."""
+        for option in self.options:
+            yield from option.steps()
+        yield from (step for steps in self.rounds for step in steps.values())
+        yield from self.agreement.values()
+        yield self.selection
 
 
 @dataclass
-class Ground:
+class SharedSteps:
     """What all regimes of one backbone share: the encoder, decoded tasks and cached features by task name.
 
     ``whole`` has the steps that keep whole training images, of the tasks that are trained on crops of them.
@@ -71,15 +78,9 @@ class Ground:
     features: dict[str, Step]
     whole: dict[str, Step]
 
-    def training(self, names: Iterable[str]) -> Inputs:
-        """Return what training on some tasks reads of them: decoded splits, and whole images by place."""
-        chosen = list(names)
-        whole = {f"whole{place}": [self.whole[t]] for place, t in enumerate(chosen) if t in self.whole}
-        return {"task": [self.data[t] for t in chosen]} | whole
-
 
 @dataclass
-class Cell:
+class Experiment:
     """All steps of one backbone, regime and seed; steps of single tasks are by task name.
 
     ``first`` marks the first seed of a regime, for which alone heatmaps, subsets and per-task scales are measured.
@@ -97,7 +98,7 @@ class Cell:
     finetuned: dict[str, Step] = field(default_factory=dict)
     joint: Step | None = None
     rate: tuple[str, dict[float, Step]] | None = None
-    candidates: list[Candidate] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     test: dict[str, Step] = field(default_factory=dict)
     heatmaps: dict[tuple[str, str], Step] = field(default_factory=dict)
     subsets: dict[tuple[str, ...], Step] = field(default_factory=dict)
@@ -107,16 +108,13 @@ class Cell:
 
     @property
     def where(self) -> str:
-        """Say which cell it is, for labels."""
+        """Say which experiment it is, for labels."""
         return f"({self.backbone}, {self.regime}, seed {self.seed})"
 
-    def statistics(self) -> Inputs:
-        """Return the steps that estimated statistics of batch norm, by the number of their candidate."""
-        return {f"statistics{i}": [c.statistics] for i, c in enumerate(self.candidates) if c.statistics is not None}
-
-    def chosen_options(self) -> Inputs:
-        """Return the steps that chose hyperparameters, by the number of their candidate."""
-        return {f"option{i}": [c.option] for i, c in enumerate(self.candidates) if c.option is not None}
+    @property
+    def start(self) -> dict[str, Step]:
+        """Return the heads that fine-tuning starts from, by task."""
+        return self.zero_shot or self.head
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps whose results a report needs."""
@@ -124,8 +122,5 @@ class Cell:
         yield from itertools.chain(*(steps.values() for steps in by_task))
         yield from itertools.chain(self.heatmaps.values(), self.subsets.values(), self.negation.values())
         yield from self.rate[1].values() if self.rate else ()
-        for candidate in [c for one in self.candidates for c in (*one.options, one)]:
-            yield from (step for one in candidate.rounds for step in one.values())
-            yield from candidate.agreement.values()
-            yield candidate.choice
-        yield from (step for step in (self.joint, self.gains, self.model) if step is not None)
+        yield from itertools.chain(*(trial.steps() for trial in self.trials))
+        yield from leaves([self.joint, self.gains, self.model])

@@ -43,9 +43,9 @@ class Sources:
 
     def backbones(self) -> dict[str, BackboneChoice]:
         """Return the backbones by name; two of one name raise."""
-        chosen = self.study.backbones
-        names = [choice.called for choice in chosen]
-        return dict(zip(unique(names, [choice.address for choice in chosen], "backbones"), chosen, strict=True))
+        choices = self.study.backbones
+        names = [choice.called for choice in choices]
+        return dict(zip(unique(names, [choice.address for choice in choices], "backbones"), choices, strict=True))
 
     def describe(self, address: TaskAddress) -> dict[str, Any]:
         """Return what identifies a task's images; an estimate reads none, and those published may be absent."""
@@ -62,12 +62,6 @@ class Sources:
             if known is None:
                 raise
             return absent
-
-    def source(self, address: TaskAddress, about: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what a decoded task depends on, and the address, which counts only where it is all there is."""
-        config = {"limit": self.study.limit, **about} | ({"skip_corrupt": True} if self.study.skip_corrupt else {})
-        place = {"address": str(address)}
-        return (config, place) if address.source.has_whole else (place | config, {})
 
     def address_of(self, choice: BackboneChoice) -> BackboneAddress:
         """Return an address whose path is absolute: relative paths start from the study file's folder."""

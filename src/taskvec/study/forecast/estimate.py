@@ -13,12 +13,13 @@ from taskvec.core.formatting import bytes_text, duration_text, flops_text
 from taskvec.data.decoding import view_bytes
 from taskvec.data.sources import parse
 from taskvec.encoders.identity import to_download
-from taskvec.engine.pipeline import Step, ordered, step_id
-from taskvec.engine.store import Artifact, Store
+from taskvec.engine.pipeline import Step, leaves, look, ordered
+from taskvec.engine.store import Store
 from taskvec.engine.store import seconds as recorded
-from taskvec.study.experiment import Cell
+from taskvec.engine.work import Work, total
+from taskvec.study.experiment import Experiment
 from taskvec.study.forecast.model_cost import input_size
-from taskvec.study.forecast.step_cost import Counter, Work, memory, total
+from taskvec.study.forecast.sizes import Sizes
 from taskvec.study.inputs import UNKNOWN_IMAGES
 
 STARTING = 0.005
@@ -80,12 +81,12 @@ class Forecast:
     @property
     def ahead(self) -> list[Planned]:
         """List what is not done."""
-        return [one for one in self.planned if one.seconds is None]
+        return [item for item in self.planned if item.seconds is None]
 
     @property
     def done(self) -> list[Planned]:
         """List what is done."""
-        return [one for one in self.planned if one.seconds is not None]
+        return [item for item in self.planned if item.seconds is not None]
 
 
 def forward_seconds(work: Work, device: Device) -> float:
@@ -110,50 +111,60 @@ def seconds(work: Work, device: Device) -> float:
     return forward_seconds(work, device) + training_seconds(work, device) + host_seconds(work)
 
 
-def forecast(name: str, cells: Sequence[Cell], store: Store) -> Forecast:
+def forecast(name: str, experiments: Sequence[Experiment], store: Store) -> Forecast:
     """Say what the steps of a study take, and which of them the store holds; no weight and no image is read."""
-    count, seen, found = Counter(), dict[Step, Artifact](), dict[str, Planned]()
-    steps = ordered(step for cell in cells for step in cell.steps())
-    for step in steps:
-        inputs = {role: [seen[s] for s in read] for role, read in step.inputs.items()}
-        id = step_id(step, inputs)
-        known = store.look(id)
-        seen[step] = Artifact(id, store.folder, known[0] if known else expected_digest(step, id, count))
-        if id not in found:
-            took = (told if math.isfinite(told := recorded(known[1])) else 0.0) if known else None
-            found[id] = Planned(step, count.work(step), memory(count, step), took)
-    planned = tuple(found.values())
-    return Forecast(name, planned, tuple(unknown_shapes(count)), tuple(downloads(planned)))
+    sizes, planned = Sizes(), dict[str, Planned]()
+    steps = (step for experiment in experiments for step in experiment.steps())
+    looks = look(steps, store, lambda step, id: view_digest(step, sizes) or id)
+    for step, (id, record) in looks.items():
+        if id not in planned:
+            took = None if record is None else recorded(record) if math.isfinite(recorded(record)) else 0.0
+            planned[id] = Planned(step, step.type.work(step, sizes), memory(step, sizes), took)
+    every = tuple(planned.values())
+    return Forecast(name, every, tuple(unknown_shapes(sizes)), tuple(downloads(every)))
 
 
-def expected_digest(step: Step, id: str, count: Counter) -> str:
-    """Return the digest that a step's output will have, where it is known before: that of the view to decode.
+def view_digest(step: Step, sizes: Sizes) -> str:
+    """Return the digest of a view to decode, which is known before it is written; nothing for other steps.
 
-    Backbones that look at images alike so share decoded tasks. Other outputs stand for themselves.
+    Backbones that look at images alike so share decoded tasks.
     """
-    view = count.backbone(step).view if step.type.name == "preprocessing" else None
+    view = sizes.backbone(step).view if step.type.name == "preprocessing" else None
     if view is None:
-        return id
+        return ""
     text = json_text(view.decoding())
     return fingerprint({"preprocessing.json": hashlib.sha256(text.encode()).hexdigest()})
 
 
-def unknown_shapes(count: Counter) -> Iterator[str]:
+def memory(step: Step, sizes: Sizes) -> tuple[float, float]:
+    """Return the bytes a step needs on its device and in main memory: an estimate from above, without the libraries.
+
+    Training keeps weights, gradients, Adam's two moments and the pre-trained copy, and half-precision activations.
+    """
+    weights = sizes.weights(step) if step.inputs.get("backbone") else 0.0
+    if settings := getattr(step.config, "finetune", None):
+        batch = settings.batch_size / settings.accumulate
+        return 6 * weights + 2 * batch * sizes.backbone(step).activations, 2 * weights
+    held = (len(list(leaves(step.inputs.get("finetuned")))) + 4) * weights
+    return (held, 2 * weights) if getattr(step.config, "device", "") else (0, held)
+
+
+def unknown_shapes(sizes: Sizes) -> Iterator[str]:
     """Name backbones whose architecture is told by no file here."""
-    for (address, *_), shape in count.anatomies.items():
-        if shape is None:
+    for (address, *_), cost in sizes.costs.items():
+        if cost is None:
             yield f"the architecture of {address} is not on this machine: counted as a ViT-B/16 at 224 px"
 
 
 def downloads(planned: Sequence[Planned]) -> Iterator[str]:
     """Name what is not on this machine: weights that no step has loaded yet, and data of the paper's tasks."""
-    for one in planned:
-        config = one.step.config
-        if one.kind != "load_backbone" or one.seconds is not None:
+    for item in planned:
+        if item.kind != "load_backbone" or item.seconds is not None:
             continue
-        if file := config["source"].get("absent") or to_download(one.step.untracked["address"], True):
-            yield f"{one.step.untracked['address']}: {file} (its encoder is {bytes_text(one.work.disk)})"
-    absent = {one.step.config["source"].get("absent") for one in planned if one.kind == "decode_task"}
+        address = item.step.config.address
+        if file := item.step.config.source.get("absent") or to_download(address, True):
+            yield f"{address}: {file} (its encoder is {bytes_text(item.work.disk)})"
+    absent = {item.step.config.source.get("absent") for item in planned if item.kind == "decode_task"}
     for address in sorted(absent - {None}):
         unknown = "" if parse(address).paper else f" (how many is not known here: counted as {UNKNOWN_IMAGES:,})"
         yield f"{address}: its images{unknown}"
@@ -161,73 +172,60 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
 
 def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
     """Return about how many bytes of evaluation views the store lacks for a study; no weight and no image is read."""
-    done, sizes = dict[Step, Artifact](), dict[str, float]()
-    for step in ordered(steps):
-        kind = step.type.name
-        if kind not in ("load_backbone", "preprocessing", "decode_task"):
-            continue
-        if all(read in done for read in step.dependencies()):
-            id = step_id(step, {role: [done[one] for one in read] for role, read in step.inputs.items()})
-            if known := store.look(id):
-                done[step] = Artifact(id, store.folder, known[0])
-                continue
-        if kind == "decode_task":
-            size, source = size_of(step.inputs["preprocessing"][0].inputs["backbone"][0]), step.config["source"]
-            images = min(source["images"], 3 * (step.config["limit"] or source["images"]))
-            sizes[canonical([source, size])] = view_bytes(images, size)
-    return sum(sizes.values())
-
-
-def size_of(encoder: Step) -> int:
-    """Return the pixels that the backbone of a step sees."""
-    config = encoder.config
-    return input_size(encoder.untracked["address"], config["size"], config.get("projection"))
+    views, bytes_of = [step for step in ordered(steps) if step.type.name == "decode_task"], dict[str, float]()
+    for step, (_, record) in look(views, store, lambda _, id: id).items():
+        if step.type.name == "decode_task" and record is None:
+            encoder = step.inputs["preprocessing"].inputs["backbone"].config
+            size, source = input_size(encoder.address, encoder.size, encoder.projection), step.config.source
+            images = min(source["images"], 3 * (step.config.limit or source["images"]))
+            bytes_of[canonical([source, size])] = view_bytes(images, size)
+    return sum(bytes_of.values())
 
 
 def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:
     """Return for every kind of step how many there are, how many are done, and the work of those that are not."""
-    names = dict.fromkeys(one.kind for one in forecast.planned)
-    every = {name: [one for one in forecast.planned if one.kind == name] for name in names}
-    ahead = {name: [one for one in held if one.seconds is None] for name, held in every.items()}
+    names = dict.fromkeys(item.kind for item in forecast.planned)
+    every = {name: [item for item in forecast.planned if item.kind == name] for name in names}
+    ahead = {name: [item for item in items if item.seconds is None] for name, items in every.items()}
     return [
-        (name, len(held), len(held) - len(ahead[name]), total(one.work for one in ahead[name]))
-        for name, held in every.items()
+        (name, len(items), len(items) - len(ahead[name]), total(item.work for item in ahead[name]))
+        for name, items in every.items()
     ]
 
 
-def report(found: Forecast, devices: Sequence[str], workers: int) -> Iterator[str]:
+def report(estimate: Forecast, devices: Sequence[str], workers: int) -> Iterator[str]:
     """Yield the lines of ``taskvec plan``: steps by kind, time by device, disk, memory, downloads, and a check."""
-    yield f"{found.name}: {len(found.planned)} steps, {len(found.done)} of them done; the rest takes"
+    yield f"{estimate.name}: {len(estimate.planned)} steps, {len(estimate.done)} of them done; the rest takes"
     yield ""
-    yield from table(found)
+    yield from table(estimate)
     yield ""
     for name in devices:
-        yield from device_lines(name, found, workers)
+        yield from device_lines(name, estimate, workers)
     yield ""
-    yield from resources(found)
-    yield from (f"download  {what}" for what in found.downloads)
-    yield from (f"note      {what}" for what in found.notes)
-    yield from check(found)
+    yield from resources(estimate)
+    yield from (f"download  {what}" for what in estimate.downloads)
+    yield from (f"note      {what}" for what in estimate.notes)
+    yield from check(estimate)
 
 
-def table(found: Forecast) -> Iterator[str]:
+def table(estimate: Forecast) -> Iterator[str]:
     """Yield a line for every kind of step, and one for all; images and FLOPs are those still to come."""
     yield f"{'step':<24}{'steps':>6}{'done':>6}{'images forward':>16}{'trained on':>14}{'FLOPs':>13}"
-    rows = kinds(found)
+    rows = kinds(estimate)
     rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows), total(r[3] for r in rows)))
     for name, steps, done, work in rows:
         images = f"{work.forward:>16,.0f}{work.trained:>14,.0f}"
         yield f"{name:<24}{steps:>6}{done:>6}{images}{flops_text(work.flops):>13}"
 
 
-def device_lines(name: str, found: Forecast, workers: int) -> Iterator[str]:
+def device_lines(name: str, estimate: Forecast, workers: int) -> Iterator[str]:
     """Yield the time on a device, what it is made of, and the rates that it assumes."""
     device = DEVICES[name]
-    each = [seconds(one.work, device) for one in found.ahead]
+    each = [seconds(item.work, device) for item in estimate.ahead]
     shared = max(sum(each) / workers, max(each, default=0)) if name == "cpu" else sum(each)
     several = f" with {workers} workers" if name == "cpu" and workers > 1 else ""
     yield f"{name:<10}{duration_text(shared)}{several}"
-    work = total(one.work for one in found.ahead)
+    work = total(item.work for item in estimate.ahead)
     passes = forward_seconds(work, device), training_seconds(work, device)
     parts = zip(("evaluation", "training"), passes, strict=True)
     yield (
@@ -240,21 +238,21 @@ def device_lines(name: str, found: Forecast, workers: int) -> Iterator[str]:
     yield " " * 10 + f"at {reached} ({device.about})"
 
 
-def resources(found: Forecast) -> Iterator[str]:
+def resources(estimate: Forecast) -> Iterator[str]:
     """Yield disk by the largest kinds of step, and the memory of the largest step."""
-    by_kind = {name: work.disk for name, _, _, work in kinds(found)}
+    by_kind = {name: work.disk for name, _, _, work in kinds(estimate)}
     largest = [name for name in sorted(by_kind, key=lambda name: -by_kind[name])[:3] if by_kind[name] >= 1e6]
     named = ", ".join(f"{name} {bytes_text(by_kind[name])}" for name in largest)
     yield f"disk      {bytes_text(sum(by_kind.values()))} more in the store" + (f" ({named})" if named else "")
     for place, where in enumerate(("the device", "main memory")):
-        top = max(found.planned, key=lambda one: one.memory[place])
+        top = max(estimate.planned, key=lambda item: item.memory[place])
         yield f"memory    {bytes_text(top.memory[place])} of {where} ({top.step.label})"
 
 
-def check(found: Forecast) -> Iterator[str]:
+def check(estimate: Forecast) -> Iterator[str]:
     """Yield how the estimate compares with what finished steps took on the CPU of this machine."""
-    held = [one for one in found.done if one.step.config.get("device", "cpu") == "cpu"]
-    took, wanted = sum(one.seconds or 0 for one in held), sum(seconds(one.work, DEVICES["cpu"]) for one in held)
+    items = [item for item in estimate.done if getattr(item.step.config, "device", "") in ("", "cpu")]
+    took, wanted = sum(item.seconds or 0 for item in items), sum(seconds(item.work, DEVICES["cpu"]) for item in items)
     if took >= 1:
         expected = duration_text(wanted)
-        yield f"check     {len(held)} finished steps took {duration_text(took)}; expected of a core {expected}"
+        yield f"check     {len(items)} finished steps took {duration_text(took)}; expected of a core {expected}"

@@ -28,7 +28,7 @@ two norms, queries, keys and values, attention and its projection, four times th
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelCost:
     """What one forward pass of one image costs, and what an encoder takes; a multiply-add is two FLOPs.
 
     ``activations`` are the numbers kept for the backward pass; ``view`` is what it wants decoded, None if unknown.
@@ -56,7 +56,7 @@ class Transformer:
     projection: int = 0
     stem: int = 0
 
-    def anatomy(self, size: int, crop: float = 1.0) -> Anatomy:
+    def cost(self, size: int, crop: float = 1.0) -> ModelCost:
         """Count a square input of ``size`` pixels: 24 n w^2 + 4 n^2 w FLOPs a block of n tokens, w channels."""
         patches, width, pixels = (size // self.patch) ** 2, self.width, 3 * self.patch**2
         tokens = patches + self.class_token
@@ -64,7 +64,7 @@ class Transformer:
         blocks = self.depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
         places = tokens * width + width if self.class_token else 0
         parameters = self.depth * (12 * width**2 + 13 * width) + embedding + self.stem + 3 * width + places
-        return Anatomy(
+        return ModelCost(
             parameters + width * self.projection,
             float(blocks + 2 * patches * embedding + 2 * width * self.projection),
             float(KEPT * tokens * width * self.depth),
@@ -80,7 +80,7 @@ PAPER: Mapping[str, Transformer] = MappingProxyType(
 """The encoders of the paper's tables, by the names of ``paper.MODELS``."""
 
 
-def anatomy(address: str | BackboneAddress, size: int | None, projection: bool | None = None) -> Anatomy | None:
+def model_cost(address: str | BackboneAddress, size: int | None, projection: bool | None = None) -> ModelCost | None:
     """Return what a backbone costs at an input size, its own by default; None where nothing here tells its shape.
 
     An encoder that cannot look at images of that size raises.
@@ -88,9 +88,9 @@ def anatomy(address: str | BackboneAddress, size: int | None, projection: bool |
     address = parse(address)
     if address.kind == "paper":
         shape = PAPER[address.name] if projection is not False else replace(PAPER[address.name], projection=0)
-        return shape.anatomy(size or 224, CHECKPOINTS[address.name].crop)
+        return shape.cost(size or 224, CHECKPOINTS[address.name].crop)
     if address.kind == "lab":
-        return lab_anatomy(encoders.split_step(address.name)[0], size)
+        return lab_cost(encoders.split_step(address.name)[0], size)
     try:
         record, seen = architecture(address, size, projection)
     except (TaskvecError, OSError):
@@ -106,12 +106,12 @@ def input_size(address: str | BackboneAddress, size: int | None, projection: boo
         return UNKNOWN_SIZE
 
 
-def lab_anatomy(name: str, size: int | None) -> Anatomy:
+def lab_cost(name: str, size: int | None) -> ModelCost:
     """Count one of the lab's transformers."""
     options = encoders.options(name) | ({"size": size} if size else {})
     width = options["width"]
     shape = Transformer(width, options["depth"], options["patch"], class_token=False, stem=2 * width)
-    return shape.anatomy(options["size"])
+    return shape.cost(options["size"])
 
 
 def architecture(address: str | BackboneAddress, size: int | None, projection: bool | None = None) -> Outline:
@@ -121,8 +121,8 @@ def architecture(address: str | BackboneAddress, size: int | None, projection: b
         return family.outline(asked)
     if family.missing(asked):
         raise TaskvecError(f"'{address}' is not on this machine", "give a file")
-    found = loaders.load(asked, family)
-    return found.architecture, found.preprocessing
+    loaded = loaders.load(asked, family)
+    return loaded.architecture, loaded.preprocessing
 
 
 def counted(
@@ -130,7 +130,7 @@ def counted(
     seen: Callable[[Any], Preprocessing] | None = None,
     name: str = "the encoder",
     asked: int | None = None,
-) -> Anatomy:
+) -> ModelCost:
     """Build an encoder on the meta device, which holds shapes and no numbers, and count one forward pass.
 
     A size that is ``asked`` for must be one that the encoder can look at.
@@ -154,4 +154,4 @@ def counted(
         features = backbones.checked_features(module, torch.zeros(1, 3, size, size, device="meta"), name)
     parameters = sum(value.numel() for value in module.state_dict().values() if value.is_floating_point())
     view = seen(module) if seen else None
-    return Anatomy(parameters, float(counter.get_total_flops()), float(kept[0]), features.shape[1], size, view)
+    return ModelCost(parameters, float(counter.get_total_flops()), float(kept[0]), features.shape[1], size, view)

@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 from taskvec.engine.store import Store
-from taskvec.study.experiment import OPEN, Cell, Ground
+from taskvec.study.experiment import OPEN, Experiment, SharedSteps
 from taskvec.study.plan.learning import finetune_all, make_heads
-from taskvec.study.plan.loading import lay_ground
+from taskvec.study.plan.loading import plan_backbone
 from taskvec.study.plan.measuring import disentanglement, keep_model, negate, test_all
 from taskvec.study.plan.merging import scale_per_task, try_method
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import RegimeChoice, StudyFile
 
 
-def plan(file: StudyFile, store: Store, estimate: bool = False) -> list[Cell]:
+def plan(file: StudyFile, store: Store, estimate: bool = False) -> list[Experiment]:
     """Return the steps of a study, by backbone, regime and seed; unknown addresses raise here, before any work.
 
     For an ``estimate`` no image is read: the paper's tasks need not be there, and the device of the study neither.
     """
     planner, study = Planner(file, store, estimate), file.study
-    grounds = [lay_ground(planner, name, choice) for name, choice in planner.backbones.items()]
+    backbones = [plan_backbone(planner, name, choice) for name, choice in planner.backbones.items()]
     planner.sources.check_open()
     return [
-        plan_cell(planner, ground, regime, seed)
-        for ground in grounds
+        plan_experiment(planner, shared, regime, seed)
+        for shared in backbones
         for regime in study.regimes
-        if regime.name != "joint" and planner.sources.takes_part(ground.choice, regime.name)
+        if regime.name != "joint" and planner.sources.takes_part(shared.choice, regime.name)
         for seed in regime.seeds or study.seeds
     ]
 
 
-def plan_cell(planner: Planner, ground: Ground, regime: RegimeChoice, seed: int) -> Cell:
+def plan_experiment(planner: Planner, shared: SharedSteps, regime: RegimeChoice, seed: int) -> Experiment:
     """Return the steps of one backbone, regime and seed."""
-    captions = planner.sources.captions_for(ground.choice) if regime.name in OPEN else {}
+    captions = planner.sources.captions_for(shared.choice) if regime.name in OPEN else {}
     chosen = tuple(t for t in planner.addresses if regime.name not in OPEN or captions[t])
     first = seed == (regime.seeds or planner.study.seeds)[0]
-    cell = Cell(ground.backbone, regime.name, seed, chosen, ground.encoder, first)
-    rates = make_heads(planner, cell, ground)
-    finetune_all(planner, cell, ground, regime)
+    exp = Experiment(shared.backbone, regime.name, seed, chosen, shared.encoder, first)
+    rates = make_heads(planner, exp, shared)
+    finetune_all(planner, exp, shared, regime)
     for method in planner.study.methods:
-        try_method(planner, cell, method, ground, rates)
+        try_method(planner, exp, method, shared, rates)
     if first and planner.study.scales == "per-task":
-        scale_per_task(planner, cell, ground)
-    negate(planner, cell, ground)
-    test_all(planner, cell, ground)
-    keep_model(planner, cell, ground)
+        scale_per_task(planner, exp, shared)
+    negate(planner, exp, shared)
+    test_all(planner, exp, shared)
+    keep_model(planner, exp, shared)
     if first and regime.disentanglement:
-        disentanglement(planner, cell, ground)
-    return cell
+        disentanglement(planner, exp, shared)
+    return exp

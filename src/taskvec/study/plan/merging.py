@@ -10,10 +10,11 @@ from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import Step
 from taskvec.merging import plugins
 from taskvec.merging.registry import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe
-from taskvec.study.experiment import LEARNING, Candidate, Cell, Ground
+from taskvec.study.experiment import LEARNING, Experiment, SharedSteps, Trial
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import MethodChoice
 from taskvec.study.steps import merging as steps
+from taskvec.study.steps import searching
 
 SEARCHED = 100
 """Validation images of each task by which one lambda a task is searched."""
@@ -21,151 +22,149 @@ ROUNDS = (2, 1)
 """Re-probing refines its coarse search by neighbours two places away, then one."""
 
 
-def try_method(planner: Planner, cell: Cell, method: MethodChoice, ground: Ground, rates: dict[str, Step]) -> None:
+def try_method(
+    planner: Planner, exp: Experiment, method: MethodChoice, shared: SharedSteps, rates: dict[str, Step]
+) -> None:
     """Merge, and try the scales with each kind of head: kept heads all at once, re-probed ones coarse to fine.
 
     Of several hyperparameters each is tried at coarse scales first, and the best of them goes on.
     """
     recipes = method.recipes()
-    recipes[0].check_tasks(len(cell.tasks))
-    merged = [merge(planner, cell, recipe, ground) for recipe in recipes]
+    recipes[0].check_tasks(len(exp.tasks))
+    merged = [merge(planner, exp, recipe, shared) for recipe in recipes]
     for kind in planner.study.heads:
         name = method.name + (SURGERY if kind == "surgery" else "")
         options = [
-            Candidate(name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
+            Trial(name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
             for step, recipe in zip(merged, recipes, strict=True)
         ]
-        candidate = options[0] if len(options) == 1 else best_option(planner, cell, options, ground, rates)
+        trial = options[0] if len(options) == 1 else best_option(planner, exp, options, shared, rates)
         for number, stride in enumerate((0,) if kind == "kept" else (*ROUNDS, 0)):
-            candidate.rounds.append({t: curve(planner, t, cell, candidate, number, ground, rates) for t in cell.tasks})
-            candidate.choice = choose_scale(planner, cell, candidate, stride)
-        cell.candidates.append(candidate)
-        if planner.study.agreement and kind == "reprobed" and len(candidate.grid) > 1:
-            candidate.agreement = {t: agreement_curve(planner, t, cell, candidate, ground) for t in cell.tasks}
-        if ground.choice.batch_norm == "reestimated" and kind == "kept" and not candidate.per_task:
-            cell.candidates.append(reestimate(planner, cell, candidate, ground))
+            trial.rounds.append({t: curve(planner, t, exp, trial, number, shared, rates) for t in exp.tasks})
+            trial.selection = choose_scale(planner, exp, trial, stride)
+        exp.trials.append(trial)
+        if planner.study.agreement and kind == "reprobed" and len(trial.grid) > 1:
+            trial.agreement = {t: agreement_curve(planner, t, exp, trial, shared) for t in exp.tasks}
+        if shared.choice.batch_norm == "reestimated" and kind == "kept" and not trial.per_task:
+            exp.trials.append(reestimate(planner, exp, trial, shared))
 
 
-def merge(planner: Planner, cell: Cell, recipe: Recipe, ground: Ground) -> Step:
+def merge(planner: Planner, exp: Experiment, recipe: Recipe, shared: SharedSteps) -> Step:
     """Merge by one method; those that look at data or draw at random are told more than others."""
-    inputs = {"backbone": [ground.encoder], "finetuned": list(cell.finetuned.values())}
-    config: dict[str, Any] = {"method": recipe.name}
-    config |= {"config": recipe.settings()} if recipe.settings() else {}
-    config |= {"seed": cell.seed} if recipe.needs else {}
-    cost = 10.0
-    if recipe.measures:
-        inputs |= {"task": [ground.data[t] for t in cell.tasks]}
-        config |= planner.device
-        cost = 2000.0 * len(cell.tasks)
-    own = plugins.sources(recipe, planner.plugins)
-    config |= {"sources": own} if own else {}
-    untracked = {"plugins": [str(one.path) for one in planner.plugins]} if own else {}
-    told = "".join(f" {key}={value}" for key, value in recipe.settings().items())
-    return planner.step(steps.merge, f"merge by {recipe.name}{told} {cell.where}", config, inputs, cost, untracked)
+    sources = plugins.sources(recipe, planner.plugins)
+    config = steps.MergeConfig(
+        method=recipe.name,
+        config=recipe.settings() or None,
+        seed=exp.seed if recipe.needs else None,
+        sources=sources or None,
+        plugins=tuple(str(plugin.path) for plugin in planner.plugins if sources),
+        backbone_name=exp.backbone,
+        device=planner.device if recipe.measures else "",
+    )
+    inputs = {"backbone": shared.encoder, "finetuned": list(exp.finetuned.values())}
+    inputs |= {"tasks": [shared.data[t] for t in exp.tasks]} if recipe.measures else {}
+    settings = "".join(f" {key}={value}" for key, value in recipe.settings().items())
+    label, cost = f"merge by {recipe.name}{settings} {exp.where}", 2000.0 * len(exp.tasks) if recipe.measures else 10.0
+    return planner.step(steps.merge, label, config, inputs, cost)
 
 
 def best_option(
-    planner: Planner, cell: Cell, options: list[Candidate], ground: Ground, rates: dict[str, Step]
-) -> Candidate:
+    planner: Planner, exp: Experiment, options: list[Trial], shared: SharedSteps, rates: dict[str, Step]
+) -> Trial:
     """Try every option, kept heads at all scales and others at coarse ones; the one whose best scale is best goes on.
 
     With kept heads the best scale is often a small one between coarse scales, where all options seem equal.
     """
-    for one in options:
-        one.rounds.append({t: curve(planner, t, cell, one, 0, ground, rates) for t in cell.tasks})
-        one.choice = choose_scale(planner, cell, one, 0)
+    for trial in options:
+        trial.rounds.append({t: curve(planner, t, exp, trial, 0, shared, rates) for t in exp.tasks})
+        trial.selection = choose_scale(planner, exp, trial, 0)
     first = options[0]
-    about = {"options": [dict(one.settings) for one in options]}
-    what = f"{first.name}, {first.heads} heads {cell.where}"
-    choices = {"choices": [one.choice for one in options]}
-    option = planner.step(steps.choose_option, f"choose hyperparameters: {what}", about, choices)
-    inputs = {"merged": [one.merged for one in options], "option": [option]}
-    merged = planner.step(steps.pick_merge, f"merge with chosen hyperparameters: {what}", {}, inputs)
-    return Candidate(first.name, first.grid, first.heads, merged, [], merged, {}, first.per_task, options, option)
+    what = f"{first.name}, {first.heads} heads {exp.where}"
+    choosing = searching.OptionConfig(options=[dict(trial.settings) for trial in options])
+    choices = {"choices": [trial.selection for trial in options]}
+    option = planner.step(searching.choose_option, f"choose hyperparameters: {what}", choosing, choices)
+    inputs = {"merged": [trial.merged for trial in options], "option": option}
+    picking, label = steps.PickConfig(per_task=first.per_task), f"merge with chosen hyperparameters: {what}"
+    merged = planner.step(steps.pick_merge, label, picking, inputs)
+    return Trial(first.name, first.grid, first.heads, merged, [], merged, {}, first.per_task, options, option)
+
+
+def tried(planner: Planner, task: str, exp: Experiment, trial: Trial) -> dict[str, Any]:
+    """Return what all steps are told that look along a trial's vector, of which each task may have its own."""
+    place = {"task": exp.tasks.index(task)} if trial.per_task else {}
+    return planner.on(exp.backbone, exp.regime) | place
 
 
 def curve(
-    planner: Planner, task: str, cell: Cell, candidate: Candidate, number: int, ground: Ground, rates: dict[str, Step]
+    planner: Planner, task: str, exp: Experiment, trial: Trial, number: int, shared: SharedSteps, rates: dict[str, Step]
 ) -> Step:
     """Try the scales of one round on one task; rounds after the first read which."""
-    if candidate.heads == "surgery":
-        return surgery_curve(planner, task, cell, candidate, number, ground)
-    kept = candidate.heads == "kept"
-    inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
-    scales = [] if number else candidate.grid if kept else coarse(candidate.grid)
-    config: dict[str, Any] = {"scales": scales, **planner.on(cell)}
-    config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
-    if kept:
-        own = cell.regime in LEARNING or task in planner.brought  # a head that need not be the one it started from
-        known = {} if own else {"start": [(cell.zero_shot or cell.head)[task]]}
-        inputs |= {"head": [cell.finetuned[task]], **known}
-    else:
-        inputs |= {"head": [cell.head[task]], "rate": [rates[task]]}
-        inputs |= {"plan": [candidate.choice]} if number else {}
-        unused = {"learning_rates", "rate_per_task"}
-        config |= {"probe": planner.study.probe.model_dump(mode="json", exclude=unused), "seed": cell.seed}
+    kept = trial.heads == "kept"
+    scales = [] if number else trial.grid if kept else coarse(trial.grid)
+    how = {"scales": scales, **tried(planner, task, exp, trial)}
+    inputs: dict[str, Any] = {"backbone": shared.encoder, "task": shared.data[task], "merged": trial.merged}
+    inputs |= {} if kept or not number else {"plan": trial.selection}
+    label = f"scales of {task}, round {number + 1}: {trial.title} {exp.where}"
     cost = (2 if number else len(scales)) * planner.images[task] * (0.1 if kept else 1.4)
-    label = f"scales of {task}, round {number + 1}: {candidate.title} {cell.where}"
-    return planner.step(steps.kept_curve if kept else steps.reprobed_curve, label, config, inputs, cost)
+    if kept:
+        learned = exp.regime in LEARNING or task in planner.brought  # a head that need not be the one it started from
+        inputs |= {"head": exp.finetuned[task], "start": None if learned else exp.start[task]}
+        return planner.step(searching.kept_curve, label, searching.CurveConfig(**how), inputs, cost)
+    how["seed"] = exp.seed
+    if trial.heads == "surgery":
+        correction = searching.SurgeryConfig(surgery=planner.study.surgery, **how)
+        inputs |= {"finetuned": exp.finetuned[task]}
+        return planner.step(searching.surgery_curve, label, correction, inputs, cost)
+    inputs |= {"head": exp.head[task], "rate": rates[task]}
+    probing = searching.ReprobeConfig(probe=planner.study.probe, **how)
+    return planner.step(searching.reprobed_curve, label, probing, inputs, cost)
 
 
-def surgery_curve(planner: Planner, task: str, cell: Cell, candidate: Candidate, number: int, ground: Ground) -> Step:
-    """Learn a correction of features at the scales of one round; rounds after the first read which."""
-    inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
-    inputs |= {"finetuned": [cell.finetuned[task]]} | ({"plan": [candidate.choice]} if number else {})
-    scales = [] if number else coarse(candidate.grid)
-    config: dict[str, Any] = {"scales": scales, "surgery": planner.study.surgery.model_dump(mode="json")}
-    config |= {"seed": cell.seed, **planner.on(cell)}
-    config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
-    cost = (2 if number else len(scales)) * planner.images[task] * 1.4
-    label = f"scales of {task}, round {number + 1}: {candidate.title} {cell.where}"
-    return planner.step(steps.surgery_curve, label, config, inputs, cost)
-
-
-def agreement_curve(planner: Planner, task: str, cell: Cell, candidate: Candidate, ground: Ground) -> Step:
+def agreement_curve(planner: Planner, task: str, exp: Experiment, trial: Trial, shared: SharedSteps) -> Step:
     """Compare features with the task's fine-tuned encoder at every scale of the grid."""
-    inputs = {"backbone": [ground.encoder], "task": [ground.data[task]], "merged": [candidate.merged]}
-    inputs |= {"finetuned": [cell.finetuned[task]]}
-    config: dict[str, Any] = {"scales": candidate.grid, "images": planner.study.agreement, **planner.on(cell)}
-    config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
-    cost = float((1 + len(candidate.grid)) * planner.study.agreement)
-    return planner.step(steps.agreement, f"agreement on {task}: {candidate.title} {cell.where}", config, inputs, cost)
+    inputs = {"backbone": shared.encoder, "task": shared.data[task], "merged": trial.merged}
+    inputs |= {"finetuned": exp.finetuned[task]}
+    images, how = planner.study.agreement, tried(planner, task, exp, trial)
+    config = searching.AgreementConfig(scales=trial.grid, images=images, **how)
+    label, cost = f"agreement on {task}: {trial.title} {exp.where}", float((1 + len(trial.grid)) * images)
+    return planner.step(searching.agreement, label, config, inputs, cost)
 
 
-def choose_scale(planner: Planner, cell: Cell, candidate: Candidate, stride: int) -> Step:
+def choose_scale(planner: Planner, exp: Experiment, trial: Trial, stride: int) -> Step:
     """Plan the choice of a scale after a round; with a stride it names the scales of the next one."""
-    inputs = {f"round{i}": list(curves.values()) for i, curves in enumerate(candidate.rounds)}
-    inputs["finetuned"] = list(cell.finetuned.values())
-    label = f"choose lambda: {candidate.title} {cell.where}"
-    return planner.step(steps.choose_scale, label, {"grid": candidate.grid, "refine": stride}, inputs)
+    inputs = {"rounds": [list(curves.values()) for curves in trial.rounds], "finetuned": list(exp.finetuned.values())}
+    config, label = searching.ChoiceConfig(grid=trial.grid, refine=stride), f"choose lambda: {trial.title} {exp.where}"
+    return planner.step(searching.choose_scale, label, config, inputs)
 
 
-def reestimate(planner: Planner, cell: Cell, kept: Candidate, ground: Ground) -> Candidate:
+def reestimate(planner: Planner, exp: Experiment, kept: Trial, shared: SharedSteps) -> Trial:
     """Try the scales with kept heads again, with the statistics of batch norm estimated anew at each."""
-    where, grid, merged = f"{kept.name} {cell.where}", kept.grid, kept.merged
-    inputs = {"backbone": [ground.encoder], "merged": [merged], "task": [ground.data[t] for t in cell.tasks]}
-    config = {"scales": grid, "images": batch_norm.IMAGES, **planner.device}
-    cost = len(grid) * batch_norm.IMAGES
-    found = planner.step(steps.reestimate, f"batch norm at the scales of {where}", config, inputs, cost)
-    candidate = replace(kept, name=kept.name + REESTIMATED, rounds=[{}], options=[], statistics=found)
-    for t in cell.tasks:
-        inputs = {"backbone": [ground.encoder], "task": [ground.data[t]], "merged": [merged]}
-        inputs |= {"head": [cell.finetuned[t]], "statistics": [found]}
-        label = f"scales of {t}: {where}, batch norm re-estimated"
-        config = {"scales": grid, **planner.device}
-        images = 0.1 * len(grid) * planner.images[t]
-        candidate.rounds[0][t] = planner.step(steps.reestimated_curve, label, config, inputs, images)
-    candidate.choice = choose_scale(planner, cell, candidate, 0)
-    return candidate
+    where, on = f"{kept.name} {exp.where}", planner.on(exp.backbone)
+    common: dict[str, Any] = {"backbone": shared.encoder, "merged": kept.merged}
+    inputs: dict[str, Any] = common | {"tasks": [shared.data[t] for t in exp.tasks]}
+    config = steps.ReestimateConfig(scales=kept.grid, images=batch_norm.IMAGES, **on)
+    cost, label = float(len(kept.grid) * batch_norm.IMAGES), f"batch norm at the scales of {where}"
+    statistics = planner.step(steps.reestimate, label, config, inputs, cost)
+    trial = replace(kept, name=kept.name + REESTIMATED, rounds=[{}], options=[], statistics=statistics)
+    for t in exp.tasks:
+        inputs = common | {"task": shared.data[t], "head": exp.finetuned[t], "statistics": statistics}
+        label, cost = f"scales of {t}: {where}, batch norm re-estimated", 0.1 * len(kept.grid) * planner.images[t]
+        curve_config = searching.CurveConfig(scales=kept.grid, **on)
+        trial.rounds[0][t] = planner.step(searching.reestimated_curve, label, curve_config, inputs, cost)
+    trial.selection = choose_scale(planner, exp, trial, 0)
+    return trial
 
 
-def scale_per_task(planner: Planner, cell: Cell, ground: Ground) -> None:
+def scale_per_task(planner: Planner, exp: Experiment, shared: SharedSteps) -> None:
     """Search one lambda a task for addition with kept heads, from the common one."""
-    common = [c for c in cell.candidates if (c.name, c.heads) == (ADDITION, "kept")]
-    for one in common:
-        inputs = {"backbone": [ground.encoder], "task": [ground.data[t] for t in cell.tasks]}
-        inputs |= {"finetuned": list(cell.finetuned.values()), "choice": [one.choice]}
-        cost = sum(8 * len(cell.tasks) * SEARCHED + 0.2 * planner.images[t] for t in cell.tasks)
-        config = {"grid": one.grid, "samples": SEARCHED, **planner.on(cell)}
-        found = planner.step(steps.per_task_scales, f"lambda of each task {cell.where}", config, inputs, cost)
-        cell.candidates.append(Candidate(PER_TASK, one.grid, "kept", found, [], found))
+    for common in [trial for trial in exp.trials if (trial.name, trial.heads) == (ADDITION, "kept")]:
+        inputs = {"backbone": shared.encoder, "tasks": [shared.data[t] for t in exp.tasks]}
+        inputs |= {"finetuned": list(exp.finetuned.values()), "choice": common.selection}
+        cost = sum(8 * len(exp.tasks) * SEARCHED + 0.2 * planner.images[t] for t in exp.tasks)
+        on = planner.on(exp.backbone, exp.regime)
+        config, label = (
+            steps.PerTaskConfig(grid=common.grid, samples=SEARCHED, **on),
+            f"lambda of each task {exp.where}",
+        )
+        step = planner.step(steps.per_task_scales, label, config, inputs, cost)
+        exp.trials.append(Trial(PER_TASK, common.grid, "kept", step, [], step))

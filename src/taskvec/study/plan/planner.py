@@ -6,10 +6,10 @@ from typing import Any
 
 from taskvec.core.compute import choose_device, resolve_precision
 from taskvec.core.notes import note
-from taskvec.engine.pipeline import Step, StepType
+from taskvec.engine.pipeline import Config, Inputs, Step, StepType
 from taskvec.engine.store import Store
 from taskvec.merging import plugins
-from taskvec.study.experiment import LINEARISED, Cell, Inputs
+from taskvec.study.experiment import LINEARISED
 from taskvec.study.inputs import Sources
 from taskvec.study.schema import StudyFile
 
@@ -22,51 +22,35 @@ class Planner:
 
     def __init__(self, file: StudyFile, store: Store, estimate: bool = False) -> None:
         self.study, self.plugins = file.study, plugins.use(file.plugins)
-        for one in self.plugins:
-            if not one.methods:
-                note(f"plugin '{one.path}' registers no merging method")
-            if beside := ", ".join(one.neighbours):
-                note(f"plugin '{one.path}' imports {beside} from its folder: nothing tells when that changes")
+        for plugin in self.plugins:
+            if not plugin.methods:
+                note(f"plugin '{plugin.path}' registers no merging method")
+            if beside := ", ".join(plugin.neighbours):
+                note(f"plugin '{plugin.path}' imports {beside} from its folder: nothing tells when that changes")
         self.sources = Sources(file, store, estimate)
-        device = file.study.device if estimate and file.study.device != "auto" else choose_device(file.study.device)
-        self.device = {"device": device}
         self.addresses, self.brought = self.sources.addresses, self.sources.brought
+        setting = file.study.device
+        self.device = setting if estimate and setting != "auto" else choose_device(setting)
         self.regimes = self.sources.regimes
         self.joint = self.regimes.get("joint")
         self.backbones = self.sources.backbones()
         self.sources.check_negation()
-        self.about = {name: {"source": self.sources.describe(address)} for name, address in self.addresses.items()}
-        self.images = {name: self._count(found["source"]) for name, found in self.about.items()}
+        self.about = {name: self.sources.describe(address) for name, address in self.addresses.items()}
+        self.images = {name: self._count(source) for name, source in self.about.items()}
 
-    def step(
-        self,
-        type: StepType,
-        label: str,
-        config: dict[str, Any],
-        inputs: Inputs | None = None,
-        cost: float = 10,
-        untracked: dict[str, Any] | None = None,
-    ) -> Step:
-        """Return a step with the study's threads; costs are in forward passes of one image.
+    def step(self, type: StepType, label: str, config: Config, inputs: Inputs | None = None, cost: float = 10) -> Step:
+        """Return a step with the study's threads; costs are in forward passes of one image."""
+        return Step(label, type, config, inputs or {}, self.study.threads, cost)
 
-        Which of several devices it runs on, and what its backbone is called, is no part of its identity.
-        """
-        inputs, untracked = inputs or {}, untracked or {}
-        untracked |= {"name": inputs["backbone"][0].untracked["name"]} if "backbone" in inputs else {}
-        if "device" in config:
-            untracked |= {"device": config["device"]}
-            config = config | {"device": config["device"].partition(":")[0]}
-        return Step(label, type, config, inputs, self.study.threads, cost, untracked)
+    def on(self, backbone: str, regime: str = "") -> dict[str, Any]:
+        """Return what steps are told that look through a regime's encoder: the device, and that it is linearised."""
+        return {"device": self.device, "backbone_name": backbone, "linearised": regime == LINEARISED}
 
-    def training(self, regime: str) -> dict[str, Any]:
-        """Return what training steps are told: the device, and the precision that the study's setting means on it."""
-        device, setting = self.device["device"], self.study.precision
+    def precision(self, regime: str) -> str:
+        """Return the precision that the study's setting means on its device."""
+        setting = self.study.precision
         exact = regime == LINEARISED and setting == "auto"
-        return self.device | {"precision": "float32" if exact else resolve_precision(setting, device)}
-
-    def on(self, cell: Cell) -> dict[str, Any]:
-        """Return what steps that evaluate a cell's encoders are told: the device, and that they are linearised."""
-        return self.device | ({"linearised": True} if cell.regime == LINEARISED else {})
+        return "float32" if exact else resolve_precision(setting, self.device)
 
     def _count(self, source: dict[str, Any]) -> float:
         """Return about how many images a task has, for estimates of time."""

@@ -16,15 +16,21 @@ from taskvec.core.settings import Finetune, Lora, Probe
 from taskvec.core.task_types import CLASSIFICATION
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders.backbone import Backbone
-from taskvec.engine.pipeline import always, on_cpu, step_type
+from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, always, step_type
+from taskvec.engine.work import Work
 from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import scale_search as search
 from taskvec.learning import external as brought
 from taskvec.learning import finetuning
-from taskvec.learning.heads import class_texts, probe, read_heads, save_heads, zero_shot_head
+from taskvec.learning.heads import Head, class_texts, probe, read_heads, save_heads, zero_shot_head
 from taskvec.study.artifacts import (
-    Config,
-    Inputs,
+    ENCODER,
+    HEAD,
+    HEADS,
+    METRICS,
+    RATE,
+    OnDevice,
+    on_cpu,
     open_backbone,
     open_head,
     open_heads,
@@ -33,96 +39,193 @@ from taskvec.study.artifacts import (
     save_head,
     validations,
 )
+from taskvec.study.forecast.sizes import Sizes, validating
 from taskvec.weights.flat import save
 from taskvec.weights.keys import parts
 
 
-@step_type(1, ("torch",), threaded=always)
-def probe_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class ProbeConfig(Config):
+    """How a task is probed."""
+
+    probe: Probe
+    seed: int
+
+    def unused(self) -> dict[str, set[str]]:
+        """Return what is of the choice among the probes."""
+        return {"probe": {"rate_per_task"}}
+
+
+def probe_work(step: Step, sizes: Sizes) -> Work:
+    """A head for every learning rate, on cached features."""
+    settings = step.config.probe
+    return sizes.heads(step, settings, sizes.task(step), len(settings.learning_rates))
+
+
+@step_type(
+    1,
+    ("torch",),
+    threaded=always,
+    reads=["task", "features"],
+    writes=[HEADS, "probe.json"],
+    work=probe_work,
+    heading="probing",
+)
+def probe_task(config: ProbeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Probe a task at all learning rates on cached features."""
-    task, cached = open_task(inputs), inputs["features"][0]
+    task, cached = open_task(inputs), inputs["features"]
     probed = probe(
         torch.from_numpy(np.load(cached / "train.npy")),
         torch.from_numpy(task.train.labels),
         torch.from_numpy(np.load(cached / "validation.npy")),
         torch.from_numpy(task.validation.labels),
         len(task.classes),
-        Probe(**config["probe"]),
-        config["seed"],
+        config.probe,
+        config.seed,
         progress,
         task.kind,
     )
-    save_heads({str(index): head for index, head in enumerate(probed.heads)}, out / "heads.safetensors")
+    save_heads({str(index): head for index, head in enumerate(probed.heads)}, out / HEADS)
     write_json(out / "probe.json", {"rates": probed.rates, "validation": probed.validation})
 
 
-@step_type(1)
+@step_type(1, reads=["probes"], writes=[RATE], heading="probing")
 def choose_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose one learning rate by the mean validation accuracy over the probes read; ties go to the smaller."""
     curves = [read_json(folder / "probe.json") for folder in inputs["probes"]]
     means = np.mean([curve["validation"] for curve in curves], axis=0)
     rates = curves[0]["rates"]
     best = search.argmax(rates, means.tolist())
-    write_json(out / "rate.json", {"index": rates.index(best), "rate": best})
+    write_json(out / RATE, {"index": rates.index(best), "rate": best})
 
 
-@step_type(1)
+@step_type(1, reads=["probe", "rate"], writes=[HEAD, METRICS], heading="probing")
 def pick_head(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Keep the head of the chosen learning rate, with its validation accuracy."""
-    index = read_json(inputs["rate"][0] / "rate.json")["index"]
-    folder = inputs["probe"][0]
-    save_head(read_heads(folder / "heads.safetensors")[str(index)], out)
-    write_json(out / "metrics.json", {"validation": read_json(folder / "probe.json")["validation"][index]})
+    index, folder = read_json(inputs["rate"] / RATE)["index"], inputs["probe"]
+    save_head(read_heads(folder / HEADS)[str(index)], out)
+    write_json(out / METRICS, {"validation": read_json(folder / "probe.json")["validation"][index]})
 
 
-@step_type(1, ("torch",), threaded=always)
-def zero_shot(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class ZeroShotConfig(OnDevice):
+    """Of which captions a head is made: one a class, or several; ``text`` identifies the text tower."""
+
+    captions: list[str] | list[list[str]]
+    text: str
+    address: Untracked[str]
+    allow_pickle: Untracked[bool]
+
+
+@step_type(
+    1,
+    ("torch",),
+    threaded=always,
+    reads=["backbone", "task"],
+    writes=[HEAD, METRICS],
+    work=validating,
+    heading="probing",
+)
+def zero_shot(config: ZeroShotConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Build a task's head from the captions of its classes, and measure it on validation."""
     backbone, task = open_backbone(inputs, config), open_task(inputs)
-    groups = config["captions"]  # one caption a class, or several
-    several = isinstance(groups[0], list)
-    every = [caption for group in groups for caption in group] if several else groups
-    texts, scale = backbones.text_features(config["address"], every, config["allow_pickle"])
+    groups = [[caption] if isinstance(caption, str) else caption for caption in config.captions]
+    every = [caption for group in groups for caption in group]
+    texts, scale = backbones.text_features(config.address, every, config.allow_pickle)
+    several = isinstance(config.captions[0], list)
     head = zero_shot_head(class_texts(texts, list(map(len, groups))) if several else texts, scale)
     save_head(head, out)
     right = evaluation.per_image_scores(backbone, backbone.pretrained, task.validation, head)
-    write_json(out / "metrics.json", {"validation": float(right.mean())})
+    write_json(out / METRICS, {"validation": float(right.mean())})
 
 
-@step_type(2, ("torch", "numpy"), threaded=on_cpu)
-def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class TrainingConfig(OnDevice):
+    """How an encoder is fine-tuned; the learning rate does not count where a step has searched it."""
+
+    finetune: Finetune
+    searched: Untracked[bool] = False
+    seed: int
+    precision: str
+
+    def unused(self) -> dict[str, set[str]]:
+        """Return what is of the search."""
+        return {"finetune": {"learning_rates"} | ({"learning_rate"} if self.searched else set())}
+
+    def settings(self, inputs: Inputs) -> Finetune:
+        """Return the settings, with the learning rate that a search has chosen where there was one."""
+        if inputs["rate"] is None:
+            return self.finetune
+        return self.finetune.model_copy(update={"learning_rate": read_json(inputs["rate"] / RATE)["rate"]})
+
+    def facts(self, settings: Finetune, backbone: Backbone) -> dict[str, Any]:
+        """Return what a fine-tuned encoder's record says of its training."""
+        precision = finetuning.training_precision(backbone, self.precision)
+        if self.precision not in ("wide", precision):
+            note(f"trained in {precision}, not in {self.precision} as asked: a linearised encoder needs it")
+        return {"precision": precision, "learning_rate": settings.learning_rate}
+
+
+class FinetuneConfig(TrainingConfig):
+    """How an encoder is fine-tuned on a task: ``trial`` measures a learning rate, and keeps no encoder."""
+
+    head_learns: bool
+    trial: bool = False
+    lora: Lora | None = None
+    peft: str | None = None
+
+
+def training_work(step: Step, sizes: Sizes) -> Work:
+    """So many batches pass forward and back, shared by the tasks, then validation images; trials keep no encoder."""
+    settings, read = step.config.finetune, sizes.tasks(step)
+    share = max(1, settings.batch_size // settings.accumulate // len(read))
+    images = settings.steps * settings.accumulate * sum(min(share, size.train) for size in read)
+    disk = 0.0 if getattr(step.config, "trial", False) else sizes.weights(step)
+    return validating(step, sizes) + sizes.passes(step, 0, images, disk=disk)
+
+
+@step_type(
+    2,
+    ("torch", "numpy"),
+    threaded=on_cpu,
+    reads=["backbone", "task", "whole", "head", "rate"],
+    writes=lambda config: (METRICS,) if config.trial else (ENCODER, HEAD, METRICS),
+    work=training_work,
+    heading="training",
+)
+def finetune(config: FinetuneConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Fine-tune the encoder with its head frozen or learning (from a random head if none), and measure both.
 
     Trials of learning rates keep the measure only: encoders are large, and the winner is trained again with its seed.
     """
-    backbone, task = open_backbone(inputs, config), open_task(inputs)
-    head = open_head(inputs) if "head" in inputs else None
-    settings = finetune_settings(config, inputs)
-    how = (settings, config["seed"], config["precision"], progress)
-    facts = training_facts(config, settings, backbone)
+    backbone, task, settings = open_backbone(inputs, config), open_task(inputs), config.settings(inputs)
+    head = open_head(inputs["head"]) if inputs["head"] else None
+    how = (settings, config.seed, config.precision, progress)
+    facts = config.facts(settings, backbone)
     try:
-        if config["head_learns"]:
+        if config.head_learns:
             tuned = finetuning.finetune_full(backbone, task, head, *how)
             weights, head = tuned.encoder, tuned.heads[0]
         else:
             assert head is not None
-            if "lora" in config:
-                weights = finetuning.finetune_lora(backbone, task, head, Lora(**config["lora"]), *how)
+            if config.lora:
+                weights = finetuning.finetune_lora(backbone, task, head, config.lora, *how)
             else:
                 weights = finetuning.finetune(backbone, task, head, *how)
     except finetuning.DivergedError:
-        if "trial" not in config:
+        if not config.trial:
             raise
         note(f"fine-tuning diverged at learning rate {settings.learning_rate:g}, which counts as accuracy 0")
-        write_json(out / "metrics.json", {"validation": 0.0, "diverged": True, **facts})
+        write_json(out / METRICS, {"validation": 0.0, "diverged": True, **facts})
         return
-    if "trial" not in config:
-        save(weights, out / "encoder.safetensors")
+    if not config.trial:
+        save(weights, out / ENCODER)
         save_head(head, out)
     right = evaluation.per_image_scores(backbone, weights, task.validation, head)
     tell_unlearned(right)
-    facts |= {} if head.kind == CLASSIFICATION else {"metric": head.task_type.metric}
-    write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
+    write_json(out / METRICS, {"validation": float(right.mean()), **facts, **metric_of(head)})
+
+
+def metric_of(head: Head) -> dict[str, str]:
+    """Return the metric that a record tells, where it is not accuracy."""
+    return {} if head.kind == CLASSIFICATION else {"metric": head.task_type.metric}
 
 
 def tell_unlearned(right: evaluation.Scores) -> None:
@@ -134,60 +237,83 @@ def tell_unlearned(right: evaluation.Scores) -> None:
         )
 
 
-def finetune_settings(config: Config, inputs: Inputs) -> Finetune:
-    """Return the settings of fine-tuning, with the learning rate that a search has chosen where there was one."""
-    settings = Finetune(**config["finetune"])
-    if "rate" not in inputs:
-        return settings
-    return settings.model_copy(update={"learning_rate": read_json(inputs["rate"][0] / "rate.json")["rate"]})
-
-
-def training_facts(config: Config, settings: Finetune, backbone: Backbone) -> dict[str, Any]:
-    """Return what a fine-tuned encoder's record says of its training."""
-    precision = finetuning.training_precision(backbone, config["precision"])
-    if config["precision"] not in ("wide", precision):
-        note(f"trained in {precision}, not in {config['precision']} as asked: a linearised encoder needs it")
-    return {"precision": precision, "learning_rate": settings.learning_rate}
-
-
-@step_type(1, ("torch", "numpy"), threaded=on_cpu)
-def finetune_joint(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+@step_type(
+    1,
+    ("torch", "numpy"),
+    threaded=on_cpu,
+    reads=["backbone", "tasks", "whole", "heads", "rate"],
+    writes=[ENCODER, METRICS],
+    work=training_work,
+    heading="training",
+)
+def finetune_joint(config: TrainingConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Fine-tune one encoder on all tasks at once with their heads frozen, and measure it on every validation split."""
-    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs)
-    settings = finetune_settings(config, inputs)
-    weights = finetuning.finetune_joint(backbone, every, heads, settings, config["seed"], config["precision"], progress)
-    save(weights, out / "encoder.safetensors")
+    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs["heads"])
+    settings = config.settings(inputs)
+    weights = finetuning.finetune_joint(backbone, every, heads, settings, config.seed, config.precision, progress)
+    save(weights, out / ENCODER)
     measured = [
         evaluation.accuracy(backbone, weights, task.validation, head) for task, head in zip(every, heads, strict=True)
     ]
-    write_json(out / "metrics.json", {"validation": measured, **training_facts(config, settings, backbone)})
+    write_json(out / METRICS, {"validation": measured, **config.facts(settings, backbone)})
 
 
-@step_type(2, ("torch",), threaded=on_cpu)
-def import_finetuned(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class ExternalConfig(OnDevice):
+    """Which files stand in for training: ``source`` has their digests, ``parts`` what is read of them."""
+
+    source: dict[str, str]
+    classes: list[str]
+    parts: dict[str, Any] | None = None
+    task: Untracked[str]
+    finetuned: Untracked[str]
+    head: Untracked[str] = ""
+    allow_pickle: Untracked[bool]
+
+
+def external_work(step: Step, sizes: Sizes) -> Work:
+    """The validation images pass; the encoder is written once more."""
+    return validating(step, sizes) + Work(disk=sizes.weights(step))
+
+
+@step_type(
+    2,
+    ("torch",),
+    threaded=on_cpu,
+    reads=["backbone", "task", "head"],
+    writes=[ENCODER, HEAD, METRICS],
+    work=external_work,
+    heading="unseen training",
+)
+def import_finetuned(config: ExternalConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Take a fine-tuned encoder and its head from files in the place of training, and measure both."""
-    backbone, task = open_backbone(inputs, config), replace(open_task(inputs), name=config["task"])
-    path, start = Path(config["finetuned"]), open_head(inputs) if "head" in inputs else None
-    found = brought.read_finetuned(path, backbone, config["allow_pickle"])
-    if "head" in config:
-        head = brought.read_head(Path(config["head"]), config["classes"], task, backbone.width)
+    backbone, task = open_backbone(inputs, config), replace(open_task(inputs), name=config.task)
+    path, start = Path(config.finetuned), open_head(inputs["head"]) if inputs["head"] else None
+    checkpoint = brought.read_finetuned(path, backbone, config.allow_pickle)
+    if config.head:
+        head = brought.read_head(Path(config.head), config.classes, task, backbone.width)
     else:
-        head = brought.head_of(found, config["classes"], task, backbone.width, start)
-    save(found.encoder, out / "encoder.safetensors")
+        head = brought.head_of(checkpoint, config.classes, task, backbone.width, start)
+    save(checkpoint.encoder, out / ENCODER)
     save_head(head, out)
-    right = evaluation.per_image_scores(backbone, found.encoder, task.validation, head)
+    right = evaluation.per_image_scores(backbone, checkpoint.encoder, task.validation, head)
     tell_unlearned(right)
-    facts: Config = {"metric": head.task_type.metric} if head.kind != CLASSIFICATION else {}
-    if "head" in config and found.classifier:
-        note(f"'{path}': left out {parts(sorted(found.classifier))}, since a head is given")
-    facts |= {"left_out": sorted(found.classifier)} if "head" in config else {}
-    write_json(out / "metrics.json", {"validation": float(right.mean()), **facts})
+    facts: dict[str, Any] = {"validation": float(right.mean()), **metric_of(head)}
+    if config.head and checkpoint.classifier:
+        note(f"'{path}': left out {parts(sorted(checkpoint.classifier))}, since a head is given")
+    facts |= {"left_out": sorted(checkpoint.classifier)} if config.head else {}
+    write_json(out / METRICS, facts)
 
 
-@step_type(2)
-def choose_learning_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Choose the fine-tuning rate with the highest validation accuracy on one task; ties go to the smaller."""
-    rates, values = config["rates"], validations(inputs["finetuned"])
-    write_json(
-        out / "rate.json", {"rate": search.argmax(rates, values)}
-    )  # no more: what reads it depends on the choice alone
+class RatesConfig(Config):
+    """Which learning rates were tried."""
+
+    rates: list[float]
+
+
+@step_type(2, reads=["finetuned"], writes=[RATE], heading="training")
+def choose_learning_rate(config: RatesConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Choose the fine-tuning rate with the highest validation accuracy on one task; ties go to the smaller.
+
+    It writes no more: what reads it depends on the choice alone.
+    """
+    write_json(out / RATE, {"rate": search.argmax(config.rates, validations(inputs["finetuned"]))})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +11,127 @@ from taskvec.core.files import read_json, write_json
 from taskvec.core.progress import Progress
 from taskvec.data import tasks
 from taskvec.data.images import Preprocessing
+from taskvec.data.sources import parse
+from taskvec.data.splits import SPLITS
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders import batch_norm, records
-from taskvec.engine.pipeline import on_cpu, step_type
+from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, step_type
+from taskvec.engine.work import Work
 from taskvec.learning.heads import features_of
-from taskvec.study.artifacts import Config, Inputs, open_backbone, open_task, open_view
+from taskvec.study.artifacts import ENCODER, OnDevice, on_cpu, open_backbone, open_task, open_view
+from taskvec.study.forecast.sizes import NUMBER, Sizes, encoder, small_side
+
+WIDER = 4 / 3
+"""How much longer the long side of a photograph is."""
+DRAWING, DECODING = 0.4e-3, 10e-3
+"""Seconds of a core to draw one of the lab's images, and to decode a photograph and resize it."""
 
 
-def trains_snapshot(config: Mapping[str, Any]) -> bool:
+class BackboneConfig(Config):
+    """Which encoder is loaded: ``source`` is what identifies its weights, wherever its address finds them."""
+
+    source: dict[str, Any]
+    size: int | None
+    projection: bool | None = None
+    batch_norm: str = "merged"
+    address: Untracked[str]
+    name: Untracked[str]
+    allow_pickle: Untracked[bool]
+
+
+def trains_snapshot(config: BackboneConfig) -> bool:
     """Say whether a backbone is an encoder of the lab along its pre-training, which is then run again."""
-    return "recipe" in config["source"]
+    return "recipe" in config.source
 
 
-@step_type(3, ("torch",), threaded=trains_snapshot)
-def load_backbone(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+@step_type(3, ("torch",), threaded=trains_snapshot, writes=(ENCODER, "backbone.json"), work=encoder)
+def load_backbone(config: BackboneConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Load a pre-trained encoder by address and keep its weights as safetensors."""
-    backbone = backbones.load_backbone(
-        config["address"], config["size"], config["name"], "cpu", config["allow_pickle"], config.get("projection")
-    )
-    if config.get("batch_norm"):
+    how = ("cpu", config.allow_pickle, config.projection)
+    backbone = backbones.load_backbone(config.address, config.size, config.name, *how)
+    if config.batch_norm != "merged":
         batch_norm.check(backbone)
     records.write_backbone(backbone, out)
 
 
-@step_type(1)
+@step_type(1, reads=["backbone"], writes=["preprocessing.json"])
 def preprocessing(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Keep the part of the preprocessing that decides decoded pixels, so that backbones share decoded tasks."""
-    record = read_json(inputs["backbone"][0] / "backbone.json")
+    record = read_json(inputs["backbone"] / "backbone.json")
     write_json(out / "preprocessing.json", Preprocessing.from_json(record["preprocessing"]).decoding())
 
 
-@step_type(3, ("numpy", "pillow"))
-def decode_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class DecodeConfig(Config):
+    """Which images are decoded: ``source`` is what identifies them; where nothing does, their address counts."""
+
+    source: dict[str, Any]
+    limit: int | None
+    skip_corrupt: bool = False
+    address: str
+
+    def tracked(self) -> dict[str, Any]:
+        """Return what counts."""
+        fields = super().tracked()
+        return {n: v for n, v in fields.items() if n != "address"} if parse(self.address).source.has_whole else fields
+
+    def reading(self) -> dict[str, Any]:
+        """Return how images are read: whether corrupt ones are skipped, and what the plan knew of the task."""
+        return {"skip_corrupt": self.skip_corrupt, "known": self.source}
+
+    def seconds(self) -> float:
+        """Return the seconds of a core that one image takes."""
+        address = parse(self.address)
+        return DRAWING if address.source.counts or small_side(address) else DECODING
+
+
+def views(step: Step, sizes: Sizes) -> Work:
+    """Every image is decoded once, to uint8."""
+    images = sum(sizes.decoded(step)[1:])
+    return Work(decoding=images * step.config.seconds(), disk=images * (3 * sizes.backbone(step).size ** 2 + 8))
+
+
+@step_type(
+    3,
+    ("numpy", "pillow"),
+    reads=["preprocessing"],
+    writes=["classes.json", *(f"{split}{end}.npy" for split in SPLITS for end in ("", "-labels"))],
+    work=views,
+)
+def decode_task(config: DecodeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode the evaluation views of a task's images once."""
-    tasks.write_task(config["address"], open_view(inputs), config["limit"], out, progress, **reading(config))
+    tasks.write_task(config.address, open_view(inputs), config.limit, out, progress, **config.reading())
 
 
-@step_type(3, ("numpy", "pillow"))
-def decode_training(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+def whole_images(step: Step, sizes: Sizes) -> Work:
+    """Training images are decoded whole: at most to the short side of the view before its crop, 4:3 on average."""
+    images, shape = sizes.decoded(step).train, sizes.backbone(step)
+    short = shape.size / (shape.view.crop if shape.view else 1)
+    pixels = WIDER * min(short, small_side(parse(step.config.address)) or short) ** 2
+    return Work(decoding=images * step.config.seconds(), disk=images * (3 * pixels + 16))
+
+
+@step_type(3, ("numpy", "pillow"), reads=["preprocessing"], work=whole_images)
+def decode_training(config: DecodeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode a task's whole training images once."""
-    tasks.write_training(config["address"], open_view(inputs), config["limit"], out, progress, **reading(config))
+    tasks.write_training(config.address, open_view(inputs), config.limit, out, progress, **config.reading())
 
 
-def reading(config: Config) -> Config:
-    """Return how images are read: whether corrupt ones are skipped, and what the plan knew of the task."""
-    return {"skip_corrupt": config.get("skip_corrupt", False), "known": config["source"]}
+def feature_work(step: Step, sizes: Sizes) -> Work:
+    """Training and validation images pass once."""
+    images = sizes.task(step).train + sizes.task(step).validation
+    return sizes.passes(step, images, disk=NUMBER * images * sizes.backbone(step).width)
 
 
-@step_type(1, ("torch",), threaded=on_cpu)
-def features(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+@step_type(
+    1,
+    ("torch",),
+    threaded=on_cpu,
+    reads=["backbone", "task"],
+    writes=["train.npy", "validation.npy"],
+    work=feature_work,
+    heading="probing",
+)
+def features(config: OnDevice, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Cache the frozen encoder's features of training and validation images."""
     backbone, task = open_backbone(inputs, config), open_task(inputs)
     total = len(task.train) + len(task.validation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,196 +12,363 @@ import numpy as np
 from taskvec.core.files import read_json, write_json
 from taskvec.core.progress import Progress
 from taskvec.deploy import model
-from taskvec.engine.pipeline import on_cpu, step_type
+from taskvec.engine.pipeline import Config, Inputs, Step, step_type
+from taskvec.engine.work import Work
 from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import disentanglement as disentangling
 from taskvec.evaluation import negation
 from taskvec.evaluation import scale_search as search
-from taskvec.merging import in_memory as buffers
+from taskvec.merging.in_memory import DIRECTIONS, merge_vectors, read_directions
 from taskvec.merging.registry import ADDITION
 from taskvec.study.artifacts import (
-    Config,
-    Inputs,
+    CHOICE,
+    METRICS,
+    OPTION,
+    OnDevice,
     find_head,
     merged_weights,
+    on_cpu,
     open_backbone,
     open_encoder,
     open_head,
     open_heads,
     open_task,
+    open_task_vector,
     open_task_vectors,
     open_tasks,
     open_vector,
     validations,
 )
+from taskvec.study.forecast.sizes import Sizes, along
 from taskvec.weights import vectors
 
+CORRECT, IMAGES, PREDICTIONS = "correct.npz", "images.npy", "predictions.npy"
 
-@step_type(2, ("torch",), threaded=on_cpu)
-def negate(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+
+class NegationConfig(OnDevice):
+    """At which scales a task is forgotten, and which share of the control's accuracy is kept."""
+
+    scales: list[float]
+    keep: float
+
+
+def negation_work(step: Step, sizes: Sizes) -> Work:
+    """The validation images of both tasks pass at every scale and 0, their test images before and after."""
+    scales = along(step, len({0.0, *step.config.scales}))
+    return sizes.passes(step, sum(scales * size.validation + 2 * size.test for size in sizes.tasks(step)))
+
+
+@step_type(
+    2,
+    ("torch",),
+    threaded=on_cpu,
+    reads=["backbone", "tasks", "heads", "finetuned"],
+    writes=["negation.json"],
+    work=negation_work,
+)
+def negate(config: NegationConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the scale that forgets a task on validation, then test that task and the control before and after."""
     backbone, (forget, control) = open_backbone(inputs, config), open_tasks(inputs)
-    first, second = open_heads(inputs)
-    vector = open_task_vectors(inputs, backbone)[0]
-    found = negation.negate(
-        backbone, vector, (forget, control), (first, second), config["scales"], config["keep"], progress
-    )
+    first, second = open_heads(inputs["heads"])
+    vector = open_task_vector(inputs["finetuned"], backbone)
+    how = ((forget, control), (first, second), config.scales, config.keep, progress)
+    result = negation.negate(backbone, vector, *how)
     test = {}
-    for name, scale in (("before", 0.0), ("after", found.scale)):
+    for name, scale in (("before", 0.0), ("after", result.scale)):
         weights = vectors.add(backbone.pretrained, vector, -scale)
         pairs = ((forget, first), (control, second))
         test[name] = [evaluation.accuracy(backbone, weights, task.test, head) for task, head in pairs]
-    write_json(out / "negation.json", {**vars(found), "test": test})
+    write_json(out / "negation.json", {**vars(result), "test": test})
 
 
-@step_type(2, ("torch",), threaded=on_cpu)
-def test_task(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class TestConfig(OnDevice):
+    """How the heads of every candidate come about; ``task`` is its place, where each task has a direction."""
+
+    candidates: list[str]
+    task: int | None = None
+
+
+def test_work(step: Step, sizes: Sizes) -> Work:
+    """The test images pass for probing, fine-tuned, other baselines and each candidate."""
+    passes = 2 + len(step.config.candidates) + sum(bool(step.inputs.get(role)) for role in ("zero_shot", "joint"))
+    return sizes.passes(step, passes * sizes.task(step).test)
+
+
+@step_type(
+    2,
+    ("torch",),
+    threaded=on_cpu,
+    reads=(
+        *("backbone", "task", "probe", "finetuned", "zero_shot", "joint"),
+        *("choices", "merged", "statistics", "rounds"),
+    ),
+    writes=[CORRECT, "test.json"],
+    work=test_work,
+)
+def test_task(config: TestConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Touch a task's test split, once: the baselines, fine-tuned, and what validation chose for every candidate."""
-    backbone, task, own = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
-    probed = open_head(inputs, "probe")
+    backbone, task, kept = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
+    probed = open_head(inputs["probe"])
     right = {"probing": evaluation.per_image_scores(backbone, backbone.pretrained, task.test, probed)}
-    if "zero_shot" in inputs:
-        zero = open_head(inputs, "zero_shot")
+    if inputs["zero_shot"]:
+        zero = open_head(inputs["zero_shot"])
         right["zero_shot"] = evaluation.per_image_scores(backbone, backbone.pretrained, task.test, zero)
-    if "joint" in inputs:
-        joint = open_encoder(inputs["joint"][0], backbone)
+    if inputs["joint"]:
+        joint = open_encoder(inputs["joint"], backbone)
         right["joint"] = evaluation.per_image_scores(backbone, joint, task.test, probed)
-    tuned = open_encoder(inputs["finetuned"][0], backbone)
-    right["fine_tuned"] = evaluation.per_image_scores(backbone, tuned, task.test, own)
-    progress(2 / (2 + len(config["candidates"])))
-    for index, kind in enumerate(config["candidates"]):
-        scale = read_json(inputs["choices"][index] / "choice.json")["scale"]
-        vector, estimated = open_vector(inputs["merged"][index], backbone, config), inputs.get(f"statistics{index}", [])
-        weights = merged_weights(backbone, vector, scale, estimated)
-        head = own if kind == "kept" else find_head(inputs[f"rounds{index}"], scale)
+    tuned = open_encoder(inputs["finetuned"], backbone)
+    right["fine_tuned"] = evaluation.per_image_scores(backbone, tuned, task.test, kept)
+    progress(2 / (2 + len(config.candidates)))
+    for index, kind in enumerate(config.candidates):
+        scale = read_json(inputs["choices"][index] / CHOICE)["scale"]
+        vector = open_vector(inputs["merged"][index], backbone, config.task)
+        weights = merged_weights(backbone, vector, scale, inputs["statistics"][index])
+        head = kept if kind == "kept" else find_head(inputs["rounds"][index], scale)
         right[str(index)] = evaluation.per_image_scores(backbone, weights, task.test, head)
-        progress((3 + index) / (2 + len(config["candidates"])))
-    np.savez(out / "correct.npz", **right)  # type: ignore[arg-type]
+        progress((3 + index) / (2 + len(config.candidates)))
+    np.savez(out / CORRECT, **right)  # type: ignore[arg-type]
     write_json(out / "test.json", {name: float(values.mean()) for name, values in right.items()})
 
 
-@step_type(1, ("torch", "numpy"), threaded=on_cpu)
-def own_accuracy(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class SampleConfig(OnDevice):
+    """How many validation images are looked at."""
+
+    samples: int
+
+
+def own_work(step: Step, sizes: Sizes) -> Work:
+    """A sample of the validation images passes by the task's own encoder."""
+    return sizes.passes(step, min(step.config.samples, sizes.task(step).validation))
+
+
+@step_type(
+    1, ("torch", "numpy"), threaded=on_cpu, reads=["backbone", "task", "finetuned"], writes=[METRICS], work=own_work
+)
+def own_accuracy(config: SampleConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task with its own fine-tuned encoder on a sample of validation images, for all sets that hold it."""
-    backbone, task, heads = open_backbone(inputs, config), open_task(inputs), open_heads(inputs, "finetuned")
-    few = replace(task, validation=task.validation.sample(config["samples"]))
-    [found] = evaluation.fine_tuned_accuracies(backbone, open_task_vectors(inputs, backbone), [few], heads)
-    write_json(out / "metrics.json", {"validation": found})
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
+    few = replace(task, validation=task.validation.sample(config.samples))
+    [accuracy] = evaluation.fine_tuned_accuracies(
+        backbone, [open_task_vector(inputs["finetuned"], backbone)], [few], [head]
+    )
+    write_json(out / METRICS, {"validation": accuracy})
 
 
-@step_type(3, ("torch", "numpy"), threaded=on_cpu)
-def subset(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class SetConfig(OnDevice):
+    """How a set of tasks is merged, on which grid and samples, and at which points of the box its error is taken."""
+
+    merge: bool
+    grid: list[float]
+    samples: int
+    points: int
+    axis: list[float]
+    seed: int
+
+
+def set_work(step: Step, sizes: Sizes) -> Work:
+    """About nine scales on few validation images, a set's test images, and points of the box."""
+    config, read = step.config, sizes.tasks(step)
+    few = sum(min(config.samples, size.validation) for size in read)
+    merged = config.merge * (few * min(9, len(config.grid)) + sum(size.test for size in read))
+    return sizes.passes(step, merged + config.points * predicted(step, sizes))
+
+
+def predicted(step: Step, sizes: Sizes) -> int:
+    """Return how many images the predictions are of that a step reads."""
+    singles = step.inputs.get("singles") or ()
+    return sum(min(single.config.samples, sizes.task(single).test) for single in singles)
+
+
+@step_type(
+    3,
+    ("torch", "numpy"),
+    threaded=on_cpu,
+    reads=["backbone", "tasks", "finetuned", "singles", "own"],
+    writes=["subset.json"],
+    work=set_work,
+)
+def subset(config: SetConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Merge a set of tasks: choose lambda on a sample of validation images, then test; measure the error in the box."""
-    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs, "finetuned")
+    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs["finetuned"])
     tuned = open_task_vectors(inputs, backbone)
-    found: dict[str, Any] = {}
-    if config["merge"]:
-        few = [replace(task, validation=task.validation.sample(config["samples"])) for task in every]
+    facts: dict[str, Any] = {}
+    if config.merge:
+        few = [replace(task, validation=task.validation.sample(config.samples)) for task in every]
         normal = validations(inputs["own"])
-        merged = buffers.merge_vectors(backbone.pretrained, tuned, ADDITION)
-        chosen = search.coarse_search(backbone, merged, few, heads, normal, config["grid"])
+        merged = merge_vectors(backbone.pretrained, tuned, ADDITION)
+        chosen = search.coarse_search(backbone, merged, few, heads, normal, config.grid)
         progress(0.5)
         weights = vectors.add(backbone.pretrained, merged, chosen.scale)
         pairs = zip(every, heads, strict=True)
         test = [evaluation.accuracy(backbone, weights, task.test, head) for task, head in pairs]
-        found = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
-        found["fine_tuned"] = normal
+        facts = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
+        facts["fine_tuned"] = normal
         progress(0.8)
-    if config["points"]:
-        images = [np.load(folder / "images.npy") for folder in inputs["singles"]]
-        singles = [np.load(folder / "predictions.npy") for folder in inputs["singles"]]
-        how = (config["axis"], config["points"], config["seed"])
-        found["error"] = disentangling.set_error(backbone, tuned, heads, images, singles, *how)
-    write_json(out / "subset.json", found)
+    if config.points:
+        how = (*open_singles(inputs), config.axis, config.points, config.seed)
+        facts["error"] = disentangling.set_error(backbone, tuned, heads, *how)
+    write_json(out / "subset.json", facts)
 
 
-@step_type(3, ("numpy",))
-def gains(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+def open_singles(inputs: Inputs) -> tuple[list[Any], list[Any]]:
+    """Open the images of every task's sample, and its predictions for them along its own vector."""
+    names = (IMAGES, PREDICTIONS)
+    images, predictions = ([np.load(folder / name) for folder in inputs["singles"]] for name in names)
+    return images, predictions
+
+
+class GainsConfig(Config):
+    """How many candidates there are, and whether tasks of several kinds make changes relative."""
+
+    candidates: int
+    normalised: bool
+
+
+@step_type(3, ("numpy",), reads=["tests"], writes=["gains.json"])
+def gains(config: GainsConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Bootstrap what every merge gained over probing and over fine-tuned encoders (paired over test images).
 
     Tasks go by their place in the study, and all of them together by the empty name.
     """
-    right = {str(place): np.load(folder / "correct.npz") for place, folder in enumerate(inputs["tests"])}
-    found: dict[str, dict[str, Any]] = {}
-    units, candidates = units_of(config, right), [str(index) for index in range(config["candidates"])]
+    right = {str(place): np.load(folder / CORRECT) for place, folder in enumerate(inputs["tests"])}
+    table: dict[str, dict[str, Any]] = {}
+    units, candidates = units_of(config, right), [str(index) for index in range(config.candidates)]
     for baseline in ("probing", "fine_tuned"):
         base = {name: arrays[baseline] for name, arrays in right.items()}
         ours = {index: {name: arrays[index] for name, arrays in right.items()} for index in candidates}
-        found[baseline] = {index: gains_over(base, ours[index], units) for index in candidates}
-    write_json(out / "gains.json", found)
+        table[baseline] = {index: gains_over(base, ours[index], units) for index in candidates}
+    write_json(out / "gains.json", table)
 
 
-def units_of(config: Config, right: Mapping[str, Any]) -> dict[str, float]:
+def units_of(config: GainsConfig, right: Mapping[str, Any]) -> dict[str, float]:
     """Return what each task's change is divided by: 1, or its fine-tuned value where tasks are of several kinds."""
-    normalised = config["normalised"]
-    return {name: float(arrays["fine_tuned"].mean()) if normalised else 1.0 for name, arrays in right.items()}
+    relative = config.normalised
+    return {name: float(arrays["fine_tuned"].mean()) if relative else 1.0 for name, arrays in right.items()}
 
 
 def gains_over(base: Mapping[str, Any], ours: Mapping[str, Any], units: Mapping[str, float]) -> dict[str, Any]:
     """Return the gain of each task, and of all together unless a unit is zero."""
-    found = {name: vars(evaluation.paired_bootstrap({name: ours[name]}, {name: base[name]})) for name in base}
-    return found | ({"": vars(evaluation.paired_bootstrap(ours, base, of=units))} if all(units.values()) else {})
+    each = {name: vars(evaluation.paired_bootstrap({name: ours[name]}, {name: base[name]})) for name in base}
+    return each | ({"": vars(evaluation.paired_bootstrap(ours, base, of=units))} if all(units.values()) else {})
 
 
-@step_type(2, ("torch", "numpy"), threaded=on_cpu)
-def single_task_predictions(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class AxisConfig(OnDevice):
+    """At which scales of a task's own vector, and for how many images, predictions are kept."""
+
+    scales: list[float]
+    samples: int
+
+
+def axis_work(step: Step, sizes: Sizes) -> Work:
+    """A sample of test images passes at every coefficient, and is kept."""
+    samples, scales = min(step.config.samples, sizes.task(step).test), len(step.config.scales)
+    disk = samples * (3 * sizes.backbone(step).size ** 2 + 8 * scales)
+    return sizes.passes(step, samples * scales, disk=disk)
+
+
+@step_type(
+    2,
+    ("torch", "numpy"),
+    threaded=on_cpu,
+    reads=["backbone", "task", "finetuned"],
+    writes=[IMAGES, PREDICTIONS],
+    work=axis_work,
+)
+def single_task_predictions(config: AxisConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Predict a sample of a task's images under its own vector at every coefficient; all pairs share it."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs, "finetuned")
-    vector = open_task_vectors(inputs, backbone)[0]
-    images = task.test.sample(config["samples"]).images
-    np.save(out / "images.npy", images)
-    rows = disentangling.single_predictions(backbone, vector, head, images, config["scales"], progress)
-    np.save(out / "predictions.npy", rows)
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
+    vector = open_task_vector(inputs["finetuned"], backbone)
+    images = task.test.sample(config.samples).images
+    np.save(out / IMAGES, images)
+    rows = disentangling.single_predictions(backbone, vector, head, images, config.scales, progress)
+    np.save(out / PREDICTIONS, rows)
 
 
-@step_type(2, ("torch",), threaded=on_cpu)
-def heatmap(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class HeatmapConfig(OnDevice):
+    """The coefficients of both vectors."""
+
+    scales: list[float]
+
+
+def heatmap_work(step: Step, sizes: Sizes) -> Work:
+    """Both samples pass at every point where the other coefficient is not 0."""
+    scales = step.config.scales
+    return sizes.passes(step, len(scales) * len([scale for scale in scales if scale]) * predicted(step, sizes))
+
+
+@step_type(
+    2,
+    ("torch",),
+    threaded=on_cpu,
+    reads=["backbone", "finetuned", "singles"],
+    writes=["errors.json"],
+    work=heatmap_work,
+)
+def heatmap(config: HeatmapConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure the disentanglement error of a pair of tasks over a grid of coefficients."""
     backbone = open_backbone(inputs, config)
     first, second = open_task_vectors(inputs, backbone)
-    heads = open_heads(inputs, "finetuned")
-    images = [np.load(folder / "images.npy") for folder in inputs["singles"]]
-    singles = [np.load(folder / "predictions.npy") for folder in inputs["singles"]]
+    heads, (images, singles) = open_heads(inputs["finetuned"]), open_singles(inputs)
     errors = disentangling.disentanglement(
         backbone,
         (first, second),
         (heads[0], heads[1]),
         (images[0], images[1]),
-        config["scales"],
+        config.scales,
         (singles[0], singles[1]),
         progress,
     )
     shares = {"first": errors.first.tolist(), "second": errors.second.tolist()}
-    write_json(out / "errors.json", shares | {"scales": config["scales"], "n": [len(images[0]), len(images[1])]})
+    write_json(out / "errors.json", shares | {"scales": config.scales, "n": [len(images[0]), len(images[1])]})
 
 
-@step_type(4, ("torch",))
-def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+class ModelConfig(OnDevice):
+    """What may be kept: the names of backbone and tasks, and each candidate's method, heads and settings."""
+
+    backbone: str
+    tasks: list[str]
+    candidates: list[dict[str, Any]]
+
+
+def model_work(step: Step, sizes: Sizes) -> Work:
+    """The best encoder is written, and copied into the run folder once a backbone; a linearised one has two at most."""
+    return Work(disk=sizes.weights(step) * (2 if step.config.linearised else 1))
+
+
+@step_type(
+    4,
+    ("torch",),
+    reads=(
+        *("backbone", "probe", "finetuned", "tasks"),
+        *("choices", "merged", "statistics", "options", "rounds"),
+    ),
+    writes=[model.ENCODER, model.HEADS, model.ABOUT],
+    work=model_work,
+)
+def build_model(config: ModelConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Write the model that was best on validation: the merged encoder, one head a task, and how to use them."""
     backbone = open_backbone(inputs, config)
-    best = best_candidate(config, inputs)
+    best = best_candidate(config.candidates, inputs)
     index, scale = best.pop("index"), best["scale"]
-    directions = None
+    directions, weights = None, backbone.pretrained
     if index is None:
-        weights, heads = backbone.pretrained, open_heads(inputs, "probe")
+        heads = open_heads(inputs["probe"])
         backbone = replace(backbone, base=None)  # probing needs no expansion
     else:
-        heads = open_heads(inputs, "finetuned")
-        if best["heads"] != "kept":
-            heads = [find_head(inputs[f"rounds{index}-{t}"], scale) for t in range(len(heads))]
-        folder = inputs["merged"][index]
-        if (folder / buffers.DIRECTIONS).exists():
-            weights = backbone.pretrained
-            directions = buffers.read_directions(folder / buffers.DIRECTIONS, weights)
+        kept, folder = best["heads"] == "kept", inputs["merged"][index]
+        fitted = (find_head(rounds, scale) for rounds in inputs["rounds"][index])
+        heads = open_heads(inputs["finetuned"]) if kept else list(fitted)
+        if (folder / DIRECTIONS).exists():
+            directions = read_directions(folder / DIRECTIONS, weights)
         else:
-            vector, estimated = open_vector(folder, backbone, config), inputs.get(f"statistics{index}", [])
-            weights = merged_weights(backbone, vector, scale, estimated)
+            vector = open_vector(folder, backbone)
+            weights = merged_weights(backbone, vector, scale, inputs["statistics"][index])
     classes = [read_json(folder / "classes.json") for folder in inputs["tasks"]]
-    by_name = dict(zip(config["tasks"], heads, strict=True))
+    by_name = dict(zip(config.tasks, heads, strict=True))
     model.save_model(out, backbone, weights, by_name, classes, best, directions)
 
 
-def best_candidate(config: Config, inputs: Inputs) -> dict[str, Any]:
+def best_candidate(candidates: Sequence[Mapping[str, Any]], inputs: Inputs) -> dict[str, Any]:
     """Return what has the highest value on validation: probing, or a merge where one is better than it.
 
     ``validation`` is its mean accuracy there (a fraction), by which models of several backbones compare.
@@ -209,12 +376,12 @@ def best_candidate(config: Config, inputs: Inputs) -> dict[str, Any]:
     tuned, probed = validations(inputs["finetuned"]), validations(inputs["probe"])
     best = {"method": "probing", "heads": "kept", "scale": 0.0, "validation": float(np.mean(probed)), "index": None}
     highest = search.objective(probed, tuned)
-    for index, candidate in enumerate(config["candidates"]):
-        choice = read_json(inputs["choices"][index] / "choice.json")
+    for index, candidate in enumerate(candidates):
+        choice = read_json(inputs["choices"][index] / CHOICE)
         if choice["value"] > highest:
             highest = choice["value"]
             best = {**candidate, "scale": choice["scale"], "validation": choice["accuracy"], "index": index}
             best |= {"scales": choice["scales"]} if "scales" in choice else {}
-            for folder in inputs.get(f"option{index}", []):
-                best |= {"config": read_json(folder / "option.json")["settings"]}
+            if folder := inputs["options"][index]:
+                best |= {"config": read_json(folder / OPTION)["settings"]}
     return best

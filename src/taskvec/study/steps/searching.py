@@ -1,0 +1,264 @@
+"""Steps that try the scales and hyperparameters of a merge on validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taskvec.core.files import read_json, write_json
+from taskvec.core.notes import note
+from taskvec.core.progress import Progress
+from taskvec.core.settings import Probe, Surgery
+from taskvec.core.task_types import TASK_TYPES
+from taskvec.engine.pipeline import Config, Inputs, Step, always, step_type
+from taskvec.engine.work import Work
+from taskvec.evaluation import accuracy as evaluation
+from taskvec.evaluation import scale_search as search
+from taskvec.evaluation.alignment import alignment_curve
+from taskvec.learning.heads import accuracy, features_of, save_heads
+from taskvec.learning.surgery import operate
+from taskvec.study.artifacts import (
+    CHOICE,
+    CURVE,
+    HEADS,
+    OPTION,
+    RATE,
+    OnDevice,
+    merged_weights,
+    on_cpu,
+    open_backbone,
+    open_encoder,
+    open_head,
+    open_task,
+    open_vector,
+    scale_key,
+    validation,
+    validations,
+)
+from taskvec.study.forecast.sizes import BACKWARD, NUMBER, Sizes, along
+from taskvec.weights import vectors
+
+
+class CurveConfig(OnDevice):
+    """At which scales a task is measured; ``task`` is its place in the study, where each task has a direction."""
+
+    scales: list[float]
+    task: int | None = None
+
+
+def kept_work(step: Step, sizes: Sizes) -> Work:
+    """The validation images pass at every scale, but at 0 where that is known."""
+    scales = [scale for scale in step.config.scales if scale or not step.inputs.get("start")]
+    return sizes.passes(step, along(step, len(scales)) * sizes.task(step).validation)
+
+
+@step_type(
+    2,
+    ("torch",),
+    threaded=on_cpu,
+    reads=["backbone", "task", "merged", "head", "start"],
+    writes=[CURVE],
+    work=kept_work,
+    heading="search",
+)
+def kept_curve(config: CurveConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Measure a task at every scale with its head kept; where that head did not learn, its scale 0 is known already."""
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["head"])
+    vector = open_vector(inputs["merged"], backbone, config.task)
+    known = {0.0: validation(inputs["start"])} if inputs["start"] else {}
+    scales = [scale for scale in config.scales if scale not in known]
+    curve = dict(zip(scales, search.kept_curve(backbone, vector, task, head, scales, progress), strict=True))
+    write_curve(out, config.scales, curve | known)
+
+
+@step_type(
+    1,
+    ("torch",),
+    threaded=on_cpu,
+    reads=["backbone", "task", "merged", "head", "statistics"],
+    writes=[CURVE],
+    work=kept_work,
+    heading="search",
+)
+def reestimated_curve(config: CurveConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Measure a task at every scale with its head kept and the statistics of batch norm estimated anew."""
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["head"])
+    vector, curve = open_vector(inputs["merged"], backbone), {}
+    for scale in config.scales:
+        weights = merged_weights(backbone, vector, scale, inputs["statistics"])
+        curve[scale] = evaluation.accuracy(backbone, weights, task.validation, head)
+        progress(len(curve) / len(config.scales))
+    write_curve(out, config.scales, curve)
+
+
+class ReprobeConfig(CurveConfig):
+    """How a head is fitted again; rounds after the first read their scales."""
+
+    probe: Probe
+    seed: int
+
+    def unused(self) -> dict[str, set[str]]:
+        """Return what is of the choice of a learning rate, which it reads."""
+        return {"probe": {"learning_rates", "rate_per_task"}}
+
+
+def reprobe_work(step: Step, sizes: Sizes) -> Work:
+    """Training and validation images pass at every scale but 0; later rounds try at most two."""
+    size, config = sizes.task(step), step.config
+    scales = 2 if step.inputs.get("plan") else len([scale for scale in config.scales if scale])
+    fitting = sizes.heads(step, config.probe, size, scales)
+    return sizes.passes(step, along(step, scales) * (size.train + size.validation)) + fitting
+
+
+@step_type(
+    3,
+    ("torch",),
+    threaded=always,
+    reads=["backbone", "task", "merged", "head", "rate", "plan"],
+    writes=[HEADS, CURVE],
+    work=reprobe_work,
+    heading="search",
+)
+def reprobed_curve(config: ReprobeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Fit a task's head again at the scales of this round; scale 0 gives the probed head itself."""
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["head"])
+    vector = open_vector(inputs["merged"], backbone, config.task)
+    rate, wanted = read_json(inputs["rate"] / RATE)["rate"], scales_of(config, inputs)
+    scales = [scale for scale in wanted if scale != 0]
+    how = (rate, config.probe, scales, config.seed, progress)
+    values, heads = search.reprobed_curve(backbone, vector, task, *how)
+    curve = dict(zip(scales, values, strict=True)) | {0.0: validation(inputs["head"])}
+    fitted = dict(zip(scales, heads, strict=True)) | ({0.0: head} if 0 in wanted else {})
+    save_heads({scale_key(scale): fit for scale, fit in fitted.items()}, out / HEADS)
+    write_curve(out, wanted, curve)
+
+
+def scales_of(config: CurveConfig, inputs: Inputs) -> list[float]:
+    """Return the scales of a round: those that the choice of the round before names, or the first ones."""
+    if inputs["plan"] is None:
+        return config.scales
+    scales: list[float] = read_json(inputs["plan"] / CHOICE)["next"]
+    return scales
+
+
+def write_curve(out: Path, scales: list[float], values: dict[float, float]) -> None:
+    """Write what a curve step has measured: scales, and a task's validation accuracy at each."""
+    write_json(out / CURVE, {"scales": scales, "validation": [values[scale] for scale in scales]})
+
+
+class SurgeryConfig(CurveConfig):
+    """How a correction of features is learned; rounds after the first read their scales."""
+
+    surgery: Surgery
+    seed: int
+
+
+def surgery_work(step: Step, sizes: Sizes) -> Work:
+    """Training images pass once by the fine-tuned encoder, then at every scale with validation images."""
+    size, settings = sizes.task(step), step.config.surgery
+    scales = 2 if step.inputs.get("plan") else len(step.config.scales)
+    numbers = 2 * settings.rank * sizes.backbone(step).width
+    steps = scales * settings.steps
+    flops = steps * min(settings.batch_size, size.train) * 2 * BACKWARD * numbers
+    learned = Work(head_steps=2 * steps, head_flops=flops, disk=NUMBER * scales * numbers)
+    return sizes.passes(step, size.train + scales * (size.train + size.validation)) + learned
+
+
+@step_type(
+    2,
+    ("torch",),
+    threaded=always,
+    reads=["backbone", "task", "merged", "finetuned", "plan"],
+    writes=[HEADS, CURVE],
+    work=surgery_work,
+    heading="search",
+)
+def surgery_curve(config: SurgeryConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Learn a correction of features at the scales of this round, from unlabelled training images; heads are kept."""
+    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
+    vector = open_vector(inputs["merged"], backbone, config.task)
+    scales, per_patch = scales_of(config, inputs), head.task_type.per_patch
+    heads, curve = {}, {}
+    with backbone.at(open_encoder(inputs["finetuned"], backbone)):
+        wanted = backbone.features(task.train.images, per_patch=per_patch)
+        for scale in scales:
+            vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
+            seen = backbone.features(task.train.images, per_patch=per_patch)
+            heads[scale] = operate(seen, wanted, head, config.surgery, config.seed)
+            curve[scale] = accuracy(heads[scale], *features_of(backbone, task.validation, task.kind))
+            progress(len(curve) / len(scales))
+    save_heads({scale_key(scale): fit for scale, fit in heads.items()}, out / HEADS)
+    write_curve(out, scales, curve)
+
+
+class AgreementConfig(CurveConfig):
+    """At which scales, and on how many images, features are compared."""
+
+    images: int
+
+
+def agreement_work(step: Step, sizes: Sizes) -> Work:
+    """A sample of training images passes by the fine-tuned encoder and at every scale."""
+    config = step.config
+    return sizes.passes(step, (1 + len(config.scales)) * min(config.images, sizes.task(step).train))
+
+
+@step_type(
+    1,
+    ("torch", "numpy"),
+    threaded=always,
+    reads=["backbone", "task", "merged", "finetuned"],
+    writes=["agreement.json"],
+    work=agreement_work,
+    heading="search",
+)
+def agreement(config: AgreementConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Compare a merged encoder's features with the fine-tuned one's at every scale, on unlabelled training images."""
+    backbone, task = open_backbone(inputs, config), open_task(inputs)
+    vector, tuned = open_vector(inputs["merged"], backbone, config.task), open_encoder(inputs["finetuned"], backbone)
+    images, per_patch = task.train.sample(config.images).images, TASK_TYPES[task.kind].per_patch
+    values = alignment_curve(backbone, vector, tuned, images, config.scales, per_patch, progress)
+    write_json(out / "agreement.json", {"scales": config.scales, "values": values})
+
+
+class OptionConfig(Config):
+    """The hyperparameters among which one is chosen."""
+
+    options: list[dict[str, Any]]
+
+
+@step_type(2, reads=["choices"], writes=[OPTION], heading="search")
+def choose_option(config: OptionConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Choose the hyperparameters whose best scale so far is best on validation."""
+    choices = [read_json(folder / CHOICE) for folder in inputs["choices"]]
+    best = max(range(len(choices)), key=lambda index: (choices[index]["value"], -index))
+    write_json(out / OPTION, {"index": best, "settings": config.options[best]})
+
+
+class ChoiceConfig(Config):
+    """All scales that may be tried, and how far from the best one the next round looks: 0 for no next round."""
+
+    grid: list[float]
+    refine: int
+
+
+@step_type(1, reads=["rounds", "finetuned"], writes=[CHOICE], heading="search")
+def choose_scale(config: ChoiceConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Choose the scale by mean normalised validation accuracy, and name the scales that a next round should try."""
+    tuned = validations(inputs["finetuned"])
+    scales: list[float] = []
+    rows: list[tuple[float, ...]] = []
+    for folders in inputs["rounds"]:
+        curves = [read_json(folder / CURVE) for folder in folders]
+        scales += curves[0]["scales"]
+        rows += zip(*(curve["validation"] for curve in curves), strict=True)
+    values, grid = [search.objective(row, tuned) for row in rows], config.grid
+    best = search.argmax(scales, values)
+    if not config.refine and best == max(grid) > min(grid):
+        note(f"the largest scale that was tried, {best:g}, is the best: a wider grid (scales) may give more")
+    after = search.untried_neighbours(grid, scales, best, config.refine) if config.refine else []
+    place = scales.index(best)
+    choice = {"scale": best, "value": values[place], "accuracy": float(np.mean(rows[place])), "next": after}
+    write_json(out / CHOICE, choice)
