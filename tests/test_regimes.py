@@ -35,7 +35,7 @@ from taskvec.evaluation.disentanglement import (
     spread_sets,
 )
 from taskvec.learning import heads
-from taskvec.learning.finetuning import finetune_full, finetune_joint, training_batches
+from taskvec.learning.finetuning import finetune_tasks, training_batches
 from taskvec.learning.heads import Head
 from taskvec.study.files import open_study, packaged, parse_study
 from taskvec.study.plan.experiments import plan
@@ -70,7 +70,7 @@ def plain_loop(backbone: Backbone, tasks: list[Task], heads: list[Head], learns:
 
 def test_full_fine_tuning_equals_a_bare_loop_over_encoder_and_head(backbone: Backbone, tasks: list[Task]) -> None:
     start = heads.random_head(backbone.width, 3, seed=3)
-    tuned = finetune_full(backbone, tasks[0], None, PLAIN, seed=3, precision="float32")
+    tuned = finetune_tasks(backbone, tasks[:1], [None], PLAIN, seed=3, precision="float32", head_learns=True)
     module, ((weight, bias),) = plain_loop(backbone, tasks[:1], [start], learns=True)
     state = tuned.encoder.state()
     assert all(torch.allclose(state[k], v.float(), atol=1e-6) for k, v in module.state_dict().items() if v.ndim)
@@ -81,7 +81,7 @@ def test_full_fine_tuning_equals_a_bare_loop_over_encoder_and_head(backbone: Bac
 
 def test_joint_fine_tuning_equals_a_bare_loop_over_all_tasks(backbone: Backbone, tasks: list[Task]) -> None:
     probed = [tv.fit_head(backbone, task, QUICK) for task in tasks]
-    tuned = finetune_joint(backbone, tasks, probed, PLAIN, seed=3, precision="float32").state()
+    tuned = finetune_tasks(backbone, tasks, probed, PLAIN, seed=3, precision="float32").encoder.state()
     module, _ = plain_loop(backbone, tasks, probed, learns=False)
     assert all(torch.allclose(tuned[k], v.float(), atol=1e-6) for k, v in module.state_dict().items() if v.ndim)
     assert torch.equal(tuned["norm.running_mean"], backbone.pretrained["norm.running_mean"])
@@ -93,9 +93,11 @@ def test_a_frozen_head_stays_and_a_learning_one_starts_from_what_is_given(
 ) -> None:
     head = tv.fit_head(backbone, tasks[0], QUICK)
     before = head.weight.clone()
-    still = finetune_full(backbone, tasks[0], head, PLAIN.model_copy(update={"learning_rate": 1e-12}))
+    still = finetune_tasks(
+        backbone, tasks[:1], [head], PLAIN.model_copy(update={"learning_rate": 1e-12}), head_learns=True
+    )
     assert torch.allclose(still.heads[0].weight, before, atol=1e-6)
-    moved = finetune_full(backbone, tasks[0], head, PLAIN)
+    moved = finetune_tasks(backbone, tasks[:1], [head], PLAIN, head_learns=True)
     assert not torch.allclose(moved.heads[0].weight, before, atol=1e-4)
     assert torch.equal(head.weight, before)
     assert not moved.heads[0].weight.requires_grad
@@ -316,7 +318,7 @@ def test_only_first_seeds_have_subsets_and_scales_of_each_task(rows: pd.DataFram
     errors = rows[rows.metric == "disentanglement_error"]
     assert errors.groupby("regime").tasks.nunique().tolist() == [4, 4]
     assert errors.value.between(0, 2).all()
-    own = rows[(rows.method == "task_arithmetic_per_task") & (rows.split == "test") & (rows.metric == "accuracy")]
+    own = rows[(rows.scaling == "per-task") & (rows.split == "test") & (rows.metric == "accuracy")]
     assert set(zip(own.regime, own.seed, strict=True)) == {("aligned", 0), ("full", 4)}
     assert own.config.str.contains('"scales"').all()
 

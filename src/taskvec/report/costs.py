@@ -15,6 +15,7 @@ import pandas as pd
 from taskvec.core.files import canonical
 from taskvec.engine.pipeline import Step, ordered
 from taskvec.engine.store import Artifact
+from taskvec.merging.variants import DIFFERENCES, Variant
 from taskvec.report.rows import Done, Writer
 from taskvec.study.experiment import Candidate, Cell
 from taskvec.weights.reader import Checkpoint
@@ -45,7 +46,7 @@ PARTS: Mapping[str, str] = MappingProxyType(
 """What the seconds of each kind of step are for; loading and decoding, which every option needs alike, are left out."""
 STORED = ("encoders", "parameters", "bytes_per_task")
 SECONDS = tuple(f"{part}_seconds" for part in dict.fromkeys(PARTS.values()))
-COLUMNS = ("backbone", "regime", "seed", "tasks", "method", "config", "heads", *STORED, *SECONDS)
+COLUMNS = ("backbone", "regime", "seed", "tasks", "method", "config", "heads", *STORED, *SECONDS, *DIFFERENCES)
 AGREEMENT = "agreement"
 """Stands for heads in rows on what it takes to choose the scale of re-probed heads by the agreement of features."""
 Row = dict[str, Any]
@@ -66,22 +67,24 @@ def rows(cell: Cell, done: Done) -> Iterator[Row]:
     own |= {"fine_tuned": (len(cell.tasks), cell.finetuned), "joint": (1, {"": cell.joint} if cell.joint else {})}
     for method, (encoders, steps) in own.items():
         if steps:
-            yield row(cell, done, method, "kept", {}, stored(cell, done, encoders), steps.values())
+            yield row(cell, done, Variant(method), "kept", {}, stored(cell, done, encoders), steps.values())
     for candidate in cell.candidates:
         config = Writer("", cell, done).config_of(candidate)
         size = stored(cell, done, 1, done[candidate.merged] if candidate.per_task else None)
         size["parameters"] += corrections(candidate, done)
-        yield row(cell, done, candidate.name, candidate.read_by, config, size, [candidate.choice])
-        if candidate.agreement:
-            yield row(cell, done, candidate.name, AGREEMENT, config, size, candidate.agreement.values())
+        variant = candidate.variant
+        yield row(cell, done, variant, candidate.read_by, config, size, [candidate.choice])
+        if compared := candidate.measures.get(AGREEMENT):
+            yield row(cell, done, variant, AGREEMENT, config, size, compared.values())
 
 
 def row(
-    cell: Cell, done: Done, method: str, heads: str, config: Mapping[str, Any], size: Row, steps: Iterable[Step]
+    cell: Cell, done: Done, variant: Variant, heads: str, config: Mapping[str, Any], size: Row, steps: Iterable[Step]
 ) -> Row:
     """Return the costs of one option: what it stores, and the seconds of all that its steps need."""
     place = {"backbone": cell.backbone, "regime": cell.regime, "seed": cell.seed, "tasks": "+".join(cell.tasks)}
-    return place | {"method": method, "config": canonical(dict(config)), "heads": heads} | size | seconds(steps, done)
+    own = vars(variant) | {"config": canonical(dict(config)), "heads": heads}
+    return place | own | size | seconds(steps, done)
 
 
 def seconds(steps: Iterable[Step], done: Done) -> dict[str, float]:
@@ -113,7 +116,7 @@ def numbers(artifact: Artifact, name: str) -> int:
 
 def corrections(candidate: Candidate, done: Done) -> int:
     """Count the numbers of all tasks' corrections of features, of one scale each; none without surgery."""
-    if candidate.heads != "surgery":
+    if not candidate.variant.correction:
         return 0
     total = 0
     for step in candidate.rounds[0].values():

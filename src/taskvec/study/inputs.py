@@ -13,9 +13,10 @@ from taskvec.data import tasks
 from taskvec.encoders import backbone as backbones
 from taskvec.encoders.addresses import default_name, is_file
 from taskvec.engine.store import Store
-from taskvec.study.experiment import OPEN
+from taskvec.learning.regimes import REGIMES
+from taskvec.study.names import name_problem, told_twins, twins
 from taskvec.study.remote import UNKNOWN_CLASSES, UNKNOWN_IMAGES, absent_task, absent_weights, has_images
-from taskvec.study.schema import BackboneChoice, StudyFile, name_problem, told_twins, twins
+from taskvec.study.schema import BackboneChoice, StudyFile
 
 
 class Sources:
@@ -78,7 +79,7 @@ class Sources:
     def takes_part(self, choice: BackboneChoice, regime: str) -> bool:
         """Say whether a backbone is fine-tuned in a regime: the study does not leave it out, and it can be."""
         wanted = not choice.regimes or regime in choice.regimes
-        return wanted and (regime not in OPEN or self._has_text(choice))
+        return wanted and (not REGIMES[regime].opens or self._has_text(choice))
 
     def _has_text(self, choice: BackboneChoice) -> bool:
         if self.is_absent(choice):
@@ -107,7 +108,7 @@ class Sources:
 
     def has_open(self, choice: BackboneChoice) -> bool:
         """Say whether a backbone takes part in a regime that starts from zero-shot heads."""
-        return any(name in OPEN and self.takes_part(choice, name) for name in self.regimes)
+        return any(REGIMES[name].opens and self.takes_part(choice, name) for name in self.regimes)
 
     def mixed(self, names: Sequence[str]) -> bool:
         """Say whether some tasks are of another kind than classification, so that metrics differ."""
@@ -115,7 +116,7 @@ class Sources:
 
     def check_open(self) -> None:
         """Raise if a regime that starts from zero-shot heads can have none."""
-        for name in (name for name in self.regimes if name in OPEN):
+        for name in (name for name in self.regimes if REGIMES[name].opens):
             if not any(self.takes_part(choice, name) for choice in self.study.backbones):
                 raise TaskvecError(
                     f"regime '{name}' needs a backbone with a text tower that takes part in it, and there is none",

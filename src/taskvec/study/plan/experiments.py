@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from taskvec.engine.store import Store
-from taskvec.study.experiment import OPEN, Cell, Ground
+from taskvec.learning.regimes import REGIMES
+from taskvec.study.experiment import Cell, Ground
 from taskvec.study.plan.learning import finetune_all, make_heads
 from taskvec.study.plan.loading import lay_ground
 from taskvec.study.plan.measuring import disentanglement, keep_model, negate, test_all
@@ -24,15 +25,16 @@ def plan(file: StudyFile, store: Store, estimate: bool = False) -> list[Cell]:
         plan_cell(planner, ground, regime, seed)
         for ground in grounds
         for regime in study.regimes
-        if regime.name != "joint" and planner.sources.takes_part(ground.choice, regime.name)
+        if not REGIMES[regime.name].joint and planner.sources.takes_part(ground.choice, regime.name)
         for seed in regime.seeds or study.seeds
     ]
 
 
 def plan_cell(planner: Planner, ground: Ground, regime: RegimeChoice, seed: int) -> Cell:
     """Return the steps of one backbone, regime and seed."""
-    captions = planner.sources.captions_for(ground.choice) if regime.name in OPEN else {}
-    chosen = tuple(t for t in planner.addresses if regime.name not in OPEN or captions[t])
+    opens = REGIMES[regime.name].opens
+    captions = planner.sources.captions_for(ground.choice) if opens else {}
+    chosen = tuple(t for t in planner.addresses if not opens or captions[t])
     first = seed == (regime.seeds or planner.study.seeds)[0]
     cell = Cell(ground.backbone, regime.name, seed, chosen, ground.encoder, first)
     rates = make_heads(planner, cell, ground)

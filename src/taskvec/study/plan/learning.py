@@ -12,7 +12,7 @@ from taskvec.encoders import backbone as backbones
 from taskvec.encoders.addresses import split_key
 from taskvec.engine.pipeline import Step
 from taskvec.learning import external as brought
-from taskvec.study.experiment import LEARNING, LINEARISED, LORA, OPEN, Cell, Ground, Inputs
+from taskvec.study.experiment import Cell, Ground, Inputs
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import BackboneChoice, RegimeChoice
 from taskvec.study.steps import learning as steps
@@ -27,7 +27,7 @@ def make_heads(planner: Planner, cell: Cell, ground: Ground) -> dict[str, Step]:
         cell.probe[t] = probes[t]
         inputs = {"probe": [probes[t]], "rate": [rates[t]]}
         cell.head[t] = planner.step(steps.pick_head, f"head of {t} {where}", {}, inputs)
-        if cell.regime in OPEN:
+        if cell.how.opens:
             cell.zero_shot[t] = zero_shot_head(planner, t, ground)
     return rates
 
@@ -119,22 +119,19 @@ def finetune_task(
     planner: Planner, task: str, cell: Cell, ground: Ground, settings: Finetune, rate: Inputs, trial: bool = False
 ) -> Step:
     """Fine-tune on one task; a trial of a learning rate may diverge."""
-    learns = cell.regime in LEARNING
-    start: Inputs = {"head": [(cell.zero_shot or cell.head)[task]]} if cell.regime != "full" else {}
+    regime, trained = cell.how, {"finetune": training_config(settings, rate), "seed": cell.seed}
+    start: Inputs = {} if regime.start == "random" else {"head": [(cell.zero_shot or cell.head)[task]]}
     inputs = {"backbone": [ground.encoder], **ground.training([task])} | start | rate
-    config = {"finetune": training_config(settings, rate), "seed": cell.seed, "head_learns": learns}
+    config = trained | {"head_learns": regime.head_learns} | regime.expansion
     config |= {"trial": True} if trial else {}
-    config |= {"linearised": True} if cell.regime == LINEARISED else {}
-    config |= adapter_config(planner) if cell.regime == LORA else {}
+    config |= lora_config(planner) if regime.lora else {}
     at = "" if rate else f" at {settings.learning_rate:g}"
     cost = settings.steps * settings.batch_size * 3.0
     config |= planner.training(cell.regime)
     return planner.step(steps.finetune, f"fine-tune {task}{at} {cell.where}", config, inputs, cost)
 
 
-def adapter_config(
-    planner: Planner,
-) -> dict[str, Any]:
+def lora_config(planner: Planner) -> dict[str, Any]:
     """Return the settings of LoRA and the version of the library that has it; an estimate does without."""
     try:
         version = metadata.version("peft")
@@ -159,7 +156,7 @@ def import_finetuned(planner: Planner, task: str, cell: Cell, ground: Ground) ->
     )
     untracked = {"allow_pickle": pickle, "task": task} | paths
     inputs = {"backbone": [ground.encoder], "task": [ground.data[task]]}
-    if not choice.head and cell.regime not in LEARNING:
+    if not choice.head and not cell.how.head_learns:
         inputs["head"] = [(cell.zero_shot or cell.head)[task]]
     label = f"checkpoint of {task} {cell.where}"
     return planner.step(

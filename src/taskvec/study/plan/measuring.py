@@ -9,7 +9,7 @@ from taskvec.core.settings import parse_scales
 from taskvec.engine.pipeline import Step
 from taskvec.evaluation.disentanglement import BOX_AXIS, choose_pairs, spread_sets
 from taskvec.merging.registry import ADDITION, find_recipe
-from taskvec.study.experiment import LINEARISED, OPEN, Cell, Ground
+from taskvec.study.experiment import Cell, Ground
 from taskvec.study.plan.planner import Planner
 from taskvec.study.steps import measuring as steps
 
@@ -58,11 +58,13 @@ def keep_model(planner: Planner, cell: Cell, ground: Ground) -> None:
         for k, t in enumerate(cell.tasks)
     }
     inputs |= cell.statistics() | cell.chosen_options()
-    candidates: list[dict[str, Any]] = [{"method": c.name, "heads": c.heads} for c in cell.candidates]
+    candidates: list[dict[str, Any]] = [
+        {"method": c.name, "heads": c.read_by, **c.variant.differences} for c in cell.candidates
+    ]
     for candidate, about in zip(cell.candidates, candidates, strict=True):
         about |= {"config": dict(candidate.settings)} if candidate.settings else {}
     config: dict[str, Any] = {"backbone": cell.backbone, "tasks": list(cell.tasks), "candidates": candidates}
-    config |= {"linearised": True} if cell.regime == LINEARISED else {}
+    config |= cell.how.expansion
     cell.model = planner.step(steps.build_model, f"model {cell.where}", config, inputs)
 
 
@@ -89,7 +91,7 @@ def disentanglement(planner: Planner, cell: Cell, ground: Ground) -> None:
 
 def merged_by_open(planner: Planner, cell: Cell) -> list[tuple[str, ...]]:
     """Return the sets of tasks with captions that the open regimes of any backbone merge, to be compared with."""
-    if cell.regime in OPEN:
+    if cell.how.opens:
         return []
     every = [planner.sources.captions_for(one) for one in planner.study.backbones if planner.sources.has_open(one)]
     sets = dict.fromkeys(tuple(t for t in cell.tasks if captions.get(t)) for captions in every)

@@ -8,9 +8,10 @@ from typing import Any
 from taskvec.core.settings import coarse
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import Step
+from taskvec.learning.head_modes import HEAD_MODES
 from taskvec.merging import plugins
-from taskvec.merging.registry import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe
-from taskvec.study.experiment import LEARNING, Candidate, Cell, Ground
+from taskvec.merging.registry import ADDITION, Recipe
+from taskvec.study.experiment import Candidate, Cell, Ground
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import MethodChoice
 from taskvec.study.steps import merging as steps
@@ -30,18 +31,18 @@ def try_method(planner: Planner, cell: Cell, method: MethodChoice, ground: Groun
     recipes[0].check_tasks(len(cell.tasks))
     merged = [merge(planner, cell, recipe, ground) for recipe in recipes]
     for kind in planner.study.heads:
-        name = method.name + (SURGERY if kind == "surgery" else "")
         options = [
-            Candidate(name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
+            Candidate(method.name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
             for step, recipe in zip(merged, recipes, strict=True)
         ]
         candidate = options[0] if len(options) == 1 else best_option(planner, cell, options, ground, rates)
-        for number, stride in enumerate((0,) if kind == "kept" else (*ROUNDS, 0)):
+        for number, stride in enumerate((*ROUNDS, 0) if HEAD_MODES[kind].fitted else (0,)):
             candidate.rounds.append({t: curve(planner, t, cell, candidate, number, ground, rates) for t in cell.tasks})
             candidate.choice = choose_scale(planner, cell, candidate, stride)
         cell.candidates.append(candidate)
         if planner.study.agreement and kind == "reprobed" and len(candidate.grid) > 1:
-            candidate.agreement = {t: agreement_curve(planner, t, cell, candidate, ground) for t in cell.tasks}
+            compared = {t: agreement_curve(planner, t, cell, candidate, ground) for t in cell.tasks}
+            candidate.measures["agreement"] = compared
         if ground.choice.batch_norm == "reestimated" and kind == "kept" and not candidate.per_task:
             cell.candidates.append(reestimate(planner, cell, candidate, ground))
 
@@ -96,7 +97,7 @@ def curve(
     config: dict[str, Any] = {"scales": scales, **planner.on(cell)}
     config |= {"task": cell.tasks.index(task)} if candidate.per_task else {}
     if kept:
-        own = cell.regime in LEARNING or task in planner.brought  # a head that need not be the one it started from
+        own = cell.how.head_learns or task in planner.brought  # a head that need not be the one it started from
         known = {} if own else {"start": [(cell.zero_shot or cell.head)[task]]}
         inputs |= {"head": [cell.finetuned[task]], **known}
     else:
@@ -147,7 +148,7 @@ def reestimate(planner: Planner, cell: Cell, kept: Candidate, ground: Ground) ->
     config = {"scales": grid, "images": batch_norm.IMAGES, **planner.device}
     cost = len(grid) * batch_norm.IMAGES
     found = planner.step(steps.reestimate, f"batch norm at the scales of {where}", config, inputs, cost)
-    candidate = replace(kept, name=kept.name + REESTIMATED, rounds=[{}], options=[], statistics=found)
+    candidate = replace(kept, rounds=[{}], options=[], statistics=found)
     for t in cell.tasks:
         inputs = {"backbone": [ground.encoder], "task": [ground.data[t]], "merged": [merged]}
         inputs |= {"head": [cell.finetuned[t]], "statistics": [found]}
@@ -168,4 +169,4 @@ def scale_per_task(planner: Planner, cell: Cell, ground: Ground) -> None:
         cost = sum(8 * len(cell.tasks) * SEARCHED + 0.2 * planner.images[t] for t in cell.tasks)
         config = {"grid": one.grid, "samples": SEARCHED, **planner.on(cell)}
         found = planner.step(steps.per_task_scales, f"lambda of each task {cell.where}", config, inputs, cost)
-        cell.candidates.append(Candidate(PER_TASK, one.grid, "kept", found, [], found))
+        cell.candidates.append(Candidate(one.name, one.grid, "kept", found, [], found, scaling="per-task"))

@@ -8,8 +8,9 @@ from taskvec.core.compute import choose_device, resolve_precision
 from taskvec.core.notes import note
 from taskvec.engine.pipeline import Step, StepType
 from taskvec.engine.store import Store
+from taskvec.learning.regimes import REGIMES
 from taskvec.merging import plugins
-from taskvec.study.experiment import LINEARISED, Cell, Inputs
+from taskvec.study.experiment import Cell, Inputs
 from taskvec.study.inputs import Sources
 from taskvec.study.schema import StudyFile
 
@@ -61,12 +62,12 @@ class Planner:
     def training(self, regime: str) -> dict[str, Any]:
         """Return what training steps are told: the device, and the precision that the study's setting means on it."""
         device, setting = self.device["device"], self.study.precision
-        exact = regime == LINEARISED and setting == "auto"
+        exact = REGIMES[regime].linearised and setting == "auto"
         return self.device | {"precision": "float32" if exact else resolve_precision(setting, device)}
 
     def on(self, cell: Cell) -> dict[str, Any]:
         """Return what steps that evaluate a cell's encoders are told: the device, and that they are linearised."""
-        return self.device | ({"linearised": True} if cell.regime == LINEARISED else {})
+        return self.device | cell.how.expansion
 
     def _count(self, source: dict[str, Any]) -> float:
         """Return about how many images a task has, for estimates of time."""

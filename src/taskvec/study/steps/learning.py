@@ -101,15 +101,9 @@ def finetune(config: Config, inputs: Inputs, out: Path, progress: Progress) -> N
     how = (settings, config["seed"], config["precision"], progress)
     facts = training_facts(config, settings, backbone)
     try:
-        if config["head_learns"]:
-            tuned = finetuning.finetune_full(backbone, task, head, *how)
-            weights, head = tuned.encoder, tuned.heads[0]
-        else:
-            assert head is not None
-            if "lora" in config:
-                weights = finetuning.finetune_lora(backbone, task, head, Lora(**config["lora"]), *how)
-            else:
-                weights = finetuning.finetune(backbone, task, head, *how)
+        lora = Lora(**config["lora"]) if "lora" in config else None
+        tuned = finetuning.finetune_tasks(backbone, [task], [head], *how, head_learns=config["head_learns"], lora=lora)
+        weights, head = tuned.encoder, tuned.heads[0]
     except finetuning.DivergedError:
         if "trial" not in config:
             raise
@@ -155,7 +149,8 @@ def finetune_joint(config: Config, inputs: Inputs, out: Path, progress: Progress
     """Fine-tune one encoder on all tasks at once with their heads frozen, and measure it on every validation split."""
     backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs)
     settings = finetune_settings(config, inputs)
-    weights = finetuning.finetune_joint(backbone, every, heads, settings, config["seed"], config["precision"], progress)
+    how = (settings, config["seed"], config["precision"], progress)
+    weights = finetuning.finetune_tasks(backbone, every, heads, *how).encoder
     save(weights, out / "encoder.safetensors")
     measured = [
         float(evaluation.correct(backbone, weights, task.validation, head).mean())

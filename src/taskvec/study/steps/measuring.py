@@ -187,7 +187,7 @@ def build_model(config: Config, inputs: Inputs, out: Path, progress: Progress) -
         backbone = replace(backbone, around=None)  # probing needs no expansion
     else:
         heads = open_heads(inputs, "finetuned")
-        if best["heads"] != "kept":
+        if best["heads"] != "kept" or "correction" in best:
             heads = [find_head(inputs[f"rounds{index}-{t}"], scale) for t in range(len(heads))]
         folder = inputs["merged"][index]
         if (folder / buffers.DIRECTIONS).exists():

@@ -21,7 +21,7 @@ from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import scale_search as search
 from taskvec.evaluation.alignment import agreement_curve
 from taskvec.learning.heads import accuracy, features_of, save_heads
-from taskvec.learning.surgery import operate
+from taskvec.learning.surgery import fit_surgery
 from taskvec.merging import in_memory as buffers
 from taskvec.merging import plugins
 from taskvec.merging.entries import Data
@@ -186,7 +186,7 @@ def surgery_curve(config: Config, inputs: Inputs, out: Path, progress: Progress)
         for scale in scales:
             vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
             seen = backbone.features(task.train.images, per_patch=per_patch)
-            heads[scale] = operate(seen, wanted, head, settings, config["seed"])
+            heads[scale] = fit_surgery(seen, wanted, head, settings, config["seed"])
             curve[scale] = accuracy(heads[scale], *features_of(backbone, task.validation, task.kind))
             progress(len(curve) / len(scales))
     save_heads({scale_key(scale): fit for scale, fit in heads.items()}, out / "heads.safetensors")
