@@ -24,7 +24,7 @@ from taskvec.report.texts import (
     short_backbone,
 )
 from taskvec.report.verdict import SMOKE, ended_early
-from taskvec.report.views import Method, Spread, View, as_variant, own_costs, views
+from taskvec.report.views import Method, Spread, View, name_of, own_costs, views
 
 ALONE = {"probing": "linear probing", "joint": "joint fine-tuning", "fine_tuned": "individual models"}
 """The options that merge nothing, as the leaderboard calls them."""
@@ -82,8 +82,8 @@ class Board:
 
     def find(self, method: Method, heads: str = "kept") -> Option | None:
         """Return one option, None where it was not measured."""
-        wanted = as_variant(method), heads
-        return next((one for one in self.options if (one.method, one.heads) == wanted), None)
+        wanted = name_of(method), heads
+        return next((one for one in self.options if (one.method.name, one.heads) == wanted), None)
 
     @cached_property
     def methods(self) -> list[Variant]:
@@ -108,12 +108,9 @@ def options(one: View, costs: pd.DataFrame) -> list[Option]:
         extra=own["merging_seconds"] + own["search_seconds"],
     )
     means = sums.groupby(["variant", "heads"], sort=False)[["encoders", "stored", "training", "extra"]].mean()
+    tried = {(method.name, heads): (method, heads, value) for (method, heads), value in one.tried.items()}
     rows = zip(means.index, means.to_numpy(), strict=True)
-    return [
-        Option(method, str(heads), one.tried[method, heads], *(float(value) for value in row))
-        for (method, heads), row in rows
-        if (method, heads) in one.tried
-    ]
+    return [Option(*tried[option], *map(float, row)) for option, row in rows if option in tried]
 
 
 # ---------------------------------------------------------------- the table
@@ -128,7 +125,7 @@ def board_table(board: Board) -> pd.DataFrame:
 
 def _row(board: Board, method: Method) -> dict[str, str]:
     one, found = board.view, {heads: board.find(method, heads) for heads in HEADS}
-    out = {"Method": ALONE.get(as_variant(method).method) or method_label(method)}
+    out = {"Method": ALONE.get(name_of(method)) or method_label(method)}
     for heads, label in HEADS.items():
         option, name = found[heads], label.capitalize()
         out[f"{name}: accuracy"] = percent(one.own(method, heads))

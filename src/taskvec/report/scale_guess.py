@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import pandas as pd
 
@@ -51,15 +50,15 @@ def guesses(one: View, costs: pd.DataFrame) -> list[Guess]:
     foretold = rows[rows["metric"] == "agreement"]
     reached = rows[(rows["metric"] == one.normalised) & (rows["split"] == "validation")]
     both = foretold.merge(reached, on=["variant", "seed", "config", "scale"], suffixes=("_foretold", "_reached"))
-    grids = {cast("Variant", method): sorted(same["scale"].unique()) for method, same in foretold.groupby("variant")}
+    grids = {str(name): sorted(same["scale"].unique()) for name, same in foretold.groupby("variant")}
     found = [
         _guess(
-            cast("Variant", method),
+            one.known[str(name)],
             same.sort_values("scale"),
-            grids[cast("Variant", method)],
-            own[(own["variant"] == method) & (own["seed"] == seed)],
+            grids[str(name)],
+            own[(own["variant"] == name) & (own["seed"] == seed)],
         )
-        for (method, seed), same in both.groupby(["variant", "seed"], sort=False)
+        for (name, seed), same in both.groupby(["variant", "seed"], sort=False)
     ]
     frame = pd.DataFrame(map(vars, found), columns=list(Guess.__dataclass_fields__))
     means = frame.groupby("method", sort=False).mean()

@@ -28,7 +28,7 @@ from taskvec.report.texts import (
     shown,
 )
 from taskvec.report.verdict import headline, usage
-from taskvec.report.views import Method, View, box_error, known_method, variants, view, views
+from taskvec.report.views import Method, View, box_error, known_method, view, views, with_variants
 
 __all__ = ["definitions", "headline", "markdown", "per_task", "summary", "task_table", "title", "views"]
 
@@ -56,9 +56,9 @@ OF_KINDS = (
     "saw the test split.",
 )
 METHODS = {
-    Variant("zero_shot"): "*Zero-shot* is the frozen encoder with the head from the class names.",
-    Variant("joint"): REGIMES["joint"].meaning,
-    PER_TASK: "*Addition, λ per task* searches one λ after the other, from the common one "
+    "zero_shot": "*Zero-shot* is the frozen encoder with the head from the class names.",
+    "joint": REGIMES["joint"].meaning,
+    PER_TASK.name: "*Addition, λ per task* searches one λ after the other, from the common one "
     "on, for the first seed only; the λ of a mean over tasks is their mean.",
 }
 OVER_SEEDS = (
@@ -128,7 +128,7 @@ def title(one: View, method: Method) -> str:
 
 def definitions(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> list[str]:
     """Explain the numbers, each note a sentence or two; of regimes, methods and measures only those there are."""
-    regimes, methods = set(results["regime"]), set(variants(results))
+    regimes, methods = set(results["regime"]), set(with_variants(results)["variant"])
     common = OF_KINDS if any(one.mixed for one in views(results)) else DEFINITIONS
     notes = [*common, *(regime.meaning for name, regime in REGIMES.items() if name in regimes)]
     notes += [note for method, note in METHODS.items() if method in methods]

@@ -11,8 +11,8 @@ import pandas as pd
 from rich.cells import cell_len
 
 from taskvec.core.notes import printable
-from taskvec.merging.recipes import ADDITION
-from taskvec.report.views import METRICS, Gained, Method, Spread, View, as_variant
+from taskvec.merging.variants import ADDED, Variant
+from taskvec.report.views import METRICS, Gained, Method, Spread, View
 
 MISSING = "–"
 DIFFERENCES = {"surgery": "surgery", "reestimated": "batch norm re-estimated", "per-task": "λ per task"}
@@ -53,8 +53,8 @@ def short_backbone(address: str) -> str:
 
 def method_label(method: Method) -> str:
     """Call the paper's method addition, as its tables do, and every other by its name; what differs stands behind."""
-    variant = as_variant(method)
-    name = "addition" if variant.method == ADDITION else one_line(variant.method)
+    variant = method if isinstance(method, Variant) else Variant(method)
+    name = "addition" if variant.method == ADDED.method else one_line(variant.method)
     return ", ".join([name, *(DIFFERENCES[value] for value in variant.differences.values())])
 
 

@@ -146,10 +146,10 @@ class _Verdict:
             return None
         means = own_costs(self.one, self.costs).groupby(["variant", "heads"])[["encoders", "stored"]].mean()
         own = {key: values for key, *values in zip(means.index, means["encoders"], means["stored"], strict=True)}
-        tuned = own.get((Variant("fine_tuned"), "kept"))
-        if self.one.kept not in own or tuned is None:
+        tuned, (method, heads) = own.get(("fine_tuned", "kept")), self.one.kept
+        if (method.name, heads) not in own or tuned is None:
             return None
-        encoders, size = own[self.one.kept]
+        encoders, size = own[method.name, heads]
         return encoders, size, tuned[1]
 
     def storage(self) -> str:

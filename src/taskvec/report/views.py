@@ -8,7 +8,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -28,7 +28,7 @@ OF_SETS = ("accuracy", "normalised_accuracy", "disentanglement_error")  # the co
 
 
 Method = str | Variant
-_variant = cache(Variant)
+"""A method of results; its plain name stands for the plain merge, or for a baseline."""
 
 
 class Spread(NamedTuple):
@@ -83,7 +83,7 @@ class Gained(NamedTuple):
 class View:
     """The rows of one backbone in one regime, on the largest set of tasks that was merged there.
 
-    A method is a ``Variant``; its plain name stands for the plain one.
+    The column ``variant`` has the name of each row's ``Variant``.
     """
 
     backbone: str
@@ -91,18 +91,18 @@ class View:
     rows: pd.DataFrame
 
     @cached_property
-    def _cells(self) -> dict[tuple[Variant, str, str, str], Spread]:
+    def _cells(self) -> dict[tuple[str, str, str, str], Spread]:
         """Take mean and spread over seeds of every (variant, heads, metric, task) on the test split."""
         test = self.rows[self.rows["split"] == "test"]
-        entries: dict[tuple[Variant, str, str, str], list[tuple[float, float]]] = defaultdict(list)
+        entries: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
         keys = zip(*(test[name] for name in ("variant", "heads", "metric", "task")), strict=True)
         for key, scale, value in zip(keys, test["scale"], test["value"], strict=True):
-            entries[cast("tuple[Variant, str, str, str]", key)].append((scale, value))
+            entries[cast("tuple[str, str, str, str]", key)].append((scale, value))
         return {key: _over_seeds(found) for key, found in entries.items()}
 
     def cell(self, method: Method, heads: str = "kept", metric: str = "accuracy", task: str = "") -> Spread:
         """Look up a number of the test split as a fraction; an empty task is the mean over tasks."""
-        return self._cells.get((as_variant(method), heads, metric, task), NOTHING)
+        return self._cells.get((name_of(method), heads, metric, task), NOTHING)
 
     @cached_property
     def metrics(self) -> dict[str, str]:
@@ -110,9 +110,14 @@ class View:
         own = self.rows[self.rows["metric"].isin(METRICS) & (self.rows["task"] != "")].drop_duplicates("task")
         return {str(task): str(metric) for task, metric in zip(own["task"], own["metric"], strict=True)}
 
+    @cached_property
+    def known(self) -> dict[str, Variant]:
+        """Return the variants of its rows by name."""
+        return variants_of(self.rows)
+
     def of(self, method: Method, heads: str) -> pd.DataFrame:
         """Take the rows of one method with one kind of heads."""
-        return self.rows[(self.rows["variant"] == as_variant(method)) & (self.rows["heads"] == heads)]
+        return self.rows[(self.rows["variant"] == name_of(method)) & (self.rows["heads"] == heads)]
 
     @property
     def metric(self) -> str:
@@ -159,7 +164,7 @@ class View:
     @cached_property
     def own_scales(self) -> pd.DataFrame:
         """Read the lambdas, one a task, that went to the test split: a row for each seed, a column for each task."""
-        rows = self.rows[(self.rows["variant"] == PER_TASK) & (self.rows["split"] == "test")]
+        rows = self.rows[(self.rows["variant"] == PER_TASK.name) & (self.rows["split"] == "test")]
         configs = rows[rows["heads"] == "kept"].drop_duplicates("seed")["config"]
         return pd.DataFrame([json.loads(config).get("scales", {}) for config in configs], dtype=float).dropna(how="all")
 
@@ -175,7 +180,7 @@ class View:
         rows = pd.concat([normal, plain])
         best = rows.groupby(["variant", "heads", "seed"], sort=False)["value"].max()
         means = best.groupby(["variant", "heads"], sort=False).mean()
-        return {(method, str(heads)): float(means[method, heads]) for method, heads in means.index}
+        return {(self.known[name], str(heads)): float(means[name, heads]) for name, heads in means.index}
 
     @cached_property
     def validation(self) -> dict[Variant, float]:
@@ -188,7 +193,9 @@ class View:
         """Name the method and heads that are best on validation: probing, or a merge of all seeds that is better."""
         rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
         seeds = rows.groupby(["variant", "heads"])["seed"].nunique()
-        able = [key for key in self.tried if key[0].method not in BASELINES and seeds.to_dict()[key] == self.seeds]
+        able = [
+            key for key in self.tried if key[0].method not in BASELINES and seeds[key[0].name, key[1]] == self.seeds
+        ]
         floor = (Variant("probing"), "kept")
         return max([floor, *able], key=lambda key: self.tried.get(key, -math.inf))
 
@@ -230,7 +237,7 @@ class View:
     @cached_property
     def methods(self) -> list[Variant]:
         """Return the merges, the paper's addition first."""
-        return sorted(self._merges["variant"].drop_duplicates(), key=lambda method: method != ADDED)
+        return sorted(variants_of(self._merges).values(), key=lambda method: method != ADDED)
 
     @cached_property
     def heads(self) -> list[str]:
@@ -251,7 +258,7 @@ def own_costs(one: View, costs: pd.DataFrame) -> pd.DataFrame:
     """Take the costs of one backbone in one regime on its largest set of tasks, with the bytes that are ``stored``."""
     place = (costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)
     own: pd.DataFrame = costs[place & (costs["tasks"] == one.rows["tasks"].iloc[0])]
-    return own.assign(variant=variants(own), stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"])
+    return with_variants(own).assign(stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"])
 
 
 def views(results: pd.DataFrame) -> list[View]:
@@ -268,18 +275,27 @@ def numeric(results: pd.DataFrame) -> pd.DataFrame:
         problem = f"results without the columns {', '.join(lacking)}" if lacking else "results without a row"
         raise TaskvecError(problem, "give the rows of results.csv, read with keep_default_na=False")
     numbers = {name: pd.to_numeric(results[name], errors="coerce") for name in ("scale", "value")}
-    return results.assign(variant=variants(results), **numbers)
+    return with_variants(results).assign(**numbers)
 
 
-def as_variant(method: Method) -> Variant:
-    """Return what results say of a method; a plain name stands for the plain merge, or for a baseline."""
-    return method if isinstance(method, Variant) else Variant(method)
+def name_of(method: Method) -> str:
+    """Return the name of a method's variant."""
+    return method if isinstance(method, str) else method.name
 
 
-def variants(rows: pd.DataFrame) -> pd.Series[Any]:
-    """Return the variant of every row, from its columns; a table without one of the columns has no such difference."""
-    columns = (rows[name] if name in rows.columns else [""] * len(rows) for name in DIFFERENCES)
-    return pd.Series(list(map(_variant, rows["method"], *columns)), index=rows.index, dtype=object)
+def with_variants(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the name of each row's variant; a table without a column of differences has no such difference."""
+    rows = rows.assign(**{name: "" for name in DIFFERENCES if name not in rows.columns})
+    names = rows["method"]
+    for column in (rows[name] for name in DIFFERENCES if rows[name].any()):
+        names = names.where(column == "", names + ", " + column)
+    return rows.assign(variant=names)
+
+
+def variants_of(rows: pd.DataFrame) -> dict[str, Variant]:
+    """Return the variants of rows by name, in their order."""
+    known = rows[["variant", "method", *DIFFERENCES]].drop_duplicates()
+    return {str(name): Variant(*values) for name, *values in known.itertuples(index=False)}
 
 
 def view(results: pd.DataFrame, backbone: str, regime: str) -> View:
@@ -295,10 +311,10 @@ def view(results: pd.DataFrame, backbone: str, regime: str) -> View:
 
 def known_method(one: View, method: Method) -> Variant:
     """Return a method that was merged by, or raise with the nearest."""
-    variant = as_variant(method)
-    if variant not in one.methods:
-        raise unknown("method in the results", variant.name, (known.name for known in one.methods))
-    return variant
+    known = {variant.name: variant for variant in one.methods}
+    if name_of(method) not in known:
+        raise unknown("method in the results", name_of(method), known)
+    return known[name_of(method)]
 
 
 def _largest_set(rows: pd.DataFrame) -> pd.DataFrame:
@@ -336,7 +352,7 @@ def task_sets(results: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame
     others = [*(metric for metric in METRICS if metric != "accuracy"), "normalised_metric"]
     rows = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
     rows = rows[(rows["split"] == "test") & (rows["task"] == "") & rows["metric"].isin([*OF_SETS, *others])]
-    added = (variants(rows) == ADDED) & (rows["heads"] == "kept")
+    added = (with_variants(rows)["variant"] == ADDED.name) & (rows["heads"] == "kept")
     rows = rows[added | (rows["metric"] == "disentanglement_error")]
     size = rows["tasks"].str.count(r"\+") + 1
     rows = rows.assign(size=size, value=pd.to_numeric(rows["value"], errors="coerce"))

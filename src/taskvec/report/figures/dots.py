@@ -220,7 +220,7 @@ def with_own_scales(found: list[View], regime: str) -> list[View]:
 def _draw_scales(ax: Axes, one: View, tasks: list[str]) -> None:
     """Draw a dot for each task with a bar of one standard deviation over seeds, and a line for the common lambda."""
     own = one.own_scales.reindex(columns=tasks)
-    seeds = one.rows.loc[one.rows["variant"] == PER_TASK, "seed"]
+    seeds = one.rows.loc[one.rows["variant"] == PER_TASK.name, "seed"]
     common = view(one.rows[one.rows["seed"].isin(seeds)], one.backbone, one.regime).own(ADDED)
     if not math.isnan(common.low):
         middle = (common.low + common.high) / 2
