@@ -33,12 +33,12 @@ from taskvec.report.leaderboard import (
     board_table,
     boards,
     frontier,
-    guess_table,
     markdown_boards,
     picks,
     short_grids,
 )
 from taskvec.report.rows import COLUMNS
+from taskvec.report.scale_guess import guess_table
 from taskvec.report.texts import percent
 from taskvec.report.verdict import SMOKE, headline
 from taskvec.report.views import views
@@ -212,7 +212,7 @@ def test_agreement_is_compared_with_the_re_probed_curve(sign: int, correlation: 
     rows, spent = pd.concat([rows, told]), fixture.costs(rows)
     more = spent[spent["heads"] == "reprobed"].assign(heads=costs.AGREEMENT, search_seconds=0.1)
     [found] = boards(rows, pd.concat([spent, more]))
-    frame = guess_table(found)
+    frame = guess_table(found.guesses)
     assert len(frame) == len(METHODS)
     assert set(frame["Rank correlation"]) == {correlation}
     assert (frame["Regret (points)"] == "0.0").all() == (sign == 1)
