@@ -245,7 +245,7 @@ seeds: [0, 1]
 probe: {{steps: 20, batch_size: 16, warmup: 2, learning_rates: [0.003, 0.03]}}
 finetune: {{steps: 6, batch_size: 8, warmup: 2, learning_rates: [0.0003, 0.003, 100]}}
 """
-KEY = ["regime", "seed", "tasks", "method", "config", "scale", "split"]
+KEY = ["regime", "seed", "tasks", "method", "config", "scale", "split", "scaling"]
 
 
 @pytest.fixture(scope="module")
@@ -295,12 +295,14 @@ def test_the_full_regime_starts_from_its_own_head_and_not_from_probing(rows: pd.
     full = rows[
         (rows.regime == "full") & (rows.metric == "accuracy") & (rows.task == "") & (rows.split == "validation")
     ]
-    at_zero = full[(full.method == "task_arithmetic") & (full.scale == "0.0") & (full.tasks.str.count(r"\+") == 2)]
+    at_zero = full[(full.method == "task_arithmetic") & (full.scaling == "") & (full.scale == "0.0")]
+    at_zero = at_zero[(at_zero.tasks.str.count(r"\+") == 2)]
     probing = full[(full.method == "probing") & (full.config == "{}")]
     assert len(at_zero) == len(probing) == 1
     assert at_zero.value.iloc[0] != probing.value.iloc[0]
     aligned = rows[(rows.regime == "aligned") & (rows.seed == 0) & (rows.metric == "accuracy") & (rows.task == "")]
-    start = aligned[(aligned.method == "task_arithmetic") & (aligned.scale == "0.0") & (aligned.split == "validation")]
+    start = aligned[(aligned.method == "task_arithmetic") & (aligned.scaling == "")]
+    start = start[(start.scale == "0.0") & (start.split == "validation")]
     whole = start[start.tasks.str.count(r"\+") == 2]
     probed = aligned[(aligned.method == "probing") & (aligned.split == "validation") & (aligned.config == "{}")]
     assert whole.value.tolist() == probed.value.tolist()
