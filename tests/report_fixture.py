@@ -11,7 +11,7 @@ import pandas as pd
 
 COLUMNS = (
     "study", "backbone", "regime", "seed", "tasks", "method", "config", "heads", "scale", "task", "split", "metric",
-    "value", "artifact",
+    "value", "artifact", "scaling",
 )  # fmt: skip
 EIGHT = ("cars", "dtd", "eurosat", "gtsrb", "mnist", "resisc45", "sun397", "svhn")
 SCALES = tuple(step / 20 for step in range(21))
@@ -101,7 +101,7 @@ def results(
     for b, backbone in enumerate(backbones):
         for r, regime in enumerate(regimes):
             for seed in seeds:
-                key: Key = {"study": "fixture", "backbone": backbone, "regime": regime, "seed": seed}
+                key: Key = {"study": "fixture", "backbone": backbone, "regime": regime, "seed": seed, "scaling": ""}
                 key |= {"tasks": "+".join(tasks), "config": "{}", "artifact": f"evaluate-{b}{r}{seed}"}
                 shift = -0.04 * b - 0.1 * r + 0.003 * seed
                 chosen = {"task_arithmetic": 0.15} if methods is None else methods
@@ -184,7 +184,7 @@ def _harder(rows: pd.DataFrame, hardness: int) -> pd.DataFrame:
 def _whole_cell(backbone: str, regime: str, seed: int, tasks: Sequence[str]) -> list[Key]:
     """All rows of one cell; full fine-tuning keeps half of what aligned has, open-full more, and open less."""
     key: Key = {"study": "fixture", "backbone": backbone, "regime": regime, "seed": seed, "tasks": "+".join(tasks)}
-    key |= {"config": "{}", "artifact": f"{backbone}-{regime}-{seed}"}
+    key |= {"config": "{}", "artifact": f"{backbone}-{regime}-{seed}", "scaling": ""}
     shift = LEVEL[backbone] + 0.003 * seed
     methods = {"task_arithmetic": RISE.get(backbone, 0.15), "task_arithmetic_per_task": 0.35}
     share = {"aligned": 1.0, "full": 0.3 if backbone == "masked" else 0.5, "open": 0.9, "open-full": 0.85}[regime]
@@ -192,6 +192,7 @@ def _whole_cell(backbone: str, regime: str, seed: int, tasks: Sequence[str]) -> 
     rows = [_lowered(row, share, rows) for row in rows]
     for row in rows:
         if row["method"] == "task_arithmetic_per_task":
+            row |= {"method": "task_arithmetic", "scaling": "per-task"}
             row["config"] = json.dumps({"scales": {task: round(0.05 * (i % 5), 2) for i, task in enumerate(tasks)}})
     rows += _baselines(key, tasks, shift, "joint" if regime == "aligned" else "zero_shot")
     return rows + (_sets(key, tasks, rows) if seed == 0 and regime in ("aligned", "full") else [])
@@ -259,7 +260,7 @@ def mixed(backbones: Sequence[str] = ("lab:random",), tasks: Sequence[str] = tup
     out: list[Key] = []
     for backbone in backbones:
         key: Key = {"study": "kinds", "backbone": backbone, "regime": "aligned", "seed": 0, "tasks": "+".join(tasks)}
-        key |= {"config": "{}", "artifact": "made", "heads": "kept"}
+        key |= {"config": "{}", "scaling": "", "artifact": "made", "heads": "kept"}
         levels = {method: dict(zip(KINDS, values, strict=True)) for method, values in LEVELS.items()}
         tuned = levels["fine_tuned"]
         for method, values in levels.items():

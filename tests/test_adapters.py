@@ -19,7 +19,7 @@ from taskvec.data.images import Preprocessing
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone, assemble
 from taskvec.learning import lora as adapters
-from taskvec.learning.finetuning import finetune_lora
+from taskvec.learning.finetuning import finetune_tasks
 from taskvec.weights.flat import bind
 
 LORA = Lora(rank=2, alpha=6.0)
@@ -126,8 +126,8 @@ def test_fine_tuning_moves_layers_of_low_rank_only_and_is_reproducible(tasks: li
         tasks[0].name, tasks[0].classes, *(enlarged(tasks[0], split) for split in ("train", "validation", "test"))
     )
     head = tv.fit_head(backbone, task, tv.Probe(steps=10, batch_size=16, warmup=0, learning_rates=(0.03,)))
-    tuned = finetune_lora(backbone, task, head, LORA, TUNE, precision="float32")
-    again = finetune_lora(backbone, task, head, LORA, TUNE, precision="float32")
+    tuned = finetune_tasks(backbone, [task], [head], TUNE, precision="float32", lora=LORA).encoder
+    again = finetune_tasks(backbone, [task], [head], TUNE, precision="float32", lora=LORA).encoder
     assert torch.equal(tuned.flat, again.flat)
     vector = tv.task_vector(backbone, tuned).state()
     ranks = {name: int(torch.linalg.matrix_rank(t, rtol=1e-3)) for name, t in vector.items() if t.any()}

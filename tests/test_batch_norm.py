@@ -112,13 +112,15 @@ def test_a_study_measures_merges_with_and_without(tmp_path: Path) -> None:
     file, out = StudyFile(parse_study(STUDY, "cnn"), STUDY, tmp_path), tmp_path / "out"
     runs.run_study(file, out, Store(tmp_path / "store"), 1, Quiet(), "taskvec run cnn")
     rows = pd.read_csv(out / "results.csv", keep_default_na=False)
-    for method in ("task_arithmetic", "task_arithmetic_reestimated"):
-        own = rows[(rows.method == method) & (rows.metric == "accuracy") & (rows.task == "")]
+    for statistics in ("", "reestimated"):
+        own = rows[(rows.method == "task_arithmetic") & (rows.statistics == statistics)]
+        own = own[(own.metric == "accuracy") & (own.task == "")]
         assert sorted(own[own.split == "validation"].scale) == [0, 0.5, 1]
         assert len(own[own.split == "test"]) == 1
-    tested = rows[(rows.split == "test") & (rows.metric == "accuracy") & (rows.task == "")].set_index("method").config
-    assert tested["ties_reestimated"] == tested["ties"] in ('{"keep":0.3}', '{"keep":0.9}')
-    assert set(rows[rows.method == "ties_reestimated"].config) == {tested["ties"]}
+    tested = rows[(rows.split == "test") & (rows.metric == "accuracy") & (rows.task == "")]
+    tested = tested.set_index(["method", "statistics"]).config
+    assert tested["ties", "reestimated"] == tested["ties", ""] in ('{"keep":0.3}', '{"keep":0.9}')
+    assert set(rows[(rows.method == "ties") & (rows.statistics == "reestimated")].config) == {tested["ties", ""]}
     assert "batch norm re-estimated" in (out / "tables.md").read_text("utf-8")
     assert load(out).predict([next((tmp_path / "one" / "test" / "ant").iterdir())])
 

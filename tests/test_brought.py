@@ -26,7 +26,7 @@ from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
 from taskvec.engine.store import Store
 from taskvec.evaluation.accuracy import accuracy
-from taskvec.learning.external import arranged, head_of, read_finetuned, read_head
+from taskvec.learning.external import head_of, in_task_order, read_finetuned, read_head
 from taskvec.learning.heads import Head, save_heads
 from taskvec.report.rows import results
 from taskvec.study.files import parse_study
@@ -172,7 +172,7 @@ def make_task(classes: tuple[str, ...], name: str = "one") -> tv.Task:
 def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path) -> None:
     head = Head(torch.arange(12.0).reshape(3, 4), torch.tensor([0.0, 1.0, 2.0]))
     names, task = ("cow", "ant", "bee"), make_task(CLASSES)
-    want = arranged(head, names, task, "x")
+    want = in_task_order(head, names, task, "x")
     assert want.bias.tolist() == [1.0, 2.0, 0.0]
     assert torch.equal(want.weight, head.weight[[1, 2, 0]])
     path = tmp_path / "heads.safetensors"

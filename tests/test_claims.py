@@ -11,8 +11,19 @@ import report_fixture as fixture
 
 from taskvec.core.errors import TaskvecError
 from taskvec.report import tables
-from taskvec.report.claims.claims import COLUMNS, claims
-from taskvec.report.claims.data import FAILS, HOLDS, UNDECIDED, Estimate, Measure, above, level, of_gain, t_interval
+from taskvec.report.claims.claims import claims
+from taskvec.report.claims.data import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    Estimate,
+    Measure,
+    against_threshold,
+    of_gain,
+    paired_difference,
+    t_interval,
+)
+from taskvec.report.claims.rows import COLUMNS
 from taskvec.report.views import Gained, box_error, view
 
 Run = tuple[pd.DataFrame, pd.DataFrame]
@@ -74,11 +85,11 @@ def test_an_interval_needs_three_units() -> None:
 def test_measures_are_compared_on_what_both_have() -> None:
     first = Measure("a", pd.Series({"x": 5.0, "y": 7.0, "z": 9.0, "w": 100.0}))
     second = Measure("b", pd.Series({"z": 5.0, "y": 6.0, "x": 3.0}))
-    (estimate,) = above(first, second, "tasks", 1.0)
+    (estimate,) = paired_difference(first, second, "tasks", 1.0)
     assert estimate.words == "a 7.0, b 4.7"
     assert (estimate.margin, estimate.over) == (pytest.approx((2 + 1 + 4) / 3 - 1), "3 tasks")
-    assert above(first, Measure("b", pd.Series({"q": 1.0})), "tasks") == []
-    assert level(second, 6.0, "tasks", sign=-1)[0].margin == pytest.approx(6 - 14 / 3)
+    assert paired_difference(first, Measure("b", pd.Series({"q": 1.0})), "tasks") == []
+    assert against_threshold(second, 6.0, "tasks", sign=-1)[0].margin == pytest.approx(6 - 14 / 3)
 
 
 def test_a_gain_turned_round_keeps_its_interval_in_order() -> None:

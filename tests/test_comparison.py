@@ -61,7 +61,7 @@ def test_rows_stand_in_the_paper_s_order_and_blocks(run: tuple[pd.DataFrame, pd.
 
 def test_numbers_are_those_of_the_rows_and_of_the_paper(run: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     row = _row(_built(run, fixture.ROLES)["table3"], "clip-large")
-    wanted = {"backbone": "clip-large", "regime": "full", "method": "task_arithmetic"}
+    wanted = {"backbone": "clip-large", "regime": "full", "method": "task_arithmetic", "scaling": ""}
     assert row["Addition: absolute"] == (f"{_value(run[0], metric='accuracy', **wanted):.1f}", "47.0")
     assert row["Addition: normalised"] == (f"{_value(run[0], metric='normalised_accuracy', **wanted):.1f}", "48.2")
     assert (row["Addition: λ"], row["Single-task: final"].paper) == (("0.10", "0.30"), "92.0")

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from taskvec.core.errors import TaskvecError
+from taskvec.report.figures import counts, curves, dots, emergence, maps, registry, style
 from taskvec.report.figures import drawing as figures
-from taskvec.report.figures import maps, style
 from taskvec.report.figures.style import line_styles
 
 PLACE = ("lab:supervised", "aligned")
@@ -36,7 +36,7 @@ def _panels(figure: Figure) -> list[Axes]:
 
 def test_lambda_curve_draws_validation_and_marks_the_choice() -> None:
     rows = fixture.results()
-    whole, close = figures.lambda_curve(rows, *PLACE).axes
+    whole, close = curves.lambda_curve(rows, *PLACE).axes
     wanted = rows[(rows["split"] == "validation") & (rows["metric"] == "normalised_accuracy") & (rows["task"] == "")]
     kept = wanted[(wanted["method"] == "task_arithmetic") & (wanted["heads"] == "kept")]
     x, y = _line(whole, "kept heads")
@@ -54,17 +54,17 @@ def test_lambda_curve_of_several_configurations_draws_the_chosen_one() -> None:
     rows = fixture.results(heads=("kept",))
     other = rows[(rows["method"] == "task_arithmetic") & (rows["split"] == "validation")]
     other = other.assign(config='{"keep":0.1}', value=0.01)
-    both = figures.lambda_curve(pd.concat([other, rows]), *PLACE).axes[0]
-    assert _line(both, "kept")[1] == pytest.approx(_line(figures.lambda_curve(rows, *PLACE).axes[0], "kept")[1])
+    both = curves.lambda_curve(pd.concat([other, rows]), *PLACE).axes[0]
+    assert _line(both, "kept")[1] == pytest.approx(_line(curves.lambda_curve(rows, *PLACE).axes[0], "kept")[1])
 
 
 def test_seeds_make_a_band_and_methods_and_backbones_a_line_each() -> None:
     rows = fixture.results(backbones=("a", "b", "c"), seeds=(0, 1), methods={"task_arithmetic": 0.1, "iso_c": 0.3})
-    kept, reprobed = figures.lambda_methods(rows, "a", "aligned").axes
+    kept, reprobed = curves.lambda_methods(rows, "a", "aligned").axes
     assert (kept.get_title(loc="left"), reprobed.get_title(loc="left")) == ("kept heads", "re-probed heads")
     assert len(kept.collections) == 2
     assert _line(kept, "iso_c")[1].max() > _line(kept, "addition")[1].max()
-    backbones = figures.lambda_curves(rows, "aligned").axes[0]
+    backbones = curves.lambda_curves(rows, "aligned").axes[0]
     assert [_line(backbones, name)[0].size for name in ("a", "b", "c")] == [21, 21, 21]
     colours = {line.get_color() for line in backbones.get_lines() if line.get_label() in ("a", "b", "c")}
     assert len(colours) == 3
@@ -72,7 +72,7 @@ def test_seeds_make_a_band_and_methods_and_backbones_a_line_each() -> None:
 
 def test_accuracies_has_a_row_for_each_task_and_the_mean_with_units() -> None:
     rows = fixture.results()
-    left, right = figures.accuracies(rows, *PLACE).axes
+    left, right = dots.accuracies(rows, *PLACE).axes
     assert [label.get_text() for label in left.get_yticklabels()] == [*fixture.EIGHT, "mean"]
     assert left.get_xlabel() == "test accuracy (%)"
     assert right.get_xlabel() == "gain over probing\n(points, 95 % interval)"
@@ -86,12 +86,12 @@ def test_accuracies_has_a_row_for_each_task_and_the_mean_with_units() -> None:
 
 def test_method_gains_has_a_row_for_each_method() -> None:
     rows = fixture.results(methods={"ties": 0.1, "task_arithmetic": 0.2})
-    axes = figures.method_gains(rows, *PLACE).axes
+    axes = dots.method_gains(rows, *PLACE).axes
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["addition", "ties"]
 
 
 def test_heatmap_has_a_red_box_equal_axes_and_a_star_at_zero() -> None:
-    figure = figures.heatmaps(fixture.heatmap(), *PLACE)
+    figure = maps.heatmaps(fixture.heatmap(), *PLACE)
     panels = _panels(figure)
     assert [ax.get_title(loc="left") for ax in panels] == ["mean of the pairs", "cars + dtd", "mnist + svhn"]
     for ax in panels:
@@ -110,7 +110,7 @@ def test_heatmap_puts_the_first_scale_on_x_and_is_light_where_disentangled() -> 
     rows = fixture.heatmap(pairs=[("cars", "dtd")])
     rows[["error_1", "error_2"]] = 0.0
     rows.loc[(rows["scale_1"] == 3) & (rows["scale_2"] == 0), "error_2"] = 0.5
-    (panel,) = _panels(figures.heatmaps(rows, *PLACE))
+    (panel,) = _panels(maps.heatmaps(rows, *PLACE))
     values = np.ma.getdata(panel.collections[0].get_array()).reshape(11, 11)
     assert values[5, 10] == pytest.approx(50)
     assert values.sum() == pytest.approx(50)
@@ -120,7 +120,7 @@ def test_heatmap_puts_the_first_scale_on_x_and_is_light_where_disentangled() -> 
 
 def test_more_pairs_than_fit_are_counted_in_the_title() -> None:
     pairs = [(f"t{i}", f"t{j}") for i in range(9) for j in range(i)]
-    figure = figures.heatmaps(fixture.heatmap(pairs=pairs, points=3), *PLACE)
+    figure = maps.heatmaps(fixture.heatmap(pairs=pairs, points=3), *PLACE)
     assert len(_panels(figure)) == maps.MOST_PANELS + 1
     assert "28 of 36 pairs shown" in figure.get_suptitle()
 
@@ -135,8 +135,8 @@ def test_written_twice_the_files_are_the_same_and_hold_no_date(tmp_path: Path) -
     for name, data in first.items():
         assert b"CreationDate" not in data
         assert data.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG")
-    assert figures._encode(figures.accuracies(rows, *PLACE), "png") == first[f"{stems[0]}.png"]
-    again = figures.heatmaps(errors, *PLACE)
+    assert figures._encode(dots.accuracies(rows, *PLACE), "png") == first[f"{stems[0]}.png"]
+    again = maps.heatmaps(errors, *PLACE)
     assert figures._encode(again, "png") == first[f"{stems[2]}.png"]
     again.set_layout_engine("none")
     assert figures._encode(again, "pdf") == first[f"{stems[2]}.pdf"]
@@ -183,8 +183,8 @@ def test_one_task_one_scale_and_no_probing_still_give_figures() -> None:
 def test_without_normalised_accuracy_the_curve_says_why() -> None:
     rows = fixture.results(methods={"task_arithmetic": 0.1, "iso_c": 0.2}, backbones=("a", "b"), scales=(0.0, 0.1))
     rows = rows[rows["metric"] != "normalised_accuracy"]
-    found = [figures.lambda_curve(rows, "a", "aligned"), figures.lambda_methods(rows, "a", "aligned")]
-    for figure in [*found, figures.lambda_curves(rows, "aligned")]:
+    found = [curves.lambda_curve(rows, "a", "aligned"), curves.lambda_methods(rows, "a", "aligned")]
+    for figure in [*found, curves.lambda_curves(rows, "aligned")]:
         assert "a fine-tuned accuracy is zero" in figure.axes[0].texts[0].get_text()
     found[0].draw_without_rendering()
 
@@ -220,17 +220,17 @@ def test_without_roles_all_backbones_are_compared(whole: tuple[pd.DataFrame, pd.
 
 
 def test_backbones_are_grouped_as_in_the_paper(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    found = {group.name: group.backbones for group in figures.groups(whole[0], fixture.ROLES)}
+    found = {group.name: group.backbones for group in registry.groups(whole[0], fixture.ROLES)}
     assert found["algorithm"] == ["sup-1k", "masked", "self-distilled", "clip-large", "random-init"]
     assert found["data"] == ["sup-1k", "sup-21k", "clip-small", "clip-large"]
     assert found["scale"] == ["sup-21k", "sup-21k-L"]
     with pytest.raises(TaskvecError, match="vit-b16-mae"):
-        figures.groups(whole[0], {"masked": "vit-b16-mea"})
+        registry.groups(whole[0], {"masked": "vit-b16-mea"})
 
 
 def test_heatmaps_of_backbones_are_means_over_pairs_on_one_scale(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     heat = whole[1]
-    figure = figures.by_backbone(heat, ["masked", "clip-large"], "full", "two of them")
+    figure = maps.by_backbone(heat, ["masked", "clip-large"], "full", "two of them")
     first, second = _panels(figure)
     assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("masked", "clip-large")
     assert figure.get_suptitle() == "full, two of them (mean of 3 pairs of tasks)"
@@ -242,7 +242,7 @@ def test_heatmaps_of_backbones_are_means_over_pairs_on_one_scale(whole: tuple[pd
 
 
 def test_combinations_draw_every_set_and_the_mean_of_each_size(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    absolute, normalised = figures.combinations(whole[0], "sup-1k", "full").axes
+    absolute, normalised = counts.combinations(whole[0], "sup-1k", "full").axes
     assert absolute.get_ylabel() == "test accuracy (%)"
     x, y = _line(normalised, "one set")
     assert len(x) == 37
@@ -252,9 +252,9 @@ def test_combinations_draw_every_set_and_the_mean_of_each_size(whole: tuple[pd.D
 
 
 def test_counts_have_a_line_for_each_backbone_in_its_own_style(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    figure = figures.by_count(whole[0], ["masked", "clip-large"], "full", "two of them")
+    figure = counts.by_count(whole[0], ["masked", "clip-large"], "full", "two of them")
     styles = [(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()]
-    alone = figures.error_by_count(whole[0], ["clip-large"], "aligned", "one").axes[0]
+    alone = counts.error_by_count(whole[0], ["clip-large"], "aligned", "one").axes[0]
     assert [(line.get_color(), line.get_marker()) for line in alone.get_lines()] == styles[1:]
     assert _line(alone, "clip-large")[1] == pytest.approx([2, 3, 4, 5, 6, 7, 8])
     assert "ξ (%)" in alone.get_ylabel()
@@ -272,19 +272,19 @@ def test_no_two_backbones_look_alike_and_snapshots_look_like_their_encoder() -> 
 
 def test_the_common_scale_is_that_of_the_seeds_with_one_a_task() -> None:
     rows, _ = fixture.full_run(backbones=("sup-1k",), tasks=fixture.EIGHT[:3], seeds=(0, 1))
-    one = rows["method"] == "task_arithmetic"
+    one = (rows["method"] == "task_arithmetic") & (rows["scaling"] == "")
     rows.loc[one & (rows["seed"] == 1) & (rows["split"] == "test"), "scale"] = 0.4
-    rows = rows[(rows["method"] != "task_arithmetic_per_task") | (rows["seed"] == 0)]
-    assert list(_line(figures.scales(rows, "aligned").axes[0], "common")[0]) == pytest.approx([0.1, 0.1])
+    rows = rows[(rows["scaling"] != "per-task") | (rows["seed"] == 0)]
+    assert list(_line(dots.scales(rows, "aligned").axes[0], "common")[0]) == pytest.approx([0.1, 0.1])
 
 
 def test_scales_draw_a_dot_a_task_and_the_common_one(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     rows = whole[0][whole[0]["backbone"].isin(["sup-1k", "masked", "clip-small"])]
-    panels = figures.scales(rows, "aligned").axes
+    panels = dots.scales(rows, "aligned").axes
     assert [ax.get_title(loc="left") for ax in panels] == ["sup-1k", "masked", "clip-small"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == list(fixture.EIGHT)
-    dots = panels[0].containers[0].lines[0].get_xdata()
-    assert list(dots) == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2, 0.0, 0.05, 0.1])
+    places = panels[0].containers[0].lines[0].get_xdata()
+    assert list(places) == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2, 0.0, 0.05, 0.1])
     assert list(_line(panels[0], "common")[0]) == pytest.approx([0.1, 0.1])
 
 
@@ -302,7 +302,7 @@ def test_a_run_with_holes_is_still_drawn() -> None:
 
 
 def test_dots_of_mixed_tasks_are_in_their_own_metrics_and_have_no_mean() -> None:
-    left, right = figures.accuracies(fixture.mixed(), "lab:random", "aligned").axes
+    left, right = dots.accuracies(fixture.mixed(), "lab:random", "aligned").axes
     names = [
         "greek (accuracy)",
         "ink (patch accuracy)",
@@ -322,20 +322,20 @@ def test_dots_of_mixed_tasks_are_in_their_own_metrics_and_have_no_mean() -> None
 
 def test_curves_of_mixed_tasks_are_of_the_normalised_metric() -> None:
     rows = fixture.mixed(backbones=("a", "b"))
-    for figure in (figures.lambda_curve(rows, "a", "aligned"), figures.lambda_curves(rows, "aligned")):
+    for figure in (curves.lambda_curve(rows, "a", "aligned"), curves.lambda_curves(rows, "aligned")):
         ax = figure.axes[0]
         assert ax.get_ylabel() == "normalised metric on validation (%)"
         assert _rings(ax)[0] == 0.2
         assert figure.axes[0].get_lines()[-2].get_ydata()[1] == pytest.approx(82)
     none = rows[~rows["metric"].str.startswith("normalised")]
-    text = figures.lambda_curve(none, "a", "aligned").axes[0].texts[0].get_text()
+    text = curves.lambda_curve(none, "a", "aligned").axes[0].texts[0].get_text()
     assert text == "no normalised metric:\na fine-tuned metric is zero"
 
 
 def test_methods_on_mixed_tasks_are_compared_by_normalised_metrics() -> None:
     rows = fixture.mixed()
     other = rows[rows["method"] == "task_arithmetic"].assign(method="iso_c")
-    left = figures.method_gains(pd.concat([rows, other]), "lab:random", "aligned").axes[0]
+    left = dots.method_gains(pd.concat([rows, other]), "lab:random", "aligned").axes[0]
     assert left.get_xlabel() == "normalised test metric (%), mean over tasks"
     assert list(left.containers[0].lines[0].get_xdata()) == pytest.approx([82, 82])
     assert [line.get_xdata()[0] for line in left.get_lines()[:2]] == pytest.approx([73.125, 100])
@@ -343,16 +343,16 @@ def test_methods_on_mixed_tasks_are_compared_by_normalised_metrics() -> None:
 
 def test_sets_of_mixed_tasks_have_one_panel() -> None:
     rows = fixture.mixed(backbones=("a", "b"))
-    (alone,) = figures.combinations(rows, "a", "aligned").axes
+    (alone,) = counts.combinations(rows, "a", "aligned").axes
     assert alone.get_ylabel() == "normalised test metric (%)"
     assert list(_line(alone, "mean")[1]) == pytest.approx([90, 82])
-    (both,) = figures.by_count(rows, ["a", "b"], "aligned", "two of them").axes
+    (both,) = counts.by_count(rows, ["a", "b"], "aligned", "two of them").axes
     assert list(_line(both, "b")[1]) == pytest.approx([90, 82])
     assert _kinds(figures.plan(rows, None), "aligned") == ["backbones", "combinations", "counts-all"]
 
 
 def test_along_pre_training_mixed_tasks_are_normalised() -> None:
-    panels = figures.emergence(fixture.mixed(backbones=("e@1", "e")), None, "aligned").axes
+    panels = emergence.emergence(fixture.mixed(backbones=("e@1", "e")), None, "aligned").axes
     assert panels[1].get_title(loc="left") == "addition, fine-tuned = 100 (%)"
     assert panels[3].get_title(loc="left") == "fine-tuned = 100; probing dotted (%)"
     assert [list(line.get_ydata()) for line in panels[3].get_lines()] == [
@@ -364,17 +364,17 @@ def test_along_pre_training_mixed_tasks_are_normalised() -> None:
 def test_mistakes_are_told() -> None:
     rows = fixture.results()
     with pytest.raises(TaskvecError, match="lab:supervised"):
-        figures.accuracies(rows, "lab:supervise", "aligned")
+        dots.accuracies(rows, "lab:supervise", "aligned")
     with pytest.raises(TaskvecError, match="task_arithmetic"):
-        figures.lambda_curve(rows, *PLACE, method="task_arithmetics")
+        curves.lambda_curve(rows, *PLACE, method="task_arithmetics")
     with pytest.raises(TaskvecError, match="aligned"):
-        figures.lambda_curves(rows, "alined")
+        curves.lambda_curves(rows, "alined")
     with pytest.raises(TaskvecError, match="lab:supervised, aligned"):
-        figures.heatmaps(fixture.heatmap(), "lab:super", "aligned")
+        maps.heatmaps(fixture.heatmap(), "lab:super", "aligned")
     with pytest.raises(TaskvecError, match="none is known"):
-        figures.combinations(rows, *PLACE)
+        counts.combinations(rows, *PLACE)
     with pytest.raises(TaskvecError, match="none|aligned"):
-        figures.scales(rows, "aligned")
+        dots.scales(rows, "aligned")
 
 
 # ---------------------------------------------------------------- legible

@@ -34,7 +34,7 @@ from taskvec.evaluation.disentanglement import disentanglement
 from taskvec.lab.drawing import scenes, worlds
 from taskvec.lab.drawing.looks import Look, paint, stream
 from taskvec.learning import heads
-from taskvec.learning.finetuning import encode_all, finetune_full, training_batches
+from taskvec.learning.finetuning import encode_all, finetune_tasks, training_batches
 from taskvec.learning.heads import Head
 from taskvec.report.rows import Done, results
 from taskvec.study.experiment import Experiment
@@ -204,7 +204,7 @@ def test_probing_and_fine_tuning_learn_every_kind(transformer: Backbone, name: s
     scores = per_image_scores(transformer, tuned, task.test, head)
     assert tv.evaluate(transformer, tuned, [task], [head])[name] == scores.mean()
     assert scores.dtype == (bool if name == "angle" else np.float64)
-    assert finetune_full(transformer, task, None, TUNE).heads[0].kind == task.kind
+    assert finetune_tasks(transformer, [task], [None], TUNE, head_learns=True).heads[0].kind == task.kind
 
 
 def test_the_disentanglement_error_of_patches_is_a_share_of_patches(transformer: Backbone) -> None:
@@ -346,8 +346,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, list[
 
 def test_every_task_of_a_mixed_study_has_its_own_metric(mixed: tuple[pd.DataFrame, list[Experiment], Done]) -> None:
     rows = mixed[0][mixed[0].tasks == "one+ink+angle+two"]
-    for method in ("probing", "fine_tuned", "joint", "task_arithmetic", "task_arithmetic_per_task"):
-        test = rows[(rows.method == method) & (rows.split == "test") & (rows.heads == "kept")]
+    merges = [("task_arithmetic", ""), ("task_arithmetic", "per-task")]
+    for method, scaling in [*((method, "") for method in ("probing", "fine_tuned", "joint")), *merges]:
+        test = rows[(rows.method == method) & (rows.scaling == scaling)]
+        test = test[(test.split == "test") & (test.heads == "kept")]
         for task, metric in METRICS.items():
             own = test[(test.task == task) & test.metric.isin(METRICS.values())]
             assert own.metric.tolist() == [metric]
@@ -358,14 +360,14 @@ def test_normalised_rows_are_ratios_to_the_tasks_own_fine_tuned_value(
     mixed: tuple[pd.DataFrame, list[Experiment], Done],
 ) -> None:
     rows = mixed[0][mixed[0].tasks == "one+ink+angle+two"]
-    place = ["method", "config", "heads", "scale", "split"]
+    place = ["method", "scaling", "config", "heads", "scale", "split"]
     tuned = rows[(rows.method == "fine_tuned") & rows.metric.isin(METRICS.values()) & (rows.config == "{}")]
     tuned = tuned.set_index(["split", "task"]).value
     seen = 0
-    for (method, _, _, _, split), group in rows.groupby(place):
+    for (method, scaling, _, _, _, split), group in rows.groupby(place):
         by = group.set_index(["metric", "task"]).value
         if "normalised_metric" not in set(group.metric):  # learning rates that were tried, scales tried on samples
-            assert method in ("probing", "fine_tuned", "joint", "task_arithmetic_per_task")
+            assert method in ("probing", "fine_tuned", "joint") or scaling == "per-task"
             continue
         seen += 1
         ratios = {t: by[METRICS[t], t] / tuned[split, t] for t in METRICS}
@@ -379,6 +381,7 @@ def test_normalised_rows_are_ratios_to_the_tasks_own_fine_tuned_value(
 
 def test_lambda_is_chosen_by_the_mean_over_all_kinds(mixed: tuple[pd.DataFrame, list[Experiment], Done]) -> None:
     rows = mixed[0][(mixed[0].tasks == "one+ink+angle+two") & (mixed[0].method == "task_arithmetic")]
+    rows = rows[rows.scaling == ""]
     for kind in ("kept", "reprobed"):
         means = rows[(rows.heads == kind) & (rows.metric == "normalised_metric") & (rows.task == "")]
         tried = means[means.split == "validation"]

@@ -21,6 +21,7 @@ from taskvec.command import runs
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import read_json
 from taskvec.engine.store import Store
+from taskvec.merging.variants import Variant
 from taskvec.report import costs, page
 from taskvec.report.figures import drawing as figures
 from taskvec.report.leaderboard import (
@@ -32,12 +33,12 @@ from taskvec.report.leaderboard import (
     board_table,
     boards,
     frontier,
-    guess_table,
     markdown_boards,
     picks,
     short_grids,
 )
 from taskvec.report.rows import COLUMNS
+from taskvec.report.scale_guess import guess_table
 from taskvec.report.texts import percent
 from taskvec.report.verdict import SMOKE, headline
 from taskvec.report.views import views
@@ -124,7 +125,7 @@ def test_picks_beat_probing_and_more_storage_must_pay() -> None:
     assert probing is not None
     assert all(one.validation > probing.validation for one in chosen)
     large = [one for one in chosen if one.encoders > 1]
-    assert [one.method for one in large] == ["emr"]
+    assert [one.method for one in large] == [Variant("emr")]
     assert min(one.validation for one in large) > max(one.validation for one in chosen if one.encoders == 1)
 
 
@@ -211,7 +212,7 @@ def test_agreement_is_compared_with_the_re_probed_curve(sign: int, correlation: 
     rows, spent = pd.concat([rows, told]), fixture.costs(rows)
     more = spent[spent["heads"] == "reprobed"].assign(heads=costs.AGREEMENT, search_seconds=0.1)
     [found] = boards(rows, pd.concat([spent, more]))
-    frame = guess_table(found)
+    frame = guess_table(found.guesses)
     assert len(frame) == len(METHODS)
     assert set(frame["Rank correlation"]) == {correlation}
     assert (frame["Regret (points)"] == "0.0").all() == (sign == 1)
@@ -243,7 +244,8 @@ def test_costs_are_those_of_the_steps_in_the_store(run: Path) -> None:
     joint = by_option.loc[("joint", "kept"), "training_seconds"]
     assert joint == pytest.approx(by_kind["finetune_joint"])
     assert by_option.loc[("probing", "kept"), ["training_seconds", "merging_seconds", "search_seconds"]].sum() == 0
-    merges = by_option.loc[[("task_arithmetic", "kept"), ("emr", "kept")], "merging_seconds"].sum()
+    merges = by_option[by_option["correction"] == ""]
+    merges = merges.loc[[("task_arithmetic", "kept"), ("emr", "kept")], "merging_seconds"].sum()
     assert merges == pytest.approx(by_kind["merge"])
     searched = spent[~spent["method"].isin(["probing", "fine_tuned", "joint"])]["search_seconds"].sum()
     kinds = ["kept_curve", "reprobed_curve", "surgery_curve", "choose_scale", "agreement"]
@@ -251,15 +253,15 @@ def test_costs_are_those_of_the_steps_in_the_store(run: Path) -> None:
 
 
 def test_numbers_to_store_are_those_of_the_files(run: Path) -> None:
-    spent = pd.read_csv(run / "out" / "costs.csv").set_index(["method", "heads"])
+    spent = pd.read_csv(run / "out" / "costs.csv", keep_default_na=False).set_index(["method", "correction", "heads"])
     model = tv.load(run / "out")
     encoder, width = model.backbone.pretrained.flat.numel(), model.backbone.width
     heads = (width + 1) * 5  # three classes and two
-    assert spent.loc[("probing", "kept"), "parameters"] == encoder + heads
-    assert spent.loc[("fine_tuned", "kept"), "parameters"] == 2 * encoder + heads
-    assert spent.loc[("emr", "reprobed"), "encoders"] == 2
-    assert spent.loc[("emr", "kept"), "bytes_per_task"] >= encoder / 8
-    assert spent.loc[("task_arithmetic_surgery", "kept"), "parameters"] == encoder + heads + 2 * 2 * 3 * width
+    assert spent.loc[("probing", "", "kept"), "parameters"] == encoder + heads
+    assert spent.loc[("fine_tuned", "", "kept"), "parameters"] == 2 * encoder + heads
+    assert spent.loc[("emr", "", "reprobed"), "encoders"] == 2
+    assert spent.loc[("emr", "", "kept"), "bytes_per_task"] >= encoder / 8
+    assert spent.loc[("task_arithmetic", "surgery", "kept"), "parameters"] == encoder + heads + 2 * 2 * 3 * width
 
 
 def test_results_keep_their_contract_and_the_run_its_board(run: Path) -> None:
@@ -268,8 +270,9 @@ def test_results_keep_their_contract_and_the_run_its_board(run: Path) -> None:
     assert set(rows["heads"]) == {"kept", "reprobed"}
     assert not rows["metric"].str.contains("seconds").any()
     merged = rows[(rows["split"] == "test") & (rows["metric"] == "accuracy") & (rows["task"] == "")]
-    assert {"task_arithmetic_surgery", "emr_surgery"} <= set(merged["method"])
-    assert not merged.duplicated(["method", "heads"]).any()
+    corrected = merged[merged["correction"] == "surgery"]
+    assert {"task_arithmetic", "emr"} == set(corrected["method"])
+    assert not merged.duplicated(["method", "correction", "heads"]).any()
     agreed = rows[rows["metric"] == "agreement"]
     assert agreed["value"].between(0, 1).all()
     assert set(agreed["split"]) == {"train"}

@@ -20,7 +20,7 @@ from taskvec.evaluation import scale_search as search
 from taskvec.evaluation.accuracy import normalised_accuracy, paired_bootstrap, per_image_scores
 from taskvec.evaluation.disentanglement import choose_pairs, disentanglement
 from taskvec.learning import heads
-from taskvec.learning.finetuning import finetune_full, training_batches
+from taskvec.learning.finetuning import finetune_tasks, training_batches
 from taskvec.learning.heads import Head
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.weights import vectors
@@ -54,7 +54,7 @@ def test_the_probe_is_a_linear_layer_trained_by_the_plain_loop() -> None:
 def test_probing_learns_and_prefers_the_smaller_rate_on_ties(backbone: Backbone, tasks: list[Task]) -> None:
     head = tv.fit_head(backbone, tasks[0], QUICK)
     assert tv.evaluate(backbone, backbone.pretrained, tasks[:1], [head])["warm"] > 0.6
-    tied = heads.Probed((0.1, 0.01), (head, head), (0.5, 0.5))
+    tied = heads.ProbeResult((0.1, 0.01), (head, head), (0.5, 0.5))
     assert tied.best() == 1
 
 
@@ -78,7 +78,9 @@ def test_fine_tuning_moves_the_encoder_only_and_is_reproducible(backbone: Backbo
 
 
 def test_a_task_vector_holds_neither_heads_nor_integer_buffers(backbone: Backbone, tasks: list[Task]) -> None:
-    tuned = finetune_full(backbone, tasks[0], settings=TUNE)  # a frozen head would leave the counters alone
+    tuned = finetune_tasks(
+        backbone, tasks[:1], [None], TUNE, head_learns=True
+    )  # a frozen head would leave the counters alone
     vector = tv.task_vector(backbone, tuned.encoder)
     names = {entry.name for entry in vector.layout}
     assert names == {name for name, p in backbone.module.state_dict().items() if p.is_floating_point()}

@@ -83,12 +83,9 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     "evaluate": lambda g: evaluation.evaluate(g.backbone, g.taus[0], g.tasks, g.heads),
     "training_batches": lambda g: next(finetuning.training_batches(g.backbone, g.tasks[0].train, 4, 0)),
     "finetune": lambda g: finetuning.finetune(g.backbone, g.tasks[0], g.heads[0], TUNE),
-    "finetune_full": lambda g: finetuning.finetune_full(g.backbone, g.tasks[0], settings=TUNE),
-    "finetune_joint": lambda g: finetuning.finetune_joint(g.backbone, g.tasks, g.heads, TUNE),
-    "finetune_lora": lambda g: finetuning.finetune_lora(
-        g.backbone, g.tasks[0], g.heads[0], finetuning.Lora(rank=2, layers=["first"]), TUNE
+    "finetune_tasks": lambda g: finetuning.finetune_tasks(
+        g.backbone, g.tasks, g.heads, TUNE, head_learns=True, lora=finetuning.Lora(rank=2, layers=["first"])
     ),
-    "optimise": lambda g: finetuning.optimise(g.backbone, g.tasks, g.heads, True, TUNE, 0, "auto"),
     "training_precision": lambda g: finetuning.training_precision(g.backbone, "auto"),
     "task_vector": lambda g: finetuning.task_vector(g.backbone, g.taus[0]),
     "features_of": lambda g: heads.features_of(g.backbone, g.tasks[0].test),
@@ -162,7 +159,7 @@ def test_so_it_is_where_a_classifier_is_compared(backbone: Backbone, tasks: list
     if fails:
         backbone.module.second.register_forward_hook(lambda *_: 1 / 0)  # type: ignore[union-attr]
     with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
-        assert brought.agree(whole, backbone.bound.clone(), head, backbone)
+        assert brought.same_scores(whole, backbone.bound.clone(), head, backbone)
     assert same(before, ground.state())
 
 

@@ -171,8 +171,10 @@ def test_a_page_on_tasks_of_several_kinds_names_their_metrics(tmp_path: Path) ->
     assert "Test accuracy in %, mean over 8 tasks" in plain
 
 
-def test_every_figure_has_a_reading() -> None:
-    assert set(page.READING_OF_KINDS) == set(page.READING)
+def test_every_kind_of_figure_has_a_name_and_words_of_its_own() -> None:
+    types = [*figures.OF_REGIMES, *figures.OF_VIEWS]
+    assert len({type.name for type in types}) == len({type.title for type in types}) == len(types)
+    assert all(all(type.words("aligned", mixed)) for type in types for mixed in (False, True))
 
 
 def test_rendered_twice_it_is_the_same(tmp_path: Path) -> None:

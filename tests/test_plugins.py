@@ -123,7 +123,6 @@ def test_what_is_wrong_with_a_plugin_is_told_with_its_line(tmp_path: Path) -> No
         "def f():\n    raise ValueError('a\\nb')\nf()": "line 2: ValueError: a",
         MINE.replace('"mine"', '"ties"'): "a method named 'ties' is registered already",
         MINE.replace('"mine"', '"probing"'): "'probing' names something else in results",
-        MINE.replace('"mine"', '"mine_surgery"'): "'mine_surgery' names something else",
         MINE.replace('"mine"', '"a b"'): "'a b' is no name",
         MINE.replace("config=Mine", "config=dict"): "the config of 'mine' is no class of taskvec.settings.Settings",
         MINE.replace("config=Mine", "config=Mine, scales='x'"): "want three numbers",

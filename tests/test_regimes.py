@@ -35,7 +35,7 @@ from taskvec.evaluation.disentanglement import (
     spread_sets,
 )
 from taskvec.learning import heads
-from taskvec.learning.finetuning import finetune_full, finetune_joint, training_batches
+from taskvec.learning.finetuning import finetune_tasks, training_batches
 from taskvec.learning.heads import Head
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.study.files import open_study, packaged, parse_study
@@ -71,7 +71,7 @@ def plain_loop(backbone: Backbone, tasks: list[Task], heads: list[Head], learns:
 
 def test_full_fine_tuning_equals_a_bare_loop_over_encoder_and_head(backbone: Backbone, tasks: list[Task]) -> None:
     start = heads.random_head(backbone.width, 3, seed=3)
-    tuned = finetune_full(backbone, tasks[0], None, PLAIN, seed=3, precision="float32")
+    tuned = finetune_tasks(backbone, tasks[:1], [None], PLAIN, seed=3, precision="float32", head_learns=True)
     module, ((weight, bias),) = plain_loop(backbone, tasks[:1], [start], learns=True)
     state = tuned.encoder.state()
     assert all(torch.allclose(state[k], v.float(), atol=1e-6) for k, v in module.state_dict().items() if v.ndim)
@@ -82,7 +82,7 @@ def test_full_fine_tuning_equals_a_bare_loop_over_encoder_and_head(backbone: Bac
 
 def test_joint_fine_tuning_equals_a_bare_loop_over_all_tasks(backbone: Backbone, tasks: list[Task]) -> None:
     probed = [tv.fit_head(backbone, task, QUICK) for task in tasks]
-    tuned = finetune_joint(backbone, tasks, probed, PLAIN, seed=3, precision="float32").state()
+    tuned = finetune_tasks(backbone, tasks, probed, PLAIN, seed=3, precision="float32").encoder.state()
     module, _ = plain_loop(backbone, tasks, probed, learns=False)
     assert all(torch.allclose(tuned[k], v.float(), atol=1e-6) for k, v in module.state_dict().items() if v.ndim)
     assert torch.equal(tuned["norm.running_mean"], backbone.pretrained["norm.running_mean"])
@@ -94,9 +94,11 @@ def test_a_frozen_head_stays_and_a_learning_one_starts_from_what_is_given(
 ) -> None:
     head = tv.fit_head(backbone, tasks[0], QUICK)
     before = head.weight.clone()
-    still = finetune_full(backbone, tasks[0], head, PLAIN.model_copy(update={"learning_rate": 1e-12}))
+    still = finetune_tasks(
+        backbone, tasks[:1], [head], PLAIN.model_copy(update={"learning_rate": 1e-12}), head_learns=True
+    )
     assert torch.allclose(still.heads[0].weight, before, atol=1e-6)
-    moved = finetune_full(backbone, tasks[0], head, PLAIN)
+    moved = finetune_tasks(backbone, tasks[:1], [head], PLAIN, head_learns=True)
     assert not torch.allclose(moved.heads[0].weight, before, atol=1e-4)
     assert torch.equal(head.weight, before)
     assert not moved.heads[0].weight.requires_grad
@@ -244,7 +246,7 @@ seeds: [0, 1]
 probe: {{steps: 20, batch_size: 16, warmup: 2, learning_rates: [0.003, 0.03]}}
 finetune: {{steps: 6, batch_size: 8, warmup: 2, learning_rates: [0.0003, 0.003, 100]}}
 """
-KEY = ["regime", "seed", "tasks", "method", "config", "scale", "split"]
+KEY = ["regime", "seed", "tasks", "method", "config", "scale", "split", "scaling"]
 
 
 @pytest.fixture(scope="module")
@@ -294,12 +296,14 @@ def test_the_full_regime_starts_from_its_own_head_and_not_from_probing(rows: pd.
     full = rows[
         (rows.regime == "full") & (rows.metric == "accuracy") & (rows.task == "") & (rows.split == "validation")
     ]
-    at_zero = full[(full.method == "task_arithmetic") & (full.scale == "0.0") & (full.tasks.str.count(r"\+") == 2)]
+    at_zero = full[(full.method == "task_arithmetic") & (full.scaling == "") & (full.scale == "0.0")]
+    at_zero = at_zero[(at_zero.tasks.str.count(r"\+") == 2)]
     probing = full[(full.method == "probing") & (full.config == "{}")]
     assert len(at_zero) == len(probing) == 1
     assert at_zero.value.iloc[0] != probing.value.iloc[0]
     aligned = rows[(rows.regime == "aligned") & (rows.seed == 0) & (rows.metric == "accuracy") & (rows.task == "")]
-    start = aligned[(aligned.method == "task_arithmetic") & (aligned.scale == "0.0") & (aligned.split == "validation")]
+    start = aligned[(aligned.method == "task_arithmetic") & (aligned.scaling == "")]
+    start = start[(start.scale == "0.0") & (start.split == "validation")]
     whole = start[start.tasks.str.count(r"\+") == 2]
     probed = aligned[(aligned.method == "probing") & (aligned.split == "validation") & (aligned.config == "{}")]
     assert whole.value.tolist() == probed.value.tolist()
@@ -317,7 +321,7 @@ def test_only_first_seeds_have_subsets_and_scales_of_each_task(rows: pd.DataFram
     errors = rows[rows.metric == "disentanglement_error"]
     assert errors.groupby("regime").tasks.nunique().tolist() == [4, 4]
     assert errors.value.between(0, 2).all()
-    own = rows[(rows.method == "task_arithmetic_per_task") & (rows.split == "test") & (rows.metric == "accuracy")]
+    own = rows[(rows.scaling == "per-task") & (rows.split == "test") & (rows.metric == "accuracy")]
     assert set(zip(own.regime, own.seed, strict=True)) == {("aligned", 0), ("full", 4)}
     assert own.config.str.contains('"scales"').all()
 

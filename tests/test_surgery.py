@@ -15,7 +15,7 @@ from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation.alignment import alignment_curve, linear_cka
 from taskvec.learning.heads import random_head, read_heads, save_heads
-from taskvec.learning.surgery import operate
+from taskvec.learning.surgery import fit_surgery
 
 FEATURES = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
 
@@ -58,23 +58,26 @@ def test_surgery_brings_features_nearer_and_keeps_the_head() -> None:
     head = random_head(8, 3, 0)
     wanted = FEATURES - torch.relu(FEATURES @ torch.randn(8, 2, generator=torch.Generator().manual_seed(2)))[:, :1]
     rules = Surgery(rank=4, steps=200, learning_rate=0.01)
-    found = operate(FEATURES, wanted, head, rules, 0)
+    found = fit_surgery(FEATURES, wanted, head, rules, 0)
     before, after = (float((z - wanted).abs().mean()) for z in (FEATURES, found.corrected(FEATURES)))
     assert after < 0.7 * before
     assert torch.equal(found.weight, head.weight)
-    again = operate(FEATURES, wanted, head, rules, 0)
+    again = fit_surgery(FEATURES, wanted, head, rules, 0)
     assert torch.equal(again.logits(FEATURES), found.logits(FEATURES))
     assert torch.allclose(found.logits(FEATURES), head.logits(found.corrected(FEATURES)))
 
 
 def test_where_nothing_differs_nothing_is_corrected() -> None:
     head = random_head(8, 3, 0)
-    found = operate(FEATURES, FEATURES, head, Surgery(rank=4, steps=5), 0)
+    found = fit_surgery(FEATURES, FEATURES, head, Surgery(rank=4, steps=5), 0)
     assert torch.equal(found.logits(FEATURES), head.logits(FEATURES))
 
 
 def test_corrections_are_kept_with_their_heads(tmp_path: Path) -> None:
-    plain, found = random_head(8, 3, 0), operate(FEATURES, FEATURES.flip(0), random_head(8, 3, 1), Surgery(steps=3), 0)
+    plain, found = (
+        random_head(8, 3, 0),
+        fit_surgery(FEATURES, FEATURES.flip(0), random_head(8, 3, 1), Surgery(steps=3), 0),
+    )
     save_heads({"plain": plain, "found": found}, tmp_path / "heads.safetensors")
     read = read_heads(tmp_path / "heads.safetensors")
     assert read["plain"].down is None

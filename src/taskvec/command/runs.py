@@ -34,6 +34,7 @@ from taskvec.engine.publishing import Known, check_outside, check_place, inside,
 from taskvec.engine.store import Artifact, Store, digests, present
 from taskvec.merging import plugins
 from taskvec.merging.in_memory import DIRECTIONS
+from taskvec.merging.variants import DIFFERENCES
 from taskvec.report.costs import costs
 from taskvec.report.rows import Done, heatmaps, negations, results
 from taskvec.report.verdict import SMOKE
@@ -61,7 +62,7 @@ FILES = (
 FOLDERS = ("tables", "figures", "models")
 MODEL = (ENCODER, HEADS, BASE, DIRECTIONS, ABOUT)
 """What a run folder may hold of ours, and each folder of a model."""
-KEPT = ("method", "config", "heads", "scale", "scales")
+KEPT = ("method", *DIFFERENCES, "config", "heads", "scale", "scales")
 """What the lock says of a model, as model.json does."""
 LARGE = 1e9
 """Bytes of decoded images from which their size is said."""
@@ -228,9 +229,9 @@ def beside(out: Path, ours: Known) -> Iterator[str]:
     others = [p for folder in ("figures", "tables") if is_folder(out / folder) for p in (out / folder).iterdir()]
     names = [name for path in others if (name := path.relative_to(out).as_posix()) not in ours]
     if names:
-        from taskvec.report.page import READING  # slow, and seldom needed
+        from taskvec.report.figures.drawing import OF_REGIMES, OF_VIEWS  # slow, and seldom needed
 
-        kinds = "|".join(READING)
+        kinds = "|".join(type.name for type in (*OF_REGIMES, *OF_VIEWS))
         form = re.compile(rf"figures/({kinds})--.*\.(png|pdf)|tables/table\d+\.tex")
         yield from filter(form.fullmatch, names)
 

@@ -24,6 +24,7 @@ from taskvec.encoders.records import BASE, Encoder, read_weights, restore
 from taskvec.engine.pipeline import versions
 from taskvec.learning.heads import Head, read_heads, save_heads
 from taskvec.merging.in_memory import DIRECTIONS, TaskDirections, read_directions, save_directions
+from taskvec.merging.variants import DIFFERENCES
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights, save
 
@@ -35,7 +36,7 @@ Scale = Annotated[float, Field(ge=-1e6, le=1e6)]
 RESTORE = "restore the whole folder, or make it again"
 CHUNK = 512
 """Images that are decoded before the encoder looks at them, in batches of its own; a per-task model moves as often."""
-TOLD = {"method", "config", "heads", "scale", "scales", "validation"}
+TOLD = {"method", *DIFFERENCES, "config", "heads", "scale", "scales", "validation"}
 """What it says of the merge; ``scales``, one a task in their order, are there where each has its own, and
 ``config`` where hyperparameters are not the authors'."""
 
@@ -192,6 +193,9 @@ class ModelRecord(Encoder):
     name: str
     tasks: list[TaskRecord] = Field(min_length=1)
     method: str
+    correction: str | None = None
+    statistics: str | None = None
+    scaling: str | None = None
     config: dict[str, Any] | None = None
     heads: str
     scale: Scale

@@ -29,7 +29,7 @@ from taskvec.encoders.loaders.checkpoints import check_file, read_checkpoint
 from taskvec.encoders.loaders.families import FAMILIES
 from taskvec.encoders.loaders.requests import Request
 from taskvec.encoders.records import BASE
-from taskvec.learning.heads import Head, Names, Unusual, told, unusual_heads
+from taskvec.learning.heads import Head, HeadRecord, Names, head_records, metadata_value
 from taskvec.weights.flat import Weights, align, check_filled, check_kinds
 from taskvec.weights.keys import CLASSIFIERS, COUNTER, parts
 
@@ -37,10 +37,10 @@ NAMES = TypeAdapter(Names)
 OUTPUTS = TypeAdapter(Json[Names | dict[str, Names]])
 NAMING = ("model.json", "config.json")
 """Files beside a checkpoint that may name the outputs of its head."""
-ALIKE = 0.01
+TOLERATED = 0.01
 """How far scores may be from a classifier's own, in their standard deviations: another feature's are as far as that."""
-OTHER = "its classifier reads another feature than this backbone gives"
-FAR = 0.7
+OTHER_FEATURE = "its classifier reads another feature than this backbone gives"
+LONGEST_VECTOR = 0.7
 """Length of a task vector, in lengths of the pre-trained weights, that speaks of another pre-training."""
 
 
@@ -85,23 +85,23 @@ def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) 
     counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in raw}
     own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items() if key not in counters)
     own = own and not set(raw) - set(wanted) - set(classifier)
-    asked = request_of(path, part, backbone, allow_pickle)
-    state, unused = (raw, found.unused) if own else translate(asked, backbone)
+    request = request_of(path, part, backbone, allow_pickle)
+    state, unused = (raw, found.unused) if own else translate(request, backbone)
     if rest := [key for key in unused if not key.startswith(CLASSIFIERS)]:
         note(f"{source}: left out {parts(rest)}")
     kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}
     encoder = align(counters | kept, backbone.pretrained, source)
     check_filled(encoder, source)
-    warn_of(encoder, backbone, source)
-    return Checkpoint(path, encoder, classifier, objection(asked, encoder, classifier, backbone))
+    note_length(encoder, backbone, source)
+    return Checkpoint(path, encoder, classifier, objection(request, encoder, classifier, backbone))
 
 
-def translate(asked: Request, backbone: Backbone) -> tuple[Mapping[str, Tensor], Sequence[str]]:
+def translate(request: Request, backbone: Backbone) -> tuple[Mapping[str, Tensor], Sequence[str]]:
     """Read a file as if it were the backbone's own checkpoint: other key styles, positions of another input size.
 
     What is left out of it comes second. Weights of transformers need the config.json that lies beside them.
     """
-    state = FAMILIES[asked.kind].load(asked).state(backbone.module)
+    state = FAMILIES[request.kind].load(request).state(backbone.module)
     return (state.tensors, state.left_out) if state else ({}, ())
 
 
@@ -114,23 +114,22 @@ def request_of(path: Path, part: str, backbone: Backbone, allow_pickle: bool) ->
     return Request(address, family, name, str(path), options["size"], projection, allow_pickle, key=part)
 
 
-def objection(asked: Request, encoder: Weights, classifier: Mapping[str, Tensor], backbone: Backbone) -> str:
+def objection(request: Request, encoder: Weights, classifier: Mapping[str, Tensor], backbone: Backbone) -> str:
     """Say why a classifier is no head on the backbone's features: it is not linear, or its library's scores differ."""
     if not classifier:
         return ""
-    rows, bias = linear(classifier)
+    rows, bias = linear_layer(classifier)
     if rows is None:
         return f"its classifier ({', '.join(sorted(classifier)[:6])}) is not one linear layer"
-    make = FAMILIES[asked.kind].classifier if asked.kind in FAMILIES else None
-    whole = make(asked, backbone.architecture["options"], len(rows)) if make else None
+    make = FAMILIES[request.kind].classifier if request.kind in FAMILIES else None
+    whole = make(request, backbone.architecture["options"], len(rows)) if make else None
     if make and whole is None:
-        note(
-            f"'{asked.file}': its classifier is none that the library knows; it is taken to read the encoder's feature"
-        )
-    return "" if whole is None or agree(whole, encoder, Head(rows, bias), backbone) else OTHER
+        unknown = "its classifier is none that the library knows; it is taken to read the encoder's feature"
+        note(f"'{request.file}': {unknown}")
+    return "" if whole is None or same_scores(whole, encoder, Head(rows, bias), backbone) else OTHER_FEATURE
 
 
-def agree(whole: nn.Module, encoder: Weights, head: Head, backbone: Backbone) -> bool:
+def same_scores(whole: nn.Module, encoder: Weights, head: Head, backbone: Backbone) -> bool:
     """Say whether a classifier gives random images the scores that a head on the encoder's features gives them."""
     size, device = backbone.preprocessing.size, backbone.device
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -140,25 +139,27 @@ def agree(whole: nn.Module, encoder: Weights, head: Head, backbone: Backbone) ->
             return False
         wanted, scores = head.logits(features), checked_features(whole.to(device).eval(), images, backbone.name)
     spread = float((wanted - head.bias.to(device)).std())
-    return scores.shape == wanted.shape and float((scores - wanted).abs().max()) <= ALIKE * spread
+    return scores.shape == wanted.shape and float((scores - wanted).abs().max()) <= TOLERATED * spread
 
 
-def linear(tensors: Mapping[str, Tensor]) -> tuple[Float[Tensor, "outputs width"] | None, Float[Tensor, " outputs"]]:
+def linear_layer(
+    tensors: Mapping[str, Tensor],
+) -> tuple[Float[Tensor, "outputs width"] | None, Float[Tensor, " outputs"]]:
     """Return weight and bias of a linear layer, whatever it is called; no weight where tensors are no such layer."""
     weights = [key for key, value in tensors.items() if key.endswith("weight") and value.ndim == 2]
-    if len(weights) != 1 or set(tensors) - layer(weights[0]):
+    if len(weights) != 1 or set(tensors) - linear_keys(weights[0]):
         return None, torch.empty(0)
     rows = tensors[weights[0]].float()
     return rows, tensors.get(weights[0].removesuffix("weight") + "bias", torch.zeros(len(rows))).float()
 
 
-def warn_of(encoder: Weights, backbone: Backbone, source: str) -> None:
+def note_length(encoder: Weights, backbone: Backbone, source: str) -> None:
     """Note when a task vector is zero, or too long to come from this pre-training."""
     start = backbone.pretrained.flat
     length = float(torch.dist(encoder.flat, start) / start.norm())
     if length == 0:
         note(f"{source} is the pre-trained encoder itself: its task vector is zero")
-    elif length > FAR:
+    elif length > LONGEST_VECTOR:
         what = f"{length:.2f} times as long as the pre-trained weights"
         note(f"{source}: its task vector is {what}; was it fine-tuned from another checkpoint?")
 
@@ -180,10 +181,10 @@ def head_of(checkpoint: Checkpoint, given: Sequence[str], task: Task, width: int
         raise TaskvecError(f"{source} holds no head for task '{task.name}', and the regime has none", fix)
     weight = next(key for key in found if key.endswith("weight"))
     names = given or class_names(checkpoint.path, task.name, len(found[weight]))
-    return fitted(found, weight, {}, names, task, width, source)
+    return make_head(found, weight, {}, names, task, width, source)
 
 
-def layer(weight: str) -> set[str]:
+def linear_keys(weight: str) -> set[str]:
     """Return the keys of a linear layer, from that of its weight."""
     return {weight, weight.removesuffix("weight") + "bias"}
 
@@ -204,39 +205,37 @@ def read_head(path: Path, given: Sequence[str], task: Task, width: int) -> Head:
         several = [key.removesuffix("weight").rstrip(".") for key in weights]
         what = f"heads of {', '.join(several)}, none of them named '{task.name}'" if several else "no linear layer"
         raise TaskvecError(f"{source} holds {what}", did_you_mean(named, weights) if several else "give another head:")
-    if len(weights) == 1 and (odd := sorted(set(tensors) - layer(chosen))):
+    if len(weights) == 1 and (odd := sorted(set(tensors) - linear_keys(chosen))):
         raise TaskvecError(f"{source} is not one linear layer: it holds {', '.join(odd[:3])}", "give another head:")
     label = chosen.removesuffix("weight").removesuffix(".")
     if f"{label}.down" in tensors:
         what = f"head '{label}' corrects the features of a merged encoder (surgery)"
         raise TaskvecError(f"{source}: {what}", "give the head without a correction, kept or re-probed")
-    every = unusual_heads(path) if path.suffix == ".safetensors" else {}
-    unusual = every.get(label, Unusual()).model_dump(exclude_unset=True)
+    every = head_records(path) if path.suffix == ".safetensors" else {}
+    fields = every.get(label, HeadRecord()).model_dump(exclude_unset=True)
     names = given or class_names(path, label, len(tensors[chosen]))
-    return fitted(tensors, chosen, unusual, names, task, width, source)
+    return make_head(tensors, chosen, fields, names, task, width, source)
 
 
 def class_names(path: Path, label: str, outputs: int) -> Sequence[str]:
     """Return the names of a head's outputs that its file knows, or a model.json or config.json beside it; else none."""
-    known = told(path, "classes", OUTPUTS) if path.suffix == ".safetensors" else None
+    known = metadata_value(path, "classes", OUTPUTS) if path.suffix == ".safetensors" else None
     own = known.get(label, []) if isinstance(known, dict) else known
     return (
-        own
-        or kept_names(path.with_name("model.json"), label)
-        or configured_names(path.with_name("config.json"), outputs)
+        own or model_names(path.with_name("model.json"), label) or config_names(path.with_name("config.json"), outputs)
     )
 
 
-def kept_names(about: Path, label: str) -> list[str]:
+def model_names(about: Path, label: str) -> list[str]:
     """Return the names of a task's classes in the model.json of a kept model, or nothing: others use that name too."""
     found = read_json(about) if about.is_file() else {}
     every = found.get("tasks") if isinstance(found, dict) else None
     tasks = [task for task in every if isinstance(task, dict)] if isinstance(every, list) else []
     named = (task["classes"] for task in tasks if task.get("name") == label and task.get("classes"))
-    return next((names_of(one, about) for one in named), [])
+    return next((checked_names(one, about) for one in named), [])
 
 
-def names_of(found: Any, source: Path) -> list[str]:
+def checked_names(found: Any, source: Path) -> list[str]:
     """Return names of outputs as text, numbers too; anything else in their place is an error."""
     try:
         return NAMES.validate_python(found)
@@ -254,7 +253,7 @@ def naming(files: Mapping[str, Path]) -> dict[str, Path]:
     return {key: path for key, path in beside.items() if path.is_file()}
 
 
-def configured_names(config: Path, outputs: int) -> list[str]:
+def config_names(config: Path, outputs: int) -> list[str]:
     """Return the names of so many outputs in a config.json of transformers (``id2label``) or timm (``label_names``).
 
     They count from 0 in the order of their numbers, not of the file; what does not name every output is told, not used.
@@ -267,7 +266,7 @@ def configured_names(config: Path, outputs: int) -> list[str]:
     if isinstance(found, dict):
         note(f"'{config}': its labels are not numbered from 0 without a gap; they are not taken as the head's classes")
         return []
-    names = names_of(found, config)
+    names = checked_names(found, config)
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         return []
     if len(names) != outputs:
@@ -276,27 +275,27 @@ def configured_names(config: Path, outputs: int) -> list[str]:
     return names
 
 
-def fitted(
+def make_head(
     tensors: Mapping[str, Tensor],
     weight: str,
-    unusual: Mapping[str, Any],
+    fields: Mapping[str, Any],
     names: Sequence[str],
     task: Task,
     width: int,
     source: str,
 ) -> Head:
     """Make a head out of a linear layer's tensors, with its outputs in the order of the task's classes."""
-    layers = {key: tensors[key] for key in sorted(layer(weight)) if key in tensors}
+    layers = {key: tensors[key] for key in sorted(linear_keys(weight)) if key in tensors}
     check_kinds(layers, {key: torch.empty(0) for key in layers}, source)
     rows = tensors[weight].float()
     bias = tensors.get(weight.removesuffix("weight") + "bias", torch.zeros(len(rows))).float()
-    head = Head(rows, bias, **{"kind": task.kind, **unusual})
+    head = Head(rows, bias, **{"kind": task.kind, **fields})
     if head.kind != task.kind:
         raise TaskvecError(f"{source} is a head for {head.kind}, and '{task.name}' is a task of {task.kind}", "swap it")
     check_shape(rows, bias, task, width, source)
     if not names and task.kind == CLASSIFICATION:
         note(f"{source} names no classes: its outputs are taken in the order of task '{task.name}'")
-    return arranged(head, names or task.classes, task, source)
+    return in_task_order(head, names or task.classes, task, source)
 
 
 def check_shape(
@@ -321,7 +320,7 @@ def check_shape(
         raise TaskvecError(f"{source}: the head holds NaN or infinity", "give one whose training did not diverge")
 
 
-def arranged(head: Head, names: Sequence[str], task: Task, source: str) -> Head:
+def in_task_order(head: Head, names: Sequence[str], task: Task, source: str) -> Head:
     """Return a head with its outputs, which ``names`` name, in the order of the task's classes."""
     names = [unicodedata.normalize("NFC", name) for name in names]
     if len(names) != len(task.classes):

@@ -1,8 +1,6 @@
-"""Regimes of fine-tuning: with frozen heads, with a head that learns too, and on all tasks at once.
+"""Fine-tuning of an encoder on one task or several, with frozen heads or with heads that learn too.
 
-Aligned: the probed head is frozen and the encoder learns (paper, section 3.1). Full: encoder and a random head learn
-together (appendix G). Open and open full: the same two from a zero-shot head (appendix H). Joint: one encoder for all.
-Linearised: aligned, of a linearised backbone (``backbones.linearised``). LoRA: aligned, by adapters of low rank.
+The regimes that use it are records in ``learning.regimes``.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from taskvec.data.images import normalise
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone, encode
-from taskvec.learning import lora as adapters
+from taskvec.learning import lora as lora_layers
 from taskvec.learning.heads import Head, random_head
 from taskvec.weights.flat import Weights, bind
 from taskvec.weights.vectors import subtract
@@ -45,8 +43,8 @@ class DivergedError(TaskvecError):
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What fine-tuning gives: the encoder's weights, and a head for every task it was tuned on."""
+class FinetuneResult:
+    """Fine-tuned weights of the encoder, and a head for every task it was tuned on."""
 
     encoder: Weights
     heads: tuple[Head, ...]
@@ -98,103 +96,65 @@ def finetune(
     precision: str = "auto",
     progress: Progress = no_progress,
 ) -> Weights:
-    """Fine-tune a copy of the encoder with the task's head frozen, and return its weights (aligned or open regime)."""
-    return optimise(backbone, [task], [head], False, settings or Finetune(), seed, precision, progress).encoder
+    """Return the weights of an encoder fine-tuned on one task with its head frozen (aligned or open regime)."""
+    return finetune_tasks(backbone, [task], [head], settings, seed, precision, progress).encoder
 
 
-def finetune_lora(
-    backbone: Backbone,
-    task: Task,
-    head: Head,
-    lora: Lora | None = None,
-    settings: Finetune | None = None,
-    seed: int = 0,
-    precision: str = "auto",
-    progress: Progress = no_progress,
-) -> Weights:
-    """Fine-tune adapters of low rank with encoder and head frozen, and return the weights with their product added.
-
-    The task vector is alpha / rank * B A of every adapted layer (LoRA, arXiv 2106.09685), so that all methods merge it.
-    """
-    chosen = settings or Finetune()
-    return optimise(backbone, [task], [head], False, chosen, seed, precision, progress, lora or Lora()).encoder
-
-
-def finetune_full(
-    backbone: Backbone,
-    task: Task,
-    head: Head | None = None,
-    settings: Finetune | None = None,
-    seed: int = 0,
-    precision: str = "auto",
-    progress: Progress = no_progress,
-) -> Tuned:
-    """Fine-tune encoder and head together, from ``head`` or else a seeded random one (full and open-full regimes)."""
-    start = head or random_head(backbone.width, len(task.classes), seed, task.kind)
-    return optimise(backbone, [task], [start], True, settings or Finetune(), seed, precision, progress)
-
-
-def finetune_joint(
+def finetune_tasks(
     backbone: Backbone,
     tasks: Sequence[Task],
-    heads: Sequence[Head],
+    heads: Sequence[Head | None],
     settings: Finetune | None = None,
     seed: int = 0,
     precision: str = "auto",
     progress: Progress = no_progress,
-) -> Weights:
-    """Fine-tune one encoder on all tasks at once with their heads frozen; every batch holds images of every task."""
-    return optimise(backbone, tasks, heads, False, settings or Finetune(), seed, precision, progress).encoder
-
-
-def optimise(
-    backbone: Backbone,
-    tasks: Sequence[Task],
-    heads: Sequence[Head],
-    heads_learn: bool,
-    settings: Finetune,
-    seed: int,
-    precision: str,
-    progress: Progress = no_progress,
+    *,
+    head_learns: bool = False,
     lora: Lora | None = None,
-) -> Tuned:
-    """Minimise the mean loss over tasks of a copy of the encoder, and of the heads where they learn too.
+) -> FinetuneResult:
+    """Return a copy of the encoder that minimises the mean loss over tasks; every batch holds images of every task.
 
-    With ``lora`` only adapters learn, whose product is added in the end. A linearised encoder is one fixed function of
-    its weights: dropout is off. Batch norm keeps its statistics where heads are frozen, which were fitted under them.
+    A head that is None starts at random, from the seed; heads are frozen unless ``head_learns``. With ``lora`` only
+    low-rank adapters learn, whose product alpha / rank * B A is added in the end. A linearised encoder is one fixed
+    function of its weights: dropout is off. Batch norm keeps its statistics where heads are frozen, which were fitted
+    under them.
     """
+    settings = settings or Finetune()
     with backbone.lock:  # what moves it may change its layers too
         module = copy.deepcopy(backbone.module)
     bound = bind(module)
     bound.flat.copy_(backbone.pretrained.flat)
     module.train(backbone.base is None)
-    for layer in [] if heads_learn else batch_norm.layers(module):
+    for layer in [] if head_learns else batch_norm.layers(module):
         layer.eval()
     images = max(1, settings.batch_size // settings.accumulate // len(tasks))
     check_batch(module, images * len(tasks))
     chosen = training_precision(backbone, precision)
-    heads = [head.on(backbone.device, learns=heads_learn) for head in heads]
-    per_patch = [head.task_type.per_patch for head in heads]
+    learned = [
+        (head or random_head(backbone.width, len(task.classes), seed, task.kind)).on(backbone.device, head_learns)
+        for task, head in zip(tasks, heads, strict=True)
+    ]
+    per_patch = [head.task_type.per_patch for head in learned]
 
     def loss(batches: Sequence[Batch]) -> Float[Tensor, ""]:
         with autocast(chosen, backbone.device):
             parts = encode_all(module, [images for images, _ in batches], per_patch, backbone)
-        each = [head.loss(own, labels) for head, own, (_, labels) in zip(heads, parts, batches, strict=True)]
+        each = [head.loss(own, labels) for head, own, (_, labels) in zip(learned, parts, batches, strict=True)]
         return torch.stack(each).mean()
 
     batches = zip(*(training_batches(backbone, task.train, images, seed, task.kind) for task in tasks), strict=True)
     with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
         torch.manual_seed(seed)  # for adapters, dropout and stochastic depth
-        adapted = adapters.add(module, lora, backbone.name) if lora else None
-        own = adapters.parameters(adapted) if adapted is not None else module.parameters()
-        learning = [*own, *(p for head in heads for p in (head.weight, head.bias) if heads_learn)]
+        adapted = lora_layers.add(module, lora, backbone.name) if lora else None
+        own = lora_layers.parameters(adapted) if adapted is not None else module.parameters()
+        learning = [*own, *(p for head in learned for p in (head.weight, head.bias) if head_learns)]
         train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
-    tuned = adapters.merged(adapted, bound) if adapted is not None else bound.clone()
+    tuned = lora_layers.merged(adapted, bound) if adapted is not None else bound.clone()
     if not bool(torch.isfinite(tuned.flat).all()):
         raise DivergedError(
             f"fine-tuning diverged at learning rate {settings.learning_rate:g}", "lower finetune.learning_rate"
         )
-    return Tuned(tuned, tuple(head.on("cpu") for head in heads))
+    return FinetuneResult(tuned, tuple(head.on("cpu") for head in learned))
 
 
 def training_precision(backbone: Backbone, setting: str) -> Precision:

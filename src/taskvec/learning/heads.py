@@ -24,7 +24,7 @@ from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.weights.flat import read, read_metadata, save_tensors
 
-Told = TypeVar("Told")
+Value = TypeVar("Value")
 Names = list[Annotated[str, pydantic.Field(coerce_numbers_to_str=True)]]
 PARTS = ("weight", "bias", "down", "up")
 """The tensors of a head in a file; the last two are there where it corrects features."""
@@ -87,7 +87,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """The outcome of probing: a head and its validation accuracy (a fraction) for each learning rate."""
 
     rates: tuple[float, ...]
@@ -138,11 +138,11 @@ def probe(
     seed: int = 0,
     progress: Progress = no_progress,
     kind: str = CLASSIFICATION,
-) -> Probed:
+) -> ProbeResult:
     """Fit heads for all learning rates on cached features and measure each on the validation split."""
     heads = fit(train_features, train_labels, classes, settings.learning_rates, settings, seed, progress, kind)
     values = tuple(accuracy(head, validation_features, validation_labels) for head in heads)
-    return Probed(tuple(settings.learning_rates), tuple(heads), values)
+    return ProbeResult(tuple(settings.learning_rates), tuple(heads), values)
 
 
 def features_of(
@@ -206,18 +206,18 @@ def save_heads(heads: dict[str, Head], path: Path) -> None:
     for name, head in heads.items():
         if head.down is not None and head.up is not None:
             tensors |= {f"{name}.down": head.down.contiguous(), f"{name}.up": head.up.contiguous()}
-    about = {name: _unusual(head) for name, head in heads.items() if _unusual(head)}
+    about = {name: _record_of(head) for name, head in heads.items() if _record_of(head)}
     save_tensors(tensors, path, {"heads": json.dumps(about, sort_keys=True)} if about else None)
 
 
-def _unusual(head: Head) -> dict[str, bool | str]:
+def _record_of(head: Head) -> dict[str, bool | str]:
     """Return what tells a head from a plain classifier."""
     return ({"normalised": True} if head.normalised else {}) | (
         {"kind": head.kind} if head.kind != CLASSIFICATION else {}
     )
 
 
-class Unusual(pydantic.BaseModel):
+class HeadRecord(pydantic.BaseModel):
     """What metadata may say of a head that is no plain classifier."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
@@ -226,10 +226,10 @@ class Unusual(pydantic.BaseModel):
     kind: Literal["classification", "segmentation", "regression"] = "classification"
 
 
-UNUSUAL = pydantic.TypeAdapter(pydantic.Json[dict[str, Unusual]])
+HEAD_RECORDS = pydantic.TypeAdapter(pydantic.Json[dict[str, HeadRecord]])
 
 
-def told(path: Path, key: str, kind: pydantic.TypeAdapter[Told]) -> Told | None:
+def metadata_value(path: Path, key: str, kind: pydantic.TypeAdapter[Value]) -> Value | None:
     """Return what the metadata of a file of heads say by a key, as JSON; what is not of its kind is an error."""
     text = read_metadata(path).get(key)
     try:
@@ -241,9 +241,9 @@ def told(path: Path, key: str, kind: pydantic.TypeAdapter[Told]) -> Told | None:
         raise TaskvecError(f"'{path}': {what}", "write the file again without them, or as they should be") from None
 
 
-def unusual_heads(path: Path) -> dict[str, Unusual]:
+def head_records(path: Path) -> dict[str, HeadRecord]:
     """Return what tells heads of a file from plain classifiers, by their names."""
-    return told(path, "heads", UNUSUAL) or {}
+    return metadata_value(path, "heads", HEAD_RECORDS) or {}
 
 
 def read_heads(path: Path) -> dict[str, Head]:
@@ -251,15 +251,15 @@ def read_heads(path: Path) -> dict[str, Head]:
 
     There may be none: a round of re-probing that had no scale left to try fitted no head.
     """
-    tensors, about = read(path), unusual_heads(path)
+    tensors, about = read(path), head_records(path)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
     odd = sorted(set(tensors) - {f"{name}.{part}" for name in names for part in PARTS} | set(about) - set(names))
     if odd:
         raise TaskvecError(f"'{path}' is no file of heads: {', '.join(odd[:3])}", "make it again")
-    return {name: read_parts(name, tensors, about.get(name, Unusual()), path) for name in names}
+    return {name: read_parts(name, tensors, about.get(name, HeadRecord()), path) for name in names}
 
 
-def read_parts(name: str, tensors: Mapping[str, Tensor], about: Unusual, path: Path) -> Head:
+def read_parts(name: str, tensors: Mapping[str, Tensor], about: HeadRecord, path: Path) -> Head:
     """Return one head of a file, or raise where its tensors are no finite numbers or do not fit together."""
     parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
     for part, tensor in parts.items():

@@ -15,7 +15,7 @@ from taskvec.core.training import Group, Schedule, index_batches, train
 from taskvec.learning.heads import Features, Head
 
 
-def operate(
+def fit_surgery(
     merged: Features, fine_tuned: Features, head: Head, settings: Surgery, seed: int, progress: Progress = no_progress
 ) -> Head:
     """Return a head that corrects merged features towards those of the fine-tuned encoder of the same images.

@@ -82,18 +82,11 @@ class Method:
 METHODS: dict[str, Method] = {}
 ADDITION = "task_arithmetic"
 """The paper's method, by its name in the registry and in results."""
-PER_TASK = "task_arithmetic_per_task"
-"""Addition with one lambda a task, by its name in results."""
-REESTIMATED = "_reestimated"
-"""What is added to a method's name in results where the statistics of batch norm were estimated anew."""
-
-SURGERY = "_surgery"
-"""What is added to a method's name in results where features were corrected and heads kept."""
 FIXED = "1:1:1"
 """The scales of methods that give merged weights themselves."""
 MIDDLE, WIDE = "0:2:0.1", "0:3:0.15"
 """The scales of methods whose direction is shorter, or much shorter, than the sum of the vectors."""
-RESERVED = ("probing", "zero_shot", "fine_tuned", "joint", PER_TASK)
+RESERVED = ("probing", "zero_shot", "fine_tuned", "joint")
 """Methods of results that merge nothing by a recipe."""
 
 
@@ -103,7 +96,7 @@ def register(method: Method) -> None:
         raise ValueError(f"'{method.name}': + joins methods and cannot be in a name")
     if not re.fullmatch(r"\w[\w.-]*", method.name):
         raise ValueError(f"'{method.name}' is no name of letters, digits and _ . -")
-    if method.name in RESERVED or method.name.endswith((REESTIMATED, SURGERY)):
+    if method.name in RESERVED:
         raise ValueError(f"'{method.name}' names something else in results")
     if method.name in METHODS:
         raise ValueError(f"a method named '{method.name}' is registered already")

@@ -96,7 +96,9 @@ MODELS: Mapping[str, Model] = {
 SUPERVISED = tuple(key for key, model in MODELS.items() if model.algorithm == "supervised")
 CONTRASTIVE = tuple(key for key, model in MODELS.items() if model.algorithm == "contrastive")
 BASES = tuple(key for key, model in MODELS.items() if model.size == BASE)
-MAE, DINO = "vit-b16-mae", "vit-b16-dino"
+MAE, DINO, CLIP = "vit-b16-mae", "vit-b16-dino", "vit-b16-clip-2b"
+FIGURE_6 = "vit-b16-in21k"
+"""The backbone of the paper's Figure 6."""
 # What the paper compares in its figures, each a backbone an algorithm, and pairs from less to more.
 ALGORITHMS = (("vit-b16-in1k", "vit-b16-in21k"), (MAE,), (DINO,), ("vit-b16-clip-2b", "vit-b16-clip-400m"))
 MORE_DATA = (("vit-b16-in1k", "vit-b16-in21k"), ("vit-b16-clip-400m", "vit-b16-clip-2b"))

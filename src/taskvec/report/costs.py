@@ -14,6 +14,7 @@ import pandas as pd
 from taskvec.core.files import canonical
 from taskvec.engine.pipeline import Step, ordered
 from taskvec.engine.store import Artifact
+from taskvec.merging.variants import DIFFERENCES, Variant
 from taskvec.report.rows import Done, Writer
 from taskvec.study.experiment import Experiment, Trial
 from taskvec.weights.reader import Checkpoint
@@ -24,7 +25,7 @@ UNSEEN = "unseen training"
 """The heading of checkpoints that tasks bring."""
 STORED = ("encoders", "parameters", "bytes_per_task")
 SECONDS = tuple(f"{heading}_seconds" for heading in HEADINGS)
-COLUMNS = ("backbone", "regime", "seed", "tasks", "method", "config", "heads", *STORED, *SECONDS)
+COLUMNS = ("backbone", "regime", "seed", "tasks", "method", "config", "heads", *STORED, *SECONDS, *DIFFERENCES)
 AGREEMENT = "agreement"
 """Stands for heads in rows on what it takes to choose the scale of re-probed heads by the agreement of features."""
 Row = dict[str, Any]
@@ -45,22 +46,30 @@ def rows(exp: Experiment, done: Done) -> Iterator[Row]:
     baselines |= {"fine_tuned": (len(exp.tasks), exp.finetuned), "joint": (1, {"": exp.joint} if exp.joint else {})}
     for method, (encoders, steps) in baselines.items():
         if steps:
-            yield row(exp, done, method, "kept", {}, stored(exp, done, encoders), steps.values())
+            yield row(exp, done, Variant(method), "kept", {}, stored(exp, done, encoders), steps.values())
     for trial in exp.trials:
         config = Writer("", exp, done).config_of(trial)
         size = stored(exp, done, 1, done[trial.merged] if trial.per_task else None)
         size["parameters"] += corrections(trial, done)
-        yield row(exp, done, trial.name, trial.read_by, config, size, [trial.selection])
-        if trial.agreement:
-            yield row(exp, done, trial.name, AGREEMENT, config, size, trial.agreement.values())
+        variant = trial.variant
+        yield row(exp, done, variant, trial.read_by, config, size, [trial.selection])
+        if compared := trial.measures.get(AGREEMENT):
+            yield row(exp, done, variant, AGREEMENT, config, size, compared.values())
 
 
 def row(
-    exp: Experiment, done: Done, method: str, heads: str, config: Mapping[str, Any], size: Row, steps: Iterable[Step]
+    exp: Experiment,
+    done: Done,
+    variant: Variant,
+    heads: str,
+    config: Mapping[str, Any],
+    size: Row,
+    steps: Iterable[Step],
 ) -> Row:
     """Return the costs of one option: what it stores, and the seconds of all that its steps need."""
     place = {"backbone": exp.backbone, "regime": exp.regime, "seed": exp.seed, "tasks": "+".join(exp.tasks)}
-    return place | {"method": method, "config": canonical(dict(config)), "heads": heads} | size | seconds(steps, done)
+    own = vars(variant) | {"config": canonical(dict(config)), "heads": heads}
+    return place | own | size | seconds(steps, done)
 
 
 def seconds(steps: Iterable[Step], done: Done) -> dict[str, float]:
@@ -92,7 +101,7 @@ def numbers(artifact: Artifact, name: str) -> int:
 
 def corrections(trial: Trial, done: Done) -> int:
     """Count the numbers of all tasks' corrections of features, of one scale each; none without surgery."""
-    if trial.heads != "surgery":
+    if not trial.variant.correction:
         return 0
     total = 0
     for step in trial.rounds[0].values():

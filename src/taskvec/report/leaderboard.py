@@ -9,7 +9,9 @@ from functools import cached_property
 
 import pandas as pd
 
-from taskvec.core.settings import coarse
+from taskvec.learning.head_modes import HEADS
+from taskvec.merging.variants import Variant
+from taskvec.report.scale_guess import GUESSING, HOW_GUESSES_READ, Guess, guess_table, guesses
 from taskvec.report.texts import (
     MISSING,
     escape_markdown,
@@ -18,12 +20,11 @@ from taskvec.report.texts import (
     measured,
     method_label,
     percent,
-    plain_scale,
-    points,
+    seconds_text,
     short_backbone,
 )
 from taskvec.report.verdict import SMOKE, ended_early
-from taskvec.report.views import HEADS, Spread, View, own_costs, views
+from taskvec.report.views import Method, Spread, View, name_of, own_costs, views
 
 ALONE = {"probing": "linear probing", "joint": "joint fine-tuning", "fine_tuned": "individual models"}
 """The options that merge nothing, as the leaderboard calls them."""
@@ -38,14 +39,6 @@ HOW_IT_READS = (
     "machine that ran the study, summed over tasks, mean over seeds. Rows are sorted by validation."
 )
 
-GUESSING = "The scale of re-probed heads by the agreement of features"
-HOW_GUESSES_READ = (
-    "Agreement is the linear CKA between the merged encoder's features and those of each fine-tuned encoder on "
-    "unlabelled training images, mean over tasks. It is compared with the re-probed normalised validation accuracy "
-    "at every fifth scale, which re-probing tries first. *Regret* is what the scale of highest agreement loses against "
-    "the best one; its time has one fitting of heads in it, at the scale picked. Means over seeds."
-)
-
 
 @dataclass(frozen=True)
 class Option:
@@ -55,7 +48,7 @@ class Option:
     bytes.
     """
 
-    method: str
+    method: Variant
     heads: str
     validation: float
     encoders: float
@@ -66,24 +59,7 @@ class Option:
     @property
     def merged(self) -> bool:
         """Say whether it is a merge."""
-        return self.method not in ALONE
-
-
-@dataclass(frozen=True)
-class Guess:
-    """How well the agreement of features foretells the re-probed accuracy of a method's scales, as means over seeds.
-
-    ``correlation`` is of ranks; ``regret`` what its choice loses on validation (a fraction of the individual models);
-    ``seconds`` and ``instead_of`` what choosing the scale takes with it and by re-probing.
-    """
-
-    method: str
-    correlation: float
-    regret: float
-    scale: float
-    best: float
-    seconds: float
-    instead_of: float
+        return self.method.method not in ALONE
 
 
 @dataclass(frozen=True)
@@ -104,12 +80,13 @@ class Board:
         normalised = self.view.cell(option.method, option.heads, self.view.normalised)
         return self.view.own(option.method, option.heads) if math.isnan(normalised.mean) else normalised
 
-    def find(self, method: str, heads: str = "kept") -> Option | None:
+    def find(self, method: Method, heads: str = "kept") -> Option | None:
         """Return one option, None where it was not measured."""
-        return next((one for one in self.options if (one.method, one.heads) == (method, heads)), None)
+        wanted = name_of(method), heads
+        return next((one for one in self.options if (one.method.name, one.heads) == wanted), None)
 
     @cached_property
-    def methods(self) -> list[str]:
+    def methods(self) -> list[Variant]:
         """Name the merging methods, the best on validation with either kind of heads first."""
         merged = sorted((one for one in self.options if one.merged), key=lambda one: -one.validation)
         return list(dict.fromkeys(one.method for one in merged))
@@ -130,78 +107,10 @@ def options(one: View, costs: pd.DataFrame) -> list[Option]:
         training=own["probing_seconds"] + own["training_seconds"],
         extra=own["merging_seconds"] + own["search_seconds"],
     )
-    means = sums.groupby(["method", "heads"], sort=False)[["encoders", "stored", "training", "extra"]].mean()
+    means = sums.groupby(["variant", "heads"], sort=False)[["encoders", "stored", "training", "extra"]].mean()
+    tried = {(method.name, heads): (method, heads, value) for (method, heads), value in one.tried.items()}
     rows = zip(means.index, means.to_numpy(), strict=True)
-    return [
-        Option(str(method), str(heads), one.tried[method, heads], *(float(value) for value in row))
-        for (method, heads), row in rows
-        if (method, heads) in one.tried
-    ]
-
-
-# ---------------------------------------------------------------- the agreement of features as a guess
-
-
-def guesses(one: View, costs: pd.DataFrame) -> list[Guess]:
-    """Check for every method whose features were compared how well agreement foretells re-probed validation accuracy.
-
-    They are compared at the coarse scales, which are fixed beforehand: those that re-probing tries later lie around its
-    own best, where no guess can be far off. Agreement picks the highest, ties go to the smaller.
-    """
-    rows = one.rows[(one.rows["heads"] == "reprobed") & (one.rows["task"] == "")]
-    own = costs[(costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)]
-    foretold = rows[rows["metric"] == "agreement"]
-    reached = rows[(rows["metric"] == one.normalised) & (rows["split"] == "validation")]
-    both = foretold.merge(reached, on=["method", "seed", "config", "scale"], suffixes=("_foretold", "_reached"))
-    grids = {str(method): sorted(own_rows["scale"].unique()) for method, own_rows in foretold.groupby("method")}
-    found = [
-        _guess(
-            str(method),
-            same.sort_values("scale"),
-            grids[str(method)],
-            own[(own["method"] == method) & (own["seed"] == seed)],
-        )
-        for (method, seed), same in both.groupby(["method", "seed"], sort=False)
-    ]
-    frame = pd.DataFrame(found, columns=list(Guess.__dataclass_fields__))
-    means = frame.groupby("method", sort=False).mean()
-    return [Guess(str(method), *map(float, row)) for method, row in zip(means.index, means.to_numpy(), strict=True)]
-
-
-def _guess(method: str, tried: pd.DataFrame, grid: list[float], own: pd.DataFrame) -> Guess:
-    """Compare the two curves of one seed at the coarse scales of a grid, in rising order of the scale.
-
-    A scale that agreement has picked still needs its heads: one fitting of as many as there are scales tried beside 0.
-    """
-    same = tried[tried["scale"].isin(coarse(grid))]
-    foretold, reached = (same[f"value_{name}"].reset_index(drop=True) for name in ("foretold", "reached"))
-    scales = same["scale"].reset_index(drop=True)
-    picked, best = int(foretold.to_numpy().argmax()), int(reached.to_numpy().argmax())
-    spent = own.set_index("heads")["search_seconds"]
-    fitting = float(spent.get("reprobed", math.nan))
-    seconds = float(spent.get("agreement", math.nan)) + fitting / max(1, int((tried["scale"] != 0).sum()))
-    regret = float(reached[best] - reached[picked])
-    correlation = float(foretold.rank().corr(reached.rank())) if len(scales) > 1 else math.nan
-    return Guess(method, correlation, regret, float(scales[picked]), float(scales[best]), seconds, fitting)
-
-
-def guess_table(board: Board) -> pd.DataFrame:
-    """Put each method in one row: rank correlation, regret in points, both scales, both times, and what is saved."""
-    return pd.DataFrame([_guess_row(guess) for guess in board.guesses])
-
-
-def _guess_row(guess: Guess) -> dict[str, str]:
-    saved = 1 - guess.seconds / guess.instead_of if guess.instead_of else math.nan
-    return {
-        "Method": method_label(guess.method),
-        "Rank correlation": MISSING if math.isnan(guess.correlation) else f"{guess.correlation:+.2f}",
-        "Regret (points)": points(guess.regret),
-        "λ: by agreement": plain_scale(guess.scale),
-        "λ: by re-probing": plain_scale(guess.best),
-        "Time (s): by agreement": seconds_text(guess.seconds),
-        "Time (s): by re-probing": seconds_text(guess.instead_of),
-        "Time saved (%)": MISSING if math.isnan(saved) else f"{100 * saved:.0f}",
-    }
+    return [Option(*tried[option], *map(float, row)) for option, row in rows if option in tried]
 
 
 # ---------------------------------------------------------------- the table
@@ -214,9 +123,9 @@ def board_table(board: Board) -> pd.DataFrame:
     return frame.loc[:, [(frame[column] != MISSING).any() for column in frame.columns]]
 
 
-def _row(board: Board, method: str) -> dict[str, str]:
+def _row(board: Board, method: Method) -> dict[str, str]:
     one, found = board.view, {heads: board.find(method, heads) for heads in HEADS}
-    out = {"Method": ALONE.get(method) or method_label(method)}
+    out = {"Method": ALONE.get(name_of(method)) or method_label(method)}
     for heads, label in HEADS.items():
         option, name = found[heads], label.capitalize()
         out[f"{name}: accuracy"] = percent(one.own(method, heads))
@@ -231,13 +140,6 @@ def _row(board: Board, method: str) -> dict[str, str]:
 def training_text(found: dict[str, Option | None]) -> str:
     """Write the seconds of probes and fine-tuning, which re-probed heads may need more of than kept ones."""
     return seconds_text(max((option.training for option in found.values() if option), default=math.nan))
-
-
-def seconds_text(seconds: float) -> str:
-    """Write seconds with about two digits."""
-    if math.isnan(seconds):
-        return MISSING
-    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
 
 
 # ---------------------------------------------------------------- what to pick
@@ -398,7 +300,7 @@ def markdown_boards(found: Sequence[Board], smoke: bool = False) -> str:
         if smoke:
             continue
         parts += [escape_markdown(note)] if (note := short_grids(board)) else []
-        if len(guessed := guess_table(board)):
+        if len(guessed := guess_table(board.guesses)):
             parts += [f"### {GUESSING}", HOW_GUESSES_READ, markdown_table(guessed)]
         parts.append(escape_markdown(advice(board)))
     return "\n\n".join(parts) + "\n"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from taskvec.merging.registry import ADDITION
+from taskvec.merging.variants import ADDED
 from taskvec.paper import numbers as paper
 from taskvec.report.texts import (
     MISSING,
@@ -82,7 +82,7 @@ STARTS = {"probing": "probing", "zero_shot": "zero-shot", "": ""}
 def comparisons(results: pd.DataFrame, heat: pd.DataFrame | None, roles: Mapping[str, str]) -> list[Comparison]:
     """Build the tables whose regimes have rows with merges."""
     roles = paper.checked(roles)
-    found = [one for one in views(results) if ADDITION in one.methods]
+    found = [one for one in views(results) if ADDED in one.methods]
     built = (_comparison(kind, found, heat, roles) for kind in TABLES)
     return [table for table in built if table is not None]
 
@@ -116,7 +116,7 @@ def _row(kind: _Kind, one: View, heat: pd.DataFrame | None, key: str) -> Row:
     }
     beyond = {
         "joint": Entry(percent(one.own("joint"))),
-        "gain over probing": Entry(gain_text(one.gain(ADDITION))),
+        "gain over probing": Entry(gain_text(one.gain(ADDED))),
         "ξ in the box": Entry(percent(box_error(heat, one.backbone, one.regime))),
     }
     numbers = _numbers(kind, one, paper.MODELS[key].numbers(one.regime) if key else paper.NO_NUMBERS)
@@ -125,7 +125,7 @@ def _row(kind: _Kind, one: View, heat: pd.DataFrame | None, key: str) -> Row:
 
 def _numbers(kind: _Kind, one: View, printed: paper.Numbers) -> Row:
     """Write the numbers that the paper prints; Table 3 does not repeat where its rows start."""
-    addition, normalised = one.own(ADDITION), one.cell(ADDITION, metric=one.normalised)
+    addition, normalised = one.own(ADDED), one.cell(ADDED, metric=one.normalised)
     start = {f"Single-task: {STARTS[kind.start]}": _entry(percent(one.own(kind.start)), printed.start)}
     return (start if kind.start else {}) | {
         "Single-task: final": _entry(percent(one.own("fine_tuned")), printed.final),

@@ -13,12 +13,13 @@ import pandas as pd
 from taskvec.core.files import canonical
 from taskvec.engine.pipeline import Step
 from taskvec.engine.store import Artifact
-from taskvec.merging.registry import ADDITION, PER_TASK
+from taskvec.merging.variants import ADDED, DIFFERENCES, Variant
 from taskvec.study.experiment import Experiment, Trial
 
-COLUMNS = (
-    "study backbone regime seed tasks method config heads scale task split metric value artifact".split()  # noqa: SIM905
-)
+COLUMNS = [
+    *"study backbone regime seed tasks method config heads scale task split metric value artifact".split(),  # noqa: SIM905
+    *DIFFERENCES,
+]
 HEATMAP_COLUMNS = "backbone regime seed task_1 task_2 scale_1 scale_2 error_1 error_2 n".split()  # noqa: SIM905
 NEGATION_COLUMNS = (
     "backbone regime seed forget control scale split forget_accuracy control_accuracy chosen".split()  # noqa: SIM905
@@ -39,24 +40,29 @@ class Writer:
     done: Done
 
     def rows(self) -> Iterator[Row]:
-        """Yield all rows: validation for every scale tried, test for what was chosen."""
+        """Yield all rows: validation for every scale tried, test for what was chosen; one function a kind of row."""
+        yield from self.baselines()
+        for trial in self.experiment.trials:
+            yield from self.tried_together(trial) if trial.scaling else self.searched(trial)
+        yield from self.test_rows()
+        for names, step in self.experiment.subsets.items():
+            yield from self.subset_rows(names, step)
+        yield from self.learning_rates()
+        for trial in self.experiment.trials:
+            for metric, steps in trial.measures.items():
+                yield from self.measures(trial, metric, steps)
+
+    def baselines(self) -> Iterator[Row]:
+        """Yield the validation rows of what merges nothing."""
         exp = self.experiment
         for method, steps in (("probing", exp.head), ("zero_shot", exp.zero_shot), ("fine_tuned", exp.finetuned)):
             if steps:
                 made_by = {t: self.done[s].id for t, s in steps.items()} | {"": self._id(exp.model)}
-                yield from self.measured(method, "kept", SCALE[method], "validation", self.validation(steps), made_by)
+                yield from self.baseline(method, "validation", self.validation(steps), made_by)
         if exp.joint:
             values = dict(zip(exp.tasks, self.metrics(exp.joint)["validation"], strict=True))
             made_by = dict.fromkeys([*exp.tasks, ""], self._id(exp.joint))
-            yield from self.measured("joint", "kept", SCALE["joint"], "validation", values, made_by)
-        for trial in exp.trials:
-            yield from self.tried_together(trial) if trial.name == PER_TASK else self.searched(trial)
-        yield from self.test_rows()
-        for names, step in exp.subsets.items():
-            yield from self.subset_rows(names, step)
-        yield from self.learning_rates()
-        for trial in exp.trials:
-            yield from self.agreements(trial)
+            yield from self.baseline("joint", "validation", values, made_by)
 
     def metrics(self, step: Step) -> dict[str, Any]:
         """Return what a step has measured on validation."""
@@ -91,7 +97,7 @@ class Writer:
                     values, made_by = found.setdefault(scale, ({}, {"": self._id(trial.selection)}))
                     values[task], made_by[task] = value, self.done[step].id
         for scale, (values, made_by) in sorted(found.items()):
-            yield from self.measured(trial.name, trial.read_by, scale, "validation", values, made_by, config)
+            yield from self.measured(trial.variant, trial.read_by, scale, "validation", values, made_by, config)
 
     def tried_together(self, trial: Trial) -> Iterator[Row]:
         """Yield the validation rows of every set of scales, one a task; ``scale`` is their mean.
@@ -104,7 +110,7 @@ class Writer:
             for scales, accuracies in found[part]:
                 values = dict(zip(self.experiment.tasks, accuracies, strict=True))
                 mean, config = self.scales_of(scales)
-                rows = self.measured(trial.name, trial.read_by, mean, "validation", values, made_by, config)
+                rows = self.measured(trial.variant, trial.read_by, mean, "validation", values, made_by, config)
                 yield from (row for row in rows if part == "measured" or not row["metric"].startswith("normalised"))
 
     def scales_of(self, scales: Sequence[float]) -> tuple[float, dict[str, Any]]:
@@ -112,28 +118,28 @@ class Writer:
         return sum(scales) / len(scales), {"scales": dict(zip(self.experiment.tasks, scales, strict=True))}
 
     def test_rows(self) -> Iterator[Row]:
-        """Yield the test rows: the baselines, fine-tuned, and the chosen scale of every trial with its gain."""
+        """Yield the test rows: the baselines, fine-tuned, and the chosen scale of every candidate with its gain."""
         exp = self.experiment
         measured = {t: self.done[s].json("test.json") for t, s in exp.test.items()}
         made_by = {t: self.done[s].id for t, s in exp.test.items()} | {"": self._id(exp.gains)}
-        for method, scale in SCALE.items():
+        for method in SCALE:
             if all(method in found for found in measured.values()):
                 values = {t: found[method] for t, found in measured.items()}
-                yield from self.measured(method, "kept", scale, "test", values, made_by)
+                yield from self.baseline(method, "test", values, made_by)
         gains = self.done[exp.gains].json("gains.json") if exp.gains else {}
         for index, trial in enumerate(exp.trials):
-            choice = self.done[trial.selection].json("choice.json")
-            own = choice["scale"], self.config_of(trial)
-            scale, config = self.scales_of(choice["scales"]) if "scales" in choice else own
+            selection = self.done[trial.selection].json("choice.json")
+            own = selection["scale"], self.config_of(trial)
+            scale, config = self.scales_of(selection["scales"]) if "scales" in selection else own
             values = {t: found[str(index)] for t, found in measured.items()}
-            name, heads = trial.name, trial.read_by
-            yield from self.measured(name, heads, scale, "test", values, made_by, config)
+            variant, heads = trial.variant, trial.read_by
+            yield from self.measured(variant, heads, scale, "test", values, made_by, config)
             for baseline, gained in gains.items():
                 for place, gain in gained[str(index)].items():
                     task = exp.tasks[int(place)] if place else ""
                     for part, end in ENDS.items():
                         metric = f"gain_over_{baseline}{end}"
-                        yield self.row(name, heads, scale, task, "test", metric, gain[part], made_by[task], config)
+                        yield self.row(variant, heads, scale, task, "test", metric, gain[part], made_by[task], config)
 
     def subset_rows(self, names: tuple[str, ...], step: Step) -> Iterator[Row]:
         """Yield the rows of one set of tasks: scales tried, the test of the chosen one, and the error in the box."""
@@ -145,14 +151,14 @@ class Writer:
         if "test" in found:
             for scale, values in zip(found["scales"], found["validation"], strict=True):
                 by_task = dict(zip(names, values, strict=True))
-                rows = smaller.measured(ADDITION, "kept", scale, "validation", by_task, made_by)
+                rows = smaller.measured(ADDED, "kept", scale, "validation", by_task, made_by)
                 # a sample of the split, which its whole cannot normalise
                 yield from (row for row in rows if not row["metric"].startswith("normalised"))
             by_task = dict(zip(names, found["test"], strict=True))
-            yield from smaller.measured(ADDITION, "kept", found["scale"], "test", by_task, made_by)
+            yield from smaller.measured(ADDED, "kept", found["scale"], "test", by_task, made_by)
         if "error" in found:
             error, id = found["error"], self.done[step].id
-            yield smaller.row(ADDITION, "kept", "", "", "test", "disentanglement_error", error, id)
+            yield smaller.row(ADDED, "kept", "", "", "test", "disentanglement_error", error, id)
 
     def learning_rates(self) -> Iterator[Row]:
         """Yield the learning rates that were used, and what each rate that was tried reached on validation."""
@@ -163,30 +169,36 @@ class Writer:
                 yield self.tried_rate("probing", task, rate, value, step)
         for task, step in exp.finetuned.items():
             if (rate := self.metrics(step).get("learning_rate")) is not None:  # none for a checkpoint that was brought
-                yield self.row("fine_tuned", "kept", 1.0, task, "", "learning_rate", rate, self.done[step].id)
+                yield self.row(Variant("fine_tuned"), "kept", 1.0, task, "", "learning_rate", rate, self.done[step].id)
         if exp.joint:
             rate = self.metrics(exp.joint)["learning_rate"]
-            yield self.row("joint", "kept", SCALE["joint"], "", "", "learning_rate", rate, self.done[exp.joint].id)
+            id = self.done[exp.joint].id
+            yield self.row(Variant("joint"), "kept", SCALE["joint"], "", "", "learning_rate", rate, id)
         if exp.rate:
             for rate, step in exp.rate[1].items():
                 yield self.tried_rate("fine_tuned", exp.rate[0], rate, self.metrics(step)["validation"], step)
 
-    def agreements(self, trial: Trial) -> Iterator[Row]:
-        """Yield how far features agree with each task's fine-tuned encoder at every scale, and the mean over tasks."""
-        found = {task: self.done[step].json("agreement.json") for task, step in trial.agreement.items()}
-        config, metric = self.config_of(trial), "agreement"
-        for place, scale in enumerate(trial.grid if found else ()):
-            values = {task: one["values"][place] for task, one in found.items()}
+    def measures(self, trial: Trial, metric: str, steps: Mapping[str, Step]) -> Iterator[Row]:
+        """Yield what steps measured on training images at every scale of a candidate, and the mean over tasks.
+
+        The step of each task left ``values``, one a scale, in a file with the name of the metric.
+        """
+        curves = {task: self.done[step].json(f"{metric}.json")["values"] for task, step in steps.items()}
+        how = trial.variant, trial.read_by
+        config = self.config_of(trial)
+        for place, scale in enumerate(trial.grid):
+            values = {task: curve[place] for task, curve in curves.items()}
             for task, value in values.items():
-                id = self.done[trial.agreement[task]].id
-                yield self.row(trial.name, trial.read_by, scale, task, "train", metric, value, id, config)
+                yield self.row(*how, scale, task, "train", metric, value, self.done[steps[task]].id, config)
             mean = sum(values.values()) / len(values)
-            yield self.row(trial.name, trial.read_by, scale, "", "train", metric, mean, "", config)
+            yield self.row(*how, scale, "", "train", metric, mean, "", config)
 
     def tried_rate(self, method: str, task: str, rate: float, value: float, step: Step) -> Row:
         """Return the row of one learning rate that was tried on one task."""
         config, id = {"learning_rate": rate}, self.done[step].id
-        return self.row(method, "kept", SCALE[method], task, "validation", self.metric(task), value, id, config)
+        return self.row(
+            Variant(method), "kept", SCALE[method], task, "validation", self.metric(task), value, id, config
+        )
 
     @cached_property
     def tuned(self) -> dict[str, dict[str, float]]:
@@ -198,9 +210,15 @@ class Writer:
         """Return the name of a task's own metric, which the step that fine-tuned on it has told."""
         return str(self.metrics(self.experiment.finetuned[task]).get("metric", "accuracy"))
 
+    def baseline(
+        self, method: str, split: str, values: Mapping[str, float], made_by: Mapping[str, str]
+    ) -> Iterator[Row]:
+        """Yield the rows of what merges nothing, which has one scale and heads of its own."""
+        yield from self.measured(Variant(method), "kept", SCALE[method], split, values, made_by)
+
     def measured(
         self,
-        method: str,
+        variant: Variant,
         heads: str,
         scale: float,
         split: str,
@@ -211,9 +229,9 @@ class Writer:
         """Yield accuracy and normalised accuracy of every task and their means, and likewise other kinds' metrics."""
         for metric, column in self.columns({t: values[t] for t in self.experiment.tasks}, self.tuned[split]).items():
             for task, value in column.items():
-                yield self.row(method, heads, scale, task, split, metric, value, made_by[task], config)
+                yield self.row(variant, heads, scale, task, split, metric, value, made_by[task], config)
             mean = sum(column.values()) / len(column)
-            yield self.row(method, heads, scale, "", split, metric, mean, made_by[""], config)
+            yield self.row(variant, heads, scale, "", split, metric, mean, made_by[""], config)
 
     def columns(self, values: Mapping[str, float], tuned: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Return the metrics of some tasks, each with the tasks that have it; nothing is normalised by zero.
@@ -232,7 +250,7 @@ class Writer:
 
     def row(
         self,
-        method: str,
+        variant: Variant,
         heads: str,
         scale: float | str,
         task: str,
@@ -245,8 +263,9 @@ class Writer:
         """Return one row of results.csv."""
         exp = self.experiment
         place = (self.study, exp.backbone, exp.regime, exp.seed, "+".join(exp.tasks))
-        about = (method, canonical(dict(config)), heads, scale, task, split, metric, value, artifact)
-        return dict(zip(COLUMNS, (*place, *about), strict=True))
+        about = (variant.method, canonical(dict(config)), heads, scale, task, split, metric, value, artifact)
+        differences = (getattr(variant, name) for name in DIFFERENCES)
+        return dict(zip(COLUMNS, (*place, *about, *differences), strict=True))
 
     def _id(self, step: Step | None) -> str:
         return self.done[step].id if step is not None else ""

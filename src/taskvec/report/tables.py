@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from taskvec.core.errors import unknown
-from taskvec.merging.registry import ADDITION, PER_TASK
+from taskvec.learning.head_modes import HEADS
+from taskvec.learning.regimes import REGIMES
+from taskvec.merging.variants import ADDED, PER_TASK, Variant
 from taskvec.report.claims.claims import HOW_CLAIMS_ARE_DECIDED, claims
 from taskvec.report.paper_tables import comparisons, markdown_comparison
 from taskvec.report.texts import (
@@ -27,7 +28,7 @@ from taskvec.report.texts import (
     shown,
 )
 from taskvec.report.verdict import headline, usage
-from taskvec.report.views import HEADS, View, box_error, view, views
+from taskvec.report.views import Method, View, box_error, known_method, view, views, with_variants
 
 __all__ = ["definitions", "headline", "markdown", "per_task", "summary", "task_table", "title", "views"]
 
@@ -54,18 +55,10 @@ OF_KINDS = (
     "λ scales the merged task vectors. It was chosen by the mean normalised metric on validation; only the chosen λ "
     "saw the test split.",
 )
-REGIMES = {
-    "aligned": "*Aligned*: the head is probed first and frozen, then the encoder is fine-tuned.",
-    "full": "*Full*: the encoder and a random head are fine-tuned together.",
-    "open": "*Open*: the head comes from the class names and stays frozen, the encoder is fine-tuned.",
-    "open-full": "*Open-full*: encoder and head are fine-tuned together, the head from the class names at first.",
-    "linearised": "*Linearised*: as aligned, of the encoder's first-order expansion around its pre-trained weights.",
-    "lora": "*LoRA*: as aligned, of adapters of low rank, whose product is added to the encoder's weights.",
-}
 METHODS = {
     "zero_shot": "*Zero-shot* is the frozen encoder with the head from the class names.",
-    "joint": "*Joint* is one encoder fine-tuned on all tasks at once.",
-    "task_arithmetic_per_task": "*Addition, λ per task* searches one λ after the other, from the common one "
+    "joint": REGIMES["joint"].meaning,
+    PER_TASK.name: "*Addition, λ per task* searches one λ after the other, from the common one "
     "on, for the first seed only; the λ of a mean over tasks is their mean.",
 }
 OVER_SEEDS = (
@@ -86,28 +79,26 @@ def summary(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> pd.Da
     records = []
     for one in views(results):
         error = box_error(heatmap, one.backbone, one.regime)
-        for method in one.methods or [MISSING]:
+        for method in one.methods or [Variant(MISSING)]:
             named = {"Backbone": short_backbone(one.backbone), "Regime": one.regime, "Method": method_label(method)}
             records.append({**named, **_numbers(one, method, ""), "ξ in the box": percent(error)})
     return _without_empty(pd.DataFrame(records))
 
 
-def per_task(results: pd.DataFrame, backbone: str, regime: str, method: str = ADDITION) -> pd.DataFrame:
+def per_task(results: pd.DataFrame, backbone: str, regime: str, method: Method = ADDED) -> pd.DataFrame:
     """Put each task in one row and their mean in the last, in % of its own metric, with the columns of Table 1."""
     one = view(results, backbone, regime)
-    if method not in one.methods:
-        raise unknown("method in the results", method, one.methods)
-    return task_table(one, method)
+    return task_table(one, known_method(one, method))
 
 
-def task_table(one: View, method: str) -> pd.DataFrame:
+def task_table(one: View, method: Method) -> pd.DataFrame:
     """Do what ``per_task`` does for rows that were split already."""
     named = [{"Task": one_line(task) or "Mean", "Metric": metric_label(one, task)} for task in [*one.tasks, ""]]
     records = [name | _numbers(one, method, task) for name, task in zip(named, [*one.tasks, ""], strict=True)]
     return _without_empty(pd.DataFrame(records))
 
 
-def _numbers(one: View, method: str, task: str) -> dict[str, str]:
+def _numbers(one: View, method: Method, task: str) -> dict[str, str]:
     """Write the numbers of one task, or of the mean over tasks, under the headings of the paper's Table 1."""
     baselines = {"Probing": "probing", "Zero-shot": "zero_shot", "Fine-tuned": "fine_tuned", "Joint": "joint"}
     out = {name: percent(one.own(baseline, task=task)) for name, baseline in baselines.items()}
@@ -130,16 +121,16 @@ def _without_empty(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[:, [(frame[column] != MISSING).any() for column in frame.columns]]
 
 
-def title(one: View, method: str) -> str:
+def title(one: View, method: Method) -> str:
     """Name a table of tasks by its backbone, regime and method."""
     return f"{short_backbone(one.backbone)}, {one_line(one.regime)}, {method_label(method)}"
 
 
 def definitions(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> list[str]:
     """Explain the numbers, each note a sentence or two; of regimes, methods and measures only those there are."""
-    regimes, methods = set(results["regime"]), set(results["method"])
+    regimes, methods = set(results["regime"]), set(with_variants(results)["variant"])
     common = OF_KINDS if any(one.mixed for one in views(results)) else DEFINITIONS
-    notes = [*common, *(note for regime, note in REGIMES.items() if regime in regimes)]
+    notes = [*common, *(regime.meaning for name, regime in REGIMES.items() if name in regimes)]
     notes += [note for method, note in METHODS.items() if method in methods]
     notes += [OVER_SEEDS] if results["seed"].nunique() > 1 else []
     return notes + ([] if heatmap is None or heatmap.empty else [IN_THE_BOX])

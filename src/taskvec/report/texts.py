@@ -11,12 +11,12 @@ import pandas as pd
 from rich.cells import cell_len
 
 from taskvec.core.notes import printable
-from taskvec.merging.registry import ADDITION, PER_TASK, REESTIMATED, SURGERY
-from taskvec.report.views import METRICS, Gained, Spread, View
+from taskvec.merging.variants import ADDED, Variant
+from taskvec.report.views import METRICS, Gained, Method, Spread, View
 
 MISSING = "–"
-LABELS = {ADDITION: "addition", PER_TASK: "addition, λ per task"}
-SUFFIXES = {REESTIMATED: ", batch norm re-estimated", SURGERY: ", surgery"}
+DIFFERENCES = {"surgery": "surgery", "reestimated": "batch norm re-estimated", "per-task": "λ per task"}
+"""What readers are told of a merge that differs from the plain one."""
 NAMES = (
     "Backbone", "Regime", "Method", "Task", "Metric", "Model", "Claim", "Paper", "Measured", "Interval", "Verdict",
     "Checkpoint", "Layer",
@@ -51,10 +51,11 @@ def short_backbone(address: str) -> str:
     return one_line(name + at + re.split(r"[\\/]", file)[-1])
 
 
-def method_label(method: str) -> str:
-    """Call the paper's method addition, as its tables do, and every other by its name."""
-    base = method.removesuffix(REESTIMATED).removesuffix(SURGERY)
-    return (LABELS.get(base) or one_line(base)) + SUFFIXES.get(method.removeprefix(base), "")
+def method_label(method: Method) -> str:
+    """Call the paper's method addition, as its tables do, and every other by its name; what differs stands behind."""
+    variant = method if isinstance(method, Variant) else Variant(method)
+    name = "addition" if variant.method == ADDED.method else one_line(variant.method)
+    return ", ".join([name, *(DIFFERENCES[value] for value in variant.differences.values())])
 
 
 def metric_label(one: View, task: str) -> str:
@@ -109,6 +110,13 @@ def gain_text(gain: Gained) -> str:
     spread = "" if math.isnan(gain.sd) else f" ± {points(gain.sd)}"
     ends = "" if math.isnan(gain.low) else f" ({points(gain.low)} to {points(gain.high)})"
     return points(gain.mean, "+") + spread + ends
+
+
+def seconds_text(seconds: float) -> str:
+    """Write seconds with about two digits."""
+    if math.isnan(seconds):
+        return MISSING
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
 
 
 def measured(frame: pd.DataFrame, smoke: bool) -> pd.DataFrame:

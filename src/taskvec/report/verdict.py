@@ -12,7 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from taskvec.merging.registry import ADDITION
+from taskvec.learning.head_modes import HEADS
+from taskvec.merging.variants import ADDED, DIFFERENCES, Variant
 from taskvec.report.texts import (
     MISSING,
     method_label,
@@ -23,13 +24,13 @@ from taskvec.report.texts import (
     scale_text,
     short_backbone,
 )
-from taskvec.report.views import BASELINES, HEADS, Gained, View, own_costs, views
+from taskvec.report.views import BASELINES, Gained, Method, View, own_costs, views
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 FEW = 4  # backbones and regimes that get sentences of their own; more are summed up
 SMOKE = "SMOKE RUN: 2 steps, at most 32 images a split: everything ran, and its numbers mean nothing."
 """What a trial run says in the place of a verdict."""
-PROBING = ("probing", "kept")
+PROBING = (Variant("probing"), "kept")
 
 
 def headline(
@@ -65,13 +66,15 @@ def _models(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Name the model that is kept for every backbone."""
     parts = []
     for backbone, about in models.items():
-        what = "linear probing" if about["method"] == "probing" else _described(about["method"], about["heads"])
-        scale = "" if about["method"] == "probing" else f", lambda {plain_scale(about['scale'])}"
+        probing = about["method"] == "probing"
+        variant = Variant(about["method"], **{key: about[key] for key in DIFFERENCES if key in about})
+        what = "linear probing" if probing else _described(variant, about["heads"])
+        scale = "" if probing else f", lambda {plain_scale(about['scale'])}"
         parts.append(f"{short_backbone(backbone)}: {what}{scale} ({one_line(about['regime'])}, seed {about['seed']})")
     return f"Kept in models/, the best on validation: {'; '.join(parts)}."
 
 
-def _described(method: str, heads: str) -> str:
+def _described(method: Method, heads: str) -> str:
     return f"{method_label(method)} with {HEADS[heads]}"
 
 
@@ -124,7 +127,7 @@ class _Verdict:
         every = "both" if count == 2 else f"all {number(count)}"
         return f" for {every} tasks" if count > 1 else " for the one task"
 
-    def _share(self, method: str, heads: str) -> str:
+    def _share(self, method: Method, heads: str) -> str:
         """Compare with one fine-tuned encoder for each task; what is mixed was compared in its level already."""
         one, count = self.one, len(self.one.tasks)
         tuned, share = one.overall("fine_tuned"), one.cell(method, heads, one.normalised)
@@ -141,11 +144,13 @@ class _Verdict:
         """Return the encoders that the kept option stores, its bytes, and those of the separate encoders."""
         if self.costs is None or self.costs.empty:
             return None
-        means = own_costs(self.one, self.costs).groupby(["method", "heads"])[["encoders", "stored"]].mean()
-        if self.one.kept not in means.index or ("fine_tuned", "kept") not in means.index:
+        means = own_costs(self.one, self.costs).groupby(["variant", "heads"])[["encoders", "stored"]].mean()
+        own = {key: values for key, *values in zip(means.index, means["encoders"], means["stored"], strict=True)}
+        tuned, (method, heads) = own.get(("fine_tuned", "kept")), self.one.kept
+        if (method.name, heads) not in own or tuned is None:
             return None
-        encoders, size = means.loc[[self.one.kept]].to_numpy()[0]
-        return float(encoders), float(size), float(means["stored"]["fine_tuned", "kept"])
+        encoders, size = own[method.name, heads]
+        return encoders, size, tuned[1]
 
     def storage(self) -> str:
         """Say what the kept option stores in place of one encoder a task."""
@@ -165,13 +170,13 @@ class _Verdict:
             told |= {(method, heads) for heads in kinds}
             if kinds:
                 yield f"{_merging(one, method)} {outcome(one, method, kinds)}"
-        sure = [key for key in one.tried if key[0] not in BASELINES and key not in told and one.gain(*key).beats]
+        sure = [key for key in one.tried if key[0].method not in BASELINES and key not in told and one.gain(*key).beats]
         if sure and one.kept != PROBING and not one.gain(*one.kept).beats:
             method, heads = max(sure, key=one.tried.__getitem__)
             yield f"of the others, {method_label(method)} {outcome(one, method, [heads])}"
 
 
-def level(one: View, method: str, heads: str) -> str:
+def level(one: View, method: Method, heads: str) -> str:
     """Write the mean over tasks, of metrics that differ in kind as a share of what fine-tuned encoders reach."""
     return f"{percent(one.overall(method, heads))} %{' of fine-tuned' if one.mixed else ''}"
 
@@ -197,13 +202,13 @@ def against_probing(one: View, gain: Gained) -> str:
     return f"{verdict} {probing}: {points(gain.mean, '+')} {unit}{ends}"
 
 
-def _merging(one: View, method: str) -> str:
+def _merging(one: View, method: Method) -> str:
     count = len(one.tasks)
     vectors = f"the {number(count)} task vector{'s' if count != 1 else ''}"
-    return f"adding {vectors}" if method == ADDITION else f"merging {vectors} with {method_label(method)}"
+    return f"adding {vectors}" if method == ADDED else f"merging {vectors} with {method_label(method)}"
 
 
-def outcome(one: View, method: str, heads: list[str]) -> str:
+def outcome(one: View, method: Method, heads: list[str]) -> str:
     """Compare a method with probing, with some kinds of heads."""
     gains = [gain for kind in heads if not math.isnan((gain := one.gain(method, kind)).mean)]
     if not gains:
@@ -273,10 +278,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[: 4 if more else 5]) + more
 
 
-def ended_early(one: View, method: str, heads: str) -> bool:
+def ended_early(one: View, method: Method, heads: str) -> bool:
     """Say whether a merge chose, in some seed, the largest of several scales."""
-    rows = one.rows[(one.rows["split"] == "validation") & (one.rows["metric"] == one.normalised)]
-    scales = rows.loc[(rows["method"] == method) & (rows["heads"] == heads) & (rows["task"] == ""), "scale"]
+    rows = one.of(method, heads)
+    rows = rows[(rows["split"] == "validation") & (rows["metric"] == one.normalised)]
+    scales = rows.loc[rows["task"] == "", "scale"]
     return scales.nunique() > 1 and one.cell(method, heads, one.normalised).high >= scales.max()
 
 
@@ -331,7 +337,7 @@ def _count(found: list[View], heads: str) -> str:
     return f"on {beat} of {len(gains)} backbone{'s' * (len(gains) > 1)} with {HEADS[heads]}, {run}"
 
 
-def _of_others(best: list[str]) -> str:
+def _of_others(best: list[Variant]) -> str:
     """Say which other method was the best on validation most often."""
     (method, times), *_ = Counter(best).most_common()
     lead = f"of the other methods, {method_label(method)} was the best on validation most often"

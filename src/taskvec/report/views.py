@@ -15,16 +15,20 @@ import numpy as np
 import pandas as pd
 
 from taskvec.core.errors import TaskvecError, unknown
-from taskvec.merging.registry import ADDITION, PER_TASK
+from taskvec.learning.head_modes import HEADS
+from taskvec.merging.variants import ADDED, DIFFERENCES, PER_TASK, Variant
 
 BASELINES = ("probing", "zero_shot", "fine_tuned", "joint")
-HEADS = {"kept": "kept heads", "reprobed": "re-probed heads"}
 METRICS = {"accuracy": "accuracy", "patch_accuracy": "patch accuracy", "within_15_degrees": "within 15°"}
 BOX = 1.0  # half the width of the red box of the paper's Figure 1
 NEEDED = ("backbone", "regime", "seed", "tasks", "method", "heads", "scale", "task", "split", "metric", "value")
 NUMBER = 4
 """Bytes of a float32."""
 OF_SETS = ("accuracy", "normalised_accuracy", "disentanglement_error")  # the columns of ``task_sets``
+
+
+Method = str | Variant
+"""A method of results; its plain name stands for the plain merge, or for a baseline."""
 
 
 class Spread(NamedTuple):
@@ -77,7 +81,10 @@ class Gained(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """The rows of one backbone in one regime, on the largest set of tasks that was merged there."""
+    """The rows of one backbone in one regime, on the largest set of tasks that was merged there.
+
+    The column ``variant`` has the name of each row's ``Variant``.
+    """
 
     backbone: str
     regime: str
@@ -85,23 +92,32 @@ class View:
 
     @cached_property
     def _cells(self) -> dict[tuple[str, str, str, str], Spread]:
-        """Take mean and spread over seeds of every (method, heads, metric, task) on the test split."""
+        """Take mean and spread over seeds of every (variant, heads, metric, task) on the test split."""
         test = self.rows[self.rows["split"] == "test"]
         entries: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
-        keys = zip(*(test[name] for name in ("method", "heads", "metric", "task")), strict=True)
+        keys = zip(*(test[name] for name in ("variant", "heads", "metric", "task")), strict=True)
         for key, scale, value in zip(keys, test["scale"], test["value"], strict=True):
             entries[cast("tuple[str, str, str, str]", key)].append((scale, value))
         return {key: _over_seeds(found) for key, found in entries.items()}
 
-    def cell(self, method: str, heads: str = "kept", metric: str = "accuracy", task: str = "") -> Spread:
+    def cell(self, method: Method, heads: str = "kept", metric: str = "accuracy", task: str = "") -> Spread:
         """Look up a number of the test split as a fraction; an empty task is the mean over tasks."""
-        return self._cells.get((method, heads, metric, task), NOTHING)
+        return self._cells.get((name_of(method), heads, metric, task), NOTHING)
 
     @cached_property
     def metrics(self) -> dict[str, str]:
         """Name the own metric of every task."""
         own = self.rows[self.rows["metric"].isin(METRICS) & (self.rows["task"] != "")].drop_duplicates("task")
         return {str(task): str(metric) for task, metric in zip(own["task"], own["metric"], strict=True)}
+
+    @cached_property
+    def known(self) -> dict[str, Variant]:
+        """Return the variants of its rows by name."""
+        return variants_of(self.rows)
+
+    def of(self, method: Method, heads: str) -> pd.DataFrame:
+        """Take the rows of one method with one kind of heads."""
+        return self.rows[(self.rows["variant"] == name_of(method)) & (self.rows["heads"] == heads)]
 
     @property
     def metric(self) -> str:
@@ -129,18 +145,18 @@ class View:
         own = own[own["metric"].isin(METRICS) & (own["config"] == "{}") & (own["value"] == 0)]
         return [task for task in self.tasks if task in set(own["task"])]
 
-    def own(self, method: str, heads: str = "kept", task: str = "") -> Spread:
+    def own(self, method: Method, heads: str = "kept", task: str = "") -> Spread:
         """Look up a task in its own metric; tasks that differ in theirs have no mean (NaN), but its scales are told."""
         metric = self.metrics.get(task, "accuracy") if task else self.metric
         if metric:
             return self.cell(method, heads, metric, task)
         return self.own(method, heads, self.tasks[0])._replace(mean=math.nan, sd=math.nan)
 
-    def overall(self, method: str, heads: str = "kept") -> Spread:
+    def overall(self, method: Method, heads: str = "kept") -> Spread:
         """Look up the mean over tasks by which backbones compare: of accuracies, or of normalised metrics if mixed."""
         return self.cell(method, heads, self.normalised if self.mixed else "accuracy")
 
-    def gain(self, method: str, heads: str = "kept", task: str = "", over: str = "probing") -> Gained:
+    def gain(self, method: Method, heads: str = "kept", task: str = "", over: str = "probing") -> Gained:
         """Look up what a merge adds to probing, or to the separate fine-tuned encoders."""
         middle, low, high = (self.cell(method, heads, f"gain_over_{over}{end}", task) for end in ("", "_low", "_high"))
         return Gained(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
@@ -148,12 +164,12 @@ class View:
     @cached_property
     def own_scales(self) -> pd.DataFrame:
         """Read the lambdas, one a task, that went to the test split: a row for each seed, a column for each task."""
-        rows = self.rows[(self.rows["method"] == PER_TASK) & (self.rows["split"] == "test")]
+        rows = self.rows[(self.rows["variant"] == PER_TASK.name) & (self.rows["split"] == "test")]
         configs = rows[rows["heads"] == "kept"].drop_duplicates("seed")["config"]
         return pd.DataFrame([json.loads(config).get("scales", {}) for config in configs], dtype=float).dropna(how="all")
 
     @cached_property
-    def tried(self) -> dict[tuple[str, str], float]:
+    def tried(self) -> dict[tuple[Variant, str], float]:
         """Score each method and kind of heads by its best on validation, as the search did, mean over seeds.
 
         Where a fine-tuned metric is zero nothing can be normalised by it, and the search looks at the plain mean.
@@ -162,29 +178,32 @@ class View:
         normal = rows[rows["metric"] == self.normalised]
         plain = rows[rows["metric"].isin(METRICS) & ~rows["seed"].isin(normal["seed"])]
         rows = pd.concat([normal, plain])
-        best = rows.groupby(["method", "heads", "seed"], sort=False)["value"].max()
-        means = best.groupby(["method", "heads"], sort=False).mean()
-        return {(str(method), str(heads)): float(means[method, heads]) for method, heads in means.index}
+        best = rows.groupby(["variant", "heads", "seed"], sort=False)["value"].max()
+        means = best.groupby(["variant", "heads"], sort=False).mean()
+        return {(self.known[name], str(heads)): float(means[name, heads]) for name, heads in means.index}
 
     @cached_property
-    def validation(self) -> dict[str, float]:
+    def validation(self) -> dict[Variant, float]:
         """Score each method by its better kind of heads on validation."""
         methods = dict.fromkeys(method for method, _ in self.tried)
         return {name: max(value for (method, _), value in self.tried.items() if method == name) for name in methods}
 
     @cached_property
-    def kept(self) -> tuple[str, str]:
+    def kept(self) -> tuple[Variant, str]:
         """Name the method and heads that are best on validation: probing, or a merge of all seeds that is better."""
         rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
-        seeds = rows.groupby(["method", "heads"])["seed"].nunique()
-        able = [key for key in self.tried if key[0] not in BASELINES and seeds[key] == self.seeds]
-        floor = ("probing", "kept")
+        seeds = rows.groupby(["variant", "heads"])["seed"].nunique()
+        able = [
+            key for key in self.tried if key[0].method not in BASELINES and seeds[key[0].name, key[1]] == self.seeds
+        ]
+        floor = (Variant("probing"), "kept")
         return max([floor, *able], key=lambda key: self.tried.get(key, -math.inf))
 
-    def foreseen(self, method: str, heads: str) -> float:
+    def foreseen(self, method: Method, heads: str) -> float:
         """Return the level on validation by which backbones compare, at the scales that validation chose."""
         metric = self.normalised if self.mixed else "accuracy"
-        rows = self.rows[(self.rows["method"] == method) & (self.rows["heads"] == heads) & (self.rows["task"] == "")]
+        rows = self.of(method, heads)
+        rows = rows[rows["task"] == ""]
         chosen = rows.loc[rows["split"] == "test", ["seed", "scale", "config"]].drop_duplicates()
         tried = rows[(rows["split"] == "validation") & (rows["metric"] == metric)]
         value = tried.merge(chosen, on=["seed", "scale", "config"])["value"].mean()
@@ -216,10 +235,9 @@ class View:
         return sorted(found, key=lambda task: order.index(task) if task in order else len(order))
 
     @cached_property
-    def methods(self) -> list[str]:
-        """Name the merging methods, the paper's addition first."""
-        found = _unique(self._merges["method"])
-        return sorted(found, key=lambda method: method != ADDITION)
+    def methods(self) -> list[Variant]:
+        """Return the merges, the paper's addition first."""
+        return sorted(variants_of(self._merges).values(), key=lambda method: method != ADDED)
 
     @cached_property
     def heads(self) -> list[str]:
@@ -240,7 +258,7 @@ def own_costs(one: View, costs: pd.DataFrame) -> pd.DataFrame:
     """Take the costs of one backbone in one regime on its largest set of tasks, with the bytes that are ``stored``."""
     place = (costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)
     own: pd.DataFrame = costs[place & (costs["tasks"] == one.rows["tasks"].iloc[0])]
-    return own.assign(stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"])
+    return with_variants(own).assign(stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"])
 
 
 def views(results: pd.DataFrame) -> list[View]:
@@ -251,12 +269,33 @@ def views(results: pd.DataFrame) -> list[View]:
 
 
 def numeric(results: pd.DataFrame) -> pd.DataFrame:
-    """Check that the columns are there, and read scales and values as numbers."""
+    """Check that the columns are there, read scales and values as numbers, and add each row's variant."""
     lacking = [column for column in NEEDED if column not in results.columns]
     if lacking or results.empty:
         problem = f"results without the columns {', '.join(lacking)}" if lacking else "results without a row"
         raise TaskvecError(problem, "give the rows of results.csv, read with keep_default_na=False")
-    return results.assign(**{name: pd.to_numeric(results[name], errors="coerce") for name in ("scale", "value")})
+    numbers = {name: pd.to_numeric(results[name], errors="coerce") for name in ("scale", "value")}
+    return with_variants(results).assign(**numbers)
+
+
+def name_of(method: Method) -> str:
+    """Return the name of a method's variant."""
+    return method if isinstance(method, str) else method.name
+
+
+def with_variants(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the name of each row's variant; a table without a column of differences has no such difference."""
+    rows = rows.assign(**{name: "" for name in DIFFERENCES if name not in rows.columns})
+    names = rows["method"]
+    for column in (rows[name] for name in DIFFERENCES if rows[name].any()):
+        names = names.where(column == "", names + ", " + column)
+    return rows.assign(variant=names)
+
+
+def variants_of(rows: pd.DataFrame) -> dict[str, Variant]:
+    """Return the variants of rows by name, in their order."""
+    known = rows[["variant", "method", *DIFFERENCES]].drop_duplicates()
+    return {str(name): Variant(*values) for name, *values in known.itertuples(index=False)}
 
 
 def view(results: pd.DataFrame, backbone: str, regime: str) -> View:
@@ -270,6 +309,14 @@ def view(results: pd.DataFrame, backbone: str, regime: str) -> View:
     )
 
 
+def known_method(one: View, method: Method) -> Variant:
+    """Return a method that was merged by, or raise with the nearest."""
+    known = {variant.name: variant for variant in one.methods}
+    if name_of(method) not in known:
+        raise unknown("method in the results", name_of(method), known)
+    return known[name_of(method)]
+
+
 def _largest_set(rows: pd.DataFrame) -> pd.DataFrame:
     """Keep the rows of the merged set with the most tasks."""
     sizes = rows[rows["task"] != ""].groupby("tasks", sort=False)["task"].nunique()
@@ -280,13 +327,13 @@ def _unique(values: pd.Series[Any]) -> list[str]:
     return [str(value) for value in values.drop_duplicates()]
 
 
-def line_search(one: View, method: str, heads: str) -> pd.DataFrame:
+def line_search(one: View, method: Method, heads: str) -> pd.DataFrame:
     """Read the normalised metric on validation by scale: mean and std (%) over seeds, and whether a seed chose it.
 
     Of several configurations only the one that went to the test split.
     """
-    rows = one.rows[(one.rows["method"] == method) & (one.rows["heads"] == heads) & (one.rows["task"] == "")]
-    rows = rows[rows["metric"] == one.normalised]
+    rows = one.of(method, heads)
+    rows = rows[(rows["task"] == "") & (rows["metric"] == one.normalised)]
     test = rows[rows["split"] == "test"]
     tried = rows[rows["split"] == "validation"].merge(test[["seed", "config"]].drop_duplicates(), on=["seed", "config"])
     values = 100 * tried.groupby("scale")["value"].agg(["mean", "std"]).fillna({"std": 0.0})
@@ -305,7 +352,7 @@ def task_sets(results: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame
     others = [*(metric for metric in METRICS if metric != "accuracy"), "normalised_metric"]
     rows = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
     rows = rows[(rows["split"] == "test") & (rows["task"] == "") & rows["metric"].isin([*OF_SETS, *others])]
-    added = (rows["method"] == ADDITION) & (rows["heads"] == "kept")
+    added = (with_variants(rows)["variant"] == ADDED.name) & (rows["heads"] == "kept")
     rows = rows[added | (rows["metric"] == "disentanglement_error")]
     size = rows["tasks"].str.count(r"\+") + 1
     rows = rows.assign(size=size, value=pd.to_numeric(rows["value"], errors="coerce"))

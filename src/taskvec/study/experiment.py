@@ -8,27 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from taskvec.engine.pipeline import Step, leaves
+from taskvec.learning.head_modes import HEAD_MODES
+from taskvec.learning.regimes import REGIMES, Regime
+from taskvec.merging.variants import Variant
 from taskvec.study.schema import BackboneChoice
-
-LEARNING = ("full", "open-full")
-"""Regimes in which the head learns with the encoder."""
-OPEN = ("open", "open-full")
-"""Regimes that start from a zero-shot head, which needs a text tower and captions."""
-LINEARISED = "linearised"
-"""The regime whose encoder is its first-order expansion around the pre-trained weights."""
-LORA = "lora"
-"""The regime in which adapters of low rank learn."""
 
 
 @dataclass
 class Trial:
-    """A merge that validation may choose: a method and a kind of head, with the steps that tried its scales.
+    """A merge that validation may choose: a method and a head mode, with the steps that tried its scales.
 
     ``selection`` is the step that chose a scale. ``settings`` are its hyperparameters where they are not the authors'.
     ``options`` are what they were chosen from, each tried at a few scales; then ``option`` is the step that chose them
     and ``merged`` has copied the best one. ``per_task`` merges have a direction for each task.
-    ``statistics`` is the step that estimated those of batch norm anew, where that was done; ``agreement`` has the steps
-    that compared features with each task's fine-tuned encoder.
+    ``statistics`` is the step that estimated those of batch norm anew, where that was done; ``scaling`` says that each
+    task has a scale of its own. ``measures`` has, by metric and task, the steps that measured more at every scale.
     """
 
     name: str
@@ -42,25 +36,33 @@ class Trial:
     options: list[Trial] = field(default_factory=list)
     option: Step | None = None
     statistics: Step | None = None
-    agreement: dict[str, Step] = field(default_factory=dict)
+    scaling: str = ""
+    measures: dict[str, dict[str, Step]] = field(default_factory=dict)
+
+    @property
+    def variant(self) -> Variant:
+        """Return what it is in results."""
+        statistics = "reestimated" if self.statistics else ""
+        return Variant(self.name, HEAD_MODES[self.heads].correction, statistics, self.scaling)
 
     @property
     def read_by(self) -> str:
-        """Name the heads in results: representation surgery keeps them, and its method's name tells the correction."""
-        return "kept" if self.heads == "surgery" else self.heads
+        """Return the heads that it is read by, as results name them."""
+        return HEAD_MODES[self.heads].heads
 
     @property
     def title(self) -> str:
         """Name it with its hyperparameters, for labels."""
         settings = "".join(f" {key}={value}" for key, value in self.settings.items())
-        return f"{self.name}{settings}{', chosen' if self.option else ''}, {self.heads} heads"
+        chosen, statistics = ", chosen" * bool(self.option), ", batch norm re-estimated" * bool(self.statistics)
+        return f"{self.name}{settings}{chosen}, {self.heads} heads{statistics}"
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps that tried and chose its scales, and those of its options."""
         for option in self.options:
             yield from option.steps()
         yield from (step for steps in self.rounds for step in steps.values())
-        yield from self.agreement.values()
+        yield from (step for steps in self.measures.values() for step in steps.values())
         yield self.selection
 
 
@@ -105,6 +107,11 @@ class Experiment:
     negation: dict[tuple[str, str], Step] = field(default_factory=dict)
     gains: Step | None = None
     model: Step | None = None
+
+    @property
+    def how(self) -> Regime:
+        """Return the record of its regime."""
+        return REGIMES[self.regime]
 
     @property
     def where(self) -> str:

@@ -14,9 +14,10 @@ from taskvec.data.addresses import TaskAddress
 from taskvec.encoders import identity
 from taskvec.encoders.addresses import BackboneAddress, parse
 from taskvec.engine.store import Store
+from taskvec.learning.regimes import REGIMES
 from taskvec.paper.checkpoints import PAPER
-from taskvec.study.experiment import OPEN
-from taskvec.study.schema import BackboneChoice, StudyFile, name_problem, told_twins, twins
+from taskvec.study.names import name_problem, told_twins, twins
+from taskvec.study.schema import BackboneChoice, StudyFile
 
 UNKNOWN_IMAGES = 10_000
 """Images that a data set of the Hub is taken to have until it is here."""
@@ -74,7 +75,7 @@ class Sources:
     def takes_part(self, choice: BackboneChoice, regime: str) -> bool:
         """Say whether a backbone is fine-tuned in a regime: the study does not leave it out, and it can be."""
         wanted = not choice.regimes or regime in choice.regimes
-        return wanted and (regime not in OPEN or self._has_text(choice))
+        return wanted and (not REGIMES[regime].opens or self._has_text(choice))
 
     def _has_text(self, choice: BackboneChoice) -> bool:
         if self.is_absent(choice):
@@ -103,7 +104,7 @@ class Sources:
 
     def has_open(self, choice: BackboneChoice) -> bool:
         """Say whether a backbone takes part in a regime that starts from zero-shot heads."""
-        return any(name in OPEN and self.takes_part(choice, name) for name in self.regimes)
+        return any(REGIMES[name].opens and self.takes_part(choice, name) for name in self.regimes)
 
     def mixed(self, names: Sequence[str]) -> bool:
         """Say whether some tasks are of another kind than classification, so that metrics differ."""
@@ -111,7 +112,7 @@ class Sources:
 
     def check_open(self) -> None:
         """Raise if a regime that starts from zero-shot heads can have none."""
-        for name in (name for name in self.regimes if name in OPEN):
+        for name in (name for name in self.regimes if REGIMES[name].opens):
             if not any(self.takes_part(choice, name) for choice in self.study.backbones):
                 raise TaskvecError(
                     f"regime '{name}' needs a backbone with a text tower that takes part in it, and there is none",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,62 +29,21 @@ from taskvec.core.settings import (
     parse_scales,
 )
 from taskvec.encoders.addresses import parse
+from taskvec.learning.head_modes import ModeName
+from taskvec.learning.regimes import REGIMES
 from taskvec.merging.registry import ADDITION, Recipe, find_recipe
 from taskvec.paper.numbers import MODELS
+from taskvec.study.names import Name, told_twins, twins
 
 MOST_OPTIONS = 64
 """How many combinations of a method's hyperparameters one study searches at most."""
 FEW = {"steps": 2, "examples": 8}
 """Hyperparameters of methods that cost time, and what a trial run gives them."""
-LONGEST_NAME = 100
-"""Bytes of a name: it becomes a part of file names."""
-NO_NAME = '+/\\:*?"<>|'
-UNPRINTED, JOINERS = ("Cc", "Cf", "Cs", "Zl", "Zp"), "\u200c\u200d"
-"""Categories of characters that show nothing, and those of them that scripts need."""
-DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-REGIMES = ("aligned", "full", "open", "open-full", "joint", "linearised", "lora")
-
-
 Seeds = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=2**63)], ...],
     Field(min_length=1, max_length=100),
     AfterValidator(check_distinct),
 ]
-
-
-def name_problem(name: str) -> str:
-    """Say why a name cannot stand in tables, which join names by +, and be a file's on every system; else nothing."""
-    unseen = {sign for sign in name if unicodedata.category(sign) in UNPRINTED and sign not in JOINERS}
-    if strange := [sign for sign in name if sign in NO_NAME or sign in unseen]:
-        return f"has {strange[0]!a}"
-    if len(name.encode()) > LONGEST_NAME:
-        return f"has {len(name.encode())} bytes, more than {LONGEST_NAME}"
-    if name != name.strip(". "):
-        return "begins or ends with a dot or a space"
-    return "is kept for devices by Windows" if DEVICES.fullmatch(name) else ""
-
-
-def check_name(name: str) -> str:
-    """Return a name, or raise if it cannot be one; empty is none."""
-    if problem := name_problem(name):
-        raise ValueError(f"a name that {problem} cannot stand in tables and names of files; give another")
-    return name
-
-
-def twins(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Return pairs of names that are the same, or differ so little that some file systems take them for one."""
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
-    return [(first, second) for first, second, *_ in (same for same in alike.values() if len(same) > 1)]
-
-
-def told_twins(first: str, second: str) -> str:
-    """Say what is wrong with two names."""
-    return f"two are named '{first}'" if first == second else f"'{first}' and '{second}' are one name to some disks"
-
-
-Name = Annotated[str, AfterValidator(check_name)]
 
 
 class Choice(Settings):
@@ -266,7 +223,7 @@ class Study(Settings):
     plugins: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     regimes: Annotated[tuple[RegimeChoice, ...], Field(min_length=1)] = (RegimeChoice(name="aligned"),)
     methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name=ADDITION),)
-    heads: Annotated[tuple[Literal["kept", "reprobed", "surgery"], ...], Field(min_length=1)] = ("kept", "reprobed")
+    heads: Annotated[tuple[ModeName, ...], Field(min_length=1)] = ("kept", "reprobed")
     scales: Literal["common", "per-task"] = "common"
     heatmap: Heatmap = Heatmap()
     subsets: Subsets = Subsets()
@@ -322,18 +279,19 @@ class Study(Settings):
         images = self.finetune.batch_size // self.finetune.accumulate
         if "joint" in seeds and images < len(self.tasks):
             yield f"joint needs an image of each of {len(self.tasks)} tasks in a pass of {images}: raise batch_size"
-        if self.lora != Lora() and "lora" not in seeds:
+        if self.lora != Lora() and not any(REGIMES[name].lora for name in seeds):
             yield "lora has settings, but the study does not run the regime lora; add it to regimes"
 
     def _idle_linearised(self) -> Iterator[str]:
         """Yield what a linearised encoder cannot do."""
-        if "linearised" not in {regime.name for regime in self.regimes}:
+        linearised = {regime.name for regime in self.regimes if REGIMES[regime.name].linearised}
+        if not linearised:
             return
         for method in self.methods:
             if method.recipes()[0].measures:
                 yield f"'{method.name}' measures layers or gradients, which a linearised encoder has not; leave it out"
         for choice in self.backbones:
-            if choice.batch_norm == "reestimated" and (not choice.regimes or "linearised" in choice.regimes):
+            if choice.batch_norm == "reestimated" and not (choice.regimes and linearised.isdisjoint(choice.regimes)):
                 yield (
                     f"'{choice.address}': a linearised encoder keeps its statistics of batch norm, so they are not "
                     "estimated anew; leave out batch_norm, or the regime for this backbone"
@@ -358,7 +316,7 @@ class Study(Settings):
 
     def _idle_checkpoints(self) -> Iterator[str]:
         """Yield what is wrong with checkpoints that tasks bring: each is of one backbone, made in one regime."""
-        regimes = [regime.name for regime in self.regimes if regime.name != "joint"]
+        regimes = [regime.name for regime in self.regimes if not REGIMES[regime.name].joint]
         for task in self.tasks:
             if not task.finetuned:
                 if task.head or task.classes:
@@ -387,7 +345,7 @@ class Study(Settings):
 
         Joint fine-tuning has an image of every task in a batch.
         """
-        images = max(4, len(self.tasks)) if "joint" in {regime.name for regime in self.regimes} else 4
+        images = max(4, len(self.tasks)) if any(REGIMES[regime.name].joint for regime in self.regimes) else 4
         few: dict[str, Any] = {"steps": 2, "warmup": 0, "accumulate": 1}
         few |= {"batch_size": min(self.finetune.batch_size, images)}
         few |= {"learning_rates": self.finetune.learning_rates[:2]}

@@ -51,7 +51,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ClaimData:
     """The rows of a run, asked by the paper's names; what was not measured comes out empty."""
 
     results: pd.DataFrame
@@ -92,7 +92,7 @@ class Evidence:
         cells = {task: one.cell(ADDITION, metric=metric, task=task).mean for task in one.tasks} if one else {}
         return Measure(short_backbone(backbone), 100 * pd.Series(cells, dtype=float).dropna())
 
-    def paired(self, backbone: str, regimes: Iterable[str]) -> Evidence:
+    def paired(self, backbone: str, regimes: Iterable[str]) -> ClaimData:
         """Keep the rows of the seeds that a backbone has in each of some regimes."""
         own = self.results[self.results["backbone"] == backbone]
         seeds = [set(own.loc[own["regime"] == regime, "seed"]) for regime in regimes]
@@ -151,7 +151,7 @@ def t_interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
     return float(values.mean()) - half, float(values.mean()) + half
 
 
-def above(higher: Measure, lower: Measure, over: str, least: float = 0.0) -> list[Estimate]:
+def paired_difference(higher: Measure, lower: Measure, over: str, least: float = 0.0) -> list[Estimate]:
     """Compare two measures on the units that they share: the first is higher by ``least`` or more."""
     both = pd.concat([higher.values, lower.values], axis=1, join="inner")
     if both.empty:
@@ -162,7 +162,7 @@ def above(higher: Measure, lower: Measure, over: str, least: float = 0.0) -> lis
     return [Estimate(words, float(differences.mean()), *t_interval(differences), f"{len(both)} {over}")]
 
 
-def level(measure: Measure, least: float, over: str, sign: int = 1) -> list[Estimate]:
+def against_threshold(measure: Measure, least: float, over: str, sign: int = 1) -> list[Estimate]:
     """Compare the mean of a measure with a threshold: at least that, or at most with sign -1."""
     if measure.values.empty:
         return []

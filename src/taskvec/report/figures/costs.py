@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -11,6 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from taskvec.learning.head_modes import HEADS
+from taskvec.merging.variants import Variant
+from taskvec.report.figures.registry import Draw, FigureType, Run
 from taskvec.report.figures.style import (
     BLACK,
     GREEN,
@@ -25,7 +29,7 @@ from taskvec.report.figures.style import (
 )
 from taskvec.report.leaderboard import ALONE, Board, Option, picks
 from taskvec.report.texts import method_label
-from taskvec.report.views import HEADS
+from taskvec.report.views import View
 
 ALONE_STYLE: dict[str, dict[str, Any]] = {
     "probing": {"color": BLACK, "marker": "X"},
@@ -62,7 +66,7 @@ def _panel(ax: Axes, board: Board, cost: Callable[[Option], float], label: str, 
         style = {"color": HEAD_COLOUR[heads], "marker": HEAD_MARKER[heads], "alpha": 0.75}
         _dots(ax, board, own, cost, f"merged, {HEADS[heads]}", style)
     for method, style in ALONE_STYLE.items():
-        _dots(ax, board, [one for one in board.options if one.method == method], cost, ALONE[method], style)
+        _dots(ax, board, [one for one in board.options if one.method == Variant(method)], cost, ALONE[method], style)
     ring = {"color": BLACK, "marker": "o", "markerfacecolor": "none", "markeredgecolor": BLACK, "ms": 9}
     _dots(ax, board, picks(board), cost, "picked", ring)
     if log:
@@ -102,3 +106,18 @@ def _name_picks(ax: Axes, board: Board) -> None:
         place = (one.extra, 100 * board.reached(one).mean)
         shift: dict[str, Any] = {"xytext": (-7 if left else 7, 5), "ha": "right" if left else "left"}
         ax.annotate(safe_name(method_label(one.method), 20), place, textcoords="offset points", fontsize=7, **shift)
+
+
+def _plan(run: Run, view: View) -> Draw | None:
+    board = run.boards.get((view.backbone, view.regime))
+    return partial(cost_panels, board) if board else None
+
+
+LEADERBOARD = FigureType(
+    "leaderboard",
+    "Accuracy against cost.",
+    "Every dot is one option: a merge with one kind of heads, or what merges nothing. Further up is better, "
+    "further left is cheaper. Rings are around what the line below the table picks on validation. Dashed lines "
+    "repeat what merges nothing.",
+    _plan,
+)

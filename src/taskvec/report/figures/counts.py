@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from taskvec.core.errors import unknown
+from taskvec.paper.numbers import FIGURE_6
+from taskvec.report.figures.registry import Draw, FigureType, Run, among
 from taskvec.report.figures.style import BLUE, STYLE, WIDTH, legend, line_styles, safe_name
 from taskvec.report.texts import short_backbone
 from taskvec.report.views import task_sets
@@ -95,3 +98,63 @@ def _finish(figure: Figure, axes: list[Axes], named: str) -> Figure:
         legend(figure, axes[0])
         figure.suptitle(named, x=0.01, ha="left")
     return figure
+
+
+# ---------------------------------------------------------------- the kinds of figures
+
+_READING = "Every line is the mean over the sets of tasks of one size, each with the λ that validation chose for it."
+
+
+def _plan_combinations(run: Run, regime: str) -> Draw | None:
+    measured = with_sets(run.results, regime)
+    if not measured:
+        return None
+    backbone = next((name for name in measured if run.roles.get(name) == FIGURE_6), measured[0])
+    return partial(combinations, run.results, backbone, regime)
+
+
+def _plan_errors(run: Run, regime: str) -> Draw | None:
+    erring = with_sets(run.results, regime, ["disentanglement_error"])
+    return partial(error_by_count, run.results, erring, regime, "all backbones") if erring else None
+
+
+def _by_group(name: str, title: str, figure: int) -> FigureType[str]:
+    """Return the kind of figure that compares one group of backbones, a line for each."""
+
+    def plan(run: Run, regime: str) -> Draw | None:
+        group = run.compared[name]
+        backbones = among(group, with_sets(run.results, regime))
+        return partial(by_count, run.results, backbones, regime, group.what) if backbones else None
+
+    return FigureType(
+        f"counts-{name}",
+        title,
+        f"{_READING} Normalised divides by the accuracy of the fine-tuned encoders.",
+        plan,
+        mixed_reading=f"{_READING} Every task's own metric is divided by that of its fine-tuned encoder.",
+        paper={"full": figure},
+    )
+
+
+_DOTS = "Every dot is one set of tasks with the λ that validation chose for it, the line their mean."
+COMBINATIONS = FigureType(
+    "combinations",
+    "Accuracy against the number of merged tasks.",
+    f"{_DOTS} Left: test accuracy. Right: divided by the accuracy of the fine-tuned encoders.",
+    _plan_combinations,
+    mixed_title="The normalised metric against the number of merged tasks.",
+    mixed_reading=f"{_DOTS} Every task's own metric is divided by that of its fine-tuned encoder.",
+    paper={"full": 6},
+)
+COUNTS = (
+    _by_group("all", "Every backbone against the number of merged tasks.", 7),
+    _by_group("data", "Size of the pre-training data against the number of merged tasks.", 8),
+    _by_group("scale", "Model scale against the number of merged tasks.", 9),
+)
+ERRORS = FigureType(
+    "errors",
+    "Weight disentanglement error against the number of merged tasks.",
+    "The mean over random points of the box from -1 to 1 and over sets of one size; for two tasks it is the ξ of "
+    "the paper, and in general twice the mean share of changed predictions. Lower is better.",
+    _plan_errors,
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taskvec.core.errors import unknown
+from taskvec.learning.head_modes import HEADS
+from taskvec.report.figures.registry import Draw, FigureType, Run, of_view
 from taskvec.report.figures.style import (
     BLACK,
     GREEN,
@@ -28,10 +31,10 @@ from taskvec.report.figures.style import (
     safe_name,
 )
 from taskvec.report.texts import method_label, scale_text, short_backbone
-from taskvec.report.views import HEADS, View, line_search, view, views
+from taskvec.report.views import Method, View, line_search, view, views
 
 
-def lambda_curve(results: pd.DataFrame, backbone: str, regime: str, method: str = "") -> Figure:
+def lambda_curve(results: pd.DataFrame, backbone: str, regime: str, method: Method = "") -> Figure:
     """Draw the paper's Figure 2 for one method: the normalised metric (%) on validation by lambda, and a close-up."""
     one = view(results, backbone, regime)
     method = merged_by(one, method)
@@ -79,7 +82,7 @@ class _Line(NamedTuple):
 
     label: str
     one: View
-    method: str
+    method: Method
     style: dict[str, Any]
 
 
@@ -130,7 +133,7 @@ def _probing_level(one: View) -> float:
     return 100 * float(rows.loc[rows["metric"] == one.normalised, "value"].mean())
 
 
-def _close_up(one: View, method: str) -> tuple[float, float]:
+def _close_up(one: View, method: Method) -> tuple[float, float]:
     """Choose the range of the close-up (%): from a little below probing to a little above the best."""
     tops = [float(line_search(one, method, heads)["mean"].max()) for heads in one.heads]
     known = [value for value in (_probing_level(one), 100.0, *tops) if not math.isnan(value)]
@@ -156,3 +159,44 @@ def _say_if_empty(ax: Axes, metric: str) -> None:
     if not chosen_rings(ax):
         text = f"no normalised {metric}:\na fine-tuned {metric} is zero"
         ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center")
+
+
+# ---------------------------------------------------------------- the kinds of figures
+
+
+def _plan_backbones(run: Run, regime: str) -> Draw | None:
+    several = sum(one.regime == regime for one in run.views) > 1
+    return partial(lambda_curves, run.results, regime) if several else None
+
+
+def _plan_methods(run: Run, view: View) -> Draw | None:
+    searched = [method for method in view.methods if not method.scaling]
+    return of_view(lambda_methods)(run, view) if searched[1:] else None
+
+
+BACKBONES = FigureType(
+    "backbones",
+    "The line search of every backbone.",
+    "A curve that falls from the start means that the task vectors of that backbone only disturb each other. Rings "
+    "mark the λ chosen on validation.",
+    _plan_backbones,
+    paper={"aligned": 2},
+)
+_READING = (
+    "At λ = 0 nothing is added: in the aligned regime, kept heads are then linear probing. Above the dashed line "
+    "the merge beats probing;"
+)
+LAMBDA = FigureType(
+    "lambda",
+    "How far to go along the task vectors (as in the paper's Figure 2).",
+    f"{_READING} 100 is the accuracy of the fine-tuned encoders. Rings mark the λ chosen on validation.",
+    of_view(lambda_curve),
+    mixed_reading=f"{_READING} 100 is what the fine-tuned encoders reach. Rings mark the λ chosen on validation.",
+)
+LAMBDAS = FigureType(
+    "lambdas",
+    "The line search of every method.",
+    "Each method builds its vectors in its own way and λ scales them, so compare how high the curves get and not "
+    "where they peak. Rings mark the λ chosen on validation.",
+    _plan_methods,
+)

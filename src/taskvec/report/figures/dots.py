@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -12,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from taskvec.core.errors import unknown
-from taskvec.merging.registry import ADDITION, PER_TASK
+from taskvec.learning.head_modes import HEADS
+from taskvec.merging.variants import ADDED, PER_TASK
+from taskvec.report.figures.registry import Draw, FigureType, Run, of_view
 from taskvec.report.figures.style import (
     BLACK,
     BLUE,
@@ -30,10 +33,10 @@ from taskvec.report.figures.style import (
     safe_name,
 )
 from taskvec.report.texts import method_label, scale_text, short_backbone
-from taskvec.report.views import HEADS, METRICS, Spread, View, view, views
+from taskvec.report.views import METRICS, Method, Spread, View, view, views
 
 
-def accuracies(results: pd.DataFrame, backbone: str, regime: str, method: str = "") -> Figure:
+def accuracies(results: pd.DataFrame, backbone: str, regime: str, method: Method = "") -> Figure:
     """Draw accuracy (%), or the own metric, and gain over probing (points) of every task and their mean on test."""
     one = view(results, backbone, regime)
     method = merged_by(one, method)
@@ -89,14 +92,14 @@ def method_gains(results: pd.DataFrame, backbone: str, regime: str) -> Figure:
 class _Series(NamedTuple):
     """One kind of dots: whose accuracy, how it is called, how far from the middle of its row, and its style."""
 
-    method: str
+    method: Method
     heads: str
     label: str
     offset: float
     style: dict[str, Any]
 
 
-def _accuracy_series(one: View, method: str) -> list[_Series]:
+def _accuracy_series(one: View, method: Method) -> list[_Series]:
     """List the dots of the first figure, baselines in the middle of the row and the two kinds of heads beside it."""
     out = [_Series("probing", "kept", "probing", 0, {"color": BLACK, "marker": "X"})]
     for heads, offset in _offsets(one).items():
@@ -152,7 +155,7 @@ def _dots(ax: Axes, found: list[Spread], offset: float, label: str, style: dict[
     )
 
 
-def _gain_ends(one: View, method: str, heads: str, task: str) -> tuple[float, float, float]:
+def _gain_ends(one: View, method: Method, heads: str, task: str) -> tuple[float, float, float]:
     """Read a gain over probing and the ends of its interval, in points; without an interval the ends are the gain."""
     gain = one.gain(method, heads, task)
     middle, low, high = (100 * value for value in (gain.mean, gain.low, gain.high))
@@ -217,8 +220,8 @@ def with_own_scales(found: list[View], regime: str) -> list[View]:
 def _draw_scales(ax: Axes, one: View, tasks: list[str]) -> None:
     """Draw a dot for each task with a bar of one standard deviation over seeds, and a line for the common lambda."""
     own = one.own_scales.reindex(columns=tasks)
-    seeds = one.rows.loc[one.rows["method"] == PER_TASK, "seed"]
-    common = view(one.rows[one.rows["seed"].isin(seeds)], one.backbone, one.regime).own(ADDITION)
+    seeds = one.rows.loc[one.rows["variant"] == PER_TASK.name, "seed"]
+    common = view(one.rows[one.rows["seed"].isin(seeds)], one.backbone, one.regime).own(ADDED)
     if not math.isnan(common.low):
         middle = (common.low + common.high) / 2
         ax.axvline(middle, color=BLACK, linestyle=(0, (4, 2)), linewidth=1, label="common λ")
@@ -243,3 +246,47 @@ def _draw_scales(ax: Axes, one: View, tasks: list[str]) -> None:
     ax.label_outer()
     ax.grid(axis="both")
     ax.tick_params(axis="y", length=0)
+
+
+# ---------------------------------------------------------------- the kinds of figures
+
+
+def _plan_gains(run: Run, view: View) -> Draw | None:
+    return of_view(method_gains)(run, view) if view.methods[1:] else None
+
+
+def _plan_scales(run: Run, regime: str) -> Draw | None:
+    return partial(scales, run.results, regime) if with_own_scales(run.views, regime) else None
+
+
+_ROOM = (
+    "Left: the grey bar from probing (cross) to fine-tuned (diamond) is the room that a merge has; further right "
+    "is better."
+)
+_INTERVALS = "An interval across the dashed line is no evidence of a difference. The shaded row is the mean over tasks."
+ACCURACIES = FigureType(
+    "accuracies",
+    "What each task gets.",
+    f"{_ROOM} Right: the accuracy points that merging adds to probing. {_INTERVALS}",
+    of_view(accuracies),
+    mixed_reading=f"{_ROOM} Right: the points of the task's own metric that merging adds to probing. {_INTERVALS}",
+)
+_MEANS = "Means over tasks on the test split, each method at the λ that validation chose."
+_SEVERAL = (
+    "with a bar of one standard deviation where there are several seeds. Right: points over probing with 95 % "
+    "intervals."
+)
+GAINS = FigureType(
+    "gains",
+    "All methods side by side.",
+    f"{_MEANS} Left: accuracy, {_SEVERAL}",
+    _plan_gains,
+    mixed_reading=f"{_MEANS} Left: every task's own metric divided by that of its fine-tuned encoder, {_SEVERAL}",
+)
+SCALES = FigureType(
+    "scales",
+    "A λ for each task beside the common one.",
+    "Dots are the λ of each task, found one after the other on validation; the dashed line is the common λ. "
+    "Dots on the line mean that one λ is enough.",
+    _plan_scales,
+)

@@ -10,8 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,24 +21,25 @@ from matplotlib.figure import Figure
 from taskvec.core.locks import replacing
 from taskvec.core.machine import cores
 from taskvec.core.notes import library_warnings, listen, note
-from taskvec.merging.registry import PER_TASK
-from taskvec.paper import numbers as paper
-from taskvec.report.figures.costs import cost_panels
-from taskvec.report.figures.counts import by_count, combinations, error_by_count, with_sets
-from taskvec.report.figures.curves import lambda_curve, lambda_curves, lambda_methods
-from taskvec.report.figures.dots import accuracies, method_gains, scales, with_own_scales
-from taskvec.report.figures.emergence import emergence, snapshots
-from taskvec.report.figures.maps import by_backbone, heatmaps
+from taskvec.report.figures.costs import LEADERBOARD
+from taskvec.report.figures.counts import COMBINATIONS, COUNTS, ERRORS
+from taskvec.report.figures.curves import BACKBONES, LAMBDA, LAMBDAS
+from taskvec.report.figures.dots import ACCURACIES, GAINS, SCALES
+from taskvec.report.figures.emergence import EMERGENCE
+from taskvec.report.figures.maps import HEATMAP, HEATMAPS
+from taskvec.report.figures.registry import Draw, FigureType, Run
 from taskvec.report.figures.style import STYLE
-from taskvec.report.leaderboard import boards
 from taskvec.report.texts import short_backbone
-from taskvec.report.views import View, error_rows, views
+from taskvec.report.views import View
 
 Rows = tuple[pd.DataFrame, pd.DataFrame | None, Mapping[str, str] | None, pd.DataFrame | None]
 """What figures are drawn from: results, heatmaps, roles of backbones in the paper, costs."""
 SHARE = 16
 """Figures that make it worth while to start another process."""
-FIGURE_6 = "vit-b16-in21k"
+OF_REGIMES = (EMERGENCE, BACKBONES, *HEATMAPS, COMBINATIONS, *COUNTS, ERRORS, SCALES)
+"""Every kind of figure that a regime has, in reading order."""
+OF_VIEWS = (LEADERBOARD, ACCURACIES, GAINS, LAMBDA, LAMBDAS, HEATMAP)
+"""Every kind of figure that one backbone has in one regime, in reading order."""
 UNDATED: dict[str, dict[str, None]] = {  # endings, and what would differ between two days or two installations
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
@@ -50,36 +50,15 @@ class Planned(NamedTuple):
     """One figure of a run: the stem of its file names, what it is, and whose rows it draws (empty: all)."""
 
     stem: str
-    kind: str
+    type: FigureType[str] | FigureType[View]
     backbone: str
     regime: str
-    draw: Callable[[], Figure]
+    draw: Draw
 
-
-class Compared(NamedTuple):
-    """Backbones that are compared in one figure, and in what they differ."""
-
-    name: str
-    what: str
-    backbones: list[str]
-
-
-def groups(results: pd.DataFrame, roles: Mapping[str, str]) -> list[Compared]:
-    """List the comparisons of the paper's figures; the backbone without pre-training stands beside the algorithms."""
-    named = paper.backbone_of(paper.checked(roles))
-    algorithms = [found[0] for keys in paper.ALGORITHMS if (found := [named[key] for key in keys if key in named])]
-    control = [str(name) for name in results["backbone"].unique() if name not in roles and paper.is_control(str(name))]
-    data, scale = (
-        [named[key] for pair in pairs if set(pair) <= set(named) for key in pair]
-        for pairs in (paper.MORE_DATA, paper.LARGER)
-    )
-    everything = [str(name) for name in results["backbone"].unique()]
-    return [
-        Compared("algorithm", "by pre-training algorithm", algorithms + control if algorithms else []),
-        Compared("data", "by size of the pre-training data", data),
-        Compared("scale", "by model scale", scale),
-        Compared("all", "all backbones", everything),
-    ]
+    @property
+    def kind(self) -> str:
+        """Return the name of its type."""
+        return self.type.name
 
 
 def plan(
@@ -89,83 +68,19 @@ def plan(
     costs: pd.DataFrame | None = None,
 ) -> list[Planned]:
     """List the figures of a run in reading order, comparisons first; files are the stem with .png and .pdf."""
-    found = [one for one in views(results) if one.methods]
-    compared = groups(results, roles or {})
-    out: list[Planned] = []
-    for regime in dict.fromkeys(one.regime for one in found):
-        if snapshots(results, regime):
-            out.append(_of_regime("emergence", regime, partial(emergence, results, heatmap, regime)))
-        out += _curves([one for one in found if one.regime == regime], results, regime)
-        out += _heatmaps(compared, heatmap, regime)
-        out += _counts(compared, results, regime, roles or {})
-        if with_own_scales(found, regime):
-            out.append(_of_regime("scales", regime, partial(scales, results, regime)))
-    for board in boards(results, costs):
-        place = board.view.backbone, board.view.regime
-        out.append(Planned(_stem("leaderboard", *place), "leaderboard", *place, partial(cost_panels, board)))
-    return out + [planned for one in found for planned in _of_view(one, results, heatmap)]
-
-
-def _of_regime(kind: str, regime: str, draw: Callable[[], Figure], backbone: str = "") -> Planned:
-    return Planned(_stem(kind, *(name for name in (backbone, regime) if name)), kind, "", regime, draw)
-
-
-def _curves(found: list[View], results: pd.DataFrame, regime: str) -> list[Planned]:
-    """Plan the paper's Figure 2 where a regime has several backbones."""
-    return [_of_regime("backbones", regime, partial(lambda_curves, results, regime))] if len(found) > 1 else []
-
-
-def _heatmaps(compared: list[Compared], heatmap: pd.DataFrame | None, regime: str) -> list[Planned]:
-    """Plan the paper's Figures 1, 3, 4 and 5, or one of all backbones where no comparison of the paper can be drawn."""
-    if heatmap is None:
-        return []
-    measured = set(heatmap.loc[heatmap["regime"] == regime, "backbone"])
-    present = [one for one in _among(compared, measured) if one.name != "all"] or _among(compared, measured)
+    run = Run(results, heatmap, roles or {}, costs)
+    regimes = dict.fromkeys(view.regime for view in run.views)
     return [
-        _of_regime(f"heatmaps-{one.name}", regime, partial(by_backbone, heatmap, one.backbones, regime, one.what))
-        for one in present
+        Planned(_stem(type.name, regime), type, "", regime, draw)
+        for regime in regimes
+        for type in OF_REGIMES
+        if (draw := type.plan(run, regime))
+    ] + [
+        Planned(_stem(type.name, view.backbone, view.regime), type, view.backbone, view.regime, draw)
+        for view in run.views
+        for type in OF_VIEWS
+        if (draw := type.plan(run, view))
     ]
-
-
-def _counts(compared: list[Compared], results: pd.DataFrame, regime: str, roles: Mapping[str, str]) -> list[Planned]:
-    """Plan the paper's Figures 6 to 9, and the disentanglement error by the number of tasks."""
-    measured = with_sets(results, regime)
-    out: list[Planned] = []
-    if measured:
-        one = next((name for name in measured if roles.get(name) == FIGURE_6), measured[0])
-        out.append(_of_regime("combinations", regime, partial(combinations, results, one, regime)))
-    for group in sorted(_among(compared, measured), key=lambda one: one.name != "all"):  # Figures 7, 8, 9
-        if group.name != "algorithm":
-            draw = partial(by_count, results, group.backbones, regime, group.what)
-            out.append(_of_regime(f"counts-{group.name}", regime, draw))
-    erring = with_sets(results, regime, ["disentanglement_error"])
-    if erring:
-        out.append(_of_regime("errors", regime, partial(error_by_count, results, erring, regime, "all backbones")))
-    return out
-
-
-def _among(compared: list[Compared], measured: Collection[str]) -> list[Compared]:
-    """Keep of each group what was measured, and the groups that still compare something."""
-    present = [one._replace(backbones=[name for name in one.backbones if name in measured]) for one in compared]
-    return [one for one in present if len(one.backbones) > 1]
-
-
-def _of_view(one: View, results: pd.DataFrame, heatmap: pd.DataFrame | None) -> list[Planned]:
-    """Plan the figures of one backbone in one regime."""
-    kinds: dict[str, Callable[..., Figure]] = {"accuracies": accuracies}
-    kinds |= {"gains": method_gains} if one.methods[1:] else {}
-    kinds |= {"lambda": lambda_curve}
-    searched = [method for method in one.methods if method != PER_TASK]
-    kinds |= {"lambdas": lambda_methods} if searched[1:] else {}
-    out = [_planned(kind, draw, results, one) for kind, draw in kinds.items()]
-    if heatmap is not None and len(error_rows(heatmap, one.backbone, one.regime)):
-        out.append(_planned("heatmap", heatmaps, heatmap, one))
-    return out
-
-
-def _planned(kind: str, draw: Callable[..., Figure], rows: pd.DataFrame, one: View) -> Planned:
-    stem = _stem(kind, one.backbone, one.regime)
-    return Planned(stem, kind, one.backbone, one.regime, lambda: draw(rows, one.backbone, one.regime))
 
 
 def _stem(kind: str, *names: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from taskvec.core.errors import unknown
 from taskvec.merging.registry import ADDITION
+from taskvec.report.figures.registry import Draw, FigureType, Run
 from taskvec.report.figures.style import SNAPSHOT, STYLE, WIDTH, legend, line_style, safe_name
 from taskvec.report.views import View, box_error, views
 
@@ -75,3 +77,21 @@ def _name_axes(ax: Axes, title: str, steps: list[float]) -> None:
     ax.set_xlabel("pre-training step (not to scale)")
     ax.set_title(title)
     ax.grid(axis="y")
+
+
+def _plan(run: Run, regime: str) -> Draw | None:
+    return partial(emergence, run.results, run.heatmap, regime) if snapshots(run.results, regime) else None
+
+
+_READING = (
+    "Backbones named NAME@STEP are one encoder on its way, the last point is the finished one. Top left: lower means "
+    "that task vectors get along better. Top right: what adding them reaches, bottom left what it gains over probing, "
+    "with the λ that validation chose."
+)
+EMERGENCE = FigureType(
+    "emergence",
+    "Along pre-training.",
+    f"{_READING} Bottom right: how good the encoder is for single tasks.",
+    _plan,
+    mixed_reading=f"{_READING} Bottom right: how close probing comes to fine-tuning, in each task's own metric.",
+)

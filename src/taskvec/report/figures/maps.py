@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from taskvec.core.errors import unknown
+from taskvec.report.figures.registry import Draw, FigureType, Run, among
 from taskvec.report.figures.style import BLACK, STYLE, WIDTH, safe_name
 from taskvec.report.texts import percent, short_backbone
-from taskvec.report.views import BOX, Spread, box_error, error_rows
+from taskvec.report.views import BOX, Spread, View, box_error, error_rows
 
 MAP = ListedColormap(matplotlib.colormaps["magma_r"](np.linspace(0, 0.9, 256)), "light to dark")
 FULL_SCALE = 100.0  # % of xi at which the colour bar ends: half of the predictions of both tasks have changed
@@ -127,3 +129,52 @@ def _edges(centres: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middle = [(a + b) / 2 for a, b in pairwise(centres)]
     return np.array([2 * centres[0] - middle[0], *middle, 2 * centres[-1] - middle[-1]])
+
+
+# ---------------------------------------------------------------- the kinds of figures
+
+
+def _plan_heatmap(run: Run, view: View) -> Draw | None:
+    if run.heatmap is None or error_rows(run.heatmap, view.backbone, view.regime).empty:
+        return None
+    return partial(heatmaps, run.heatmap, view.backbone, view.regime)
+
+
+def _by_group(name: str, title: str, paper: dict[str, int]) -> FigureType[str]:
+    """Return the kind of figure that compares one group of backbones; all of them where no other can be drawn."""
+
+    def plan(run: Run, regime: str) -> Draw | None:
+        if run.heatmap is None:
+            return None
+        measured = set(run.heatmap.loc[run.heatmap["regime"] == regime, "backbone"])
+        groups = {group.name: backbones for group in run.compared.values() if (backbones := among(group, measured))}
+        if name not in groups or (name == "all" and len(groups) > 1):
+            return None
+        return partial(by_backbone, run.heatmap, groups[name], regime, run.compared[name].what)
+
+    return FigureType(
+        f"heatmaps-{name}",
+        title,
+        "Each point adds the vectors of two tasks with the coefficients on the axes, and shows the mean over pairs of "
+        "tasks, on one scale of colours. Light means that the sum answers as each single vector would alone. The red "
+        "box is the space from -1 to 1, the star the pre-trained encoder.",
+        plan,
+        paper=paper,
+    )
+
+
+HEATMAPS = (
+    _by_group("algorithm", "Weight disentanglement by pre-training algorithm.", {"aligned": 1, "full": 5}),
+    _by_group("data", "Weight disentanglement by size of the pre-training data.", {"aligned": 3}),
+    _by_group("scale", "Weight disentanglement by model scale.", {"aligned": 4}),
+    _by_group("all", "Weight disentanglement of every backbone.", {}),
+)
+HEATMAP = FigureType(
+    "heatmap",
+    "How well two task vectors get along (as in the paper's Figure 1).",
+    "Each point adds two vectors with the coefficients on the axes. Light means that the sum answers as each "
+    "single vector would alone, dark that it does not. The star is the pre-trained encoder, the red box the search "
+    "space from -1 to 1. The error ξ adds two shares of changed predictions, so it reaches 200 %; colours end at "
+    "100 %.",
+    _plan_heatmap,
+)

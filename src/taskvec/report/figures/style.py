@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 
-from taskvec.core.errors import unknown
-from taskvec.merging.registry import ADDITION
+from taskvec.merging.recipes import ADDITION
+from taskvec.merging.variants import Variant
 from taskvec.report.texts import method_label, one_line, short_backbone
-from taskvec.report.views import View
+from taskvec.report.views import Method, View, known_method
 
 # Okabe and Ito's colour-blind-safe palette; its yellow is left out, too faint for lines on white.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
@@ -154,17 +154,13 @@ def line_style(i: int, colours: tuple[str, ...] = CYCLE, place: int = 0) -> dict
     }
 
 
-def heading(one: View, method: str = "") -> str:
+def heading(one: View, method: Method = "") -> str:
     """Name backbone, regime, method and seeds over a figure."""
     seeds = f", mean of {one.seeds} seeds" if one.seeds > 1 else ""
     named = f", {safe_name(method_label(method), 24)}" if method else ""
     return safe_name(short_backbone(one.backbone), 56) + f", {safe_name(one.regime, 24)}{named}{seeds}"
 
 
-def merged_by(one: View, method: str) -> str:
+def merged_by(one: View, method: Method) -> Variant:
     """Take the method asked for, or the first there is: the paper's addition where it was run."""
-    if method and method not in one.methods:
-        raise unknown("method in the results", method, one.methods)
-    if not one.methods:
-        raise unknown("method in the results", ADDITION, one.methods)
-    return method or one.methods[0]
+    return known_method(one, method or next(iter(one.methods), ADDITION))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from taskvec.engine.store import Store
-from taskvec.study.experiment import OPEN, Experiment, SharedSteps
+from taskvec.learning.regimes import REGIMES
+from taskvec.study.experiment import Experiment, SharedSteps
 from taskvec.study.plan.learning import finetune_all, make_heads
 from taskvec.study.plan.loading import plan_backbone
 from taskvec.study.plan.measuring import disentanglement, keep_model, negate, test_all
@@ -24,15 +25,16 @@ def plan(file: StudyFile, store: Store, estimate: bool = False) -> list[Experime
         plan_experiment(planner, shared, regime, seed)
         for shared in backbones
         for regime in study.regimes
-        if regime.name != "joint" and planner.sources.takes_part(shared.choice, regime.name)
+        if not REGIMES[regime.name].joint and planner.sources.takes_part(shared.choice, regime.name)
         for seed in regime.seeds or study.seeds
     ]
 
 
 def plan_experiment(planner: Planner, shared: SharedSteps, regime: RegimeChoice, seed: int) -> Experiment:
     """Return the steps of one backbone, regime and seed."""
-    captions = planner.sources.captions_for(shared.choice) if regime.name in OPEN else {}
-    chosen = tuple(t for t in planner.addresses if regime.name not in OPEN or captions[t])
+    opens = REGIMES[regime.name].opens
+    captions = planner.sources.captions_for(shared.choice) if opens else {}
+    chosen = tuple(t for t in planner.addresses if not opens or captions[t])
     first = seed == (regime.seeds or planner.study.seeds)[0]
     exp = Experiment(shared.backbone, regime.name, seed, chosen, shared.encoder, first)
     rates = make_heads(planner, exp, shared)

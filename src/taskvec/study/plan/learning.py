@@ -12,7 +12,7 @@ from taskvec.encoders import identity
 from taskvec.encoders.addresses import split_key
 from taskvec.engine.pipeline import Config, Step
 from taskvec.learning import external as brought
-from taskvec.study.experiment import LEARNING, LORA, OPEN, Experiment, SharedSteps
+from taskvec.study.experiment import Experiment, SharedSteps
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import BackboneChoice, RegimeChoice
 from taskvec.study.steps import learning as steps
@@ -27,7 +27,7 @@ def make_heads(planner: Planner, exp: Experiment, shared: SharedSteps) -> dict[s
         exp.probe[t] = probes[t]
         inputs = {"probe": probes[t], "rate": rates[t]}
         exp.head[t] = planner.step(steps.pick_head, f"head of {t} {where}", Config(), inputs)
-        if exp.regime in OPEN:
+        if exp.how.opens:
             exp.zero_shot[t] = zero_shot_head(planner, t, shared)
     return rates
 
@@ -127,12 +127,12 @@ def finetune_task(
 ) -> Step:
     """Fine-tune on one task; a trial of a learning rate may diverge."""
     inputs = {"backbone": shared.encoder, "task": shared.data[task], "whole": shared.whole.get(task), "rate": rate}
-    inputs |= {"head": exp.start[task]} if exp.regime != "full" else {}
+    inputs |= {} if exp.how.start == "random" else {"head": exp.start[task]}
     config = steps.FinetuneConfig(
-        head_learns=exp.regime in LEARNING,
+        head_learns=exp.how.head_learns,
         trial=trial,
         **training_config(planner, exp, settings, rate),
-        **(adapter_config(planner) if exp.regime == LORA else {}),
+        **(lora_config(planner) if exp.how.lora else {}),
     )
     at = "" if rate else f" at {settings.learning_rate:g}"
     cost = settings.steps * settings.batch_size * 3.0
@@ -145,7 +145,7 @@ def training_config(planner: Planner, exp: Experiment, settings: Finetune, rate:
     return how | {"precision": planner.precision(exp.regime)} | planner.on(exp.backbone, exp.regime)
 
 
-def adapter_config(planner: Planner) -> dict[str, Any]:
+def lora_config(planner: Planner) -> dict[str, Any]:
     """Return the settings of LoRA and the version of the library that has it; an estimate does without."""
     try:
         version = metadata.version("peft")
@@ -174,7 +174,7 @@ def import_finetuned(planner: Planner, task: str, exp: Experiment, shared: Share
         head=paths.get("head", ""),
         **planner.on(exp.backbone),
     )
-    starts = not choice.head and exp.regime not in LEARNING
+    starts = not choice.head and not exp.how.head_learns
     inputs = {"backbone": shared.encoder, "task": shared.data[task], "head": exp.start[task] if starts else None}
     label = f"checkpoint of {task} {exp.where}"
     return planner.step(steps.import_finetuned, label, config, inputs, 0.1 * planner.images[task])

@@ -9,7 +9,7 @@ from taskvec.core.settings import parse_scales
 from taskvec.engine.pipeline import Step
 from taskvec.evaluation.disentanglement import BOX_AXIS, choose_pairs, spread_sets
 from taskvec.merging.registry import ADDITION, find_recipe
-from taskvec.study.experiment import OPEN, Experiment, SharedSteps
+from taskvec.study.experiment import Experiment, SharedSteps
 from taskvec.study.plan.planner import Planner
 from taskvec.study.steps import measuring as steps
 
@@ -58,7 +58,9 @@ def keep_model(planner: Planner, exp: Experiment, shared: SharedSteps) -> None:
     inputs |= {"finetuned": list(exp.finetuned.values()), "tasks": [shared.data[t] for t in exp.tasks]}
     inputs |= {"options": [trial.option for trial in exp.trials]}
     inputs |= {"rounds": [[[curves[t] for curves in trial.rounds] for t in exp.tasks] for trial in exp.trials]}
-    candidates: list[dict[str, Any]] = [{"method": trial.name, "heads": trial.heads} for trial in exp.trials]
+    candidates: list[dict[str, Any]] = [
+        {"method": trial.name, "heads": trial.read_by, **trial.variant.differences} for trial in exp.trials
+    ]
     for trial, candidate in zip(exp.trials, candidates, strict=True):
         candidate |= {"config": dict(trial.settings)} if trial.settings else {}
     on = planner.on(exp.backbone, exp.regime) | {"device": ""}
@@ -89,7 +91,7 @@ def disentanglement(planner: Planner, exp: Experiment, shared: SharedSteps) -> N
 
 def merged_by_open(planner: Planner, exp: Experiment) -> list[tuple[str, ...]]:
     """Return the sets of tasks with captions that the open regimes of any backbone merge, to be compared with."""
-    if exp.regime in OPEN:
+    if exp.how.opens:
         return []
     choices = (choice for choice in planner.study.backbones if planner.sources.has_open(choice))
     every = [planner.sources.captions_for(choice) for choice in choices]

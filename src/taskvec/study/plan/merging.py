@@ -8,9 +8,11 @@ from typing import Any
 from taskvec.core.settings import coarse
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import Step
+from taskvec.learning.head_modes import HEAD_MODES
 from taskvec.merging import plugins
-from taskvec.merging.registry import ADDITION, PER_TASK, REESTIMATED, SURGERY, Recipe
-from taskvec.study.experiment import LEARNING, Experiment, SharedSteps, Trial
+from taskvec.merging.registry import Recipe
+from taskvec.merging.variants import ADDED
+from taskvec.study.experiment import Experiment, SharedSteps, Trial
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import MethodChoice
 from taskvec.study.steps import merging as steps
@@ -33,18 +35,18 @@ def try_method(
     recipes[0].check_tasks(len(exp.tasks))
     merged = [merge(planner, exp, recipe, shared) for recipe in recipes]
     for kind in planner.study.heads:
-        name = method.name + (SURGERY if kind == "surgery" else "")
         options = [
-            Trial(name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
+            Trial(method.name, method.grid(), kind, step, [], step, recipe.settings(), recipe.per_task)
             for step, recipe in zip(merged, recipes, strict=True)
         ]
         trial = options[0] if len(options) == 1 else best_option(planner, exp, options, shared, rates)
-        for number, stride in enumerate((0,) if kind == "kept" else (*ROUNDS, 0)):
+        for number, stride in enumerate((*ROUNDS, 0) if HEAD_MODES[kind].fitted else (0,)):
             trial.rounds.append({t: curve(planner, t, exp, trial, number, shared, rates) for t in exp.tasks})
             trial.selection = choose_scale(planner, exp, trial, stride)
         exp.trials.append(trial)
         if planner.study.agreement and kind == "reprobed" and len(trial.grid) > 1:
-            trial.agreement = {t: agreement_curve(planner, t, exp, trial, shared) for t in exp.tasks}
+            compared = {t: agreement_curve(planner, t, exp, trial, shared) for t in exp.tasks}
+            trial.measures["agreement"] = compared
         if shared.choice.batch_norm == "reestimated" and kind == "kept" and not trial.per_task:
             exp.trials.append(reestimate(planner, exp, trial, shared))
 
@@ -107,7 +109,7 @@ def curve(
     label = f"scales of {task}, round {number + 1}: {trial.title} {exp.where}"
     cost = (2 if number else len(scales)) * planner.images[task] * (0.1 if kept else 1.4)
     if kept:
-        learned = exp.regime in LEARNING or task in planner.brought  # a head that need not be the one it started from
+        learned = exp.how.head_learns or task in planner.brought  # a head that need not be the one it started from
         inputs |= {"head": exp.finetuned[task], "start": None if learned else exp.start[task]}
         return planner.step(searching.kept_curve, label, searching.CurveConfig(**how), inputs, cost)
     how["seed"] = exp.seed
@@ -145,7 +147,7 @@ def reestimate(planner: Planner, exp: Experiment, kept: Trial, shared: SharedSte
     config = steps.ReestimateConfig(scales=kept.grid, images=batch_norm.IMAGES, **on)
     cost, label = float(len(kept.grid) * batch_norm.IMAGES), f"batch norm at the scales of {where}"
     statistics = planner.step(steps.reestimate, label, config, inputs, cost)
-    trial = replace(kept, name=kept.name + REESTIMATED, rounds=[{}], options=[], statistics=statistics)
+    trial = replace(kept, rounds=[{}], options=[], statistics=statistics)
     for t in exp.tasks:
         inputs = common | {"task": shared.data[t], "head": exp.finetuned[t], "statistics": statistics}
         label, cost = f"scales of {t}: {where}, batch norm re-estimated", 0.1 * len(kept.grid) * planner.images[t]
@@ -157,14 +159,11 @@ def reestimate(planner: Planner, exp: Experiment, kept: Trial, shared: SharedSte
 
 def scale_per_task(planner: Planner, exp: Experiment, shared: SharedSteps) -> None:
     """Search one lambda a task for addition with kept heads, from the common one."""
-    for common in [trial for trial in exp.trials if (trial.name, trial.heads) == (ADDITION, "kept")]:
+    for common in [trial for trial in exp.trials if trial.heads == "kept" and trial.variant == ADDED]:
         inputs = {"backbone": shared.encoder, "tasks": [shared.data[t] for t in exp.tasks]}
         inputs |= {"finetuned": list(exp.finetuned.values()), "choice": common.selection}
         cost = sum(8 * len(exp.tasks) * SEARCHED + 0.2 * planner.images[t] for t in exp.tasks)
         on = planner.on(exp.backbone, exp.regime)
-        config, label = (
-            steps.PerTaskConfig(grid=common.grid, samples=SEARCHED, **on),
-            f"lambda of each task {exp.where}",
-        )
-        step = planner.step(steps.per_task_scales, label, config, inputs, cost)
-        exp.trials.append(Trial(PER_TASK, common.grid, "kept", step, [], step))
+        config = steps.PerTaskConfig(grid=common.grid, samples=SEARCHED, **on)
+        step = planner.step(steps.per_task_scales, f"lambda of each task {exp.where}", config, inputs, cost)
+        exp.trials.append(Trial(common.name, common.grid, "kept", step, [], step, scaling="per-task"))

@@ -8,8 +8,8 @@ from taskvec.core.compute import choose_device, resolve_precision
 from taskvec.core.notes import note
 from taskvec.engine.pipeline import Config, Inputs, Step, StepType
 from taskvec.engine.store import Store
+from taskvec.learning.regimes import REGIMES
 from taskvec.merging import plugins
-from taskvec.study.experiment import LINEARISED
 from taskvec.study.inputs import Sources
 from taskvec.study.schema import StudyFile
 
@@ -44,12 +44,16 @@ class Planner:
 
     def on(self, backbone: str, regime: str = "") -> dict[str, Any]:
         """Return what steps are told that look through a regime's encoder: the device, and that it is linearised."""
-        return {"device": self.device, "backbone_name": backbone, "linearised": regime == LINEARISED}
+        return {
+            "device": self.device,
+            "backbone_name": backbone,
+            "linearised": bool(regime) and REGIMES[regime].linearised,
+        }
 
     def precision(self, regime: str) -> str:
         """Return the precision that the study's setting means on its device."""
         setting = self.study.precision
-        exact = regime == LINEARISED and setting == "auto"
+        exact = REGIMES[regime].linearised and setting == "auto"
         return "float32" if exact else resolve_precision(setting, self.device)
 
     def _count(self, source: dict[str, Any]) -> float:

@@ -200,15 +200,9 @@ def finetune(config: FinetuneConfig, inputs: Inputs, out: Path, progress: Progre
     how = (settings, config.seed, config.precision, progress)
     facts = config.facts(settings, backbone)
     try:
-        if config.head_learns:
-            tuned = finetuning.finetune_full(backbone, task, head, *how)
-            weights, head = tuned.encoder, tuned.heads[0]
-        else:
-            assert head is not None
-            if config.lora:
-                weights = finetuning.finetune_lora(backbone, task, head, config.lora, *how)
-            else:
-                weights = finetuning.finetune(backbone, task, head, *how)
+        learns, lora = config.head_learns, config.lora
+        tuned = finetuning.finetune_tasks(backbone, [task], [head], *how, head_learns=learns, lora=lora)
+        weights, head = tuned.encoder, tuned.heads[0]
     except finetuning.DivergedError:
         if not config.trial:
             raise
@@ -250,7 +244,8 @@ def finetune_joint(config: TrainingConfig, inputs: Inputs, out: Path, progress: 
     """Fine-tune one encoder on all tasks at once with their heads frozen, and measure it on every validation split."""
     backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs["heads"])
     settings = config.settings(inputs)
-    weights = finetuning.finetune_joint(backbone, every, heads, settings, config.seed, config.precision, progress)
+    how = (settings, config.seed, config.precision, progress)
+    weights = finetuning.finetune_tasks(backbone, every, heads, *how).encoder
     save(weights, out / ENCODER)
     measured = [
         evaluation.accuracy(backbone, weights, task.validation, head) for task, head in zip(every, heads, strict=True)

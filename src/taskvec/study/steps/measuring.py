@@ -355,7 +355,7 @@ def build_model(config: ModelConfig, inputs: Inputs, out: Path, progress: Progre
         heads = open_heads(inputs["probe"])
         backbone = replace(backbone, base=None)  # probing needs no expansion
     else:
-        kept, folder = best["heads"] == "kept", inputs["merged"][index]
+        kept, folder = best["heads"] == "kept" and "correction" not in best, inputs["merged"][index]
         fitted = (find_head(rounds, scale) for rounds in inputs["rounds"][index])
         heads = open_heads(inputs["finetuned"]) if kept else list(fitted)
         if (folder / DIRECTIONS).exists():

@@ -18,7 +18,7 @@ from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import scale_search as search
 from taskvec.evaluation.alignment import alignment_curve
 from taskvec.learning.heads import accuracy, features_of, save_heads
-from taskvec.learning.surgery import operate
+from taskvec.learning.surgery import fit_surgery
 from taskvec.study.artifacts import (
     CHOICE,
     CURVE,
@@ -186,7 +186,7 @@ def surgery_curve(config: SurgeryConfig, inputs: Inputs, out: Path, progress: Pr
         for scale in scales:
             vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
             seen = backbone.features(task.train.images, per_patch=per_patch)
-            heads[scale] = operate(seen, wanted, head, config.surgery, config.seed)
+            heads[scale] = fit_surgery(seen, wanted, head, config.surgery, config.seed)
             curve[scale] = accuracy(heads[scale], *features_of(backbone, task.validation, task.kind))
             progress(len(curve) / len(scales))
     save_heads({scale_key(scale): fit for scale, fit in heads.items()}, out / HEADS)
