@@ -79,6 +79,14 @@ def test_a_package_imports_nothing_by_itself() -> None:
     assert {name: found for name, found in arrows(packages).items() if found} == {}
 
 
+def test_no_test_imports_another() -> None:
+    """What two tests need is in tests/helpers."""
+    statement = re.compile(r"^\s*(?:from|import) ((?:test_|conftest)\w*)", re.MULTILINE)
+    texts = {path.name: path.read_text("utf-8") for path in (DOCS / "tests").rglob("*.py")}
+    assert {name: modules for name, text in texts.items() if (modules := statement.findall(text))} == {}
+    assert statement.findall("    import test_run\nfrom conftest import backbone") == ["test_run", "conftest"]
+
+
 def test_reports_need_no_torch() -> None:
     modules = [name for name in FILES if name.startswith("report.") and not name.endswith("__main__")]
     lines = [*(f"import taskvec.{name}" for name in modules), "import sys", "print('torch' in sys.modules)"]
