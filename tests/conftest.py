@@ -6,6 +6,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from helpers import shapes
+
+shapes.install()  # before anything of the package is imported
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ Labels = Int64[np.ndarray, " count *patches"] | Float32[np.ndarray, "count 2"]
 """A class of each image (or each patch, row by row), or the cosine and sine of its angle."""
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Encoded images of a data set that is read row by row."""
 

@@ -175,7 +175,7 @@ def choose_pairs(names: Sequence[str], count: int, seed: int = 0) -> list[tuple[
     return chosen
 
 
-def sample(images: Images, count: int, seed: int = 0) -> Images:
+def sample(images: Images, count: int, seed: int = 0) -> UInt8[np.ndarray, "sampled 3 size size"]:
     """Return a seeded choice of at most ``count`` images."""
     order = np.random.default_rng(seed).permutation(len(images))[:count]
     return np.ascontiguousarray(images[np.sort(order)])

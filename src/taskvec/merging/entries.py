@@ -79,7 +79,7 @@ class Part:
         return torch.from_numpy(bits.astype(np.float32) / 2.0**24).view(self.base.shape).to(self.base.device)
 
 
-Entries = Iterable[tuple[Part, "Float32[Tensor, ' tasks *shape']"]]
+Entries = Iterable[tuple[Part, "Float32[Tensor, ' tasks ...']"]]
 """All entries of all task vectors, in any order; it can be iterated over as often as a method needs passes."""
 
 

@@ -185,7 +185,7 @@ def write_merged(data: Data, entries: Sequence[Entry], factors: Float32[Tensor, 
 
 
 def gradients(
-    data: Data, entries: Sequence[Entry], images: Sequence[UInt8[np.ndarray, "batch 3 size size"]]
+    data: Data, entries: Sequence[Entry], images: Sequence[UInt8[np.ndarray, "_ 3 size size"]]
 ) -> Float32[Tensor, "entries tasks"]:
     """Return the gradient of the summed entropies by every coefficient, at the encoder's present weights."""
     parameters = dict(data.backbone.module.named_parameters())
