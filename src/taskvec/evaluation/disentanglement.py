@@ -16,8 +16,8 @@ from taskvec.learning.heads import Head
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights
 
-Images = UInt8[np.ndarray, "count 3 size size"]
-Predictions = Int64[np.ndarray, "points count *patches"]
+Images = UInt8[np.ndarray, "_ 3 size size"]
+Predictions = Int64[np.ndarray, "points _ *patches"]
 BOX_AXIS = (-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875)
 """Coefficients of points in the box [-1, 1]^T: the middles of eight equal parts, so that every task is added."""
 
@@ -175,7 +175,7 @@ def choose_pairs(names: Sequence[str], count: int, seed: int = 0) -> list[tuple[
     return chosen
 
 
-def sample(images: Images, count: int, seed: int = 0) -> UInt8[np.ndarray, "sampled 3 size size"]:
+def sample(images: Images, count: int, seed: int = 0) -> Images:
     """Return a seeded choice of at most ``count`` images."""
     order = np.random.default_rng(seed).permutation(len(images))[:count]
     return np.ascontiguousarray(images[np.sort(order)])
