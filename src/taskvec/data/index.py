@@ -16,7 +16,7 @@ from taskvec.core.task_types import CLASSIFICATION
 from taskvec.data.images import Encoded
 
 SPLITS = ("train", "validation", "test")
-Labels = Int64[np.ndarray, " _ *patches"] | Float32[np.ndarray, "_ 2"]
+Labels = Int64[np.ndarray, "_ ..."] | Float32[np.ndarray, "_ 2"]
 """A class of each image (or each patch, row by row), or the cosine and sine of its angle."""
 
 

@@ -17,7 +17,7 @@ from taskvec.weights import vectors
 from taskvec.weights.flat import Weights
 
 Images = UInt8[np.ndarray, "_ 3 size size"]
-Predictions = Int64[np.ndarray, "points _ *patches"]
+Predictions = Int64[np.ndarray, "points ..."]
 BOX_AXIS = (-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875)
 """Coefficients of points in the box [-1, 1]^T: the middles of eight equal parts, so that every task is added."""
 
