@@ -8,8 +8,8 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import TinyEncoder
-from test_measures import TUNE
+from helpers.encoders import TinyEncoder
+from helpers.learning import TUNE
 from torch import Tensor, nn
 
 import taskvec as tv

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import colour_task
+from helpers.learning import tune
+from helpers.tasks import colour_task
 from hypothesis import given
 from hypothesis import strategies as st
-from test_measures import tune
 
 import taskvec as tv
 from taskvec.core.errors import TaskvecError

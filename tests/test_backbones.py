@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.timm_files import VIT, timm_file
 from safetensors.torch import save_file
 
 from taskvec.core.errors import TaskvecError
@@ -26,19 +27,6 @@ from taskvec.encoders.records import read_backbone, write_backbone
 from taskvec.learning.external import read_finetuned
 from taskvec.study.forecast.model_cost import model_cost
 from taskvec.weights.flat import align, check_keys, pack
-
-VIT = "vit_tiny_patch16_224"
-
-
-def timm_file(folder: Path, name: str, classes: int = 7, **options: object) -> tuple[Path, torch.nn.Module]:
-    """Write a timm model with seeded random weights, classifier and all, as timm itself saves it."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=classes, **options).eval()
-    for buffer in (b for n, b in model.named_buffers() if n.endswith("running_mean")):
-        buffer.normal_()
-    path = folder / f"{name}.safetensors"
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
-    return path, model
 
 
 @pytest.mark.parametrize(

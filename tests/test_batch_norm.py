@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import colour_task, write_folder_task
-from test_backbones import timm_file
-from test_pipeline import Quiet
+from helpers.reporters import Quiet
+from helpers.tasks import colour_task, write_folder_task
+from helpers.timm_files import timm_file
 
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError

@@ -6,21 +6,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import write_folder_task
+from helpers.reporters import Quiet
+from helpers.tasks import CLASSES, make_task, write_folder_task
+from helpers.timm_files import classifier, moved, prepare, write
 from safetensors.torch import save_file
-from test_pipeline import Quiet
-from torch import nn
 
 import taskvec as tv
 from taskvec.command import runs
 from taskvec.core.files import read_json
 from taskvec.data.images import normalise
-from taskvec.data.tasks import Split
 from taskvec.encoders.loaders.checkpoints import stripped
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
@@ -34,7 +32,6 @@ from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
 from taskvec.weights.flat import save
 
-CLASSES = ("ant", "bee", "cow")
 STUDY = """
 name: brought
 backbones: [{{address: "timm:{model}@pre.safetensors", size: 32}}]
@@ -47,40 +44,11 @@ finetune: {{steps: 2, batch_size: 8, warmup: 1, learning_rate: 0.001}}
 """
 
 
-def classifier(model: str, classes: int, seed: int) -> nn.Module:
-    """Make one of timm's test models at 32 px."""
-    torch.manual_seed(seed)
-    size = {"img_size": 32} if "vit" in model else {}
-    return timm.create_model(model, num_classes=classes, **size).eval()
-
-
-def moved(module: nn.Module, distance: float = 0.02) -> nn.Module:
-    """Move all floating-point entries a little, as fine-tuning does."""
-    generator = torch.Generator().manual_seed(7)
-    for value in module.state_dict().values():
-        if value.is_floating_point():
-            value += distance * torch.randn(value.shape, generator=generator).abs()
-    return module
-
-
-def write(module: nn.Module, path: Path) -> None:
-    save_file({key: value.contiguous() for key, value in module.state_dict().items()}, path)
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_folder_task(tmp_path / "one", CLASSES, train=12)
     write_folder_task(tmp_path / "two", ("red", "blue"), train=15, test=6)
     return tmp_path
-
-
-def prepare(data: Path, model: str = "test_vit", classes: int = 3) -> nn.Module:
-    """Write a pre-trained encoder and a classifier that was fine-tuned from it, and return the classifier."""
-    start = classifier(model, classes, seed=1)
-    write(start, data / "pre.safetensors")
-    tuned = moved(start)
-    write(tuned, data / "tuned.safetensors")
-    return tuned
 
 
 def study(data: Path, keys: str, model: str = "test_vit", more: str = "", tail: str = "") -> StudyFile:
@@ -162,11 +130,6 @@ def test_a_head_file_goes_before_the_classifier_and_what_is_left_out_is_recorded
     assert lock["left_out"]["test_vit, one"] == ["head.bias", "head.weight"]
     kept = tv.load(data / "out")
     assert list(kept.heads) == ["one", "two"]
-
-
-def make_task(classes: tuple[str, ...], name: str = "one") -> tv.Task:
-    empty = Split(np.zeros((0, 3, 8, 8), np.uint8), np.zeros(0, np.int64))
-    return tv.Task(name, classes, empty, empty, empty)
 
 
 def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path) -> None:

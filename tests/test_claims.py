@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import report_fixture as fixture
+from helpers import report_rows as fixture
 
 from taskvec.core.errors import TaskvecError
 from taskvec.report import tables

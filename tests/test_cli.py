@@ -12,26 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_folder_task
+from helpers.command import loads_torch, taskvec
+from helpers.tasks import write_folder_task
 from PIL import Image
 
 from taskvec.command import cli
 
 SMALL = "name: s\nbackbones: ['lab:random']\ntasks: ['folder:one']\nprobe: {steps: 2}\nfinetune: {steps: 2}\n"
-
-
-def taskvec(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "taskvec", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
-
-
-def loads_torch(*arguments: str) -> bool:
-    code = (
-        "import sys\nfrom taskvec.command.cli import app\n"
-        f"try:\n    app({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
-        "print('torch' in sys.modules, file=sys.stderr)"
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip().endswith("True")
 
 
 @pytest.mark.parametrize(

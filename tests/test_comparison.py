@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 import pytest
-import report_fixture as fixture
+from helpers import report_rows as fixture
 
 from taskvec.core.errors import TaskvecError
 from taskvec.paper import numbers as paper

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyEncoder, write_folder_task
+from helpers.encoders import TinyEncoder
+from helpers.reporters import Quiet
+from helpers.tasks import write_folder_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_pipeline import Quiet
 from torchvision import transforms
 from torchvision.transforms import functional as reference
 from typer.testing import CliRunner

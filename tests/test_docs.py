@@ -13,9 +13,9 @@ import pytest
 import timm
 import typer
 import yaml
-from conftest import write_folder_task
+from helpers.command import taskvec
+from helpers.tasks import write_folder_task
 from safetensors.torch import save_file
-from test_cli import taskvec
 
 from taskvec.command import cli
 from taskvec.encoders.addresses import listing

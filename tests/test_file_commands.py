@@ -19,12 +19,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.command import loads_torch, taskvec
+from helpers.safetensors_files import TORCH, write, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_cli import loads_torch, taskvec
-from test_files import TORCH, write, write_shards
 from typer.testing import CliRunner
 
 from taskvec.command.cli import app, excluded

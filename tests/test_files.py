@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from helpers.safetensors_files import TORCH, write, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from taskvec.core.errors import TaskvecError
 from taskvec.encoders.loaders.hf.saved import shards as loaded_shards
@@ -22,26 +23,7 @@ from taskvec.weights.flat import read
 from taskvec.weights.reader import Checkpoint, labels, same_tensor, widen
 from taskvec.weights.writer import LARGEST, Shard, Writer, narrow, peak, shards
 
-TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 bits = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40)
-
-
-def write(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
-    return path
-
-
-def write_shards(folder: Path, *states: dict[str, torch.Tensor], total: int = 0) -> Path:
-    """Write one shard a state, and their index."""
-    places = {}
-    for number, state in enumerate(states, 1):
-        name = f"model-{number:05}-of-{len(states):05}.safetensors"
-        write(folder / name, state, {"format": "pt"})
-        places |= dict.fromkeys(state, name)
-    index = {"metadata": {"total_size": total, "made_by": "test"}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 # ---------------------------------------------------------------- numbers

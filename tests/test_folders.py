@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_folder_task
+from helpers.tasks import write_folder_task
 from PIL import Image
 
 from taskvec.core.errors import TaskvecError

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_folder_task
-from test_pipeline import Quiet
+from helpers.reporters import Quiet
+from helpers.tasks import write_folder_task
 from typer.testing import CliRunner
 
 from taskvec.command.cli import app

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import layouts
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from helpers import paper_layouts as layouts
+from helpers.paper_checkpoints import write_checkpoint
 from safetensors import safe_open
 
 from taskvec.data.images import normalise

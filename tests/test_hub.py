@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.timm_files import VIT, timm_file
 from huggingface_hub import constants
-from test_backbones import VIT, timm_file
 
 from taskvec.core.errors import TaskvecError
 from taskvec.encoders import identity

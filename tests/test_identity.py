@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import test_folders  # noqa: F401
 import timm
-from conftest import write_folder_task
-from test_pipeline import Quiet
+from helpers.reporters import Quiet
+from helpers.tasks import write_folder_task
 
 from taskvec.core import compute
 from taskvec.engine import pipeline

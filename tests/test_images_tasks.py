@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder_task
+from helpers.tasks import write_folder_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms

@@ -12,11 +12,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import colour_task, write_folder_task
+from helpers.reporters import Quiet
+from helpers.tasks import colour_task, write_folder_task
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_pipeline import Quiet
 
 import taskvec as tv
 from taskvec.core.settings import Finetune, Probe

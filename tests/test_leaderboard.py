@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import report_fixture as fixture
-from conftest import write_folder_task
+from helpers import report_rows as fixture
+from helpers.html import Reader
+from helpers.reporters import Quiet
+from helpers.tasks import write_folder_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_page import Reader
-from test_pipeline import Quiet
 
 import taskvec as tv
 from taskvec.command import runs

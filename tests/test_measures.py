@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import colour_task
+from helpers.learning import QUICK, TUNE, tune
+from helpers.tasks import colour_task
 from hypothesis import given
 from hypothesis import strategies as st
 
 import taskvec as tv
 from taskvec.core import settings
 from taskvec.core.errors import TaskvecError
-from taskvec.core.settings import Finetune, Probe
+from taskvec.core.settings import Finetune
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation import scale_search as search
@@ -25,15 +26,6 @@ from taskvec.learning.heads import Head
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights, mend_variances
-
-QUICK = Probe(steps=60, batch_size=16, warmup=5, learning_rates=(0.003, 0.03))
-TUNE = Finetune(steps=12, batch_size=16, warmup=2, learning_rate=0.01)
-
-
-def tune(backbone: Backbone, tasks: list[Task]) -> tuple[list[Head], list[Weights], list[Weights]]:
-    probed = [tv.fit_head(backbone, task, QUICK) for task in tasks]
-    tuned = [tv.finetune(backbone, task, head, TUNE) for task, head in zip(tasks, probed, strict=True)]
-    return probed, tuned, [tv.task_vector(backbone, weights) for weights in tuned]
 
 
 def test_normalised_accuracy_is_the_papers_equation_on_a_hand_example() -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_folder_task
-from test_pipeline import Quiet
+from helpers.reporters import Quiet
+from helpers.tasks import write_folder_task
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import read_json

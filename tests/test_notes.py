@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import telling
-import test_brought
 import torch
-from conftest import write_folder_task
-from test_pipeline import Quiet
+from helpers import PATHS, noisy_steps
+from helpers.reporters import Quiet
+from helpers.tasks import CLASSES, write_folder_task
+from helpers.timm_files import prepare
 
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError
@@ -45,13 +45,13 @@ TOLD = ["odd classes", "UserWarning: odd values", "some.library: odd weights", "
 
 
 def step(label: str, function: str = "tell", **config: Any) -> Step:
-    return Step(label, getattr(telling, function), telling.Telling(**config))
+    return Step(label, getattr(noisy_steps, function), noisy_steps.Telling(**config))
 
 
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let workers import the steps."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", PATHS)
 
 
 def executor(workers: int) -> Inline | Processes:
@@ -184,7 +184,7 @@ def test_a_step_that_cannot_import_says_what(tmp_path: Path, workers: None, coun
 
 
 def test_a_step_whose_own_module_a_worker_cannot_import_says_what(tmp_path: Path) -> None:
-    lost = Step("lost", telling.crash, telling.Telling())  # a worker does not find the tests
+    lost = Step("lost", noisy_steps.crash, noisy_steps.Telling())  # a worker does not find the tests
     with pytest.raises(TaskvecError, match="step 'lost' cannot import what it needs: No module named"):
         pipeline.run([lost], Store(tmp_path), Processes(2), Quiet())
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -222,7 +222,7 @@ def test_what_a_worker_prints_at_its_start_is_passed_on_and_stops_nothing(
 
 def brought(data: Path) -> StudyFile:
     """Return a study whose checkpoint is the pre-trained encoder itself, and whose folder holds other files."""
-    test_brought.prepare(data)
+    prepare(data)
     for folder in (data / "one").glob("*/*"):
         (folder / "Thumbs.db").write_bytes(b"no image")
     text = STUDY + "probe: {steps: 2, batch_size: 16, warmup: 1, learning_rates: [0.01]}\n"
@@ -236,7 +236,7 @@ def run(file: StudyFile, out: Path, store: Path, count: int) -> tuple[runs.Outco
 
 
 def test_notes_are_shown_with_any_number_of_workers_on_every_run_and_in_every_report(tmp_path: Path) -> None:
-    write_folder_task(tmp_path / "one", test_brought.CLASSES, train=12)
+    write_folder_task(tmp_path / "one", CLASSES, train=12)
     file, store = brought(tmp_path), tmp_path / "store"
     _, told, lock = run(file, tmp_path / "out", store, 1)
     parts = ("left out 2 tensors", "left out 6 files", "vector is zero", "names no classes")

@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import write_folder_task
+from helpers.reporters import Quiet
+from helpers.tasks import write_folder_task
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_pipeline import Quiet
 
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError

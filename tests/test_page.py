@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-import report_fixture as fixture
+from helpers import report_rows as fixture
+from helpers.html import Reader
 
 from taskvec.core.errors import TaskvecError
 from taskvec.report import page, tables
@@ -18,31 +18,6 @@ from taskvec.report.claims.claims import claims
 from taskvec.report.figures import drawing as figures
 
 EVIL = ("<script>alert(1)</script>", "a|b & \"c\" 'd'", "<img src=http://example.org/x.png>")
-VOID = {"meta", "img", "br", "link"}
-
-
-class Reader(HTMLParser):
-    """Collects tags, attributes and text, and checks that tags are closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        self.open += [] if tag in VOID else [tag]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 def _render(

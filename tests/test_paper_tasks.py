@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
-from conftest import write_folder_task
-from layouts import (
+from helpers.paper_layouts import (
     FOLDERS,
     TEST,
     TRAIN,
@@ -27,6 +26,7 @@ from layouts import (
     write_mnist,
     write_resisc45,
 )
+from helpers.tasks import write_folder_task
 from PIL import Image
 from scipy.io import loadmat, savemat
 

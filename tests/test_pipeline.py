@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import PATHS
+from helpers.reporters import Quiet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,31 +31,7 @@ from taskvec.engine.executors import Inline, Processes, decode, encode
 from taskvec.engine.pipeline import Config, Job, Step, Untracked, always, mapped, step_type
 from taskvec.engine.store import RECORD, Store
 
-PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-"""Where worker processes find the steps of these tests."""
 CALLS: list[str] = []
-
-
-class Quiet:
-    """Watches and remembers what was run and what was reused."""
-
-    def __init__(self) -> None:
-        self.ran: list[str] = []
-        self.kept: list[str] = []
-        self.notes: list[str] = []
-
-    def planned(self, steps: Any) -> None: ...
-    def started(self, step: Step) -> None: ...
-    def advanced(self, step: Step, share: float) -> None: ...
-
-    def note(self, label: str, text: str) -> None:
-        self.notes.append(f"{label}: {text}")
-
-    def reused(self, step: Step) -> None:
-        self.kept.append(step.label)
-
-    def finished(self, step: Step, seconds: float) -> None:
-        self.ran.append(step.label)
 
 
 class Number(Config):

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder_task
+from helpers.reporters import Quiet
+from helpers.tasks import write_folder_task
 from safetensors.numpy import load_file, save_file
-from test_pipeline import Quiet
 
 from taskvec.command import runs
 from taskvec.core.errors import TaskvecError

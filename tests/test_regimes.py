@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TinyEncoder, colour_task, write_folder_task
+from helpers.encoders import TinyEncoder
+from helpers.learning import QUICK, tune
+from helpers.reporters import Quiet
+from helpers.tasks import colour_task, write_folder_task
 from hypothesis import given
 from hypothesis import strategies as st
-from test_measures import QUICK, tune
-from test_pipeline import Quiet
 
 import taskvec as tv
 from taskvec.command import runs

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_folder_task
-from test_pipeline import Quiet
+from helpers.reporters import Quiet
+from helpers.tasks import write_folder_task
 
 import taskvec as tv
 from taskvec.command import runs

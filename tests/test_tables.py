@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import report_fixture as fixture
+from helpers import report_rows as fixture
 from rich.cells import cell_len
 
 from taskvec.core.errors import TaskvecError

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyEncoder
+from helpers.encoders import TinyEncoder
+from helpers.learning import QUICK, TUNE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_measures import QUICK, TUNE
 from torch import Tensor, nn
 
 import taskvec as tv

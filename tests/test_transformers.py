@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
+from helpers.tasks import make_task
 from safetensors.torch import load_file, save_file
-from test_brought import make_task
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from taskvec.core.errors import TaskvecError

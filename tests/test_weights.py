@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyEncoder
+from helpers.encoders import TinyEncoder
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

@@ -51,8 +51,10 @@ def best_class(scores: Float[Tensor, "count *patches classes"]) -> Int64[Tensor,
     return scores.argmax(dim=-1).where(scores.isfinite().all(dim=-1), -1)
 
 
-def is_right(scores: Float[Tensor, "count classes"], labels: Int64[Tensor, " count"]) -> Bool[Tensor, " count"]:
-    """Return whether the predicted class of every image is its label."""
+def is_right(
+    scores: Float[Tensor, "count *patches classes"], labels: Int64[Tensor, " count *patches"]
+) -> Bool[Tensor, " count *patches"]:
+    """Return whether the predicted class of every image, or of every patch, is its label."""
     return best_class(scores) == labels
 
 

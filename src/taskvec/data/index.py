@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
@@ -20,10 +20,11 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
 }
 """Names of each split in folders and in published data sets."""
-Labels = Int64[np.ndarray, " count *patches"] | Float32[np.ndarray, "count 2"]
+Labels = Int64[np.ndarray, "_ ..."] | Float32[np.ndarray, "_ 2"]
 """The class of each image (or of each of its patches, row by row), or the cosine and sine of its angle."""
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Encoded images of a data set that is read row by row."""
 
@@ -40,7 +41,7 @@ class Rows(Protocol):
         """Return the rows at ``indices``."""
 
 
-Items = Sequence[Path] | Rows | UInt8[np.ndarray, "count 3 height width"]
+Items = Sequence[Path] | Rows | UInt8[np.ndarray, "_ 3 height width"]
 """Images of a split: files, rows of a table, or pixels."""
 
 

@@ -33,13 +33,13 @@ class Applied(nn.Module):
         super().__init__()
         self.module, self.function = module, function
 
-    def forward(self, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch *patches width"]:
+    def forward(self, images: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch *patches width"]:
         """Apply the function."""
         return self.function(self.module, images)
 
 
 def jvp_features(
-    module: nn.Module, function: Function, images: Float[Tensor, "batch 3 size size"], base: Weights
+    module: nn.Module, function: Function, images: Float[Tensor, "batch ..."], base: Weights
 ) -> Float[Tensor, "batch *patches width"]:
     """Return f(x; theta_0) + J(x; theta_0) (theta - theta_0) of a module with parameters theta; ``base`` is theta_0.
 

@@ -16,9 +16,9 @@ from taskvec.learning.heads import Head
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights
 
-Images = UInt8[np.ndarray, "count 3 size size"]
-Labels = Int64[np.ndarray, " count *patches"]
-Predictions = Int64[np.ndarray, "points count *patches"]
+Images = UInt8[np.ndarray, "_ 3 size size"]
+Labels = Int64[np.ndarray, "_ ..."]
+Predictions = Int64[np.ndarray, "points ..."]
 BOX_AXIS = (-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875)
 """Coefficients of points in the box [-1, 1]^T: the middles of eight equal parts, so that every task is added."""
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def sine_positions(rows: int, columns: int, width: int, extent: int) -> Float[Tensor, "rows*columns width"]:
+def sine_positions(rows: int, columns: int, width: int, extent: int) -> Float[Tensor, "{rows*columns} {width}"]:
     """Return two-dimensional sine-cosine positions of a grid laid over ``extent`` x ``extent`` units.
 
     A quarter of the ``width`` channels each holds sine and cosine of the row and of the column (as in MoCo v3); a grid
@@ -76,7 +76,7 @@ class VisionTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def grid_positions(self, rows: int, columns: int) -> Float[Tensor, "rows*columns width"]:
+    def grid_positions(self, rows: int, columns: int) -> Float[Tensor, "{rows*columns} {self.width}"]:
         """Return the positions of a grid of patches that covers the same square as the full image."""
         return sine_positions(rows, columns, self.width, self.extent)
 

@@ -168,10 +168,10 @@ def training_precision(backbone: Backbone, setting: str) -> Precision:
 
 def encode_all(
     module: torch.nn.Module,
-    images: Sequence[Float[Tensor, "batch 3 size size"]],
+    images: Sequence[Float[Tensor, "_ 3 size size"]],
     per_patch: Sequence[bool],
     backbone: Backbone,
-) -> list[Float[Tensor, "batch *patches width"]]:
+) -> list[Float[Tensor, "_ ... width"]]:
     """Return the features of each batch, of images or of patches; all batches that need the same share one pass.
 
     The module is a copy of the backbone's, which says whether it is linearised.

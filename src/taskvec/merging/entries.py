@@ -86,7 +86,7 @@ class Entry:
 
 Part = Entry
 """The name by which plugins know an entry."""
-Entries = Iterable[tuple[Entry, "Float32[Tensor, ' tasks *shape']"]]
+Entries = Iterable[tuple[Entry, "Float32[Tensor, ' tasks ...']"]]
 """All entries of all task vectors, in any order; it can be iterated over as often as a method needs passes."""
 
 

@@ -182,7 +182,7 @@ def write_merged(data: Data, slots: Sequence[Slot], factors: Float32[Tensor, "sl
 
 
 def gradients(
-    data: Data, slots: Sequence[Slot], images: Sequence[UInt8[np.ndarray, "batch 3 size size"]]
+    data: Data, slots: Sequence[Slot], images: Sequence[UInt8[np.ndarray, "_ 3 size size"]]
 ) -> Float32[Tensor, "slots tasks"]:
     """Return the gradient of the summed entropies by every coefficient, at the encoder's present weights."""
     parameters = dict(data.backbone.module.named_parameters())

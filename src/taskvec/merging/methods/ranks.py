@@ -20,7 +20,7 @@ SMALLEST = np.float32(1e-45)
 
 
 def order_statistics(
-    slices: Iterable[Float32[Tensor, "rows count"] | Float32[ndarray, "rows count"]],
+    slices: Iterable[Float32[Tensor, "rows ..."] | Float32[ndarray, "rows ..."]],
     ranks: Callable[[int], Sequence[int]],
 ) -> Float32[ndarray, "rows ranks"]:
     """Return the values of some ranks (0 is the smallest) of every row, whose finite numbers come in slices.

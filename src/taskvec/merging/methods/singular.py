@@ -117,7 +117,7 @@ def nearest_orthogonal(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tenso
     return orthogonaliser(Columns(lambda place: matrix[:, place], *matrix.shape)) @ matrix
 
 
-def joined(parts: Sequence[TruncatedSVD], values: Float64[Tensor, " rank"]) -> Float32[Tensor, "rows columns"]:
+def joined(parts: Sequence[TruncatedSVD], values: Float64[Tensor, " *rank"]) -> Float32[Tensor, "rows columns"]:
     """Return U' S V'^T, U' and V' nearest orthogonal to the left and the right singular vectors of several matrices."""
     import torch
 

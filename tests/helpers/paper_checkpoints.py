@@ -1,7 +1,7 @@
 """The paper's eight checkpoints at full size with seeded random weights, each written by its own library.
 
-``python tests/checkpoints.py ROOT`` writes them all into a hub cache (4 GB), and the paper's tasks as tiny fixtures of
-the real formats, so that the paper's studies run with nothing downloaded:
+``python tests/helpers/paper_checkpoints.py ROOT`` writes them all into a hub cache (4 GB), and the paper's tasks as
+tiny fixtures of the real formats, so that the paper's studies run with nothing downloaded:
 
     HF_HOME=ROOT/hub TASKVEC_DATA=ROOT/data HF_HUB_OFFLINE=1 taskvec run paper-table1 --smoke
 """
@@ -116,7 +116,7 @@ def write_checkpoint(row: str, home: Path) -> tuple[Path, Features]:
 
 
 if __name__ == "__main__":
-    import layouts
+    import paper_layouts as layouts  # beside this file
 
     layouts.TRAIN, layouts.TEST = 4, 2  # of each class: eight encoders of this size see them
     root = Path(sys.argv[1])
