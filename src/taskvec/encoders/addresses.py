@@ -15,25 +15,46 @@ from taskvec.paper.checkpoints import PAPER
 from taskvec.weights import hub
 from taskvec.weights.formats import WEIGHT_SUFFIXES
 
-KINDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of address: a line for each form beside plain names, and the module in ``loaders`` that loads it.
+
+    The paper's checkpoints have no loader of their own: each is an address of another kind.
+    """
+
+    forms: Mapping[str, str]
+    loader: str = ""
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "lab": {"lab:NAME@STEP": "an encoder of the lab after so many steps of its pre-training"},
-        "timm": {
-            "timm:NAME": "any timm classifier without its head, with timm's own weights (cached, or downloaded)",
-            "timm:NAME@FILE": "the same with weights from a file, in timm's keys",
-        },
-        "hf": {
-            "hf:REPO": "a vision model of transformers from the Hugging Face hub (extra: hf)",
-            "hf:FOLDER": "the same from a folder that save_pretrained wrote",
-        },
-        "open_clip": {
-            "open_clip:MODEL@TAG": "a CLIP image tower with its projection, weights by open_clip's tag (extra: clip)",
-            "open_clip:MODEL@FILE": "the same with weights from a file",
-        },
-        "paper": {f"paper:{name}": checkpoint.description for name, checkpoint in PAPER.items()},
+        "lab": Kind({"lab:NAME@STEP": "an encoder of the lab after so many steps of its pre-training"}, "lab"),
+        "timm": Kind(
+            {
+                "timm:NAME": "any timm classifier without its head, with timm's own weights (cached, or downloaded)",
+                "timm:NAME@FILE": "the same with weights from a file, in timm's keys",
+            },
+            "timm",
+        ),
+        "hf": Kind(
+            {
+                "hf:REPO": "a vision model of transformers from the Hugging Face hub (extra: hf)",
+                "hf:FOLDER": "the same from a folder that save_pretrained wrote",
+            },
+            "hf.transformers",
+        ),
+        "open_clip": Kind(
+            {
+                "open_clip:MODEL@TAG": "a CLIP image tower with its projection, weights by a tag (extra: clip)",
+                "open_clip:MODEL@FILE": "the same with weights from a file",
+            },
+            "open_clip",
+        ),
+        "paper": Kind({f"paper:{name}": checkpoint.description for name, checkpoint in PAPER.items()}),
     }
 )
-"""The kinds of address, with a line for each of their forms beside plain names."""
+"""The kinds of address by name."""
 
 
 @dataclass(frozen=True)
@@ -114,4 +135,4 @@ def split_key(given: str) -> tuple[str, str]:
 
 def listing() -> dict[str, str]:
     """Return every form of address and the paper's names, with one line each."""
-    return {form: line for forms in KINDS.values() for form, line in forms.items()}
+    return {form: line for kind in KINDS.values() for form, line in kind.forms.items()}

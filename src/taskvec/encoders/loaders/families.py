@@ -6,6 +6,7 @@ the paper sees images.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,18 +16,18 @@ from torch import nn
 from taskvec.core.compute import seeded
 from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing
-from taskvec.encoders.addresses import BackboneAddress, parse
-from taskvec.encoders.loaders import lab, open_clip, timm
+from taskvec.encoders.addresses import KINDS, BackboneAddress, parse
+from taskvec.encoders.loaders import open_clip
 from taskvec.encoders.loaders.hf import saved, transformers
 from taskvec.encoders.loaders.requests import LARGEST, Family, Loaded, Request
 from taskvec.paper.checkpoints import PAPER, Checkpoint
 
 FAMILIES: dict[str, Family] = {
-    "lab": lab.FAMILY,
-    "timm": timm.FAMILY,
-    "hf": transformers.FAMILY,
-    "open_clip": open_clip.FAMILY,
+    name: importlib.import_module(f"taskvec.encoders.loaders.{kind.loader}").FAMILY
+    for name, kind in KINDS.items()
+    if kind.loader
 }
+"""The family of each kind of address: ``FAMILY`` of the module that ``KINDS`` names."""
 
 
 def find(
