@@ -97,17 +97,24 @@ def guarded(command: Callable[Given, None]) -> Callable[Given, None]:
     return wrapped
 
 
+StudyName = Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")]
+StoreFolder = Annotated[
+    Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
+]
+Base = Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")]
+Tuned = Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")]
+FormerExclude = Annotated[list[str] | None, typer.Option("--keep", hidden=True)]
+
+
 @app.command()
 @guarded
 def run(
-    study: Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")],
+    study: StudyName,
     out: Annotated[Path | None, typer.Option(help="the run folder; runs/NAME by default")] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="2 steps and 32 images a split: does everything work?")
     ] = False,
-    store: Annotated[
-        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
-    ] = None,
+    store: StoreFolder = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="steps at once; one a core by default, one on a GPU")
     ] = None,
@@ -140,14 +147,12 @@ def run(
 @app.command("plan")
 @guarded
 def plan_(
-    study: Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")],
+    study: StudyName,
     device: Annotated[
         str | None, typer.Option(help="h100, a100 or cpu: whose hours to estimate; all by default")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="of the run with 2 steps and 32 images a split")] = False,
-    store: Annotated[
-        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
-    ] = None,
+    store: StoreFolder = None,
     workers: Annotated[int | None, typer.Option(min=1, help="steps at once on a CPU; one a core by default")] = None,
 ) -> None:
     """Say what a study takes before it runs: steps, images, FLOPs, hours, disk, memory, downloads."""
@@ -184,9 +189,6 @@ def predict(
         say("\t".join([*names, f"{answer.probability:.3f}"]))
 
 
-FormerExclude = Annotated[list[str] | None, typer.Option("--keep", hidden=True)]
-
-
 def excluded(exclude: list[str] | None, keep: list[str] | None) -> list[str]:
     """Return the patterns of --exclude and of its former name, which is noted."""
     if keep:
@@ -197,8 +199,8 @@ def excluded(exclude: list[str] | None, keep: list[str] | None) -> list[str]:
 @app.command()
 @guarded
 def merge(
-    base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
-    tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
+    base: Base,
+    tuned: Tuned,
     scale: Annotated[float, typer.Option(help="lambda: how far to go along the merged direction")],
     out: Annotated[Path, typer.Option(help="a .safetensors file, or a new folder (for shards, or a file a task)")],
     method: Annotated[
@@ -233,8 +235,8 @@ def merge(
 @app.command()
 @guarded
 def diff(
-    base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
-    tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
+    base: Base,
+    tuned: Tuned,
     out: Annotated[Path | None, typer.Option(help="a folder for a figure (png, pdf) and tables (csv)")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="tensors to leave out, such as 'head.*'")
@@ -261,9 +263,7 @@ def store_(
     clear: Annotated[
         str | None, typer.Option(help="remove what is of this kind, or has this id; decoded: all decoded images; all")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
-    ] = None,
+    store: StoreFolder = None,
 ) -> None:
     """List what the store keeps: decoded images one by one, other steps by kind. With --clear, remove some of it."""
     from taskvec.core.formatting import bytes_text
