@@ -24,7 +24,8 @@ from taskvec.report.claims.data import (
     t_interval,
 )
 from taskvec.report.claims.rows import COLUMNS
-from taskvec.report.views import Gained, box_error, view
+from taskvec.report.disentanglement import box_error
+from taskvec.report.views import Gain, find_view
 
 Run = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -94,11 +95,11 @@ def test_measures_are_compared_on_what_both_have() -> None:
 
 def test_a_gain_turned_round_keeps_its_interval_in_order() -> None:
     rows = fixture.results(heads=("kept",))
-    gain = view(rows, "lab:supervised", "aligned").gain("task_arithmetic")
+    gain = find_view(rows, "lab:supervised", "aligned").gain("task_arithmetic")
     estimate = of_gain("", gain, sign=-1, offset=3.0)
     assert estimate.low == pytest.approx(3 - 100 * gain.high)
     assert estimate.high == pytest.approx(3 - 100 * gain.low)
-    nothing = Gained("kept", 0.0, math.nan, -0.01, 0.01, gain.scale._replace(low=0.0, high=0.0))
+    nothing = Gain("kept", 0.0, math.nan, -0.01, 0.01, gain.scale._replace(low=0.0, high=0.0))
     assert of_gain("", nothing)[1:4] == (0.0, 0.0, 0.0)
     unknown = of_gain("", gain._replace(low=math.nan, high=math.nan))
     assert unknown.verdict(strict=True) == UNDECIDED
@@ -141,7 +142,7 @@ def test_every_claim_is_decided_on_a_whole_run(run: Run) -> None:
 
 
 def test_a_gain_is_read_from_its_rows(run: Run) -> None:
-    gain = view(run[0], "clip-large", "aligned").gain("task_arithmetic")
+    gain = find_view(run[0], "clip-large", "aligned").gain("task_arithmetic")
     row = _claim(claims(*run, fixture.ROLES), "Addition beats probing on CLIP (LAION-2B)")
     assert row["Paper"] == "+3.6 at λ = 0.15"
     assert row["Measured"] == f"clip-large {100 * gain.mean:+.1f} at λ = 0.10"
@@ -182,7 +183,7 @@ def test_probing_competes_only_up_to_three_points(run: Run) -> None:
     words = "gains 3 points or less"
     rows = _shifted(run, "sup-21k", "aligned", 5)
     row = _claim(claims(rows, run[1], fixture.ROLES), words)
-    gain = 100 * view(rows, "sup-21k", "aligned").gain("task_arithmetic").mean
+    gain = 100 * find_view(rows, "sup-21k", "aligned").gain("task_arithmetic").mean
     assert row["Margin"] == f"{3 - gain:+.1f}"
     assert (row["Paper"], row["Verdict"]) == ("0.0 to 3.6", FAILS)
 

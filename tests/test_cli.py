@@ -16,7 +16,7 @@ from helpers.command import loads_torch, taskvec
 from helpers.tasks import write_folder_task
 from PIL import Image
 
-from taskvec.command import cli
+from taskvec.command import terminal
 
 SMALL = "name: s\nbackbones: ['lab:random']\ntasks: ['folder:one']\nprobe: {steps: 2}\nfinetune: {steps: 2}\n"
 
@@ -249,4 +249,4 @@ def test_a_terminal_that_has_only_ascii_gets_other_signs(tmp_path: Path, locale:
         assert b"Traceback" not in done.stderr
         assert done.returncode == (0 if arguments[0] == "list" else 2), done.stderr
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    assert cli.plain("λ 0.3 ± 1 漢 \x1b", stream) == r"lambda 0.3 +- 1 \u6f22 \x1b"
+    assert terminal.plain("λ 0.3 ± 1 漢 \x1b", stream) == r"lambda 0.3 +- 1 \u6f22 \x1b"

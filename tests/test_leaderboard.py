@@ -149,7 +149,7 @@ def test_a_fine_tuned_encoder_that_got_nothing_right_is_named() -> None:
     assert found.view.unlearned == ["dtd"]
     text = advice(found)
     assert text.startswith("Which to pick, in test accuracy: The individual model of dtd got no validation image right")
-    assert f"linear probing reaches {percent(found.view.own('probing'))} %" in text
+    assert f"linear probing reaches {percent(found.view.result('probing'))} %" in text
     assert "–" not in text
     assert board().view.unlearned == []
 

@@ -27,6 +27,7 @@ from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline, Processes, message_of
 from taskvec.engine.pipeline import Step
 from taskvec.engine.store import NOTES, RECORD, Store
+from taskvec.report import run_folder
 from taskvec.report.figures import drawing as figures
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan
@@ -232,7 +233,7 @@ def brought(data: Path) -> StudyFile:
 def run(file: StudyFile, out: Path, store: Path, count: int) -> tuple[runs.Outcome, list[str], dict[str, Any]]:
     watcher = Quiet()
     outcome = runs.run_study(file, out, Store(store), count, watcher, "taskvec run brought")
-    return outcome, watcher.notes, read_json(out / runs.LOCK)
+    return outcome, watcher.notes, read_json(out / run_folder.LOCK)
 
 
 def test_notes_are_shown_with_any_number_of_workers_on_every_run_and_in_every_report(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from taskvec.merging import plugins
 from taskvec.merging.entries import Part
 from taskvec.merging.recipes import apply
 from taskvec.merging.registry import ADDITION, BUILT_IN, METHODS, Method, find_recipe, register
+from taskvec.report import run_folder
 from taskvec.study.files import open_study, parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
@@ -227,7 +228,7 @@ def test_a_plugin_that_changes_during_a_run_or_registers_nothing_is_told(tasks: 
     watcher = Quiet()
     runs.run_study(file, tasks / "out", store, 1, watcher, "taskvec run own")
     assert watcher.notes[0] == f"plan: plugin '{empty}' registers no merging method"
-    lock = read_json(tasks / "out" / runs.LOCK)
+    lock = read_json(tasks / "out" / run_folder.LOCK)
     assert [one["label"] for one in lock["notes"] if "registers no" in one["text"]] == ["plan"]
     assert lock["plugins"] == {f"own/{one.name}": hashlib.sha256(one.read_bytes()).hexdigest() for one in (path, empty)}
     board = (tasks / "out" / "leaderboard.md").read_text()

@@ -26,6 +26,7 @@ from taskvec.core.notes import listen
 from taskvec.engine.publishing import publish
 from taskvec.engine.store import Store
 from taskvec.report.rows import COLUMNS
+from taskvec.report.run_folder import FILES, LOCK, MARKER, writing
 from taskvec.study.files import parse_study
 from taskvec.study.schema import StudyFile
 
@@ -197,18 +198,24 @@ def published(out: Path, texts: dict[str, str]) -> list[str]:
         for name, text in texts.items():
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             (fresh / name).write_text(text)
-        publish(fresh, out, runs.MARKER, runs.LOCK)
+        publish(fresh, out, MARKER, LOCK)
     return heard
 
 
 def texts_of(out: Path) -> dict[str, str]:
-    names = sorted(path for path in out.rglob("*") if path.is_file() and path.name != runs.MARKER)
+    names = sorted(path for path in out.rglob("*") if path.is_file() and path.name != MARKER)
     return {path.relative_to(out).as_posix(): path.read_text() for path in names}
 
 
 MINE = dict.fromkeys(("notes.txt", "figures/mine.png", "models/own/x.bin", ".hidden", "a/b.csv"), "mine")
-FIRST = {"results.csv": "1", "figures/a.png": "1", "figures/b.png": "1", "models/x/model.json": "1", runs.LOCK: "1"}
-SECOND = {"results.csv": "2", "figures/a.png": "2", "models/y/model.json": "2", runs.LOCK: "2"}
+FIRST = {
+    "results.csv": "1",
+    "figures/a.png": "1",
+    "figures/b.png": "1",
+    "models/x/model.json": "1",
+    LOCK: "1",
+}
+SECOND = {"results.csv": "2", "figures/a.png": "2", "models/y/model.json": "2", LOCK: "2"}
 
 
 def test_a_run_folder_replaces_its_own_files_and_no_others(tmp_path: Path) -> None:
@@ -245,7 +252,7 @@ def test_what_stands_in_the_way_is_refused_and_nothing_is_touched(tmp_path: Path
     mine.mkdir()
     (mine / "a.png").write_text("mine")
     out.mkdir()
-    published(out, {"results.csv": "1", runs.LOCK: "1"})
+    published(out, {"results.csv": "1", LOCK: "1"})
     place = out / "figures" / "a.png"
     (out if "folder" in how and how != "folder" else place.parent).mkdir(exist_ok=True)
     if how == "file":
@@ -269,7 +276,7 @@ def test_a_marker_or_lock_that_names_files_elsewhere_removes_nothing(tmp_path: P
     out.mkdir()
     thesis.write_text("mine")
     for bad in ('{"files": {"../thesis.txt": "%s"}}', '{"files": ["thesis.txt"]}', "[1]", "{", '{"files": {"a": 3}}'):
-        (out / runs.MARKER).write_text(bad.replace("%s", file_digest(thesis)))
+        (out / MARKER).write_text(bad.replace("%s", file_digest(thesis)))
         (out / "new.csv").unlink(missing_ok=True)
         published(out, {"new.csv": bad})
         assert thesis.read_text() == "mine"
@@ -277,11 +284,11 @@ def test_a_marker_or_lock_that_names_files_elsewhere_removes_nothing(tmp_path: P
 
 
 def test_a_run_folder_of_an_older_version_names_its_files_in_the_lock(tmp_path: Path) -> None:
-    (tmp_path / runs.MARKER).write_text("a run folder of taskvec: report.html, tables.md and results.csv\n")
+    (tmp_path / MARKER).write_text("a run folder of taskvec: report.html, tables.md and results.csv\n")
     for name in ("results.csv", "old.csv", "notes.txt"):
         (tmp_path / name).write_text("1")
     files = {name: file_digest(tmp_path / name) for name in ("results.csv", "old.csv")}
-    (tmp_path / runs.LOCK).write_text(json.dumps({"fingerprint": "x", "files": files}))
+    (tmp_path / LOCK).write_text(json.dumps({"fingerprint": "x", "files": files}))
     assert published(tmp_path, SECOND) == []
     assert texts_of(tmp_path) == SECOND | {"notes.txt": "1"}
 
@@ -335,26 +342,26 @@ def test_a_run_folder_ends_right_whenever_it_was_killed(tmp_path: Path) -> None:
         published(tmp_path / str(moment), third)
         kept = {"notes.txt": "mine", "changed/figures/b.png": "edited"}
         assert texts_of(tmp_path / str(moment)) == third | kept
-        assert {path.name for path in (tmp_path / str(moment)).glob(".*")} == {runs.MARKER}
+        assert {path.name for path in (tmp_path / str(moment)).glob(".*")} == {MARKER}
 
 
 def test_the_second_run_into_one_folder_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
-    with runs.writing(tmp_path / "out"):
+    with writing(tmp_path / "out"):
         (tmp_path / "out" / ".fresh-12345" / "figures").mkdir(parents=True)
         (tmp_path / "out" / ".fresh-2026" / "thesis").mkdir(parents=True)
-        with pytest.raises(tv.TaskvecError, match="another run is writing to"), runs.writing(tmp_path / "out"):
+        with pytest.raises(tv.TaskvecError, match="another run is writing to"), writing(tmp_path / "out"):
             pass
-    with runs.writing(tmp_path / "out"):
+    with writing(tmp_path / "out"):
         left = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert left == [".fresh-2026", f"{runs.MARKER}-lock"]
+        assert left == [".fresh-2026", f"{MARKER}-lock"]
     shutil.rmtree(tmp_path / "out" / ".fresh-2026")
     (tmp_path / "out").rmdir()
-    with runs.writing(tmp_path / "out" / "deep"):
+    with writing(tmp_path / "out" / "deep"):
         pass
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f"{runs.MARKER}-lock").write_text("of a killed run")
-    with runs.writing(tmp_path / "out"):
+    (tmp_path / "out" / f"{MARKER}-lock").write_text("of a killed run")
+    with writing(tmp_path / "out"):
         pass
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -396,7 +403,7 @@ def test_places_in_each_other_are_refused_before_any_work(data: Path, out: str, 
 def test_results_never_replace_what_the_study_reads(data: Path, where: str) -> None:
     out = data / "out"
     out.mkdir()
-    published(out, {"results.csv": "1", "models/x/encoder.safetensors": "1", runs.LOCK: "1"})
+    published(out, {"results.csv": "1", "models/x/encoder.safetensors": "1", LOCK: "1"})
     (data / "one").rename(out / "figures")
     text = study_file(data).text.replace(f"{data}/one", f"{out}/figures" if where == "tasks" else f"{data}/two")
     text = text.replace(f'"folder:{data}/two"]', f'{{address: "folder:{data}/two", name: b}}]')
@@ -433,7 +440,7 @@ def test_run_folders_that_cannot_be_are_clear_errors_before_any_work(data: Path,
 def test_what_is_in_the_way_of_a_run_is_refused_before_any_work(data: Path) -> None:
     out = data / "out"
     inside = ("models/random/model.json", "figures/lambda--random--aligned.png", "tables/table1.tex")
-    for name in (*runs.FILES, "models", "figures", *inside, "figures/mine--of-june.png", "models/own/model.json"):
+    for name in (*FILES, "models", "figures", *inside, "figures/mine--of-june.png", "models/own/model.json"):
         out.mkdir()
         published(out, {"other.csv": "1"})
         (out / name).parent.mkdir(exist_ok=True, parents=True)
@@ -443,7 +450,7 @@ def test_what_is_in_the_way_of_a_run_is_refused_before_any_work(data: Path) -> N
             runs.check_free(study_file(data), out)
         assert (out / name).read_text() == "mine"
         shutil.rmtree(out)
-    (out / runs.MARKER).mkdir(parents=True)
+    (out / MARKER).mkdir(parents=True)
     with pytest.raises(tv.TaskvecError, match=r"/\.taskvec' was not written by this command"):
         runs.check_free(study_file(data), out)
 
@@ -506,5 +513,5 @@ def test_an_interrupted_study_resumes_to_the_same_results(data: Path, how: signa
     )
     for name in same:
         assert (data / "out" / name).read_bytes() == (data / "undisturbed" / name).read_bytes(), name
-    assert [path.name for path in (data / "out").glob(".*")] == [runs.MARKER]
+    assert [path.name for path in (data / "out").glob(".*")] == [MARKER]
     assert os.listdir(data / "store" / "tmp") == []  # noqa: PTH208

@@ -15,8 +15,9 @@ from taskvec.core.errors import TaskvecError
 from taskvec.core.task_types import TASK_TYPES
 from taskvec.merging.variants import PER_TASK, Variant
 from taskvec.report import tables, verdict
+from taskvec.report.disentanglement import box_error
 from taskvec.report.texts import MISSING, escape_latex, escape_markdown, short_backbone, shorten, text_table
-from taskvec.report.views import METRICS, box_error, line_search, task_sets, view
+from taskvec.report.views import METRICS, find_view, line_search, task_sets
 
 
 def _value(rows: pd.DataFrame, method: str, heads: str, metric: str, task: str = "") -> float:
@@ -150,7 +151,7 @@ def test_the_verdict_says_that_nothing_was_learned_that_rates_diverged_and_that_
 def test_where_nothing_can_be_normalised_the_plain_mean_chooses_as_the_search_did() -> None:
     rows = fixture.results()
     bare = rows[~(rows["metric"].eq("normalised_accuracy") & rows["split"].eq("validation"))]
-    assert view(bare, "lab:supervised", "aligned").kept == (Variant("task_arithmetic"), "reprobed")
+    assert find_view(bare, "lab:supervised", "aligned").selected == (Variant("task_arithmetic"), "reprobed")
 
 
 def test_a_trial_run_has_a_banner_and_says_nothing_of_gains() -> None:
@@ -317,7 +318,7 @@ def test_sets_of_tasks_are_rows_by_size_with_the_whole_set_from_the_main_merge()
     sets = task_sets(rows, "sup-1k", "full")
     assert list(sets.groupby("size").size()) == [6, 6, 6, 6, 6, 6, 1]
     assert float(sets["normalised_accuracy"].iloc[-1]) == pytest.approx(
-        view(rows, "sup-1k", "full").cell("task_arithmetic", metric="normalised_accuracy").mean
+        find_view(rows, "sup-1k", "full").cell("task_arithmetic", metric="normalised_accuracy").mean
     )
     assert float(sets["disentanglement_error"].iloc[0]) == pytest.approx(0.1)
     assert task_sets(rows, "sup-1k", "open").empty
@@ -329,7 +330,7 @@ def test_a_number_that_is_nan_in_one_seed_counts_the_others() -> None:
     probing = (rows["method"] == "probing") & (rows["split"] == "test") & (rows["task"] == "")
     rows.loc[probing & (rows["seed"] == 0), "value"] = float("nan")
     known = rows.loc[probing & (rows["seed"] > 0) & (rows["metric"] == "accuracy"), "value"]
-    cell = view(rows, "lab:supervised", "aligned").cell("probing")
+    cell = find_view(rows, "lab:supervised", "aligned").cell("probing")
     assert (cell.mean, cell.sd) == (pytest.approx(known.mean()), pytest.approx(known.std()))
     rows.loc[probing, "value"] = float("nan")
     assert tables.summary(rows).get("Probing") is None
@@ -411,7 +412,7 @@ def test_tasks_of_one_other_kind_have_a_mean() -> None:
 
 
 def test_the_line_search_of_a_mixed_cell_is_by_the_metric_that_chose() -> None:
-    one = view(fixture.mixed(), "lab:random", "aligned")
+    one = find_view(fixture.mixed(), "lab:random", "aligned")
     found = line_search(one, "task_arithmetic", "kept")
     ratios = [0.05 / tuned for tuned in (0.8, 0.75, 0.5, 1.0)]
     lower = 82 - 100 * sum(ratios) / 4

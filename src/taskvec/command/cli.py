@@ -6,73 +6,28 @@ import contextlib
 import functools
 import io
 import shlex
-import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from taskvec.command.terminal import say, say_outcome, say_table
 from taskvec.core.errors import TaskvecError, unknown
-from taskvec.core.notes import listen, note, print_note, printable
+from taskvec.core.notes import listen, note, print_note
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from taskvec.command.runs import Outcome
+    pass
 
 DECODED = {"decode_task": "decoded", "decode_training": "decoded"}
 """The kinds of steps that keep decoded images."""
-MANY = 4
-"""Backbones and regimes above which the terminal shows one line for each instead of a table of tasks."""
 
 EXIT_CODES = "exit codes: 0 done; 1 an error of this program; 2 a mistake to mend; 130, 143 interrupted"
-SIGNS = {"λ": "lambda", "±": "+-", "–": "-", "ξ": "xi", "°": " degrees", "…": "~", "₁": "1", "₂": "2", "≤": "<="}
-"""What stands for our own signs on a terminal that has them not."""
-
-WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "expand_tabs": False}
-
-
-# ---------------------------------------------------------------- what reaches the terminal
-
-
-def plain(text: str, stream: TextIO) -> str:
-    """Return text that a stream can take: no control characters, no signs that its encoding lacks."""
-    text, encoding = printable(text), stream.encoding or "utf-8"
-    with contextlib.suppress(UnicodeEncodeError):
-        text.encode(encoding)
-        return text
-    text = "".join(SIGNS.get(letter, letter) for letter in text)
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def width() -> int:
-    """Return the columns of the terminal, 80 where there is none."""
-    return shutil.get_terminal_size((80, 24)).columns
-
-
-def say(text: str = "", file: TextIO | None = None, hang: int = 0, wrap: bool = False) -> None:
-    """Print lines without what the stream cannot take; on a terminal, or asked to, they break between words only.
-
-    What does not fit a line goes on ``hang`` columns from the left.
-    """
-    stream = file or sys.stdout
-    lines = plain(text, stream).split("\n")
-    if wrap or stream.isatty():
-        lines = [_wrapped(line, hang) for line in lines]
-    print("\n".join(lines), file=stream, flush=True)
-
-
-def _wrapped(line: str, hang: int) -> str:
-    """Break a line between words, none of which is a percent sign."""
-    whole = line.replace(" %", "\0%")
-    return textwrap.fill(whole, width(), subsequent_indent=" " * hang, **WHOLE_WORDS).replace("\0", " ")
 
 
 class Group(TyperGroup):
@@ -142,17 +97,24 @@ def guarded(command: Callable[Given, None]) -> Callable[Given, None]:
     return wrapped
 
 
+StudyName = Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")]
+StoreFolder = Annotated[
+    Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
+]
+Base = Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")]
+Tuned = Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")]
+FormerExclude = Annotated[list[str] | None, typer.Option("--keep", hidden=True)]
+
+
 @app.command()
 @guarded
 def run(
-    study: Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")],
+    study: StudyName,
     out: Annotated[Path | None, typer.Option(help="the run folder; runs/NAME by default")] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="2 steps and 32 images a split: does everything work?")
     ] = False,
-    store: Annotated[
-        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
-    ] = None,
+    store: StoreFolder = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="steps at once; one a core by default, one on a GPU")
     ] = None,
@@ -179,77 +141,18 @@ def run(
         outcome = run_study(file, folder, Store((store or default_store()).expanduser()), workers, reporter, command)
     finally:
         reporter.close()
-    _tell(outcome, duration_text(time.monotonic() - begin))
-
-
-def _tell(outcome: Outcome, duration: str) -> None:
-    """Say what a run did, its results, and where its page is."""
-    from taskvec.core.files import read_json
-    from taskvec.report.verdict import SMOKE
-
-    folder, lock = outcome.folder, read_json(outcome.folder / "study.lock.json")
-    if lock.get("smoke"):
-        say(SMOKE, wrap=True)
-    say(_done(outcome, duration))
-    if not lock.get("smoke"):
-        _show(folder, lock)
-    say(f"page: {(folder / 'report.html').resolve()}")
-
-
-def _done(outcome: Outcome, duration: str) -> str:
-    """Say how many steps were run."""
-    if not outcome.ran:
-        again = "the run folder was written again" if outcome.written else "nothing to do"
-        return f"all {outcome.steps} steps were done before: {again}"
-    reused = outcome.steps - outcome.ran
-    return f"{outcome.ran} steps run in {duration}" + (f", {reused} were done before" if reused else "")
-
-
-def _show(folder: Path, lock: dict[str, Any]) -> None:
-    """Print the verdict, and the tasks of every merge, or one line for each where there are many."""
-    import pandas as pd
-
-    from taskvec.report import tables
-    from taskvec.report.verdict import usage
-
-    results = pd.read_csv(folder / "results.csv", keep_default_na=False)
-    say()
-    say(tables.headline(results, pd.read_csv(folder / "costs.csv"), lock), wrap=True)
-    if command := usage(lock, str(folder)):
-        say(f"Use it: {command}")
-    say()
-    found = tables.views(results)
-    if len(found) > MANY:
-        _print("test split, %, mean over tasks", tables.summary(results))
-        return
-    for view in found:
-        for method in view.methods:
-            what = "test split, each task's own metric, %" if view.mixed else "test accuracy, %"
-            _print(f"{tables.title(view, method)}: {what}", tables.task_table(view, method))
-
-
-def _print(title: str, frame: pd.DataFrame) -> None:
-    """Print a table that fits the terminal."""
-    from taskvec.report.texts import text_table
-
-    shown = frame.map(lambda cell: plain(str(cell), sys.stdout))
-    shown.columns = [plain(str(name), sys.stdout) for name in frame.columns]
-    say(title, wrap=True)
-    say(text_table(shown, width()))
-    say()
+    say_outcome(outcome, duration_text(time.monotonic() - begin))
 
 
 @app.command("plan")
 @guarded
 def plan_(
-    study: Annotated[str, typer.Argument(help="a study file, or the name of a packaged study (taskvec list studies)")],
+    study: StudyName,
     device: Annotated[
         str | None, typer.Option(help="h100, a100 or cpu: whose hours to estimate; all by default")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="of the run with 2 steps and 32 images a split")] = False,
-    store: Annotated[
-        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
-    ] = None,
+    store: StoreFolder = None,
     workers: Annotated[int | None, typer.Option(min=1, help="steps at once on a CPU; one a core by default")] = None,
 ) -> None:
     """Say what a study takes before it runs: steps, images, FLOPs, hours, disk, memory, downloads."""
@@ -286,9 +189,6 @@ def predict(
         say("\t".join([*names, f"{answer.probability:.3f}"]))
 
 
-FormerExclude = Annotated[list[str] | None, typer.Option("--keep", hidden=True)]
-
-
 def excluded(exclude: list[str] | None, keep: list[str] | None) -> list[str]:
     """Return the patterns of --exclude and of its former name, which is noted."""
     if keep:
@@ -299,8 +199,8 @@ def excluded(exclude: list[str] | None, keep: list[str] | None) -> list[str]:
 @app.command()
 @guarded
 def merge(
-    base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
-    tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
+    base: Base,
+    tuned: Tuned,
     scale: Annotated[float, typer.Option(help="lambda: how far to go along the merged direction")],
     out: Annotated[Path, typer.Option(help="a .safetensors file, or a new folder (for shards, or a file a task)")],
     method: Annotated[
@@ -335,8 +235,8 @@ def merge(
 @app.command()
 @guarded
 def diff(
-    base: Annotated[Path, typer.Argument(help="pre-trained weights: a .safetensors file, or a folder with a model")],
-    tuned: Annotated[list[Path], typer.Argument(metavar="TUNED...", help="weights fine-tuned from it, one or more")],
+    base: Base,
+    tuned: Tuned,
     out: Annotated[Path | None, typer.Option(help="a folder for a figure (png, pdf) and tables (csv)")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="tensors to leave out, such as 'head.*'")
@@ -352,7 +252,7 @@ def diff(
     with passes("comparing", Console(stderr=True)) as watch:
         found = file_commands.compare(base, tuned, excluded(exclude, keep), watch)
     for title, frame in file_commands.tables(found).items():
-        _print(title, frame)
+        say_table(title, frame)
     if out is not None:
         say(f"written to {out}: {', '.join(file_commands.write(found, out))}", hang=4)
 
@@ -363,9 +263,7 @@ def store_(
     clear: Annotated[
         str | None, typer.Option(help="remove what is of this kind, or has this id; decoded: all decoded images; all")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="where finished steps are kept; $TASKVEC_STORE or ~/.cache/taskvec by default")
-    ] = None,
+    store: StoreFolder = None,
 ) -> None:
     """List what the store keeps: decoded images one by one, other steps by kind. With --clear, remove some of it."""
     from taskvec.core.formatting import bytes_text

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from taskvec.core.compute import choose_device, processor
 from taskvec.core.errors import TaskvecError
-from taskvec.core.files import disk_errors, file_digest, fingerprint, read_json, write_json, write_text
+from taskvec.core.files import disk_errors, fingerprint, read_json
 from taskvec.core.formatting import bytes_text
-from taskvec.core.locks import holding, sweep, workspace
 from taskvec.core.machine import cores
-from taskvec.core.notes import library_warnings, listen, note_lines, some
+from taskvec.core.notes import library_warnings, listen, some
 from taskvec.data import sources
 from taskvec.data.folders import folders_in, splits_in
 from taskvec.deploy.model import ABOUT, ENCODER, HEADS
@@ -30,38 +24,33 @@ from taskvec.encoders.records import BASE
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
 from taskvec.engine.pipeline import Reporter
-from taskvec.engine.publishing import Known, check_outside, check_place, inside, mark, obstacle, owned, publish, refuse
-from taskvec.engine.store import Artifact, Store, digests, present
+from taskvec.engine.publishing import check_outside, check_place, inside, mark, obstacle, owned, refuse
+from taskvec.engine.store import Artifact, Store, present
 from taskvec.merging import plugins
 from taskvec.merging.in_memory import DIRECTIONS
 from taskvec.merging.variants import DIFFERENCES
-from taskvec.report.costs import costs
-from taskvec.report.rows import Done, heatmaps, negations, results
-from taskvec.report.verdict import SMOKE
+from taskvec.report.rows import Done
+from taskvec.report.run_folder import (
+    FILES,
+    FOLDERS,
+    LOCK,
+    MARKER,
+    beside,
+    is_folder,
+    is_written,
+    of_figures,
+    write_run,
+    writing,
+)
 from taskvec.study.experiment import Experiment
 from taskvec.study.forecast.estimate import decoded_bytes
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
 
-LOCK = "study.lock.json"
-"""The file that is written last: a run folder that has it is whole."""
-MARKER = ".taskvec"
-PLANNING, FIGURES, FOLDER = "plan", "figures", "run folder"
-"""Who tells what is noted while a study is planned, while its figures are drawn, and while its folder is written."""
-FILES = (
-    "study.yaml",
-    "results.csv",
-    "disentanglement.csv",
-    "negation.csv",
-    "costs.csv",
-    "tables.md",
-    "leaderboard.md",
-    "report.html",
-    LOCK,
-)
-FOLDERS = ("tables", "figures", "models")
+PLANNING, FOLDER = "plan", "run folder"
+"""The labels of what is noted while a study is planned, and while its folder is written."""
 MODEL = (ENCODER, HEADS, BASE, DIRECTIONS, ABOUT)
-"""What a run folder may hold of ours, and each folder of a model."""
+"""The files that the folder of a model may hold."""
 KEPT = ("method", *DIFFERENCES, "config", "heads", "scale", "scales")
 """What the lock says of a model, as model.json does."""
 LARGE = 1e9
@@ -134,11 +123,14 @@ def run_study(
         executor = open_executor(workers or default_workers(device, file.study.threads))
         done = pipeline.run(steps, store, executor, counter)
         with present(artifact.folder for artifact in done.values()), listen(functools.partial(counter.note, FOLDER)):
-            lock = make_lock(file, experiments, done, device, command)
+            models = best_models(experiments, done)
+            lock = make_lock(file, experiments, done, models, device, command)
             lock |= {"notes": all_notes(planned, steps, done)} | plugins_used
             fresh = not is_written(out, lock)
             if fresh:
-                write_run(file, experiments, done, out, lock)
+                paths = {name: [model.folder / part for part in MODEL] for name, (_, model) in models.items()}
+                files = {name: [path for path in parts if path.exists()] for name, parts in paths.items()}
+                write_run(file, experiments, done, files, out, lock)
         for note in of_figures(read_json(out / LOCK)["notes"]):
             counter.note(note["label"], note["text"])
     counter.repeat()
@@ -150,34 +142,6 @@ def used_plugins(file: StudyFile) -> dict[str, Any]:
     used = {plugin.path: plugin.digest for plugin in plugins.use(file.plugins)}
     digests = {name: used[path.resolve()] for name, path in zip(file.study.plugins, file.plugins, strict=True)}
     return {"plugins": digests} if digests else {}
-
-
-@contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Make a run folder this process's own during a block; what killed runs left in it goes, and it goes if empty."""
-    check_folder(out)
-    busy = TaskvecError(f"another run is writing to '{out}'", "wait for it to end, or choose another with --out")
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        with contextlib.ExitStack() as stack:
-            with disk_errors(out):
-                out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(holding(out / f"{MARKER}-lock", busy))
-                tidy(out)
-            yield
-    finally:
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-
-
-def tidy(out: Path) -> None:
-    """Remove what killed runs have left in a run folder."""
-    sweep(out)
-    for left in out.glob(".fresh-*"):  # as runs of an older version called it, with nothing else in it
-        is_ours = left.name.removeprefix(".fresh-").isdecimal() and is_folder(left)
-        if is_ours and {path.name for path in left.iterdir()} <= {*FILES, *FOLDERS}:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def say_size(views: float, store: Store, reporter: Reporter) -> None:
@@ -199,20 +163,6 @@ def all_notes(planned: list[str], steps: list[pipeline.Step], done: Done) -> lis
     return [{"label": label, "text": text} for label, text in notes]
 
 
-def of_figures(notes: list[dict[str, str]], figures: bool = True) -> list[dict[str, str]]:
-    """Return the notes that were told while figures were drawn, or the others."""
-    return [entry for entry in notes if (entry["label"] == FIGURES) == figures]
-
-
-def check_folder(out: Path) -> None:
-    """Raise if the run folder cannot be one, or holds anything and was none before: it stays as it is."""
-    check_place(out)
-    with disk_errors(out):
-        held = [path.name for path in out.iterdir()] if out.exists() else []
-    if MARKER not in held and any(not name.startswith(".") for name in held):
-        raise TaskvecError(f"'{out}' is not empty and not a run folder", "choose another with --out")
-
-
 def check_free(file: StudyFile, out: Path) -> None:
     """Raise, before any work, if something of the user's stands in a run folder where a file of ours may have to go."""
     ours = owned(out, MARKER, LOCK) | {MARKER: set()}
@@ -222,23 +172,6 @@ def check_free(file: StudyFile, out: Path) -> None:
     blocking += [place for name in names if (place := obstacle(out, name, ours))]
     if blocking:
         raise refuse(blocking[0])
-
-
-def beside(out: Path, ours: Known) -> Iterator[str]:
-    """Yield what others have put among the figures and tables under a name that could be one of ours."""
-    others = [p for folder in ("figures", "tables") if is_folder(out / folder) for p in (out / folder).iterdir()]
-    names = [name for path in others if (name := path.relative_to(out).as_posix()) not in ours]
-    if names:
-        from taskvec.report.figures.drawing import OF_REGIMES, OF_VIEWS  # slow, and seldom needed
-
-        kinds = "|".join(type.name for type in (*OF_REGIMES, *OF_VIEWS))
-        form = re.compile(rf"figures/({kinds})--.*\.(png|pdf)|tables/table\d+\.tex")
-        yield from filter(form.fullmatch, names)
-
-
-def is_folder(path: Path) -> bool:
-    """Say whether there is a folder itself, and no link to one."""
-    return path.is_dir() and not path.is_symlink()
 
 
 def check_inputs(file: StudyFile, out: Path, store: Path) -> None:
@@ -278,7 +211,14 @@ def named_files(file: StudyFile) -> list[Path]:
     return [path for path in (*paths, *weights, *file.plugins) if path.exists()]
 
 
-def make_lock(file: StudyFile, experiments: list[Experiment], done: Done, device: str, command: str) -> dict[str, Any]:
+def make_lock(
+    file: StudyFile,
+    experiments: list[Experiment],
+    done: Done,
+    models: dict[str, tuple[dict[str, Any], Artifact]],
+    device: str,
+    command: str,
+) -> dict[str, Any]:
     """Return what is needed to get the same numbers again: study, versions, seeds, threads, device, fingerprints."""
     study = file.study
     tuned = {f"{c.backbone}, {t}": done[s].json("metrics.json") for c in experiments for t, s in c.finetuned.items()}
@@ -295,77 +235,11 @@ def make_lock(file: StudyFile, experiments: list[Experiment], done: Done, device
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
     records = {exp.backbone: done[exp.encoder].json("backbone.json") for exp in experiments}
-    lock |= {"models": {backbone: about for backbone, (about, _) in best_models(experiments, done).items()}}
+    lock |= {"models": {backbone: about for backbone, (about, _) in models.items()}}
     lock |= {"smoke": True} if file.smoke else {}
     if weights := {name: record["sha256"] for name, record in records.items() if "sha256" in record}:
         lock["weights"] = weights
     return lock | {"fingerprint": fingerprint(lock), "processor": processor(device)}  # tells, and decides nothing
-
-
-def is_written(out: Path, lock: dict[str, Any]) -> bool:
-    """Say whether the folder holds all files of exactly this run, undamaged; others may lie beside them."""
-    try:
-        written = read_json(out / LOCK)
-        files = written["files"].items()
-        same = (not obstacle(out, name, [name]) and file_digest(out / name) == digest for name, digest in files)
-        known = written["fingerprint"] == lock["fingerprint"] and of_figures(written["notes"], False) == lock["notes"]
-        return bool(known and all(same))
-    except (OSError, TaskvecError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def write_run(file: StudyFile, experiments: list[Experiment], done: Done, out: Path, lock: dict[str, Any]) -> None:
-    """Write the whole run into a hidden folder, then move it into place; a failure leaves the old run as it was."""
-    with disk_errors(out), workspace(out / "run") as fresh:
-        write_text(fresh / "study.yaml", file.text)
-        rows, heat = results(file.study.name, experiments, done), heatmaps(experiments, done)
-        write_text(fresh / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
-        if heat is not None:
-            write_text(fresh / "disentanglement.csv", heat.to_csv(index=False, lineterminator="\n"))
-        if (forgotten := negations(experiments, done)) is not None:
-            write_text(fresh / "negation.csv", forgotten.to_csv(index=False, lineterminator="\n"))
-        spent = costs(experiments, done)
-        write_text(fresh / "costs.csv", spent.to_csv(index=False, lineterminator="\n"))
-        write_models(experiments, done, fresh / "models")
-        lock = lock | {"notes": lock["notes"] + draw_figures(rows, heat, spent, fresh / "figures", file)}
-        write_report(rows, heat, spent, fresh, lock, file)
-        write_json(fresh / LOCK, lock | {"files": digests(fresh)})
-        publish(fresh, out, MARKER, LOCK)
-
-
-def roles_of(file: StudyFile) -> dict[str, str]:
-    """Return which backbones stand for rows of the paper's tables."""
-    return {b.called: b.paper for b in file.study.backbones if b.paper}
-
-
-def draw_figures(
-    rows: pd.DataFrame, heat: pd.DataFrame | None, spent: pd.DataFrame, out: Path, file: StudyFile
-) -> list[dict[str, str]]:
-    """Draw the figures, and return what was noted meanwhile."""
-    from taskvec.report.figures import drawing as figures  # matplotlib is slow, and not always needed
-
-    with listen() as heard:
-        figures.write(rows, heat, out, roles_of(file), spent, file.smoke)
-    return [{"label": FIGURES, "text": text} for text in heard]
-
-
-def write_report(
-    rows: pd.DataFrame, heat: pd.DataFrame | None, spent: pd.DataFrame, out: Path, lock: dict[str, Any], file: StudyFile
-) -> None:
-    """Write tables.md, leaderboard.md, the paper's tables as LaTeX, and report.html with the figures."""
-    from taskvec.report import leaderboard, page, tables
-    from taskvec.report import paper_tables as comparison
-
-    roles, noted = roles_of(file), note_lines(lock["notes"])
-    write_text(out / "tables.md", tables.markdown(rows, heat, roles, file.study.notes, spent, lock, noted))
-    if boards := leaderboard.boards(rows, spent):
-        write_text(out / "leaderboard.md", leaderboard.markdown_boards(boards, file.smoke))
-    banner = f"% {SMOKE}\n" if file.smoke else ""
-    for name, text in comparison.latex_tables(rows, heat, roles).items():
-        (out / "tables").mkdir(exist_ok=True)
-        write_text(out / "tables" / f"{name}.tex", banner + text)
-    how = (lock, file.text, roles, spent, file.study.notes)
-    write_text(out / "report.html", page.render(rows, heat, out / "figures", *how))
 
 
 def best_models(experiments: list[Experiment], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:
@@ -381,13 +255,3 @@ def best_models(experiments: list[Experiment], done: Done) -> dict[str, tuple[di
                 about = {"regime": exp.regime, "seed": exp.seed} | {key: record[key] for key in KEPT if key in record}
                 best[exp.backbone], models[exp.backbone] = value, (about, artifact)
     return models
-
-
-def write_models(experiments: list[Experiment], done: Done, out: Path) -> None:
-    """Copy the best model of every backbone into its folder."""
-    for backbone, (_, artifact) in best_models(experiments, done).items():
-        source = artifact.folder
-        (out / backbone).mkdir(parents=True)
-        for name in MODEL:
-            if (source / name).exists():
-                shutil.copyfile(source / name, out / backbone / name)

@@ -68,8 +68,8 @@ def row(
 ) -> Row:
     """Return the costs of one option: what it stores, and the seconds of all that its steps need."""
     place = {"backbone": exp.backbone, "regime": exp.regime, "seed": exp.seed, "tasks": "+".join(exp.tasks)}
-    own = vars(variant) | {"config": canonical(dict(config)), "heads": heads}
-    return place | own | size | seconds(steps, done)
+    option = vars(variant) | {"config": canonical(dict(config)), "heads": heads}
+    return place | option | size | seconds(steps, done)
 
 
 def seconds(steps: Iterable[Step], done: Done) -> dict[str, float]:
@@ -95,8 +95,8 @@ def stored(exp: Experiment, done: Done, encoders: int, per_task: Artifact | None
 
 def numbers(artifact: Artifact, name: str) -> int:
     """Count the numbers in a safetensors file of an artifact, by its header."""
-    with Checkpoint(artifact.folder / name) as held:
-        return sum(tensor.size for tensor in held.tensors.values())
+    with Checkpoint(artifact.folder / name) as file:
+        return sum(tensor.size for tensor in file.tensors.values())
 
 
 def corrections(trial: Trial, done: Done) -> int:
@@ -105,6 +105,6 @@ def corrections(trial: Trial, done: Done) -> int:
         return 0
     total = 0
     for step in trial.rounds[0].values():
-        with Checkpoint(done[step].folder / "heads.safetensors") as held:
-            total += 2 * next(tensor.size for name, tensor in held.tensors.items() if name.endswith(".down"))
+        with Checkpoint(done[step].folder / "heads.safetensors") as file:
+            total += 2 * next(tensor.size for name, tensor in file.tensors.items() if name.endswith(".down"))
     return total

@@ -24,7 +24,7 @@ from taskvec.report.texts import (
     short_backbone,
 )
 from taskvec.report.verdict import SMOKE, ended_early
-from taskvec.report.views import Method, Spread, View, name_of, own_costs, views
+from taskvec.report.views import Method, Spread, View, costs_of, name_of, views
 
 ALONE = {"probing": "linear probing", "joint": "joint fine-tuning", "fine_tuned": "individual models"}
 """The options that merge nothing, as the leaderboard calls them."""
@@ -78,39 +78,39 @@ class Board:
     def reached(self, option: Option) -> Spread:
         """Return the value of an option on the test split: normalised, where the individual models normalise it."""
         normalised = self.view.cell(option.method, option.heads, self.view.normalised)
-        return self.view.own(option.method, option.heads) if math.isnan(normalised.mean) else normalised
+        return self.view.result(option.method, option.heads) if math.isnan(normalised.mean) else normalised
 
     def find(self, method: Method, heads: str = "kept") -> Option | None:
         """Return one option, None where it was not measured."""
         wanted = name_of(method), heads
-        return next((one for one in self.options if (one.method.name, one.heads) == wanted), None)
+        return next((option for option in self.options if (option.method.name, option.heads) == wanted), None)
 
     @cached_property
     def methods(self) -> list[Variant]:
         """Name the merging methods, the best on validation with either kind of heads first."""
-        merged = sorted((one for one in self.options if one.merged), key=lambda one: -one.validation)
-        return list(dict.fromkeys(one.method for one in merged))
+        merged = sorted((option for option in self.options if option.merged), key=lambda option: -option.validation)
+        return list(dict.fromkeys(option.method for option in merged))
 
 
 def boards(results: pd.DataFrame, costs: pd.DataFrame | None) -> list[Board]:
     """Return a board for every backbone and regime in which several methods were merged and costs are known."""
     if costs is None or costs.empty:
         return []
-    found = [one for one in views(results) if one.methods[1:]]
-    return [Board(one, tuple(options(one, costs)), tuple(guesses(one, costs))) for one in found]
+    merged = [view for view in views(results) if view.methods[1:]]
+    return [Board(view, tuple(options(view, costs)), tuple(guesses(view, costs))) for view in merged]
 
 
-def options(one: View, costs: pd.DataFrame) -> list[Option]:
+def options(view: View, costs: pd.DataFrame) -> list[Option]:
     """Return the options of a view, in the order of its costs; those without a validation value are left out."""
-    own = own_costs(one, costs)
-    sums = own.assign(
-        training=own["probing_seconds"] + own["training_seconds"],
-        extra=own["merging_seconds"] + own["search_seconds"],
+    spent = costs_of(view, costs)
+    sums = spent.assign(
+        training=spent["probing_seconds"] + spent["training_seconds"],
+        extra=spent["merging_seconds"] + spent["search_seconds"],
     )
     means = sums.groupby(["variant", "heads"], sort=False)[["encoders", "stored", "training", "extra"]].mean()
-    tried = {(method.name, heads): (method, heads, value) for (method, heads), value in one.tried.items()}
+    scores = {(method.name, heads): (method, heads, value) for (method, heads), value in view.validation_scores.items()}
     rows = zip(means.index, means.to_numpy(), strict=True)
-    return [Option(*tried[option], *map(float, row)) for option, row in rows if option in tried]
+    return [Option(*scores[option], *map(float, row)) for option, row in rows if option in scores]
 
 
 # ---------------------------------------------------------------- the table
@@ -124,43 +124,43 @@ def board_table(board: Board) -> pd.DataFrame:
 
 
 def _row(board: Board, method: Method) -> dict[str, str]:
-    one, found = board.view, {heads: board.find(method, heads) for heads in HEADS}
+    view, by_heads = board.view, {heads: board.find(method, heads) for heads in HEADS}
     out = {"Method": ALONE.get(name_of(method)) or method_label(method)}
     for heads, label in HEADS.items():
-        option, name = found[heads], label.capitalize()
-        out[f"{name}: accuracy"] = percent(one.own(method, heads))
-        out[f"{name}: normalised"] = percent(one.cell(method, heads, one.normalised))
-        out[f"{name}: gain (95 % interval)"] = gain_text(one.gain(method, heads))
+        option, name = by_heads[heads], label.capitalize()
+        out[f"{name}: accuracy"] = percent(view.result(method, heads))
+        out[f"{name}: normalised"] = percent(view.cell(method, heads, view.normalised))
+        out[f"{name}: gain (95 % interval)"] = gain_text(view.gain(method, heads))
         out[f"{name}: merging and search (s)"] = seconds_text(option.extra) if option and option.merged else MISSING
-    known = next(option for option in found.values() if option)
-    stored = {"encoders": f"{known.encoders:.3g}", "MB": f"{known.stored / 1e6:.1f}"}
-    return out | {f"Stored: {name}": text for name, text in stored.items()} | {"Training (s)": training_text(found)}
+    any_option = next(option for option in by_heads.values() if option)
+    stored = {"encoders": f"{any_option.encoders:.3g}", "MB": f"{any_option.stored / 1e6:.1f}"}
+    return out | {f"Stored: {name}": text for name, text in stored.items()} | {"Training (s)": training_text(by_heads)}
 
 
-def training_text(found: dict[str, Option | None]) -> str:
+def training_text(by_heads: dict[str, Option | None]) -> str:
     """Write the seconds of probes and fine-tuning, which re-probed heads may need more of than kept ones."""
-    return seconds_text(max((option.training for option in found.values() if option), default=math.nan))
+    return seconds_text(max((option.training for option in by_heads.values() if option), default=math.nan))
 
 
 # ---------------------------------------------------------------- what to pick
 
 
-def frontier(found: Sequence[Option]) -> list[Option]:
+def frontier(merges: Sequence[Option]) -> list[Option]:
     """Keep of merges, the quickest first, those that validation finds better than every quicker one.
 
     Those that take at most twice as long as the quickest of them stand for one budget, whose best is kept.
     """
-    kept: list[Option] = []
+    best: list[Option] = []
     budget = 0.0
-    for option in sorted(found, key=lambda one: (one.extra, -one.validation)):
-        if kept and option.validation < kept[-1].validation + STEP:
+    for option in sorted(merges, key=lambda option: (option.extra, -option.validation)):
+        if best and option.validation < best[-1].validation + STEP:
             continue
-        if kept and option.extra <= budget:
-            kept[-1] = option
+        if best and option.extra <= budget:
+            best[-1] = option
         else:
-            kept.append(option)
+            best.append(option)
             budget = SAME_BUDGET * option.extra
-    return kept
+    return best
 
 
 def picks(board: Board) -> list[Option]:
@@ -169,17 +169,18 @@ def picks(board: Board) -> list[Option]:
     Better is: on validation, and by the interval on the test split where there is one. Merges that keep more than one
     encoder must be better than all that keep one.
     """
-    able = [one for one in rivals(board) if _beats(board, one)]
-    small = frontier([one for one in able if one.encoders == 1])
-    top = max((one.validation + STEP for one in small), default=0.0)
-    return small + frontier([one for one in able if one.encoders > 1 and one.validation >= top])
+    better = [option for option in rivals(board) if _beats(board, option)]
+    small = frontier([option for option in better if option.encoders == 1])
+    top = max((option.validation + STEP for option in small), default=0.0)
+    return small + frontier([option for option in better if option.encoders > 1 and option.validation >= top])
 
 
 def rivals(board: Board) -> list[Option]:
     """Return the merges that are better than probing on validation, the best first."""
     probing = board.find("probing")
-    found = [one for one in board.options if one.merged and (probing is None or one.validation > probing.validation)]
-    return sorted(found, key=lambda one: -one.validation)
+    floor = -math.inf if probing is None else probing.validation
+    better = [option for option in board.options if option.merged and option.validation > floor]
+    return sorted(better, key=lambda option: -option.validation)
 
 
 def _beats(board: Board, option: Option) -> bool:
@@ -226,17 +227,17 @@ def _merges(board: Board, chosen: Sequence[Option]) -> list[str]:
     if not chosen:
         return [_no_merge(board)]
     lead = f"with {_encoders(len(board.view.tasks), 'fine-tuned ')} at hand and one to be kept,"
-    small = [one for one in chosen if one.encoders == 1]
-    large = [one for one in chosen if one.encoders > 1]
+    small = [option for option in chosen if option.encoders == 1]
+    large = [option for option in chosen if option.encoders > 1]
     clauses = [
-        f"{_named(one)} reaches {_level(board, one)} after {seconds_text(one.extra)} s of merging and search"
-        for one in small
+        f"{_named(option)} reaches {_level(board, option)} after {seconds_text(option.extra)} s of merging and search"
+        for option in small
     ]
     out = [f"{lead} {'; '.join(clauses)}"] if clauses else []
     return out + [
-        f"with {one.stored / 1e6:.1f} MB stored in place of {_least(board) / 1e6:.1f}, {_named(one)} reaches "
-        f"{_level(board, one)}"
-        for one in large[-1:]
+        f"with {option.stored / 1e6:.1f} MB stored in place of {_least(board) / 1e6:.1f}, {_named(option)} reaches "
+        f"{_level(board, option)}"
+        for option in large[-1:]
     ]
 
 
@@ -250,17 +251,17 @@ def _no_merge(board: Board) -> str:
     if best is None:
         return "no merge is better than that on validation, so fine-tuned encoders are not worth merging here"
     gain = gain_text(board.view.gain(best.method, best.heads))
-    found = f"{_named(best)} is the best on validation and no better than that on the test split ({gain} points)"
-    return f"{found}, so fine-tuned encoders are not worth merging here"
+    text = f"{_named(best)} is the best on validation and no better than that on the test split ({gain} points)"
+    return f"{text}, so fine-tuned encoders are not worth merging here"
 
 
 def _least(board: Board) -> float:
-    return min(one.stored for one in board.options)
+    return min(option.stored for option in board.options)
 
 
 def _alternatives(board: Board, chosen: Sequence[Option]) -> list[str]:
     """Write what joint training and individual models bring, and cost, against the best pick."""
-    best = max(chosen, key=lambda one: one.validation, default=board.find("probing"))
+    best = max(chosen, key=lambda option: option.validation, default=board.find("probing"))
     joint, tuned = board.find("joint"), board.find("fine_tuned")
     out = []
     if joint and best:
@@ -279,28 +280,28 @@ def _against(other: Option, best: Option) -> str:
 
 def short_grids(board: Board) -> str:
     """Name the merges that chose, in some seed, the largest of several scales, where a wider grid may give more."""
-    found: dict[str, list[str]] = {}
-    for method, heads in board.view.tried:
+    by_heads: dict[str, list[str]] = {}
+    for method, heads in board.view.validation_scores:
         if ended_early(board.view, method, heads):
-            found.setdefault(HEADS.get(heads, heads), []).append(method_label(method))
-    if not found:
+            by_heads.setdefault(HEADS.get(heads, heads), []).append(method_label(method))
+    if not by_heads:
         return ""
-    named = "; ".join(f"{', '.join(methods)} with {heads}" for heads, methods in found.items())
+    named = "; ".join(f"{', '.join(methods)} with {heads}" for heads, methods in by_heads.items())
     return f"The largest scale that was tried was chosen by {named}: a wider grid (scales) may give more."
 
 
-def markdown_boards(found: Sequence[Board], smoke: bool = False) -> str:
+def markdown_boards(all_boards: Sequence[Board], smoke: bool = False) -> str:
     """Write leaderboard.md: for each board a table and, as the last line, which option to pick.
 
     Of a trial run it has what was measured, and no advice.
     """
     parts = ["# Leaderboard", *([SMOKE] if smoke else []), HOW_IT_READS]
-    for board in found:
+    for board in all_boards:
         parts += [f"## {escape_markdown(board.title)}", markdown_table(measured(board_table(board), smoke))]
         if smoke:
             continue
         parts += [escape_markdown(note)] if (note := short_grids(board)) else []
-        if len(guessed := guess_table(board.guesses)):
-            parts += [f"### {GUESSING}", HOW_GUESSES_READ, markdown_table(guessed)]
+        if len(guess_rows := guess_table(board.guesses)):
+            parts += [f"### {GUESSING}", HOW_GUESSES_READ, markdown_table(guess_rows)]
         parts.append(escape_markdown(advice(board)))
     return "\n\n".join(parts) + "\n"

@@ -63,10 +63,10 @@ def render(
 ) -> str:
     """Write the whole report of a run as one HTML file, with the PNG figures of folder ``figures`` inside."""
     planned = plan(results, heatmap, roles, costs)
-    found, smoke = views(results), bool(lock.get("smoke"))
-    mixed = any(view.mixed for view in found)
-    pictures = {one.stem: _picture(one, figures, mixed) for one in planned}
-    sections = [_section(view, planned, pictures, smoke) for view in found]
+    all_views, smoke = views(results), bool(lock.get("smoke"))
+    mixed = any(view.mixed for view in all_views)
+    pictures = {figure.stem: _picture(figure, figures, mixed) for figure in planned}
+    sections = [_section(view, planned, pictures, smoke) for view in all_views]
     compared = [] if smoke else comparisons(results, heatmap, roles or {})
     page: str = _template().render(
         study=one_line(str(results["study"].iloc[0])) if "study" in results else "study",
@@ -83,7 +83,7 @@ def render(
         how_it_reads=_emphasis(HOW_IT_READS),
         guessing=GUESSING,
         how_guesses_read=_emphasis(HOW_GUESSES_READ),
-        shown=shown(found),
+        shown=shown(all_views),
         summary=measured(tables.summary(results, heatmap), smoke),
         regimes=_regimes(planned, pictures),
         sections=sections,
@@ -99,10 +99,10 @@ def render(
 
 def _regimes(planned: list[Planned], pictures: dict[str, Picture]) -> dict[str, list[Picture]]:
     """Gather the figures that compare backbones, by regime."""
-    own = [one for one in planned if not one.backbone]
+    figures = [figure for figure in planned if not figure.backbone]
     return {
-        one_line(regime): [pictures[one.stem] for one in own if one.regime == regime]
-        for regime in dict.fromkeys(one.regime for one in own)
+        one_line(regime): [pictures[figure.stem] for figure in figures if figure.regime == regime]
+        for regime in dict.fromkeys(figure.regime for figure in figures)
     }
 
 
@@ -121,8 +121,8 @@ def _template() -> Any:
 def _board(board: Board, planned: list[Planned], pictures: dict[str, Picture], smoke: bool) -> dict[str, Any]:
     """Gather what belongs to one leaderboard; a trial run has no advice."""
     place = ("leaderboard", board.view.backbone, board.view.regime)
-    picture = next(pictures[one.stem] for one in planned if (one.kind, one.backbone, one.regime) == place)
-    shown = {"title": board.title, "table": measured(board_table(board), smoke), "picture": picture}
+    stem = next(figure.stem for figure in planned if (figure.kind, figure.backbone, figure.regime) == place)
+    shown = {"title": board.title, "table": measured(board_table(board), smoke), "picture": pictures[stem]}
     if smoke:
         return shown | {"advice": "", "guesses": [], "note": ""}
     return shown | {"advice": advice(board), "guesses": guess_table(board.guesses), "note": short_grids(board)}
@@ -130,23 +130,23 @@ def _board(board: Board, planned: list[Planned], pictures: dict[str, Picture], s
 
 def _section(view: View, planned: list[Planned], pictures: dict[str, Picture], smoke: bool) -> dict[str, Any]:
     """Gather what belongs to one backbone in one regime."""
-    own = [one for one in planned if (one.backbone, one.regime) == (view.backbone, view.regime)]
+    figures = [figure for figure in planned if (figure.backbone, figure.regime) == (view.backbone, view.regime)]
     merges = [(method_label(method), measured(tables.task_table(view, method), smoke)) for method in view.methods]
     return {
         "title": f"{short_backbone(view.backbone)}, {one_line(view.regime)}",
-        "pictures": [pictures[one.stem] for one in own if one.kind not in ("heatmap", "leaderboard")],
-        "heatmaps": [pictures[one.stem] for one in own if one.kind == "heatmap"],
+        "pictures": [pictures[figure.stem] for figure in figures if figure.kind not in ("heatmap", "leaderboard")],
+        "heatmaps": [pictures[figure.stem] for figure in figures if figure.kind == "heatmap"],
         "merges": merges,
     }
 
 
-def _picture(one: Planned, folder: Path, mixed: bool) -> Picture:
+def _picture(figure: Planned, folder: Path, mixed: bool) -> Picture:
     """Read a figure, with its name and how to read it."""
-    path = folder / f"{one.stem}.png"
+    path = folder / f"{figure.stem}.png"
     if not path.is_file():
         raise TaskvecError(f"no figure '{path}'", "write the figures before the page")
-    where = ", ".join(part for part in (short_backbone(one.backbone), one_line(one.regime)) if part)
-    name, reading = one.type.words(one.regime, mixed)
+    where = ", ".join(part for part in (short_backbone(figure.backbone), one_line(figure.regime)) if part)
+    name, reading = figure.type.words(figure.regime, mixed)
     return Picture(base64.b64encode(path.read_bytes()).decode("ascii"), f"{name} {where}", name, reading)
 
 

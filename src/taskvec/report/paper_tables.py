@@ -12,6 +12,7 @@ import pandas as pd
 
 from taskvec.merging.variants import ADDED
 from taskvec.paper import numbers as paper
+from taskvec.report.disentanglement import box_error
 from taskvec.report.texts import (
     MISSING,
     NAMES,
@@ -24,7 +25,7 @@ from taskvec.report.texts import (
     short_backbone,
     shown,
 )
-from taskvec.report.views import View, box_error, views
+from taskvec.report.views import View, views
 
 
 class Entry(NamedTuple):
@@ -82,53 +83,53 @@ STARTS = {"probing": "probing", "zero_shot": "zero-shot", "": ""}
 def comparisons(results: pd.DataFrame, heat: pd.DataFrame | None, roles: Mapping[str, str]) -> list[Comparison]:
     """Build the tables whose regimes have rows with merges."""
     roles = paper.checked(roles)
-    found = [one for one in views(results) if ADDED in one.methods]
-    built = (_comparison(kind, found, heat, roles) for kind in TABLES)
+    merged = [view for view in views(results) if ADDED in view.methods]
+    built = (_comparison(kind, merged, heat, roles) for kind in TABLES)
     return [table for table in built if table is not None]
 
 
 def _comparison(
-    kind: _Kind, found: list[View], heat: pd.DataFrame | None, roles: Mapping[str, str]
+    kind: _Kind, all_views: list[View], heat: pd.DataFrame | None, roles: Mapping[str, str]
 ) -> Comparison | None:
     """Order the rows as the paper does, within blocks of one model size; models without a role come last."""
-    own = [one for one in found if one.regime in kind.regimes]
-    if not own:
+    shown_views = [view for view in all_views if view.regime in kind.regimes]
+    if not shown_views:
         return None
-    own = sorted(own, key=lambda one: paper.order(roles.get(one.backbone, "")))
-    rows = [_row(kind, one, heat, roles.get(one.backbone, "")) for one in own]
+    shown_views = sorted(shown_views, key=lambda view: paper.order(roles.get(view.backbone, "")))
+    rows = [_row(kind, view, heat, roles.get(view.backbone, "")) for view in shown_views]
     filled = [name for name in rows[0] if any(row[name].ours not in ("", MISSING) for row in rows)]
-    sizes = [_size(roles.get(one.backbone, ""), bool(roles)) for one in own]
+    sizes = [_size(roles.get(view.backbone, ""), bool(roles)) for view in shown_views]
     sized = [(size, {name: row[name] for name in filled}) for size, row in zip(sizes, rows, strict=True)]
     blocks = [(size, [row for _, row in part]) for size, part in groupby(sized, lambda x: x[0])]
-    return Comparison(kind.name, kind.title, shown(own), blocks)
+    return Comparison(kind.name, kind.title, shown(shown_views), blocks)
 
 
 def _size(key: str, named: bool) -> str:
     return paper.MODELS[key].size if key else "Other backbones" if named else ""
 
 
-def _row(kind: _Kind, one: View, heat: pd.DataFrame | None, key: str) -> Row:
+def _row(kind: _Kind, view: View, heat: pd.DataFrame | None, key: str) -> Row:
     """Write the columns of the paper, then those that help to read them: joint training, gain, error in the box."""
     named = {
-        "Model": Entry(paper.MODELS[key].label if key else short_backbone(one.backbone)),
-        "Backbone": Entry(short_backbone(one.backbone) if key else ""),
-        "Fine-tuning": Entry(kind.regimes[one.regime]),
+        "Model": Entry(paper.MODELS[key].label if key else short_backbone(view.backbone)),
+        "Backbone": Entry(short_backbone(view.backbone) if key else ""),
+        "Fine-tuning": Entry(kind.regimes[view.regime]),
     }
     beyond = {
-        "joint": Entry(percent(one.own("joint"))),
-        "gain over probing": Entry(gain_text(one.gain(ADDED))),
-        "ξ in the box": Entry(percent(box_error(heat, one.backbone, one.regime))),
+        "joint": Entry(percent(view.result("joint"))),
+        "gain over probing": Entry(gain_text(view.gain(ADDED))),
+        "ξ in the box": Entry(percent(box_error(heat, view.backbone, view.regime))),
     }
-    numbers = _numbers(kind, one, paper.MODELS[key].numbers(one.regime) if key else paper.NO_NUMBERS)
+    numbers = _numbers(kind, view, paper.MODELS[key].numbers(view.regime) if key else paper.NO_NUMBERS)
     return named | numbers | {f"Beyond the paper: {name}": entry for name, entry in beyond.items()}
 
 
-def _numbers(kind: _Kind, one: View, printed: paper.Numbers) -> Row:
+def _numbers(kind: _Kind, view: View, printed: paper.Numbers) -> Row:
     """Write the numbers that the paper prints; Table 3 does not repeat where its rows start."""
-    addition, normalised = one.own(ADDED), one.cell(ADDED, metric=one.normalised)
-    start = {f"Single-task: {STARTS[kind.start]}": _entry(percent(one.own(kind.start)), printed.start)}
+    addition, normalised = view.result(ADDED), view.cell(ADDED, metric=view.normalised)
+    start = {f"Single-task: {STARTS[kind.start]}": _entry(percent(view.result(kind.start)), printed.start)}
     return (start if kind.start else {}) | {
-        "Single-task: final": _entry(percent(one.own("fine_tuned")), printed.final),
+        "Single-task: final": _entry(percent(view.result("fine_tuned")), printed.final),
         "Addition: absolute": _entry(percent(addition), printed.absolute),
         "Addition: normalised": _entry(percent(normalised), printed.normalised),
         "Addition: λ": _entry(scale_text(addition), printed.scale, 2),

@@ -66,8 +66,8 @@ class Writer:
 
     def metrics(self, step: Step) -> dict[str, Any]:
         """Return what a step has measured on validation."""
-        found: dict[str, Any] = self.done[step].json("metrics.json")
-        return found
+        metrics: dict[str, Any] = self.done[step].json("metrics.json")
+        return metrics
 
     def validation(self, steps: Mapping[str, Step]) -> dict[str, float]:
         """Return the validation accuracy that the step of each task has measured."""
@@ -89,14 +89,14 @@ class Writer:
     def curve(self, trial: Trial) -> Iterator[Row]:
         """Yield the validation rows of every scale that a trial tried, in rising order."""
         config = self.config_of(trial)
-        found: dict[float, tuple[dict[str, float], dict[str, str]]] = {}
+        by_scale: dict[float, tuple[dict[str, float], dict[str, str]]] = {}
         for steps in trial.rounds:
             for task, step in steps.items():
                 curve = self.done[step].json("curve.json")
                 for scale, value in zip(curve["scales"], curve["validation"], strict=True):
-                    values, made_by = found.setdefault(scale, ({}, {"": self._id(trial.selection)}))
+                    values, made_by = by_scale.setdefault(scale, ({}, {"": self._id(trial.selection)}))
                     values[task], made_by[task] = value, self.done[step].id
-        for scale, (values, made_by) in sorted(found.items()):
+        for scale, (values, made_by) in sorted(by_scale.items()):
             yield from self.measured(trial.variant, trial.read_by, scale, "validation", values, made_by, config)
 
     def tried_together(self, trial: Trial) -> Iterator[Row]:
@@ -105,9 +105,9 @@ class Writer:
         Those that were tried on a sample of the split have no normalised rows: the whole cannot normalise them.
         """
         made_by = dict.fromkeys([*self.experiment.tasks, ""], self._id(trial.selection))
-        found = self.done[trial.selection].json("choice.json")
+        choice = self.done[trial.selection].json("choice.json")
         for part in ("tried", "measured"):
-            for scales, accuracies in found[part]:
+            for scales, accuracies in choice[part]:
                 values = dict(zip(self.experiment.tasks, accuracies, strict=True))
                 mean, config = self.scales_of(scales)
                 rows = self.measured(trial.variant, trial.read_by, mean, "validation", values, made_by, config)
@@ -129,8 +129,8 @@ class Writer:
         gains = self.done[exp.gains].json("gains.json") if exp.gains else {}
         for index, trial in enumerate(exp.trials):
             selection = self.done[trial.selection].json("choice.json")
-            own = selection["scale"], self.config_of(trial)
-            scale, config = self.scales_of(selection["scales"]) if "scales" in selection else own
+            common = selection["scale"], self.config_of(trial)
+            scale, config = self.scales_of(selection["scales"]) if "scales" in selection else common
             values = {t: found[str(index)] for t, found in measured.items()}
             variant, heads = trial.variant, trial.read_by
             yield from self.measured(variant, heads, scale, "test", values, made_by, config)
@@ -143,22 +143,20 @@ class Writer:
 
     def subset_rows(self, names: tuple[str, ...], step: Step) -> Iterator[Row]:
         """Yield the rows of one set of tasks: scales tried, the test of the chosen one, and the error in the box."""
-        found, smaller = (
-            self.done[step].json("subset.json"),
-            replace(self, experiment=replace(self.experiment, tasks=names)),
-        )
+        subset = self.done[step].json("subset.json")
+        writer = replace(self, experiment=replace(self.experiment, tasks=names))
         made_by = dict.fromkeys([*names, ""], self.done[step].id)
-        if "test" in found:
-            for scale, values in zip(found["scales"], found["validation"], strict=True):
+        if "test" in subset:
+            for scale, values in zip(subset["scales"], subset["validation"], strict=True):
                 by_task = dict(zip(names, values, strict=True))
-                rows = smaller.measured(ADDED, "kept", scale, "validation", by_task, made_by)
+                rows = writer.measured(ADDED, "kept", scale, "validation", by_task, made_by)
                 # a sample of the split, which its whole cannot normalise
                 yield from (row for row in rows if not row["metric"].startswith("normalised"))
-            by_task = dict(zip(names, found["test"], strict=True))
-            yield from smaller.measured(ADDED, "kept", found["scale"], "test", by_task, made_by)
-        if "error" in found:
-            error, id = found["error"], self.done[step].id
-            yield smaller.row(ADDED, "kept", "", "", "test", "disentanglement_error", error, id)
+            by_task = dict(zip(names, subset["test"], strict=True))
+            yield from writer.measured(ADDED, "kept", subset["scale"], "test", by_task, made_by)
+        if "error" in subset:
+            error, id = subset["error"], self.done[step].id
+            yield writer.row(ADDED, "kept", "", "", "test", "disentanglement_error", error, id)
 
     def learning_rates(self) -> Iterator[Row]:
         """Yield the learning rates that were used, and what each rate that was tried reached on validation."""
@@ -238,15 +236,15 @@ class Writer:
 
         With tasks of several kinds every task has ``normalised_metric``, its own over the fine-tuned encoder's.
         """
-        found: dict[str, dict[str, float]] = {}
+        columns: dict[str, dict[str, float]] = {}
         for task, value in values.items():
-            found.setdefault(self.metric(task), {})[task] = value
-        normal = {"normalised_accuracy": found.get("accuracy", {})}
-        normal |= {"normalised_metric": dict(values)} if set(found) != {"accuracy"} else {}
+            columns.setdefault(self.metric(task), {})[task] = value
+        normal = {"normalised_accuracy": columns.get("accuracy", {})}
+        normal |= {"normalised_metric": dict(values)} if set(columns) != {"accuracy"} else {}
         for name, column in normal.items():
             if column and all(tuned[t] > 0 for t in column):
-                found[name] = {t: value / tuned[t] for t, value in column.items()}
-        return found
+                columns[name] = {t: value / tuned[t] for t, value in column.items()}
+        return columns
 
     def row(
         self,
@@ -301,12 +299,13 @@ def negations(experiments: list[Experiment], done: Done) -> pd.DataFrame | None:
 
 def negation_rows(exp: Experiment, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
     """Yield a row for every scale of negation one experiment tried, and for the test at 0 and at the chosen one."""
-    found = artifact.json("negation.json")
+    negation = artifact.json("negation.json")
     place = (exp.backbone, exp.regime, exp.seed, *pair)
-    tried = [("validation", *one) for one in zip(found["scales"], found["forgotten"], found["control"], strict=True)]
-    before, after = found["test"]["before"], found["test"]["after"]
-    for split, scale, *accuracies in (*tried, ("test", 0.0, *before), ("test", found["scale"], *after)):
-        values = (scale, split, *accuracies, scale == found["scale"])
+    columns = (negation[name] for name in ("scales", "forgotten", "control"))
+    tried = [("validation", *values) for values in zip(*columns, strict=True)]
+    before, after = negation["test"]["before"], negation["test"]["after"]
+    for split, scale, *accuracies in (*tried, ("test", 0.0, *before), ("test", negation["scale"], *after)):
+        values = (scale, split, *accuracies, scale == negation["scale"])
         yield dict(zip(NEGATION_COLUMNS, (*place, *values), strict=True))
 
 
@@ -314,7 +313,7 @@ def heatmap_rows(exp: Experiment, pair: tuple[str, str], artifact: Artifact) -> 
     """Yield a row for every point of one heatmap; ``n`` is the smaller number of images of the two tasks."""
     errors = artifact.json("errors.json")
     place = (exp.backbone, exp.regime, exp.seed, *pair)
-    for i, one in enumerate(errors["scales"]):
-        for j, two in enumerate(errors["scales"]):
-            values = (one, two, errors["first"][i][j], errors["second"][i][j], min(errors["n"]))
+    for i, scale_1 in enumerate(errors["scales"]):
+        for j, scale_2 in enumerate(errors["scales"]):
+            values = (scale_1, scale_2, errors["first"][i][j], errors["second"][i][j], min(errors["n"]))
             yield dict(zip(HEATMAP_COLUMNS, (*place, *values), strict=True))

@@ -11,7 +11,7 @@ import pandas as pd
 from taskvec.core.settings import coarse
 from taskvec.merging.variants import Variant
 from taskvec.report.texts import MISSING, method_label, plain_scale, points, seconds_text
-from taskvec.report.views import View, own_costs
+from taskvec.report.views import View, costs_of
 
 GUESSING = "The scale of re-probed heads by the agreement of features"
 HOW_GUESSES_READ = (
@@ -39,42 +39,42 @@ class Guess:
     instead_of: float
 
 
-def guesses(one: View, costs: pd.DataFrame) -> list[Guess]:
+def guesses(view: View, costs: pd.DataFrame) -> list[Guess]:
     """Check for every method whose features were compared how well agreement foretells re-probed validation accuracy.
 
     They are compared at the coarse scales, which are fixed beforehand: those that re-probing tries later lie around its
     own best, where no guess can be far off. Agreement picks the highest, ties go to the smaller.
     """
-    rows = one.rows[(one.rows["heads"] == "reprobed") & (one.rows["task"] == "")]
-    own = own_costs(one, costs)
-    foretold = rows[rows["metric"] == "agreement"]
-    reached = rows[(rows["metric"] == one.normalised) & (rows["split"] == "validation")]
-    both = foretold.merge(reached, on=["variant", "seed", "config", "scale"], suffixes=("_foretold", "_reached"))
-    grids = {str(name): sorted(same["scale"].unique()) for name, same in foretold.groupby("variant")}
-    found = [
+    rows = view.rows[(view.rows["heads"] == "reprobed") & (view.rows["task"] == "")]
+    spent = costs_of(view, costs)
+    alignment = rows[rows["metric"] == "agreement"]
+    accuracy = rows[(rows["metric"] == view.normalised) & (rows["split"] == "validation")]
+    curves = alignment.merge(accuracy, on=["variant", "seed", "config", "scale"], suffixes=("_foretold", "_reached"))
+    grids = {str(name): sorted(group["scale"].unique()) for name, group in alignment.groupby("variant")}
+    per_seed = [
         _guess(
-            one.known[str(name)],
-            same.sort_values("scale"),
+            view.variants[str(name)],
+            group.sort_values("scale"),
             grids[str(name)],
-            own[(own["variant"] == name) & (own["seed"] == seed)],
+            spent[(spent["variant"] == name) & (spent["seed"] == seed)],
         )
-        for (name, seed), same in both.groupby(["variant", "seed"], sort=False)
+        for (name, seed), group in curves.groupby(["variant", "seed"], sort=False)
     ]
-    frame = pd.DataFrame(map(vars, found), columns=list(Guess.__dataclass_fields__))
+    frame = pd.DataFrame(map(vars, per_seed), columns=list(Guess.__dataclass_fields__))
     means = frame.groupby("method", sort=False).mean()
     return [Guess(method, *map(float, row)) for method, row in zip(means.index, means.to_numpy(), strict=True)]
 
 
-def _guess(method: Variant, tried: pd.DataFrame, grid: list[float], own: pd.DataFrame) -> Guess:
+def _guess(method: Variant, tried: pd.DataFrame, grid: list[float], costs: pd.DataFrame) -> Guess:
     """Compare the two curves of one seed at the coarse scales of a grid, in rising order of the scale.
 
     A scale that agreement has picked still needs its heads: one fitting of as many as there are scales tried beside 0.
     """
-    same = tried[tried["scale"].isin(coarse(grid))]
-    foretold, reached = (same[f"value_{name}"].reset_index(drop=True) for name in ("foretold", "reached"))
-    scales = same["scale"].reset_index(drop=True)
+    coarse_rows = tried[tried["scale"].isin(coarse(grid))]
+    foretold, reached = (coarse_rows[f"value_{name}"].reset_index(drop=True) for name in ("foretold", "reached"))
+    scales = coarse_rows["scale"].reset_index(drop=True)
     picked, best = int(foretold.to_numpy().argmax()), int(reached.to_numpy().argmax())
-    spent = own.set_index("heads")["search_seconds"]
+    spent = costs.set_index("heads")["search_seconds"]
     fitting = float(spent.get("reprobed", math.nan))
     seconds = float(spent.get("agreement", math.nan)) + fitting / max(1, int((tried["scale"] != 0).sum()))
     regret = float(reached[best] - reached[picked])

@@ -12,6 +12,7 @@ from taskvec.learning.head_modes import HEADS
 from taskvec.learning.regimes import REGIMES
 from taskvec.merging.variants import ADDED, PER_TASK, Variant
 from taskvec.report.claims.claims import HOW_CLAIMS_ARE_DECIDED, claims
+from taskvec.report.disentanglement import box_error
 from taskvec.report.paper_tables import comparisons, markdown_comparison
 from taskvec.report.texts import (
     MISSING,
@@ -28,7 +29,7 @@ from taskvec.report.texts import (
     shown,
 )
 from taskvec.report.verdict import headline, usage
-from taskvec.report.views import Method, View, box_error, known_method, view, views, with_variants
+from taskvec.report.views import Method, View, find_view, known_method, views, with_variants
 
 __all__ = ["definitions", "headline", "markdown", "per_task", "summary", "task_table", "title", "views"]
 
@@ -77,40 +78,40 @@ OF_PAPER = "Numbers in parentheses are the paper's own, averages over its eight 
 def summary(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> pd.DataFrame:
     """Put each backbone, regime and method in one row, test accuracies in % (the paper's Tables 1 and 3)."""
     records = []
-    for one in views(results):
-        error = box_error(heatmap, one.backbone, one.regime)
-        for method in one.methods or [Variant(MISSING)]:
-            named = {"Backbone": short_backbone(one.backbone), "Regime": one.regime, "Method": method_label(method)}
-            records.append({**named, **_numbers(one, method, ""), "ξ in the box": percent(error)})
+    for view in views(results):
+        error = box_error(heatmap, view.backbone, view.regime)
+        for method in view.methods or [Variant(MISSING)]:
+            named = {"Backbone": short_backbone(view.backbone), "Regime": view.regime, "Method": method_label(method)}
+            records.append({**named, **_numbers(view, method, ""), "ξ in the box": percent(error)})
     return _without_empty(pd.DataFrame(records))
 
 
 def per_task(results: pd.DataFrame, backbone: str, regime: str, method: Method = ADDED) -> pd.DataFrame:
     """Put each task in one row and their mean in the last, in % of its own metric, with the columns of Table 1."""
-    one = view(results, backbone, regime)
-    return task_table(one, known_method(one, method))
+    view = find_view(results, backbone, regime)
+    return task_table(view, known_method(view, method))
 
 
-def task_table(one: View, method: Method) -> pd.DataFrame:
+def task_table(view: View, method: Method) -> pd.DataFrame:
     """Do what ``per_task`` does for rows that were split already."""
-    named = [{"Task": one_line(task) or "Mean", "Metric": metric_label(one, task)} for task in [*one.tasks, ""]]
-    records = [name | _numbers(one, method, task) for name, task in zip(named, [*one.tasks, ""], strict=True)]
+    named = [{"Task": one_line(task) or "Mean", "Metric": metric_label(view, task)} for task in [*view.tasks, ""]]
+    records = [name | _numbers(view, method, task) for name, task in zip(named, [*view.tasks, ""], strict=True)]
     return _without_empty(pd.DataFrame(records))
 
 
-def _numbers(one: View, method: Method, task: str) -> dict[str, str]:
+def _numbers(view: View, method: Method, task: str) -> dict[str, str]:
     """Write the numbers of one task, or of the mean over tasks, under the headings of the paper's Table 1."""
     baselines = {"Probing": "probing", "Zero-shot": "zero_shot", "Fine-tuned": "fine_tuned", "Joint": "joint"}
-    out = {name: percent(one.own(baseline, task=task)) for name, baseline in baselines.items()}
+    out = {name: percent(view.result(baseline, task=task)) for name, baseline in baselines.items()}
     for name in ("Probing", "Zero-shot", "Joint"):
-        over_tuned = one.cell(baselines[name], metric="normalised_metric", task=task)
+        over_tuned = view.cell(baselines[name], metric="normalised_metric", task=task)
         out[f"Normalised: {name.lower()}"] = percent(over_tuned)
     for heads, label in HEADS.items():
-        absolute = one.own(method, heads, task)
-        if method == PER_TASK and heads == "kept" and task in one.own_scales:
-            absolute = absolute._replace(low=one.own_scales[task].min(), high=one.own_scales[task].max())
-        normalised = one.cell(method, heads, one.normalised, task)
-        cells = {"absolute": percent(absolute), "gain (95 % interval)": gain_text(one.gain(method, heads, task))}
+        absolute = view.result(method, heads, task)
+        if method == PER_TASK and heads == "kept" and task in view.task_scales:
+            absolute = absolute._replace(low=view.task_scales[task].min(), high=view.task_scales[task].max())
+        normalised = view.cell(method, heads, view.normalised, task)
+        cells = {"absolute": percent(absolute), "gain (95 % interval)": gain_text(view.gain(method, heads, task))}
         cells |= {"normalised": percent(normalised), "λ": scale_text(absolute)}
         out |= {f"{label.capitalize()}: {name}": text for name, text in cells.items()}
     return out
@@ -121,15 +122,15 @@ def _without_empty(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[:, [(frame[column] != MISSING).any() for column in frame.columns]]
 
 
-def title(one: View, method: Method) -> str:
+def title(view: View, method: Method) -> str:
     """Name a table of tasks by its backbone, regime and method."""
-    return f"{short_backbone(one.backbone)}, {one_line(one.regime)}, {method_label(method)}"
+    return f"{short_backbone(view.backbone)}, {one_line(view.regime)}, {method_label(method)}"
 
 
 def definitions(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> list[str]:
     """Explain the numbers, each note a sentence or two; of regimes, methods and measures only those there are."""
     regimes, methods = set(results["regime"]), set(with_variants(results)["variant"])
-    common = OF_KINDS if any(one.mixed for one in views(results)) else DEFINITIONS
+    common = OF_KINDS if any(view.mixed for view in views(results)) else DEFINITIONS
     notes = [*common, *(regime.meaning for name, regime in REGIMES.items() if name in regimes)]
     notes += [note for method, note in METHODS.items() if method in methods]
     notes += [OVER_SEEDS] if results["seed"].nunique() > 1 else []
@@ -146,7 +147,7 @@ def markdown(
     notes: Sequence[str] = (),
     costs: pd.DataFrame | None = None,
     lock: Mapping[str, Any] = MappingProxyType({}),
-    told: Sequence[str] = (),
+    step_notes: Sequence[str] = (),
 ) -> str:
     """Write tables.md: verdict, notes, the paper's claims and tables, a table for each merge, what words mean.
 
@@ -157,17 +158,17 @@ def markdown(
     verdicts = [escape_markdown(line) for line in headline(results, costs, lock).splitlines()]
     top = verdicts[0] if len(verdicts) == 1 else "\n".join(f"- {line}" for line in verdicts)
     top += f"\n\nUse the model that was kept, in this folder: `{command}`" if (command := usage(lock)) else ""
-    parts = ["# Results", top, *_listed("Before you compare", notes), *_listed("What was noted", told)]
+    parts = ["# Results", top, *_listed("Before you compare", notes), *_listed("What was noted", step_notes)]
     parts += [] if smoke else _claims(results, heatmap, roles or {})
     for table in [] if smoke else comparisons(results, heatmap, roles or {}):
         parts += [f"## {table.title}", f"{table.shown}. {OF_PAPER if table.has_paper else ''}"]
         parts[-1] = parts[-1].rstrip()
         parts.append(markdown_comparison(table))
     parts += ["## Summary", f"{shown(views(results))}.", markdown_table(measured(summary(results, heatmap), smoke))]
-    for one in views(results):
-        for method in one.methods:
-            parts.append(f"## {escape_markdown(title(one, method))}")
-            parts.append(markdown_table(measured(task_table(one, method), smoke), bold=[-1]))
+    for view in views(results):
+        for method in view.methods:
+            parts.append(f"## {escape_markdown(title(view, method))}")
+            parts.append(markdown_table(measured(task_table(view, method), smoke), bold=[-1]))
     meanings = "\n".join(f"- {note}" for note in definitions(results, heatmap))
     return "\n\n".join([*parts, "## What the words mean", meanings]) + "\n"
 

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from taskvec.core.notes import printable
 from taskvec.merging.variants import ADDED, Variant
-from taskvec.report.views import METRICS, Gained, Method, Spread, View
+from taskvec.report.views import METRICS, Gain, Method, Spread, View
 
 MISSING = "–"
 DIFFERENCES = {"surgery": "surgery", "reestimated": "batch norm re-estimated", "per-task": "λ per task"}
@@ -58,16 +58,16 @@ def method_label(method: Method) -> str:
     return ", ".join([name, *(DIFFERENCES[value] for value in variant.differences.values())])
 
 
-def metric_label(one: View, task: str) -> str:
+def metric_label(view: View, task: str) -> str:
     """Name the metric of a task where tasks differ in kind, else nothing needs to be said."""
-    return METRICS[one.metrics[task]] if one.mixed and task in one.metrics else MISSING
+    return METRICS[view.metrics[task]] if view.mixed and task in view.metrics else MISSING
 
 
-def shown(found: Sequence[View]) -> str:
+def shown(all_views: Sequence[View]) -> str:
     """Say over tables what their numbers are, and of how many tasks where that differs."""
-    metrics = {one.metric for one in found}
+    metrics = {view.metric for view in all_views}
     if len(metrics) == 1 and metrics != {""}:
-        counts = {one.regime: len(one.tasks) for one in found}
+        counts = {view.regime: len(view.tasks) for view in all_views}
         differ = ", ".join(f"{regime}: {count}" for regime, count in counts.items())
         same = "1 task" if max(counts.values()) == 1 else f"{max(counts.values())} tasks"
         over = f"tasks ({differ})" if len(set(counts.values())) > 1 else same
@@ -103,7 +103,7 @@ def plain_scale(scale: float) -> str:
     return f"{scale:.2f}" if math.isclose(scale, round(scale, 2), abs_tol=1e-9) else f"{scale:.4g}"
 
 
-def gain_text(gain: Gained) -> str:
+def gain_text(gain: Gain) -> str:
     """Write a gain with its sign, its spread over seeds and its interval."""
     if math.isnan(gain.mean):
         return MISSING

@@ -24,7 +24,7 @@ from taskvec.report.texts import (
     scale_text,
     short_backbone,
 )
-from taskvec.report.views import BASELINES, Gained, Method, View, own_costs, views
+from taskvec.report.views import BASELINES, Gain, Method, View, costs_of, views
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 FEW = 4  # backbones and regimes that get sentences of their own; more are summed up
@@ -40,13 +40,14 @@ def headline(
 
     ``costs`` adds what is stored; ``lock`` says which models were kept, and of a trial run that it is one.
     """
-    found = views(results)
+    all_views = views(results)
     if lock.get("smoke"):
         return SMOKE
-    several = len({one.backbone for one in found}) > 1, len({one.regime for one in found}) > 1
-    lines = _summed_up(found) if len(found) > FEW else [_Verdict(one, *several, costs).text() for one in found]
+    several = len({view.backbone for view in all_views}) > 1, len({view.regime for view in all_views}) > 1
+    many = len(all_views) > FEW
+    lines = _summed_up(all_views) if many else [_Verdict(view, *several, costs).text() for view in all_views]
     models = lock.get("models", {})
-    more = len(models) > 1 or len(found) > 1 or found[0].seeds > 1
+    more = len(models) > 1 or len(all_views) > 1 or all_views[0].seeds > 1
     return "\n".join([*lines, _models(models)] if models and more else lines)
 
 
@@ -89,52 +90,52 @@ def _sentence(text: str) -> str:
 class _Verdict:
     """The sentences on one backbone in one regime, which are named where there are several."""
 
-    one: View
+    view: View
     name_backbone: bool
     name_regime: bool
     costs: pd.DataFrame | None
 
     def text(self) -> str:
         """Write one sentence on the answer and what is stored, and one on the paper's addition and what failed."""
-        answer, more = [self.place() + self.answer(), self.storage()], [*self.others(), *failures(self.one)]
+        answer, more = [self.place() + self.answer(), self.storage()], [*self.others(), *failures(self.view)]
         return " ".join(_sentence("; ".join(filter(None, parts))) for parts in (answer, more) if parts)
 
     def place(self) -> str:
         """Name backbone, regime and seeds where they need to be told."""
-        place = [f"on {short_backbone(self.one.backbone)}"] if self.name_backbone else []
-        place += [f"in the {one_line(self.one.regime)} regime"] if self.name_regime else []
-        place += [f"over {self.one.seeds} seeds"] if self.one.seeds > 1 else []
+        place = [f"on {short_backbone(self.view.backbone)}"] if self.name_backbone else []
+        place += [f"in the {one_line(self.view.regime)} regime"] if self.name_regime else []
+        place += [f"over {self.view.seeds} seeds"] if self.view.seeds > 1 else []
         return f"{' '.join(place)}, " if place else ""
 
     def answer(self) -> str:
         """Say what the option reaches that validation chose, against probing and against separate encoders."""
-        one, kept = self.one, self.one.kept
+        view, kept = self.view, self.view.selected
         if kept == PROBING:
-            reached = f"linear probing, one encoder{self._tasks()}, reaches {level(one, *PROBING)}{self._share(*kept)}"
-            return f"{reached}: {'no merge was better on validation' if one.methods else 'nothing was merged'}"
-        gain = one.gain(*kept)
-        scale = scale_text(one.own(*kept))
+            reached = f"linear probing, one encoder{self._tasks()}, reaches {level(view, *PROBING)}{self._share(*kept)}"
+            return f"{reached}: {'no merge was better on validation' if view.methods else 'nothing was merged'}"
+        gain = view.gain(*kept)
+        scale = scale_text(view.result(*kept))
         how = _described(*kept) + ("" if scale == MISSING else f", lambda {scale}")
-        text = f"{self._subject()} ({how}) reaches {level(one, *kept)}{self._share(*kept)}"
-        return f"{text}, and {against_probing(one, gain)}"
+        text = f"{self._subject()} ({how}) reaches {level(view, *kept)}{self._share(*kept)}"
+        return f"{text}, and {against_probing(view, gain)}"
 
     def _subject(self) -> str:
         stored = self._stored()
         return f"one {'model' if stored is not None and stored[0] > 1 else 'encoder'}{self._tasks()}"
 
     def _tasks(self) -> str:
-        count = len(self.one.tasks)
+        count = len(self.view.tasks)
         every = "both" if count == 2 else f"all {number(count)}"
         return f" for {every} tasks" if count > 1 else " for the one task"
 
     def _share(self, method: Method, heads: str) -> str:
         """Compare with one fine-tuned encoder for each task; what is mixed was compared in its level already."""
-        one, count = self.one, len(self.one.tasks)
-        tuned, share = one.overall("fine_tuned"), one.cell(method, heads, one.normalised)
-        if one.mixed or math.isnan(tuned.mean):
+        view, count = self.view, len(self.view.tasks)
+        tuned, share = view.overall("fine_tuned"), view.cell(method, heads, view.normalised)
+        if view.mixed or math.isnan(tuned.mean):
             return ""
         separate = f"{number(count)} separate fine-tuned encoders" if count > 1 else "a fine-tuned encoder"
-        behind = one.gain(method, heads, over="fine_tuned")
+        behind = view.gain(method, heads, over="fine_tuned")
         apart = "" if math.isnan(behind.mean) else f"; {points(behind.mean, '+')} points{interval(behind, ', ')}"
         if math.isnan(share.mean):
             return f" ({separate}: {percent(tuned)} %{apart})"
@@ -144,53 +145,54 @@ class _Verdict:
         """Return the encoders that the kept option stores, its bytes, and those of the separate encoders."""
         if self.costs is None or self.costs.empty:
             return None
-        means = own_costs(self.one, self.costs).groupby(["variant", "heads"])[["encoders", "stored"]].mean()
-        own = {key: values for key, *values in zip(means.index, means["encoders"], means["stored"], strict=True)}
-        tuned, (method, heads) = own.get(("fine_tuned", "kept")), self.one.kept
-        if (method.name, heads) not in own or tuned is None:
+        means = costs_of(self.view, self.costs).groupby(["variant", "heads"])[["encoders", "stored"]].mean()
+        stored = {key: values for key, *values in zip(means.index, means["encoders"], means["stored"], strict=True)}
+        tuned, (method, heads) = stored.get(("fine_tuned", "kept")), self.view.selected
+        if (method.name, heads) not in stored or tuned is None:
             return None
-        encoders, size = own[method.name, heads]
+        encoders, size = stored[method.name, heads]
         return encoders, size, tuned[1]
 
     def storage(self) -> str:
         """Say what the kept option stores in place of one encoder a task."""
-        found, count = self._stored(), len(self.one.tasks)
-        if found is None or count == 1:
+        storage, count = self._stored(), len(self.view.tasks)
+        if storage is None or count == 1:
             return ""
-        encoders, size, separate = found
+        encoders, size, separate = storage
         heads = f"{number(round(encoders))} encoder{'s' * (encoders > 1)} and {number(count)} heads"
         return f"it stores {heads}, {size / 1e6:.1f} MB in place of {separate / 1e6:.1f} MB"
 
     def others(self) -> Iterator[str]:
         """Say what the first method gained, and the best confirmed merge where the kept one is not better."""
-        one = self.one
-        told = {one.kept}
-        for method in one.methods[:1]:
-            kinds = [heads for heads in one.heads if (method, heads) != one.kept]
-            told |= {(method, heads) for heads in kinds}
+        view = self.view
+        mentioned = {view.selected}
+        for method in view.methods[:1]:
+            kinds = [heads for heads in view.heads if (method, heads) != view.selected]
+            mentioned |= {(method, heads) for heads in kinds}
             if kinds:
-                yield f"{_merging(one, method)} {outcome(one, method, kinds)}"
-        sure = [key for key in one.tried if key[0].method not in BASELINES and key not in told and one.gain(*key).beats]
-        if sure and one.kept != PROBING and not one.gain(*one.kept).beats:
-            method, heads = max(sure, key=one.tried.__getitem__)
-            yield f"of the others, {method_label(method)} {outcome(one, method, [heads])}"
+                yield f"{_merging(view, method)} {outcome(view, method, kinds)}"
+        others = [key for key in view.validation_scores if key[0].method not in BASELINES and key not in mentioned]
+        confirmed = [key for key in others if view.gain(*key).beats]
+        if confirmed and view.selected != PROBING and not view.gain(*view.selected).beats:
+            method, heads = max(confirmed, key=view.validation_scores.__getitem__)
+            yield f"of the others, {method_label(method)} {outcome(view, method, [heads])}"
 
 
-def level(one: View, method: Method, heads: str) -> str:
+def level(view: View, method: Method, heads: str) -> str:
     """Write the mean over tasks, of metrics that differ in kind as a share of what fine-tuned encoders reach."""
-    return f"{percent(one.overall(method, heads))} %{' of fine-tuned' if one.mixed else ''}"
+    return f"{percent(view.overall(method, heads))} %{' of fine-tuned' if view.mixed else ''}"
 
 
-def interval(gain: Gained, lead: str = "") -> str:
+def interval(gain: Gain, lead: str = "") -> str:
     """Write a 95 % interval, of which several seeds have the mean; nothing where there is none."""
     if math.isnan(gain.low):
         return ""
     return f"{lead}95 % interval {points(gain.low)} to {points(gain.high)}"
 
 
-def against_probing(one: View, gain: Gained) -> str:
+def against_probing(view: View, gain: Gain) -> str:
     """Say whether the interval of a gain lies above zero, below or across; without one, only how large it is."""
-    unit, probing = "normalised points" if one.mixed else "points", f"linear probing ({level(one, *PROBING)})"
+    unit, probing = "normalised points" if view.mixed else "points", f"linear probing ({level(view, *PROBING)})"
     if math.isnan(gain.mean):
         return f"was not compared with {probing}"
     if math.isnan(gain.low):
@@ -202,27 +204,27 @@ def against_probing(one: View, gain: Gained) -> str:
     return f"{verdict} {probing}: {points(gain.mean, '+')} {unit}{ends}"
 
 
-def _merging(one: View, method: Method) -> str:
-    count = len(one.tasks)
+def _merging(view: View, method: Method) -> str:
+    count = len(view.tasks)
     vectors = f"the {number(count)} task vector{'s' if count != 1 else ''}"
     return f"adding {vectors}" if method == ADDED else f"merging {vectors} with {method_label(method)}"
 
 
-def outcome(one: View, method: Method, heads: list[str]) -> str:
+def outcome(view: View, method: Method, heads: list[str]) -> str:
     """Compare a method with probing, with some kinds of heads."""
-    gains = [gain for kind in heads if not math.isnan((gain := one.gain(method, kind)).mean)]
+    gains = [gain for kind in heads if not math.isnan((gain := view.gain(method, kind)).mean)]
     if not gains:
         return "was not compared with linear probing"
-    unit = "normalised points" if one.mixed else "points"
+    unit = "normalised points" if view.mixed else "points"
     if any(math.isnan(gain.low) for gain in gains):
-        told = (f"{points(gain.mean, '+')} {unit} with {HEADS[gain.heads]}" for gain in gains)
-        return f"moved linear probing by {' and '.join(told)}, without an interval"
+        clauses = (f"{points(gain.mean, '+')} {unit} with {HEADS[gain.heads]}" for gain in gains)
+        return f"moved linear probing by {' and '.join(clauses)}, without an interval"
     first = f"gained {points(gains[0].mean)} {unit} over" if gains[0].beats else "did not beat"
     text = f"{first} linear probing with {HEADS[gains[0].heads]} ({_evidence(gains[0])})"
     return text + "".join(_and_then(gains[0], gain) for gain in gains[1:])
 
 
-def _and_then(before: Gained, gain: Gained) -> str:
+def _and_then(before: Gain, gain: Gain) -> str:
     """Join the second kind of heads so that the sentence stays grammatical in all four cases."""
     words = {
         (True, True): f" and {points(gain.mean)} points with",
@@ -233,8 +235,8 @@ def _and_then(before: Gained, gain: Gained) -> str:
     return f"{words} {HEADS[gain.heads]} ({_evidence(gain)})"
 
 
-def _evidence(gain: Gained) -> str:
-    if gain.stays:
+def _evidence(gain: Gain) -> str:
+    if gain.adds_nothing:
         return "validation chose lambda 0, which is probing itself"
     parts = [] if gain.beats else [f"{points(gain.mean, '+')} points"]
     parts += [f"{points(gain.low)} to {points(gain.high)}"]
@@ -245,32 +247,35 @@ def _evidence(gain: Gained) -> str:
 # ---------------------------------------------------------------- what failed
 
 
-def failures(one: View) -> Iterator[str]:
+def failures(view: View) -> Iterator[str]:
     """Name what went wrong in one backbone and regime: fine-tuning, its learning rates, a grid that ended too early."""
-    yield from _tuning(one)
-    lost = [rate for rate, value in one.tried_rates.items() if value == 0]
-    if lost:
-        yield f"training diverged, or learned nothing, at learning rate {', '.join(f'{rate:g}' for rate in lost)}"
-    if one.kept != PROBING and ended_early(one, *one.kept):
+    yield from _tuning(view)
+    diverged = [rate for rate, value in view.learning_rates.items() if value == 0]
+    if diverged:
+        yield f"training diverged, or learned nothing, at learning rate {', '.join(f'{rate:g}' for rate in diverged)}"
+    if view.selected != PROBING and ended_early(view, *view.selected):
         yield "its lambda is the largest that was tried: a wider grid (scales) may give more"
 
 
-def _tuning(one: View) -> Iterator[str]:
+def _tuning(view: View) -> Iterator[str]:
     """Say on which tasks a fine-tuned encoder is worse than its own probe, or answers exactly as it does."""
-    apart = {task: one.own("fine_tuned", task=task).mean - one.own("probing", task=task).mean for task in one.tasks}
-    below = [one_line(task) for task, by in apart.items() if by < 0]
-    if len(below) > len(apart) / 2:
+    tuned, probing = ({task: view.result(m, task=task).mean for task in view.tasks} for m in ("fine_tuned", "probing"))
+    gains = {task: tuned[task] - probing[task] for task in view.tasks}
+    below = [one_line(task) for task, gain in gains.items() if gain < 0]
+    if len(below) > len(gains) / 2:
         levels = (
-            "" if one.mixed else f" ({percent(one.overall('fine_tuned'))} against {percent(one.overall('probing'))} %)"
+            ""
+            if view.mixed
+            else f" ({percent(view.overall('fine_tuned'))} against {percent(view.overall('probing'))} %)"
         )
-        which = "all tasks" if len(below) == len(apart) else f"{len(below)} of {len(apart)} tasks"
-        advice = "its learning rate or steps do not suit" if len(apart) > 1 else "learning rate or steps do not suit"
+        which = "all tasks" if len(below) == len(gains) else f"{len(below)} of {len(gains)} tasks"
+        advice = "its learning rate or steps do not suit" if len(gains) > 1 else "learning rate or steps do not suit"
         yield f"fine-tuning itself failed: it ends below its own probe on {which}{levels}; {advice}"
     elif below:
         yield f"fine-tuning itself failed on {_some(below)}: it ends below its own probe there"
-    same = [one_line(task) for task, by in apart.items() if by == 0 and one.unmoved(task)]
-    if same:
-        yield f"fine-tuning changed no result on {_some(same)}: its task vector may be zero"
+    unchanged = [one_line(task) for task, gain in gains.items() if gain == 0 and view.unchanged(task)]
+    if unchanged:
+        yield f"fine-tuning changed no result on {_some(unchanged)}: its task vector may be zero"
 
 
 def _some(names: list[str]) -> str:
@@ -278,55 +283,55 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[: 4 if more else 5]) + more
 
 
-def ended_early(one: View, method: Method, heads: str) -> bool:
+def ended_early(view: View, method: Method, heads: str) -> bool:
     """Say whether a merge chose, in some seed, the largest of several scales."""
-    rows = one.of(method, heads)
-    rows = rows[(rows["split"] == "validation") & (rows["metric"] == one.normalised)]
+    rows = view.of(method, heads)
+    rows = rows[(rows["split"] == "validation") & (rows["metric"] == view.normalised)]
     scales = rows.loc[rows["task"] == "", "scale"]
-    return scales.nunique() > 1 and one.cell(method, heads, one.normalised).high >= scales.max()
+    return scales.nunique() > 1 and view.cell(method, heads, view.normalised).high >= scales.max()
 
 
 # ---------------------------------------------------------------- many backbones and regimes
 
 
-def _summed_up(found: list[View]) -> list[str]:
+def _summed_up(all_views: list[View]) -> list[str]:
     """Write one sentence for each regime, one on all other methods, and one on what failed."""
-    regimes = dict.fromkeys(one.regime for one in found)
-    lines = [_of_regime([one for one in found if one.regime == regime]) for regime in regimes]
-    several = [one for one in found if one.methods[1:]]
-    best = [max(one.methods[1:], key=lambda method: one.validation.get(method, -1.0)) for one in several]
+    regimes = dict.fromkeys(view.regime for view in all_views)
+    lines = [_of_regime([view for view in all_views if view.regime == regime]) for regime in regimes]
+    several = [view for view in all_views if view.methods[1:]]
+    best = [max(view.methods[1:], key=lambda method: view.validation.get(method, -1.0)) for view in several]
     lines += [_of_others(best)] if best else []
-    failed = {(one.backbone, one.regime): said for one in found if (said := list(_tuning(one)))}
+    failed = {(view.backbone, view.regime): said for view in all_views if (said := list(_tuning(view)))}
     named = [f"{short_backbone(backbone)} ({one_line(regime)})" for backbone, regime in failed]
     return lines + ([f"Fine-tuning ends below its own probe on some tasks: {_some(named)}."] if named else [])
 
 
-def _of_regime(found: list[View]) -> str:
+def _of_regime(all_views: list[View]) -> str:
     """Count on how many backbones of one regime the first method beat probing, with its gains and the best backbone."""
-    place = f"in the {one_line(found[0].regime)} regime, "
-    merged = [one for one in found if one.methods]
+    place = f"in the {one_line(all_views[0].regime)} regime, "
+    merged = [view for view in all_views if view.methods]
     parts = [part for heads in HEADS if (part := _count(merged, heads))]
     if not parts:
         return _sentence(f"{place}merging was not compared with linear probing")
     first, several = merged[0], f"beat linear probing {', and '.join(parts)}"
-    told = several if len(merged) > 1 else outcome(first, first.methods[0], first.heads)
-    return _sentence(f"{place}{_merging(first, first.methods[0])} {told}; {_highest(merged)}")
+    outcome_text = several if len(merged) > 1 else outcome(first, first.methods[0], first.heads)
+    return _sentence(f"{place}{_merging(first, first.methods[0])} {outcome_text}; {_highest(merged)}")
 
 
 def _highest(merged: list[View]) -> str:
     """Name the backbone that the first method brings highest on validation, and what it reaches on the test split."""
-    places = [(one, heads) for one in merged for heads in one.heads]
-    one, heads = max(places, key=lambda place: place[0].foreseen(place[0].methods[0], place[1]))
-    probing, reached = percent(one.overall("probing")), level(one, one.methods[0], heads)
-    share = one.cell(one.methods[0], heads, one.normalised)
-    of = "" if one.mixed or math.isnan(share.mean) else f", {percent(share)} % of separate fine-tuned encoders"
-    name = short_backbone(one.backbone) + (" is the best on validation and" if len(merged) > 1 else "")
+    places = [(view, heads) for view in merged for heads in view.heads]
+    view, heads = max(places, key=lambda place: place[0].validation_level(place[0].methods[0], place[1]))
+    probing, reached = percent(view.overall("probing")), level(view, view.methods[0], heads)
+    share = view.cell(view.methods[0], heads, view.normalised)
+    of = "" if view.mixed or math.isnan(share.mean) else f", {percent(share)} % of separate fine-tuned encoders"
+    name = short_backbone(view.backbone) + (" is the best on validation and" if len(merged) > 1 else "")
     return f"{name} reaches {reached}{of} (probing {probing}, {HEADS[heads]})"
 
 
-def _count(found: list[View], heads: str) -> str:
+def _count(all_views: list[View], heads: str) -> str:
     """Write the part of the sentence on one kind of heads; empty where nothing was compared."""
-    gains = {one.backbone: one.gain(one.methods[0], heads) for one in found}
+    gains = {view.backbone: view.gain(view.methods[0], heads) for view in all_views}
     gains = {backbone: gain for backbone, gain in gains.items() if not math.isnan(gain.mean)}
     if not gains:
         return ""

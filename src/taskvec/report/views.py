@@ -6,12 +6,10 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import pandas as pd
 
 from taskvec.core.errors import TaskvecError, unknown
@@ -20,7 +18,6 @@ from taskvec.merging.variants import ADDED, DIFFERENCES, PER_TASK, Variant
 
 BASELINES = ("probing", "zero_shot", "fine_tuned", "joint")
 METRICS = {"accuracy": "accuracy", "patch_accuracy": "patch accuracy", "within_15_degrees": "within 15°"}
-BOX = 1.0  # half the width of the red box of the paper's Figure 1
 NEEDED = ("backbone", "regime", "seed", "tasks", "method", "heads", "scale", "task", "split", "metric", "value")
 NUMBER = 4
 """Bytes of a float32."""
@@ -53,7 +50,7 @@ def _over_seeds(entries: list[tuple[float, float]]) -> Spread:
     return Spread(statistics.fmean(values), sd, min(scales), max(scales))
 
 
-class Gained(NamedTuple):
+class Gain(NamedTuple):
     """Accuracy over probing as fractions: mean and spread over seeds, the ends of its interval, the scales chosen."""
 
     heads: str
@@ -74,7 +71,7 @@ class Gained(NamedTuple):
         return round(100 * self.high, 1) < 0
 
     @property
-    def stays(self) -> bool:
+    def adds_nothing(self) -> bool:
         """Say whether every seed chose to add nothing and its heads are the probes, so that the merge is probing."""
         return self.heads == "kept" and self.scale.low == self.scale.high == 0 and abs(self.mean) < 1e-9
 
@@ -91,27 +88,27 @@ class View:
     rows: pd.DataFrame
 
     @cached_property
-    def _cells(self) -> dict[tuple[str, str, str, str], Spread]:
+    def _spreads(self) -> dict[tuple[str, str, str, str], Spread]:
         """Take mean and spread over seeds of every (variant, heads, metric, task) on the test split."""
         test = self.rows[self.rows["split"] == "test"]
         entries: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
         keys = zip(*(test[name] for name in ("variant", "heads", "metric", "task")), strict=True)
         for key, scale, value in zip(keys, test["scale"], test["value"], strict=True):
             entries[cast("tuple[str, str, str, str]", key)].append((scale, value))
-        return {key: _over_seeds(found) for key, found in entries.items()}
+        return {key: _over_seeds(pairs) for key, pairs in entries.items()}
 
     def cell(self, method: Method, heads: str = "kept", metric: str = "accuracy", task: str = "") -> Spread:
         """Look up a number of the test split as a fraction; an empty task is the mean over tasks."""
-        return self._cells.get((name_of(method), heads, metric, task), NOTHING)
+        return self._spreads.get((name_of(method), heads, metric, task), NOTHING)
 
     @cached_property
     def metrics(self) -> dict[str, str]:
         """Name the own metric of every task."""
-        own = self.rows[self.rows["metric"].isin(METRICS) & (self.rows["task"] != "")].drop_duplicates("task")
-        return {str(task): str(metric) for task, metric in zip(own["task"], own["metric"], strict=True)}
+        rows = self.rows[self.rows["metric"].isin(METRICS) & (self.rows["task"] != "")].drop_duplicates("task")
+        return {str(task): str(metric) for task, metric in zip(rows["task"], rows["metric"], strict=True)}
 
     @cached_property
-    def known(self) -> dict[str, Variant]:
+    def variants(self) -> dict[str, Variant]:
         """Return the variants of its rows by name."""
         return variants_of(self.rows)
 
@@ -122,8 +119,8 @@ class View:
     @property
     def metric(self) -> str:
         """Name the metric that all tasks share, empty where they differ in kind."""
-        found = set(self.metrics.values()) or {"accuracy"}
-        return found.pop() if len(found) == 1 else ""
+        metrics = set(self.metrics.values()) or {"accuracy"}
+        return metrics.pop() if len(metrics) == 1 else ""
 
     @property
     def mixed(self) -> bool:
@@ -141,35 +138,35 @@ class View:
 
         Validation chose by the mean of what is not normalised then.
         """
-        own = self.rows[(self.rows["method"] == "fine_tuned") & (self.rows["split"] == "validation")]
-        own = own[own["metric"].isin(METRICS) & (own["config"] == "{}") & (own["value"] == 0)]
-        return [task for task in self.tasks if task in set(own["task"])]
+        rows = self.rows[(self.rows["method"] == "fine_tuned") & (self.rows["split"] == "validation")]
+        rows = rows[rows["metric"].isin(METRICS) & (rows["config"] == "{}") & (rows["value"] == 0)]
+        return [task for task in self.tasks if task in set(rows["task"])]
 
-    def own(self, method: Method, heads: str = "kept", task: str = "") -> Spread:
+    def result(self, method: Method, heads: str = "kept", task: str = "") -> Spread:
         """Look up a task in its own metric; tasks that differ in theirs have no mean (NaN), but its scales are told."""
         metric = self.metrics.get(task, "accuracy") if task else self.metric
         if metric:
             return self.cell(method, heads, metric, task)
-        return self.own(method, heads, self.tasks[0])._replace(mean=math.nan, sd=math.nan)
+        return self.result(method, heads, self.tasks[0])._replace(mean=math.nan, sd=math.nan)
 
     def overall(self, method: Method, heads: str = "kept") -> Spread:
         """Look up the mean over tasks by which backbones compare: of accuracies, or of normalised metrics if mixed."""
         return self.cell(method, heads, self.normalised if self.mixed else "accuracy")
 
-    def gain(self, method: Method, heads: str = "kept", task: str = "", over: str = "probing") -> Gained:
+    def gain(self, method: Method, heads: str = "kept", task: str = "", over: str = "probing") -> Gain:
         """Look up what a merge adds to probing, or to the separate fine-tuned encoders."""
         middle, low, high = (self.cell(method, heads, f"gain_over_{over}{end}", task) for end in ("", "_low", "_high"))
-        return Gained(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
+        return Gain(heads, middle.mean, middle.sd, low.mean, high.mean, middle)
 
     @cached_property
-    def own_scales(self) -> pd.DataFrame:
+    def task_scales(self) -> pd.DataFrame:
         """Read the lambdas, one a task, that went to the test split: a row for each seed, a column for each task."""
         rows = self.rows[(self.rows["variant"] == PER_TASK.name) & (self.rows["split"] == "test")]
         configs = rows[rows["heads"] == "kept"].drop_duplicates("seed")["config"]
         return pd.DataFrame([json.loads(config).get("scales", {}) for config in configs], dtype=float).dropna(how="all")
 
     @cached_property
-    def tried(self) -> dict[tuple[Variant, str], float]:
+    def validation_scores(self) -> dict[tuple[Variant, str], float]:
         """Score each method and kind of heads by its best on validation, as the search did, mean over seeds.
 
         Where a fine-tuned metric is zero nothing can be normalised by it, and the search looks at the plain mean.
@@ -180,26 +177,27 @@ class View:
         rows = pd.concat([normal, plain])
         best = rows.groupby(["variant", "heads", "seed"], sort=False)["value"].max()
         means = best.groupby(["variant", "heads"], sort=False).mean()
-        return {(self.known[name], str(heads)): float(means[name, heads]) for name, heads in means.index}
+        return {(self.variants[name], str(heads)): float(means[name, heads]) for name, heads in means.index}
 
     @cached_property
     def validation(self) -> dict[Variant, float]:
         """Score each method by its better kind of heads on validation."""
-        methods = dict.fromkeys(method for method, _ in self.tried)
-        return {name: max(value for (method, _), value in self.tried.items() if method == name) for name in methods}
+        best: dict[Variant, float] = {}
+        for (method, _), value in self.validation_scores.items():
+            best[method] = max(value, best.get(method, value))
+        return best
 
     @cached_property
-    def kept(self) -> tuple[Variant, str]:
+    def selected(self) -> tuple[Variant, str]:
         """Name the method and heads that are best on validation: probing, or a merge of all seeds that is better."""
         rows = self.rows[(self.rows["split"] == "validation") & (self.rows["task"] == "")]
         seeds = rows.groupby(["variant", "heads"])["seed"].nunique()
-        able = [
-            key for key in self.tried if key[0].method not in BASELINES and seeds[key[0].name, key[1]] == self.seeds
-        ]
-        floor = (Variant("probing"), "kept")
-        return max([floor, *able], key=lambda key: self.tried.get(key, -math.inf))
+        merges = [key for key in self.validation_scores if key[0].method not in BASELINES]
+        complete = [key for key in merges if seeds[key[0].name, key[1]] == self.seeds]
+        probing = (Variant("probing"), "kept")
+        return max([probing, *complete], key=lambda key: self.validation_scores.get(key, -math.inf))
 
-    def foreseen(self, method: Method, heads: str) -> float:
+    def validation_level(self, method: Method, heads: str) -> float:
         """Return the level on validation by which backbones compare, at the scales that validation chose."""
         metric = self.normalised if self.mixed else "accuracy"
         rows = self.of(method, heads)
@@ -210,7 +208,7 @@ class View:
         return -1.0 if math.isnan(value) else float(value)
 
     @cached_property
-    def tried_rates(self) -> dict[float, float]:
+    def learning_rates(self) -> dict[float, float]:
         """Return what each learning rate of fine-tuning that was searched reached on validation."""
         rows = self.rows[(self.rows["method"] == "fine_tuned") & (self.rows["split"] == "validation")]
         rows = rows[rows["config"].str.contains("learning_rate", regex=False)]
@@ -219,11 +217,12 @@ class View:
             for config, value in zip(rows["config"], rows["value"], strict=True)
         }
 
-    def unmoved(self, task: str) -> bool:
+    def unchanged(self, task: str) -> bool:
         """Say whether a fine-tuned encoder has, on every split and seed, exactly the result of its probe."""
-        own = self.rows[(self.rows["task"] == task) & self.rows["metric"].isin(METRICS) & (self.rows["config"] == "{}")]
+        rows = self.rows[(self.rows["task"] == task) & self.rows["metric"].isin(METRICS)]
+        rows = rows[rows["config"] == "{}"]
         values = [
-            own[own["method"] == method].set_index(["seed", "split"])["value"] for method in ("probing", "fine_tuned")
+            rows[rows["method"] == method].set_index(["seed", "split"])["value"] for method in ("probing", "fine_tuned")
         ]
         return bool(len(values[0]) and values[0].sort_index().equals(values[1].sort_index()))
 
@@ -231,8 +230,8 @@ class View:
     def tasks(self) -> list[str]:
         """Name the tasks in the order of the study, in which rows of several metrics are not."""
         order = str(self.rows["tasks"].iloc[0]).split("+")
-        found = [task for task in _unique(self.rows["task"]) if task]
-        return sorted(found, key=lambda task: order.index(task) if task in order else len(order))
+        names = [task for task in _unique(self.rows["task"]) if task]
+        return sorted(names, key=lambda task: order.index(task) if task in order else len(order))
 
     @cached_property
     def methods(self) -> list[Variant]:
@@ -254,18 +253,18 @@ class View:
         return int(self.rows["seed"].nunique())
 
 
-def own_costs(one: View, costs: pd.DataFrame) -> pd.DataFrame:
+def costs_of(view: View, costs: pd.DataFrame) -> pd.DataFrame:
     """Take the costs of one backbone in one regime on its largest set of tasks, with the bytes that are ``stored``."""
-    place = (costs["backbone"] == one.backbone) & (costs["regime"] == one.regime)
-    own: pd.DataFrame = costs[place & (costs["tasks"] == one.rows["tasks"].iloc[0])]
-    return with_variants(own).assign(stored=NUMBER * own["parameters"] + len(one.tasks) * own["bytes_per_task"])
+    place = (costs["backbone"] == view.backbone) & (costs["regime"] == view.regime)
+    rows: pd.DataFrame = costs[place & (costs["tasks"] == view.rows["tasks"].iloc[0])]
+    return with_variants(rows).assign(stored=NUMBER * rows["parameters"] + len(view.tasks) * rows["bytes_per_task"])
 
 
 def views(results: pd.DataFrame) -> list[View]:
     """Split results into backbones and regimes, each on its largest set of tasks; subsets of tasks are left out."""
     settings = numeric(results).groupby(["backbone", "regime"], sort=False)
-    keyed = ((cast("tuple[str, str]", key), rows) for key, rows in settings)
-    return [View(str(backbone), str(regime), _largest_set(rows)) for (backbone, regime), rows in keyed]
+    rows_of = ((cast("tuple[str, str]", key), rows) for key, rows in settings)
+    return [View(str(backbone), str(regime), _largest_set(rows)) for (backbone, regime), rows in rows_of]
 
 
 def numeric(results: pd.DataFrame) -> pd.DataFrame:
@@ -298,20 +297,20 @@ def variants_of(rows: pd.DataFrame) -> dict[str, Variant]:
     return {str(name): Variant(*values) for name, *values in known.itertuples(index=False)}
 
 
-def view(results: pd.DataFrame, backbone: str, regime: str) -> View:
+def find_view(results: pd.DataFrame, backbone: str, regime: str) -> View:
     """Take one backbone in one regime out of the results."""
     if {"backbone", "regime"} <= set(results.columns):
-        own = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
-        if len(own):
-            return views(own)[0]
+        rows = results[(results["backbone"] == backbone) & (results["regime"] == regime)]
+        if len(rows):
+            return views(rows)[0]
     raise unknown(
-        "backbone and regime", f"{backbone}, {regime}", (f"{one.backbone}, {one.regime}" for one in views(results))
+        "backbone and regime", f"{backbone}, {regime}", (f"{view.backbone}, {view.regime}" for view in views(results))
     )
 
 
-def known_method(one: View, method: Method) -> Variant:
+def known_method(view: View, method: Method) -> Variant:
     """Return a method that was merged by, or raise with the nearest."""
-    known = {variant.name: variant for variant in one.methods}
+    known = {variant.name: variant for variant in view.methods}
     if name_of(method) not in known:
         raise unknown("method in the results", name_of(method), known)
     return known[name_of(method)]
@@ -327,13 +326,13 @@ def _unique(values: pd.Series[Any]) -> list[str]:
     return [str(value) for value in values.drop_duplicates()]
 
 
-def line_search(one: View, method: Method, heads: str) -> pd.DataFrame:
+def line_search(view: View, method: Method, heads: str) -> pd.DataFrame:
     """Read the normalised metric on validation by scale: mean and std (%) over seeds, and whether a seed chose it.
 
     Of several configurations only the one that went to the test split.
     """
-    rows = one.of(method, heads)
-    rows = rows[(rows["task"] == "") & (rows["metric"] == one.normalised)]
+    rows = view.of(method, heads)
+    rows = rows[(rows["task"] == "") & (rows["metric"] == view.normalised)]
     test = rows[rows["split"] == "test"]
     tried = rows[rows["split"] == "validation"].merge(test[["seed", "config"]].drop_duplicates(), on=["seed", "config"])
     values = 100 * tried.groupby("scale")["value"].agg(["mean", "std"]).fillna({"std": 0.0})
@@ -363,50 +362,3 @@ def task_sets(results: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame
     table["normalised_accuracy"] = table["normalised_metric"].where(mixed, table["normalised_accuracy"])
     table["accuracy"] = math.nan if mixed.any() else table["accuracy"]
     return table[list(OF_SETS)].reset_index()
-
-
-# ---------------------------------------------------------------- the disentanglement error
-
-
-def with_errors(heatmap: pd.DataFrame) -> pd.DataFrame:
-    """Add to the rows of a heatmap the error 0..2, whether a point is in the box, and its share of the box's mean."""
-    inside = (heatmap["scale_1"].abs() <= BOX + 1e-9) & (heatmap["scale_2"].abs() <= BOX + 1e-9)
-    share = heatmap["scale_1"].map(box_shares(heatmap["scale_1"])) * heatmap["scale_2"].map(
-        box_shares(heatmap["scale_2"])
-    )
-    return heatmap.assign(error=heatmap["error_1"] + heatmap["error_2"], inside=inside, share=share)
-
-
-def box_shares(scales: Iterable[float]) -> dict[float, float]:
-    """Return each coefficient's share of the box's width, for means of what is linear between coefficients.
-
-    A mean over the points that happen to lie in the box would depend on how many points an axis has.
-    """
-    axis = np.unique(list(scales))
-    knots = np.union1d(axis[np.abs(axis) < BOX], [-BOX, BOX])
-    hats = np.array([np.interp(knots, axis, row) for row in np.eye(len(axis))]).reshape(-1, len(knots))
-    shares = (hats[:, 1:] + hats[:, :-1]) @ np.diff(knots) / 2 / (2 * BOX)
-    return dict(zip(axis.tolist(), shares.tolist(), strict=True))
-
-
-def error_rows(heatmap: pd.DataFrame, backbone: str, regime: str) -> pd.DataFrame:
-    """Take the heatmap rows of one backbone in one regime, with errors."""
-    return with_errors(heatmap[(heatmap["backbone"] == backbone) & (heatmap["regime"] == regime)])
-
-
-def box_mean(rows: pd.DataFrame, by: list[str]) -> pd.Series[float]:
-    """Average the error over the area of the box, bilinear between points, for every group of whole heatmaps."""
-    weighted = rows.assign(error=rows["error"] * rows["share"]).groupby(by)[["error", "share"]].sum()
-    found: pd.Series[float] = weighted["error"] / weighted["share"]
-    return found
-
-
-def box_error(heatmap: pd.DataFrame | None, backbone: str, regime: str) -> Spread:
-    """Average the disentanglement error (0..2) over the area of the box and the pairs; its spread is over seeds."""
-    if heatmap is None:
-        return NOTHING
-    rows = error_rows(heatmap, backbone, regime)
-    means = box_mean(rows, ["seed"])
-    if means.empty:
-        return NOTHING
-    return Spread(float(means.mean()), float(means.std()) if len(means) > 1 else math.nan)

@@ -14,8 +14,9 @@ from scipy.special import stdtrit
 
 from taskvec.merging.registry import ADDITION
 from taskvec.paper import numbers as paper
+from taskvec.report.disentanglement import box_mean, with_errors
 from taskvec.report.texts import short_backbone
-from taskvec.report.views import Gained, View, box_mean, task_sets, views, with_errors
+from taskvec.report.views import Gain, View, task_sets, views
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 FEWEST = 3  # units that an interval needs
@@ -72,8 +73,8 @@ class ClaimData:
 
     @cached_property
     def _views(self) -> dict[tuple[str, str], View]:
-        every = views(self.results) if len(self.results) else []
-        return {(one.backbone, one.regime): one for one in every}
+        all_views = views(self.results) if len(self.results) else []
+        return {(view.backbone, view.regime): view for view in all_views}
 
     def of(self, keys: Iterable[str]) -> list[str]:
         """Name the backbones that stand for some rows, those that are there."""
@@ -81,22 +82,22 @@ class ClaimData:
 
     def merged(self, keys: Iterable[str], regime: str) -> dict[str, View]:
         """Take the views in which addition with kept heads was measured, by the paper's key."""
-        found = {key: self._views.get((self.backbones.get(key, ""), regime)) for key in keys}
-        return {key: one for key, one in found.items() if one and not math.isnan(one.cell(ADDITION).mean)}
+        all_views = {key: self._views.get((self.backbones.get(key, ""), regime)) for key in keys}
+        return {key: view for key, view in all_views.items() if view and not math.isnan(view.cell(ADDITION).mean)}
 
     def addition(
         self, backbone: str, regime: str, metric: str = "accuracy", among: Sequence[str] | None = None
     ) -> Measure:
         """Measure addition with kept heads on each task, of the merge of all tasks or of a set of them."""
-        one = self._set(backbone, regime, "+".join(among)) if among else self._views.get((backbone, regime))
-        cells = {task: one.cell(ADDITION, metric=metric, task=task).mean for task in one.tasks} if one else {}
+        view = self._set(backbone, regime, "+".join(among)) if among else self._views.get((backbone, regime))
+        cells = {task: view.cell(ADDITION, metric=metric, task=task).mean for task in view.tasks} if view else {}
         return Measure(short_backbone(backbone), 100 * pd.Series(cells, dtype=float).dropna())
 
     def paired(self, backbone: str, regimes: Iterable[str]) -> ClaimData:
         """Keep the rows of the seeds that a backbone has in each of some regimes."""
-        own = self.results[self.results["backbone"] == backbone]
-        seeds = [set(own.loc[own["regime"] == regime, "seed"]) for regime in regimes]
-        return replace(self, results=own[own["seed"].isin(set.intersection(*seeds))])
+        rows = self.results[self.results["backbone"] == backbone]
+        seeds = [set(rows.loc[rows["regime"] == regime, "seed"]) for regime in regimes]
+        return replace(self, results=rows[rows["seed"].isin(set.intersection(*seeds))])
 
     def _set(self, backbone: str, regime: str, tasks: str) -> View | None:
         """Take the merge of one set of tasks, None where it was not measured."""
@@ -106,8 +107,8 @@ class ClaimData:
 
     def tasks(self, backbone: str, regime: str) -> list[str]:
         """Name the tasks that were merged together."""
-        one = self._views.get((backbone, regime))
-        return one.tasks if one else []
+        view = self._views.get((backbone, regime))
+        return view.tasks if view else []
 
     @cached_property
     def _pairs(self) -> pd.Series[float]:
@@ -117,8 +118,8 @@ class ClaimData:
         rows = with_errors(self.heat)
         by = ["backbone", "regime", "task_1", "task_2"]
         outside = rows[~rows["inside"]].groupby(by)["error"].mean()
-        found: pd.Series[float] = 100 * pd.concat({True: box_mean(rows, by), False: outside}).dropna()
-        return found
+        errors: pd.Series[float] = 100 * pd.concat({True: box_mean(rows, by), False: outside}).dropna()
+        return errors
 
     def error(self, backbone: str, regime: str, inside: bool = True) -> Measure:
         """Measure the disentanglement error of each pair of tasks, inside the box or outside."""
@@ -133,8 +134,8 @@ class ClaimData:
 
     def sets(self, backbone: str, regime: str) -> pd.DataFrame:
         """Measure normalised accuracy on each set of tasks."""
-        found = task_sets(self._means, backbone, regime).dropna(subset=["normalised_accuracy"])
-        return found.assign(value=100 * found["normalised_accuracy"])
+        sets = task_sets(self._means, backbone, regime).dropna(subset=["normalised_accuracy"])
+        return sets.assign(value=100 * sets["normalised_accuracy"])
 
 
 # ---------------------------------------------------------------- estimates
@@ -176,8 +177,8 @@ def exact(words: str, margin: float, digits: int = 2) -> Estimate:
     return Estimate(words, margin, margin, margin, "", digits)
 
 
-def of_gain(words: str, gain: Gained, sign: int = 1, offset: float = 0.0) -> Estimate:
+def of_gain(words: str, gain: Gain, sign: int = 1, offset: float = 0.0) -> Estimate:
     """Turn a gain over probing and its interval into a margin in points; adding nothing gains exactly nothing."""
-    ends = (0.0, 0.0) if gain.stays else (gain.low, gain.high)
+    ends = (0.0, 0.0) if gain.adds_nothing else (gain.low, gain.high)
     low, high = sorted(offset + sign * 100 * end for end in ends)
     return Estimate(words, offset + sign * 100 * gain.mean, low, high, "test images")

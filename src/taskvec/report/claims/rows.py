@@ -25,8 +25,8 @@ def row(claim: str, printed: str, estimates: Sequence[Estimate], needs: str, str
         (estimate for estimate, verdict in zip(estimates, verdicts, strict=True) if verdict == decides),
         key=lambda estimate: estimate.margin,
     )
-    found = (printed, _measured(shown, verdicts, decides), _margin(shown), _interval(shown), decides)
-    return dict(zip(COLUMNS, (claim, *found), strict=True))
+    cells = (printed, _measured(shown, verdicts, decides), _margin(shown), _interval(shown), decides)
+    return dict(zip(COLUMNS, (claim, *cells), strict=True))
 
 
 def _joint(verdicts: list[str]) -> str:

@@ -46,9 +46,15 @@ def cost_panels(board: Board) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = list(figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 4]))
-        _panel(axes[0], board, lambda one: one.stored / 1e6, "stored (MB)")
-        _panel(axes[1], board, lambda one: one.training, "probes and fine-tuning (s)", log=True)
-        _panel(axes[2], board, lambda one: one.extra if one.merged else math.nan, "merging and search (s)", log=True)
+        _panel(axes[0], board, lambda option: option.stored / 1e6, "stored (MB)")
+        _panel(axes[1], board, lambda option: option.training, "probes and fine-tuning (s)", log=True)
+        _panel(
+            axes[2],
+            board,
+            lambda option: option.extra if option.merged else math.nan,
+            "merging and search (s)",
+            log=True,
+        )
         axes[0].set_xlim(left=0)
         axes[0].set_ylabel(f"normalised test {'metric' if board.view.mixed else 'accuracy'} (%)")
         _levels(axes[2], board)
@@ -62,11 +68,18 @@ def cost_panels(board: Board) -> Figure:
 def _panel(ax: Axes, board: Board, cost: Callable[[Option], float], label: str, log: bool = False) -> None:
     """Draw every option as a dot over one of its costs, and a ring around those picked."""
     for heads in HEADS:
-        own = [one for one in board.options if one.merged and one.heads == heads]
+        merges = [option for option in board.options if option.merged and option.heads == heads]
         style = {"color": HEAD_COLOUR[heads], "marker": HEAD_MARKER[heads], "alpha": 0.75}
-        _dots(ax, board, own, cost, f"merged, {HEADS[heads]}", style)
+        _dots(ax, board, merges, cost, f"merged, {HEADS[heads]}", style)
     for method, style in ALONE_STYLE.items():
-        _dots(ax, board, [one for one in board.options if one.method == Variant(method)], cost, ALONE[method], style)
+        _dots(
+            ax,
+            board,
+            [option for option in board.options if option.method == Variant(method)],
+            cost,
+            ALONE[method],
+            style,
+        )
     ring = {"color": BLACK, "marker": "o", "markerfacecolor": "none", "markeredgecolor": BLACK, "ms": 9}
     _dots(ax, board, picks(board), cost, "picked", ring)
     if log:
@@ -80,12 +93,12 @@ def _panel(ax: Axes, board: Board, cost: Callable[[Option], float], label: str, 
 
 
 def _dots(
-    ax: Axes, board: Board, own: list[Option], cost: Callable[[Option], float], label: str, style: dict[str, Any]
+    ax: Axes, board: Board, options: list[Option], cost: Callable[[Option], float], label: str, style: dict[str, Any]
 ) -> None:
-    if own:
-        heights = [100 * board.reached(one).mean for one in own]
+    if options:
+        heights = [100 * board.reached(option).mean for option in options]
         drawn: dict[str, Any] = {"linestyle": "none", "ms": 5, "mew": 0.6} | style
-        ax.plot([cost(one) for one in own], heights, label=label, **drawn)
+        ax.plot([cost(option) for option in options], heights, label=label, **drawn)
 
 
 def _levels(ax: Axes, board: Board) -> None:
@@ -99,13 +112,13 @@ def _levels(ax: Axes, board: Board) -> None:
 def _name_picks(ax: Axes, board: Board) -> None:
     """Write the method beside each ring, towards the middle of the panel."""
     chosen = picks(board)
-    costs = [one.extra for one in board.options if one.merged]
+    costs = [option.extra for option in board.options if option.merged]
     middle = math.sqrt(min(costs) * max(costs)) if costs and min(costs) > 0 else 0.0
-    for one in chosen:
-        left = one.extra > middle
-        place = (one.extra, 100 * board.reached(one).mean)
+    for option in chosen:
+        left = option.extra > middle
+        place = (option.extra, 100 * board.reached(option).mean)
         shift: dict[str, Any] = {"xytext": (-7 if left else 7, 5), "ha": "right" if left else "left"}
-        ax.annotate(safe_name(method_label(one.method), 20), place, textcoords="offset points", fontsize=7, **shift)
+        ax.annotate(safe_name(method_label(option.method), 20), place, textcoords="offset points", fontsize=7, **shift)
 
 
 def _plan(run: Run, view: View) -> Draw | None:

@@ -52,14 +52,14 @@ def error_by_count(results: pd.DataFrame, backbones: Sequence[str], regime: str,
 def with_sets(results: pd.DataFrame, regime: str, metrics: Sequence[str] = tuple(ACCURACIES)) -> list[str]:
     """Name the backbones of which one of the metrics was measured on sets of at least two sizes."""
     rows = results[(results["regime"] == regime) & (results["split"] == "test") & (results["task"] == "")]
-    found = {str(name): task_sets(rows, str(name), regime) for name in rows["backbone"].unique()}
-    measured = {name: sets.loc[sets[list(metrics)].notna().any(axis=1), "size"] for name, sets in found.items()}
+    sets_of = {str(name): task_sets(rows, str(name), regime) for name in rows["backbone"].unique()}
+    measured = {name: sets.loc[sets[list(metrics)].notna().any(axis=1), "size"] for name, sets in sets_of.items()}
     return [name for name, sizes in measured.items() if sizes.nunique() > 1]
 
 
-def _measures(found: Sequence[pd.DataFrame]) -> dict[str, str]:
+def _measures(tables: Sequence[pd.DataFrame]) -> dict[str, str]:
     """Choose the panels: where tasks differ in kind there is no accuracy."""
-    return ACCURACIES if any(sets["accuracy"].notna().any() for sets in found) else OF_KINDS
+    return ACCURACIES if any(sets["accuracy"].notna().any() for sets in tables) else OF_KINDS
 
 
 def _lines(results: pd.DataFrame, backbones: Sequence[str], regime: str, what: str, metrics: dict[str, str]) -> Figure:

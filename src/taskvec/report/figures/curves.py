@@ -31,48 +31,48 @@ from taskvec.report.figures.style import (
     safe_name,
 )
 from taskvec.report.texts import method_label, scale_text, short_backbone
-from taskvec.report.views import Method, View, line_search, view, views
+from taskvec.report.views import Method, View, find_view, line_search, views
 
 
 def lambda_curve(results: pd.DataFrame, backbone: str, regime: str, method: Method = "") -> Figure:
     """Draw the paper's Figure 2 for one method: the normalised metric (%) on validation by lambda, and a close-up."""
-    one = view(results, backbone, regime)
-    method = merged_by(one, method)
+    view = find_view(results, backbone, regime)
+    method = merged_by(view, method)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
         whole, close = figure.subplots(1, 2)
         for ax in (whole, close):
-            _draw_levels(ax, one)
-            for heads in one.heads:
-                label = f"{HEADS[heads]} (λ = {scale_text(one.own(method, heads))})"
+            _draw_levels(ax, view)
+            for heads in view.heads:
+                label = f"{HEADS[heads]} (λ = {scale_text(view.result(method, heads))})"
                 style = {"color": HEAD_COLOUR[heads], "marker": HEAD_MARKER[heads]}
-                _draw_curve(ax, line_search(one, method, heads), label, style)
-            _label_curve(ax, _metric([one]))
-            _say_if_empty(ax, _metric([one]))
+                _draw_curve(ax, line_search(view, method, heads), label, style)
+            _label_curve(ax, _metric([view]))
+            _say_if_empty(ax, _metric([view]))
         whole.set_title("every λ tried")
         close.set_title("close-up of the top")
         close.set_ylabel("")
-        close.set_ylim(*_close_up(one, method))
+        close.set_ylim(*_close_up(view, method))
         legend(figure, whole)
-        figure.suptitle(heading(one, method), x=0.01, ha="left")
+        figure.suptitle(heading(view, method), x=0.01, ha="left")
     return figure
 
 
 def lambda_methods(results: pd.DataFrame, backbone: str, regime: str) -> Figure:
     """Draw the normalised metric (%) on validation against lambda for all methods, kept heads beside re-probed."""
-    one = view(results, backbone, regime)
-    curves = [_Line(method_label(method), one, method, line_style(i)) for i, method in enumerate(one.methods)]
-    return _by_heads(curves, one.heads, heading(one), lambda ax: _draw_levels(ax, one))
+    view = find_view(results, backbone, regime)
+    curves = [_Line(method_label(method), view, method, line_style(i)) for i, method in enumerate(view.methods)]
+    return _by_heads(curves, view.heads, heading(view), lambda ax: _draw_levels(ax, view))
 
 
 def lambda_curves(results: pd.DataFrame, regime: str) -> Figure:
     """Draw the paper's Figure 2: the normalised metric (%) of addition against lambda, a line for each backbone."""
-    found = [one for one in views(results) if one.regime == regime and one.methods]
-    if not found:
-        raise unknown("regime", regime, (one.regime for one in views(results)))
+    merged = [view for view in views(results) if view.regime == regime and view.methods]
+    if not merged:
+        raise unknown("regime", regime, (view.regime for view in views(results)))
     styles = line_styles(results)
-    curves = [_Line(short_backbone(one.backbone), one, merged_by(one, ""), styles[one.backbone]) for one in found]
-    heads = [head for head in HEADS if any(head in one.heads for one in found)]
+    curves = [_Line(short_backbone(view.backbone), view, merged_by(view, ""), styles[view.backbone]) for view in merged]
+    heads = [head for head in HEADS if any(head in view.heads for view in merged)]
     named = " / ".join(dict.fromkeys(method_label(line.method) for line in curves))
     return _by_heads(curves, heads, f"{safe_name(regime, 30)}, {named}", _draw_fine_tuned)
 
@@ -81,21 +81,21 @@ class _Line(NamedTuple):
     """One line of a figure: its label, whose line search it is, and its style."""
 
     label: str
-    one: View
+    view: View
     method: Method
     style: dict[str, Any]
 
 
 def _by_heads(curves: list[_Line], heads: list[str], heading: str, levels: Callable[[Axes], object]) -> Figure:
     """Draw one panel for each kind of heads, with a line for each entry, told apart by colour, marker and dashes."""
-    metric = _metric([line.one for line in curves])
+    metric = _metric([line.view for line in curves])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axes = figure.subplots(1, len(heads), sharey=True, squeeze=False)[0]
         for ax, head in zip(axes, heads, strict=True):
             levels(ax)
             for line in curves:
-                _draw_curve(ax, line_search(line.one, line.method, head), safe_name(line.label, 44), line.style)
+                _draw_curve(ax, line_search(line.view, line.method, head), safe_name(line.label, 44), line.style)
             _label_curve(ax, metric)
             ax.set_title(HEADS[head])
             ax.label_outer()
@@ -115,10 +115,10 @@ def _draw_curve(ax: Axes, curve: pd.DataFrame, label: str, style: dict[str, Any]
     ax.plot(scale[at], mean[at], "o", ms=8, mfc="none", mec=style["color"], mew=1.3, gid="chosen", zorder=5)
 
 
-def _draw_levels(ax: Axes, one: View) -> None:
+def _draw_levels(ax: Axes, view: View) -> None:
     """Draw what a merge is compared with: fine-tuned at 100 % and probing."""
     _draw_fine_tuned(ax)
-    level = _probing_level(one)
+    level = _probing_level(view)
     if not math.isnan(level):
         ax.axhline(level, color=BLACK, linestyle=(0, (4, 2)), linewidth=1.2, label=f"probing ({level:.1f})")
 
@@ -127,24 +127,25 @@ def _draw_fine_tuned(ax: Axes) -> None:
     ax.axhline(100, color=GREEN, linewidth=1.2, label="fine-tuned (= 100)")
 
 
-def _probing_level(one: View) -> float:
+def _probing_level(view: View) -> float:
     """Take the normalised metric (%) of probing on validation, mean over tasks and seeds."""
-    rows = one.rows[(one.rows["method"] == "probing") & (one.rows["split"] == "validation") & (one.rows["task"] == "")]
-    return 100 * float(rows.loc[rows["metric"] == one.normalised, "value"].mean())
+    rows = view.of("probing", "kept")
+    rows = rows[(rows["split"] == "validation") & (rows["task"] == "")]
+    return 100 * float(rows.loc[rows["metric"] == view.normalised, "value"].mean())
 
 
-def _close_up(one: View, method: Method) -> tuple[float, float]:
+def _close_up(view: View, method: Method) -> tuple[float, float]:
     """Choose the range of the close-up (%): from a little below probing to a little above the best."""
-    tops = [float(line_search(one, method, heads)["mean"].max()) for heads in one.heads]
-    known = [value for value in (_probing_level(one), 100.0, *tops) if not math.isnan(value)]
+    tops = [float(line_search(view, method, heads)["mean"].max()) for heads in view.heads]
+    known = [value for value in (_probing_level(view), 100.0, *tops) if not math.isnan(value)]
     low, high = min(known), max(known)
     pad = max(1.0, 0.25 * (high - low))
     return low - pad, high + pad / 2
 
 
-def _metric(found: list[View]) -> str:
+def _metric(all_views: list[View]) -> str:
     """Call what is normalised: accuracy, or metric where tasks differ in kind."""
-    return "metric" if any(one.mixed for one in found) else "accuracy"
+    return "metric" if any(view.mixed for view in all_views) else "accuracy"
 
 
 def _label_curve(ax: Axes, metric: str) -> None:
@@ -165,7 +166,7 @@ def _say_if_empty(ax: Axes, metric: str) -> None:
 
 
 def _plan_backbones(run: Run, regime: str) -> Draw | None:
-    several = sum(one.regime == regime for one in run.views) > 1
+    several = sum(view.regime == regime for view in run.views) > 1
     return partial(lambda_curves, run.results, regime) if several else None
 
 

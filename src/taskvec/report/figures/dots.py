@@ -33,36 +33,36 @@ from taskvec.report.figures.style import (
     safe_name,
 )
 from taskvec.report.texts import method_label, scale_text, short_backbone
-from taskvec.report.views import METRICS, Method, Spread, View, view, views
+from taskvec.report.views import METRICS, Method, Spread, View, find_view, views
 
 
 def accuracies(results: pd.DataFrame, backbone: str, regime: str, method: Method = "") -> Figure:
     """Draw accuracy (%), or the own metric, and gain over probing (points) of every task and their mean on test."""
-    one = view(results, backbone, regime)
-    method = merged_by(one, method)
-    rows = [*one.tasks, ""]
-    figure, axes = _dot_panels(one, [_row_name(one, task) for task in rows])
-    _spans(axes[0], one, rows)
-    for series in _accuracy_series(one, method):
-        found = [one.own(series.method, series.heads, task) for task in rows]
-        _dots(axes[0], found, series.offset, series.label, series.style)
-    for heads, offset in _offsets(one).items():
-        gains = [_gain_ends(one, method, heads, task) for task in rows]
+    view = find_view(results, backbone, regime)
+    method = merged_by(view, method)
+    rows = [*view.tasks, ""]
+    figure, axes = _dot_panels(view, [_row_name(view, task) for task in rows])
+    _spans(axes[0], view, rows)
+    for series in _accuracy_series(view, method):
+        spreads = [view.result(series.method, series.heads, task) for task in rows]
+        _dots(axes[0], spreads, series.offset, series.label, series.style)
+    for heads, offset in _offsets(view).items():
+        gains = [_gain_ends(view, method, heads, task) for task in rows]
         _intervals(axes[1], gains, offset, "", _head_style(heads))
-    if not one.metric:
-        axes[0].text(0.5, len(one.tasks), "no mean of different metrics", **_centred(axes[0]))
-    axes[0].set_xlabel(f"test {METRICS.get(one.metric, 'split, own metric of each task')} (%)")
-    _finish_dots(figure, axes, len(rows), heading(one, method))
+    if not view.metric:
+        axes[0].text(0.5, len(view.tasks), "no mean of different metrics", **_centred(axes[0]))
+    axes[0].set_xlabel(f"test {METRICS.get(view.metric, 'split, own metric of each task')} (%)")
+    _finish_dots(figure, axes, len(rows), heading(view, method))
     return figure
 
 
-def _row_name(one: View, task: str) -> str:
+def _row_name(view: View, task: str) -> str:
     """Name a row by its task, with its metric where tasks differ in theirs."""
     if not task:
-        return "mean (gain: normalised)" if one.mixed else "mean"
-    if one.metric:
+        return "mean (gain: normalised)" if view.mixed else "mean"
+    if view.metric:
         return safe_name(task, 26)
-    return f"{safe_name(task, 20)} ({METRICS[one.metrics[task]]})" if task in one.metrics else safe_name(task, 26)
+    return f"{safe_name(task, 20)} ({METRICS[view.metrics[task]]})" if task in view.metrics else safe_name(task, 26)
 
 
 def _centred(ax: Axes) -> dict[str, Any]:
@@ -73,19 +73,19 @@ def _centred(ax: Axes) -> dict[str, Any]:
 
 def method_gains(results: pd.DataFrame, backbone: str, regime: str) -> Figure:
     """Draw for every method its mean on the test split (%) and its gain over probing (points) with 95 % intervals."""
-    one = view(results, backbone, regime)
-    figure, axes = _dot_panels(one, [safe_name(method_label(method), 26) for method in one.methods])
+    view = find_view(results, backbone, regime)
+    figure, axes = _dot_panels(view, [safe_name(method_label(method), 26) for method in view.methods])
     for method, label, colour in (("probing", "probing", BLACK), ("fine_tuned", "fine-tuned", GREEN)):
-        level = 100 * one.overall(method).mean
+        level = 100 * view.overall(method).mean
         if not math.isnan(level):
             axes[0].axvline(level, color=colour, linestyle=(0, (4, 2)), linewidth=1, label=label)
-    for heads, offset in _offsets(one).items():
-        found = [one.overall(method, heads) for method in one.methods]
-        _dots(axes[0], found, offset, f"merged, {HEADS[heads]}", _head_style(heads))
-        gains = [_gain_ends(one, method, heads, "") for method in one.methods]
+    for heads, offset in _offsets(view).items():
+        means = [view.overall(method, heads) for method in view.methods]
+        _dots(axes[0], means, offset, f"merged, {HEADS[heads]}", _head_style(heads))
+        gains = [_gain_ends(view, method, heads, "") for method in view.methods]
         _intervals(axes[1], gains, offset, "", _head_style(heads))
-    axes[0].set_xlabel(f"{'normalised test metric' if one.mixed else 'test accuracy'} (%), mean over tasks")
-    _finish_dots(figure, axes, 0, heading(one))
+    axes[0].set_xlabel(f"{'normalised test metric' if view.mixed else 'test accuracy'} (%), mean over tasks")
+    _finish_dots(figure, axes, 0, heading(view))
     return figure
 
 
@@ -99,27 +99,27 @@ class _Series(NamedTuple):
     style: dict[str, Any]
 
 
-def _accuracy_series(one: View, method: Method) -> list[_Series]:
+def _accuracy_series(view: View, method: Method) -> list[_Series]:
     """List the dots of the first figure, baselines in the middle of the row and the two kinds of heads beside it."""
     out = [_Series("probing", "kept", "probing", 0, {"color": BLACK, "marker": "X"})]
-    for heads, offset in _offsets(one).items():
-        label = f"{safe_name(method_label(method), 24)}, {HEADS[heads]} (λ = {scale_text(one.own(method, heads))})"
+    for heads, offset in _offsets(view).items():
+        label = f"{safe_name(method_label(method), 24)}, {HEADS[heads]} (λ = {scale_text(view.result(method, heads))})"
         out.append(_Series(method, heads, label, offset, _head_style(heads)))
     out.append(_Series("zero_shot", "kept", "zero-shot", 0, {"color": SKY, "marker": "v"}))
     out.append(_Series("joint", "kept", "joint", 0, {"color": PURPLE, "marker": "^"}))
     out.append(_Series("fine_tuned", "kept", "fine-tuned", 0, {"color": GREEN, "marker": "D"}))
-    return [series for series in out if _is_measured(one, series)]
+    return [series for series in out if _is_measured(view, series)]
 
 
-def _is_measured(one: View, series: _Series) -> bool:
+def _is_measured(view: View, series: _Series) -> bool:
     """Say whether any task has a number."""
-    return any(not math.isnan(one.own(series.method, series.heads, task).mean) for task in one.tasks)
+    return any(not math.isnan(view.result(series.method, series.heads, task).mean) for task in view.tasks)
 
 
-def _spans(ax: Axes, one: View, tasks: list[str]) -> None:
+def _spans(ax: Axes, view: View, tasks: list[str]) -> None:
     """Join probing and fine-tuned of each row by a grey line: the room that a merge has."""
     for row, task in enumerate(tasks):
-        ends = [100 * one.own(method, task=task).mean for method in ("probing", "fine_tuned")]
+        ends = [100 * view.result(method, task=task).mean for method in ("probing", "fine_tuned")]
         ax.plot(ends, [row, row], color="#B8B8B8", linewidth=1.6, solid_capstyle="butt", zorder=1.5)
 
 
@@ -127,12 +127,12 @@ def _head_style(heads: str) -> dict[str, Any]:
     return {"color": HEAD_COLOUR[heads], "marker": HEAD_MARKER[heads]}
 
 
-def _offsets(one: View) -> dict[str, float]:
+def _offsets(view: View) -> dict[str, float]:
     """Move two kinds of heads to both sides of their row, so that equal numbers stay visible."""
-    return {"kept": -0.16, "reprobed": 0.16} if len(one.heads) > 1 else dict.fromkeys(one.heads, 0.0)
+    return {"kept": -0.16, "reprobed": 0.16} if len(view.heads) > 1 else dict.fromkeys(view.heads, 0.0)
 
 
-def _dot_panels(one: View, names: list[str]) -> tuple[Figure, list[Axes]]:
+def _dot_panels(view: View, names: list[str]) -> tuple[Figure, list[Axes]]:
     """Lay out one row for each name, accuracies to the left and gains to the right."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(
@@ -144,20 +144,20 @@ def _dot_panels(one: View, names: list[str]) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _dots(ax: Axes, found: list[Spread], offset: float, label: str, style: dict[str, Any]) -> None:
+def _dots(ax: Axes, spreads: list[Spread], offset: float, label: str, style: dict[str, Any]) -> None:
     """Draw one dot a row (%), with a bar of one standard deviation over seeds."""
-    means = [100 * cell.mean for cell in found]
-    spread = [0.0 if math.isnan(cell.sd) else 100 * cell.sd for cell in found]
-    heights = [row + offset for row in range(len(found))]
+    means = [100 * cell.mean for cell in spreads]
+    spread = [0.0 if math.isnan(cell.sd) else 100 * cell.sd for cell in spreads]
+    heights = [row + offset for row in range(len(spreads))]
     bars: dict[str, Any] = {"xerr": spread} if any(spread) else {}
     ax.errorbar(
         means, heights, linestyle="none", ms=5, elinewidth=1, label=label, mec="white", mew=0.4, **bars, **style
     )
 
 
-def _gain_ends(one: View, method: Method, heads: str, task: str) -> tuple[float, float, float]:
+def _gain_ends(view: View, method: Method, heads: str, task: str) -> tuple[float, float, float]:
     """Read a gain over probing and the ends of its interval, in points; without an interval the ends are the gain."""
-    gain = one.gain(method, heads, task)
+    gain = view.gain(method, heads, task)
     middle, low, high = (100 * value for value in (gain.mean, gain.low, gain.high))
     return (middle, middle, middle) if math.isnan(low) or math.isnan(high) else (middle, low, high)
 
@@ -193,42 +193,42 @@ def _finish_dots(figure: Figure, axes: list[Axes], tasks: int, heading: str) -> 
 
 def scales(results: pd.DataFrame, regime: str) -> Figure:
     """Draw the lambda of every task beside the common one, a panel for each backbone of a regime."""
-    found = with_own_scales(views(results), regime)
-    if not found:
-        raise unknown("regime with a λ for each task", regime, {one.regime for one in views(results)})
-    tasks = list(dict.fromkeys(task for one in found for task in one.tasks))
-    columns = min(4, len(found))
-    lines = math.ceil(len(found) / columns)
+    all_views = with_own_scales(views(results), regime)
+    if not all_views:
+        raise unknown("regime with a λ for each task", regime, {view.regime for view in views(results)})
+    tasks = list(dict.fromkeys(task for view in all_views for task in view.tasks))
+    columns = min(4, len(all_views))
+    lines = math.ceil(len(all_views) / columns)
     with matplotlib.rc_context(STYLE):
         size = (WIDTH * max(columns, 2) / 4, 0.8 + lines * (0.55 + 0.19 * len(tasks)))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-        for ax, one in zip(axes, found, strict=False):
-            _draw_scales(ax, one, tasks)
-        for ax in axes[len(found) :]:
+        for ax, view in zip(axes, all_views, strict=False):
+            _draw_scales(ax, view, tasks)
+        for ax in axes[len(all_views) :]:
             ax.set_axis_off()
         figure.suptitle(f"{safe_name(regime, 30)}, a λ for each task", x=0.01, ha="left")
         legend(figure, axes[0])
     return figure
 
 
-def with_own_scales(found: list[View], regime: str) -> list[View]:
+def with_own_scales(all_views: list[View], regime: str) -> list[View]:
     """Keep the backbones of a regime that have a lambda for each task."""
-    return [one for one in found if one.regime == regime and len(one.own_scales)]
+    return [view for view in all_views if view.regime == regime and len(view.task_scales)]
 
 
-def _draw_scales(ax: Axes, one: View, tasks: list[str]) -> None:
+def _draw_scales(ax: Axes, view: View, tasks: list[str]) -> None:
     """Draw a dot for each task with a bar of one standard deviation over seeds, and a line for the common lambda."""
-    own = one.own_scales.reindex(columns=tasks)
-    seeds = one.rows.loc[one.rows["variant"] == PER_TASK.name, "seed"]
-    common = view(one.rows[one.rows["seed"].isin(seeds)], one.backbone, one.regime).own(ADDED)
+    scales = view.task_scales.reindex(columns=tasks)
+    seeds = view.rows.loc[view.rows["variant"] == PER_TASK.name, "seed"]
+    common = find_view(view.rows[view.rows["seed"].isin(seeds)], view.backbone, view.regime).result(ADDED)
     if not math.isnan(common.low):
         middle = (common.low + common.high) / 2
         ax.axvline(middle, color=BLACK, linestyle=(0, (4, 2)), linewidth=1, label="common λ")
-    rows, spread = np.arange(len(tasks)), own.std().fillna(0.0)
+    rows, spread = np.arange(len(tasks)), scales.std().fillna(0.0)
     bars: dict[str, Any] = {"xerr": spread} if spread.any() else {}
     ax.errorbar(
-        own.mean(),
+        scales.mean(),
         rows,
         linestyle="none",
         marker="o",
@@ -241,7 +241,7 @@ def _draw_scales(ax: Axes, one: View, tasks: list[str]) -> None:
     )
     ax.set_yticks(rows, [safe_name(task, 20) for task in tasks])
     ax.set_ylim(len(tasks) - 0.5, -0.5)
-    ax.set_title(safe_name(short_backbone(one.backbone), 24))
+    ax.set_title(safe_name(short_backbone(view.backbone), 24))
     ax.set_xlabel("λ")
     ax.label_outer()
     ax.grid(axis="both")

@@ -115,9 +115,9 @@ def write(
         noted = draw_share(rows, folder, 0, max(1, others + 1), smoke)
         for process in running:
             noted += _end(process)
-    for _, text in sorted(noted, key=lambda one: one[0]):  # in the order of figures, whoever drew them
+    for _, text in sorted(noted, key=lambda entry: entry[0]):  # in the order of figures, whoever drew them
         note(text)
-    return [f"{one.stem}.{ending}" for one in planned for ending in UNDATED]
+    return [f"{figure.stem}.{ending}" for figure in planned for ending in UNDATED]
 
 
 def draw_share(rows: Rows, folder: Path, place: int, of: int, smoke: bool) -> list[tuple[int, str]]:

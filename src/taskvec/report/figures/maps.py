@@ -18,10 +18,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from taskvec.core.errors import unknown
+from taskvec.report.disentanglement import BOX, box_error, error_rows
 from taskvec.report.figures.registry import Draw, FigureType, Run, among
 from taskvec.report.figures.style import BLACK, STYLE, WIDTH, safe_name
 from taskvec.report.texts import percent, short_backbone
-from taskvec.report.views import BOX, Spread, View, box_error, error_rows
+from taskvec.report.views import Spread, View
 
 MAP = ListedColormap(matplotlib.colormaps["magma_r"](np.linspace(0, 0.9, 256)), "light to dark")
 FULL_SCALE = 100.0  # % of xi at which the colour bar ends: half of the predictions of both tasks have changed
@@ -45,10 +46,10 @@ def heatmaps(heatmap: pd.DataFrame, backbone: str, regime: str) -> Figure:
     if rows.empty:
         known = heatmap[["backbone", "regime"]].drop_duplicates().agg(", ".join, axis=1)
         raise unknown("backbone and regime", f"{backbone}, {regime}", known)
-    pairs = [(str(one), str(two), part) for (one, two), part in rows.groupby(["task_1", "task_2"], sort=False)]  # type: ignore[misc]
+    pairs = [([str(task) for task in tasks], part) for tasks, part in rows.groupby(["task_1", "task_2"], sort=False)]  # type: ignore[attr-defined]
     panels = [_panel("mean of the pairs", rows)] if len(pairs) > 1 else []
-    for one, two, part in pairs[:MOST_PANELS]:
-        first, second = safe_name(one, 16), safe_name(two, 16)
+    for tasks, part in pairs[:MOST_PANELS]:
+        first, second = (safe_name(task, 16) for task in tasks)
         panels.append(_panel(f"{first} + {second}", part, first, second))
     left_out = f" ({MOST_PANELS} of {len(pairs)} pairs shown)" if len(pairs) > MOST_PANELS else ""
     named = safe_name(short_backbone(backbone), 56 if panels[1:] else 26) + f", {safe_name(regime, 24)}{left_out}"

@@ -39,7 +39,7 @@ class Run:
     @cached_property
     def views(self) -> list[View]:
         """Return each backbone in each regime in which something was merged."""
-        return [one for one in views(self.results) if one.methods]
+        return [view for view in views(self.results) if view.methods]
 
     @cached_property
     def boards(self) -> dict[tuple[str, str], Board]:
@@ -85,7 +85,7 @@ def of_view(draw: Callable[[pd.DataFrame, str, str], Figure]) -> Callable[[Run, 
 def groups(results: pd.DataFrame, roles: Mapping[str, str]) -> list[Compared]:
     """List the comparisons of the paper's figures; the backbone without pre-training stands beside the algorithms."""
     named = paper.backbone_of(paper.checked(roles))
-    algorithms = [found[0] for keys in paper.ALGORITHMS if (found := [named[key] for key in keys if key in named])]
+    algorithms = [present[0] for keys in paper.ALGORITHMS if (present := [named[key] for key in keys if key in named])]
     control = [str(name) for name in results["backbone"].unique() if name not in roles and paper.is_control(str(name))]
     data, scale = (
         [named[key] for pair in pairs if set(pair) <= set(named) for key in pair]

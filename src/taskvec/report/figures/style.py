@@ -127,13 +127,13 @@ def line_styles(results: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
     Snapshots NAME@STEP of one encoder look as it does but for their dashes.
     """
-    found: dict[str, list[str]] = {}
+    encoders: dict[str, list[str]] = {}
     for name in map(str, results["backbone"].unique()):
         match = SNAPSHOT.fullmatch(name)
-        found.setdefault(match[1] if match else name, []).append(name)
+        encoders.setdefault(match[1] if match else name, []).append(name)
     return {
         name: line_style(i, WIDE_CYCLE, place)
-        for i, names in enumerate(found.values())
+        for i, names in enumerate(encoders.values())
         for place, name in enumerate(sorted(names, key=_steps_left))
     }
 
@@ -154,13 +154,13 @@ def line_style(i: int, colours: tuple[str, ...] = CYCLE, place: int = 0) -> dict
     }
 
 
-def heading(one: View, method: Method = "") -> str:
+def heading(view: View, method: Method = "") -> str:
     """Name backbone, regime, method and seeds over a figure."""
-    seeds = f", mean of {one.seeds} seeds" if one.seeds > 1 else ""
+    seeds = f", mean of {view.seeds} seeds" if view.seeds > 1 else ""
     named = f", {safe_name(method_label(method), 24)}" if method else ""
-    return safe_name(short_backbone(one.backbone), 56) + f", {safe_name(one.regime, 24)}{named}{seeds}"
+    return safe_name(short_backbone(view.backbone), 56) + f", {safe_name(view.regime, 24)}{named}{seeds}"
 
 
-def merged_by(one: View, method: Method) -> Variant:
+def merged_by(view: View, method: Method) -> Variant:
     """Take the method asked for, or the first there is: the paper's addition where it was run."""
-    return known_method(one, method or next(iter(one.methods), ADDITION))
+    return known_method(view, method or next(iter(view.methods), ADDITION))
