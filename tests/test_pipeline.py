@@ -28,7 +28,7 @@ from taskvec.core.notes import listen
 from taskvec.core.settings import Probe
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline, Processes, decode, encode
-from taskvec.engine.pipeline import Config, Job, Step, Untracked, always, mapped, step_type
+from taskvec.engine.pipeline import Config, Job, Step, Untracked, mapped, step_type
 from taskvec.engine.store import RECORD, Store
 
 CALLS: list[str] = []
@@ -39,8 +39,11 @@ class Number(Config):
     fail: bool = False
     divide: int = 1
 
+    def threaded(self) -> bool:
+        return True
 
-@step_type(1, threaded=always, reads=["numbers"], writes=["n.txt"])
+
+@step_type(1, reads=["numbers"], writes=["n.txt"])
 def number(config: Number, inputs: Any, out: Path, progress: Any) -> None:
     """Write a number: its own plus those it reads."""
     total = config.value + sum(int((folder / "n.txt").read_text()) for folder in inputs["numbers"] or ())

@@ -19,7 +19,7 @@ from taskvec.core.errors import TaskvecError, unknown
 from taskvec.core.files import Record, file_digest, read_record, write_json
 from taskvec.data.images import Source, corrupt, decode, named, resize_and_crop
 from taskvec.encoders.backbone import Backbone, linearised
-from taskvec.encoders.loaders import families as loaders
+from taskvec.encoders.loaders import families
 from taskvec.encoders.records import BASE, Encoder, read_weights, restore
 from taskvec.engine.pipeline import versions
 from taskvec.learning.heads import Head, read_heads, save_heads
@@ -79,13 +79,13 @@ class MultiTaskModel:
     def scores(self, images: UInt8[np.ndarray, "count 3 size size"], tasks: Sequence[str]) -> dict[str, Tensor]:
         """Return the scores of tasks and of those that read the same features, from one pass for each kind."""
         if self.directions is not None:
-            return {task: self.own_scores(images, task) for task in tasks}
+            return {task: self.moved_scores(images, task) for task in tasks}
         scores_of: dict[str, Tensor] = {}
         for per_patch in {self.heads[task].task_type.per_patch for task in tasks}:
             scores_of |= self.logits(self.backbone.features(images, per_patch=per_patch), per_patch)
         return scores_of
 
-    def own_scores(self, images: UInt8[np.ndarray, "count 3 size size"], task: str) -> Tensor:
+    def moved_scores(self, images: UInt8[np.ndarray, "count 3 size size"], task: str) -> Tensor:
         """Return one task's scores for decoded images, with the encoder moved by its own direction."""
         assert self.directions is not None
         backbone, head, place = self.backbone, self.heads[task], list(self.heads).index(task)
@@ -105,7 +105,7 @@ class MultiTaskModel:
         tasks, given = list(self.heads) if task is None else [str(task)], named(images)
         answers: list[Prediction] = []
         while batch := list(itertools.islice(given, CHUNK)):
-            answers += self.answers([name for name, _ in batch], [self.view(*one) for one in batch], tasks)
+            answers += self.answers([name for name, _ in batch], [self.view(*image) for image in batch], tasks)
         return answers
 
     def view(self, name: str, image: Source) -> UInt8[np.ndarray, "3 size size"]:
@@ -152,7 +152,7 @@ def save_model(
     record: dict[str, Any] = {
         "name": backbone.name,
         "architecture": backbone.architecture,
-        "packages": versions(loaders.packages(backbone.architecture["family"])),
+        "packages": versions(families.packages(backbone.architecture["family"])),
         "preprocessing": backbone.preprocessing.to_json(),
         "tasks": [{"name": name, "classes": list(c)} for name, c in zip(heads, classes, strict=True)],
     }

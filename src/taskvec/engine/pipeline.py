@@ -48,6 +48,10 @@ class Config(BaseModel):
         """Return which parts of its fields a step does not depend on, by field."""
         return {}
 
+    def threaded(self) -> bool:
+        """Return whether the number of threads changes the bits of the step's result."""
+        return False
+
 
 Inputs = Mapping[str, Any]
 """What a step reads by role: steps, or what stands for them (folders, digests), in nested lists; None where absent."""
@@ -75,7 +79,7 @@ class StepType:
     """A kind of step: the one record of what it is called, told, reads, does, writes, takes, and depends on.
 
     ``version`` is raised when the same configuration would give another result. ``packages`` are those that the
-    function computes with. ``threaded`` says of a configuration whether the number of threads changes bits.
+    function computes with.
     ``reads`` are the roles of inputs; ``writes`` returns the files that it must leave by its configuration, and
     ``work`` what a step takes by the sizes of what it reads. ``heading`` is what its seconds are for in costs.
     """
@@ -85,7 +89,6 @@ class StepType:
     config: type[Config]
     version: int
     packages: tuple[str, ...]
-    threaded: Callable[[Any], bool]
     reads: tuple[str, ...]
     writes: Callable[[Any], Sequence[str]]
     work: Callable[[Step, Any], Work]
@@ -101,16 +104,6 @@ STEP_TYPES: dict[str, StepType] = {}
 """Every kind of step by name, registered beside its function."""
 
 
-def never(config: Config) -> bool:
-    """Say of a step whose bits no number of threads changes that they do not count."""
-    return False
-
-
-def always(config: Config) -> bool:
-    """Say of a step that computes on the CPU, whatever the device of the study, that threads count."""
-    return True
-
-
 def little(step: Step, sizes: Any) -> Work:
     """Return the work of a step that passes no image and writes some numbers."""
     return LITTLE
@@ -120,7 +113,6 @@ def step_type(
     version: int,
     packages: Iterable[str] = (),
     *,
-    threaded: Callable[[Any], bool] = never,
     reads: Iterable[str] = (),
     writes: Sequence[str] | Callable[[Any], Sequence[str]] = (),
     work: Callable[[Step, Any], Work] = little,
@@ -135,7 +127,7 @@ def step_type(
 
     def register(function: Function) -> StepType:
         config = next(iter(inspect.get_annotations(function, eval_str=True).values()))
-        how = (version, tuple(packages), threaded, tuple(reads), files, work, heading)
+        how = (version, tuple(packages), tuple(reads), files, work, heading)
         kind = StepType(name or function.__name__, function, config, *how)
         if STEP_TYPES.setdefault(kind.name, kind).place != kind.place:
             raise ValueError(f"two kinds of step are named '{kind.name}'")
@@ -235,7 +227,7 @@ def step_id(step: Step, inputs: Inputs) -> str:
         "packages": versions(step.type.packages),
         "inputs": {r: tree if isinstance(tree, list) else [tree] for r, tree in inputs.items() if tree is not None},
     }
-    return fingerprint(identity | ({"threads": step.threads} if step.type.threaded(step.config) else {}))
+    return fingerprint(identity | ({"threads": step.threads} if step.config.threaded() else {}))
 
 
 def ordered(steps: Iterable[Step]) -> list[Step]:

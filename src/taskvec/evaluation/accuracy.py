@@ -15,7 +15,6 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.learning.heads import Head, features_of
-from taskvec.learning.heads import accuracy as heads_accuracy
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights
 
@@ -56,7 +55,7 @@ def evaluate(
 def accuracies(backbone: Backbone, tasks: Sequence[Task], heads: Sequence[Head]) -> tuple[float, ...]:
     """Return the validation accuracy of each task under the backbone's present weights."""
     pairs = zip(tasks, heads, strict=True)
-    return tuple(heads_accuracy(head, *features_of(backbone, task.validation, task.kind)) for task, head in pairs)
+    return tuple(head.accuracy(*features_of(backbone, task.validation, task.kind)) for task, head in pairs)
 
 
 def fine_tuned_accuracies(

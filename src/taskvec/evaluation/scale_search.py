@@ -12,7 +12,7 @@ from taskvec.core.settings import Probe, coarse, parse_scales
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation.accuracy import accuracies, fine_tuned_accuracies, normalised_accuracy
-from taskvec.learning.heads import Features, Head, Labels, accuracy, features_of, fit
+from taskvec.learning.heads import Features, Head, Labels, features_of, fit
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.merging.registry import ADDITION, find_recipe
 from taskvec.weights import vectors
@@ -87,7 +87,7 @@ def kept_curve(
     with backbone.at():
         pairs = features_along(backbone, merged, task.validation, task.kind, scales)
         for index, (features, labels) in enumerate(pairs):
-            values.append(accuracy(head, features, labels))
+            values.append(head.accuracy(features, labels))
             progress((index + 1) / len(scales))
     return values
 
@@ -185,7 +185,7 @@ def reprobed_curve(
         for index, (train_pair, validation_pair) in enumerate(zip(train, validation, strict=True)):
             head = fit(*train_pair, len(task.classes), [rate], settings, seed, kind=task.kind)[0]
             heads.append(head)
-            values.append(accuracy(head, *validation_pair))
+            values.append(head.accuracy(*validation_pair))
             progress((index + 1) / len(scales))
     return values, heads
 

@@ -79,18 +79,20 @@ def read_finetuned(given: Path, backbone: Backbone, allow_pickle: bool = False) 
     if path.name == "encoder.safetensors" and (path.parent / BASE).exists():
         raise TaskvecError(f"'{path}' is of a linearised encoder", "bring the checkpoint of an ordinary one")
     source, wanted = f"'{path}'", backbone.pretrained.state()
-    found = read_checkpoint(path, wanted, part)
-    raw = found.tensors
+    reading = read_checkpoint(path, wanted, part)
+    raw = reading.tensors
     classifier = {key: value for key, value in raw.items() if key not in wanted and key.startswith(CLASSIFIERS)}
     counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in raw}
-    own = all(key in raw and raw[key].shape == value.shape for key, value in wanted.items() if key not in counters)
-    own = own and not set(raw) - set(wanted) - set(classifier)
+    same_keys = all(
+        key in raw and raw[key].shape == value.shape for key, value in wanted.items() if key not in counters
+    )
+    same_keys = same_keys and not set(raw) - set(wanted) - set(classifier)
     request = request_of(path, part, backbone, allow_pickle)
-    state, unused = (raw, found.unused) if own else translate(request, backbone)
+    state, unused = (raw, reading.unused) if same_keys else translate(request, backbone)
     if rest := [key for key in unused if not key.startswith(CLASSIFIERS)]:
         note(f"{source}: left out {parts(rest)}")
-    kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}
-    encoder = align(counters | kept, backbone.pretrained, source)
+    tensors = {key: value for key, value in state.items() if key in wanted or not key.startswith(CLASSIFIERS)}
+    encoder = align(counters | tensors, backbone.pretrained, source)
     check_filled(encoder, source)
     note_length(encoder, backbone, source)
     return Checkpoint(path, encoder, classifier, objection(request, encoder, classifier, backbone))
@@ -169,19 +171,19 @@ def head_of(checkpoint: Checkpoint, given: Sequence[str], task: Task, width: int
 
     ``given`` are the names of its outputs in order, by default those that its file knows; without any head it raises.
     """
-    found, source = dict(checkpoint.classifier), f"'{checkpoint.path}'"
+    layer, source = checkpoint.classifier, f"'{checkpoint.path}'"
     fix = "give its head: as a .safetensors file with weight and bias, or take the regime aligned, which probes one"
     if checkpoint.objection and start is not None:
         note(f"{source}: {checkpoint.objection}; the head of '{task.name}' that its regime starts from is used instead")
-    if start is not None and (checkpoint.objection or not found):
+    if start is not None and (checkpoint.objection or not layer):
         return start
     if checkpoint.objection:
         raise TaskvecError(f"{source}: {checkpoint.objection}, and the regime has no head of its own", fix)
-    if not found:
+    if not layer:
         raise TaskvecError(f"{source} holds no head for task '{task.name}', and the regime has none", fix)
-    weight = next(key for key in found if key.endswith("weight"))
-    names = given or class_names(checkpoint.path, task.name, len(found[weight]))
-    return make_head(found, weight, {}, names, task, width, source)
+    weight = next(key for key in layer if key.endswith("weight"))
+    names = given or class_names(checkpoint.path, task.name, len(layer[weight]))
+    return make_head(layer, weight, {}, names, task, width, source)
 
 
 def linear_keys(weight: str) -> set[str]:
@@ -220,25 +222,27 @@ def read_head(path: Path, given: Sequence[str], task: Task, width: int) -> Head:
 def class_names(path: Path, label: str, outputs: int) -> Sequence[str]:
     """Return the names of a head's outputs that its file knows, or a model.json or config.json beside it; else none."""
     known = metadata_value(path, "classes", OUTPUTS) if path.suffix == ".safetensors" else None
-    own = known.get(label, []) if isinstance(known, dict) else known
+    names = known.get(label, []) if isinstance(known, dict) else known
     return (
-        own or model_names(path.with_name("model.json"), label) or config_names(path.with_name("config.json"), outputs)
+        names
+        or model_names(path.with_name("model.json"), label)
+        or config_names(path.with_name("config.json"), outputs)
     )
 
 
 def model_names(about: Path, label: str) -> list[str]:
     """Return the names of a task's classes in the model.json of a kept model, or nothing: others use that name too."""
-    found = read_json(about) if about.is_file() else {}
-    every = found.get("tasks") if isinstance(found, dict) else None
+    record = read_json(about) if about.is_file() else {}
+    every = record.get("tasks") if isinstance(record, dict) else None
     tasks = [task for task in every if isinstance(task, dict)] if isinstance(every, list) else []
     named = (task["classes"] for task in tasks if task.get("name") == label and task.get("classes"))
-    return next((checked_names(one, about) for one in named), [])
+    return next((checked_names(names, about) for names in named), [])
 
 
-def checked_names(found: Any, source: Path) -> list[str]:
+def checked_names(names: Any, source: Path) -> list[str]:
     """Return names of outputs as text, numbers too; anything else in their place is an error."""
     try:
-        return NAMES.validate_python(found)
+        return NAMES.validate_python(names)
     except ValidationError as error:
         what = error.errors(include_url=False)[0]
         raise TaskvecError(
@@ -259,14 +263,14 @@ def config_names(config: Path, outputs: int) -> list[str]:
     They count from 0 in the order of their numbers, not of the file; what does not name every output is told, not used.
     """
     about = read_json(config) if config.is_file() else {}
-    found = (about.get("id2label") or about.get("label_names") or []) if isinstance(about, dict) else []
-    if isinstance(found, dict) and all(re.fullmatch("[0-9]{1,9}", key) for key in found):
-        numbers = sorted(found, key=int)
-        found = [found[key] for key in numbers] if [*map(int, numbers)] == [*range(len(numbers))] else found
-    if isinstance(found, dict):
+    labels = (about.get("id2label") or about.get("label_names") or []) if isinstance(about, dict) else []
+    if isinstance(labels, dict) and all(re.fullmatch("[0-9]{1,9}", key) for key in labels):
+        numbers = sorted(labels, key=int)
+        labels = [labels[key] for key in numbers] if [*map(int, numbers)] == [*range(len(numbers))] else labels
+    if isinstance(labels, dict):
         note(f"'{config}': its labels are not numbered from 0 without a gap; they are not taken as the head's classes")
         return []
-    names = checked_names(found, config)
+    names = checked_names(labels, config)
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         return []
     if len(names) != outputs:

@@ -139,15 +139,17 @@ def finetune_tasks(
     def loss(batches: Sequence[Batch]) -> Float[Tensor, ""]:
         with autocast(chosen, backbone.device):
             parts = encode_all(module, [images for images, _ in batches], per_patch, backbone)
-        each = [head.loss(own, labels) for head, own, (_, labels) in zip(learned, parts, batches, strict=True)]
+        each = [
+            head.loss(features, labels) for head, features, (_, labels) in zip(learned, parts, batches, strict=True)
+        ]
         return torch.stack(each).mean()
 
     batches = zip(*(training_batches(backbone, task.train, images, seed, task.kind) for task in tasks), strict=True)
     with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
         torch.manual_seed(seed)  # for adapters, dropout and stochastic depth
         adapted = lora_layers.add(module, lora, backbone.name) if lora else None
-        own = lora_layers.parameters(adapted) if adapted is not None else module.parameters()
-        learning = [*own, *(p for head in learned for p in (head.weight, head.bias) if head_learns)]
+        weights = lora_layers.parameters(adapted) if adapted is not None else module.parameters()
+        learning = [*weights, *(p for head in learned for p in (head.weight, head.bias) if head_learns)]
         train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
     tuned = lora_layers.merged(adapted, bound) if adapted is not None else bound.clone()
     if not bool(torch.isfinite(tuned.flat).all()):
@@ -176,12 +178,12 @@ def encode_all(
 
     The module is a copy of the backbone's, which says whether it is linearised.
     """
-    found: dict[int, Tensor] = {}
+    by_place: dict[int, Tensor] = {}
     for wanted in sorted(set(per_patch)):
         places = [place for place, needed in enumerate(per_patch) if needed == wanted]
         features = encode(module, torch.cat([images[place] for place in places]), wanted, backbone.base)
-        found |= zip(places, features.split([len(images[place]) for place in places]), strict=True)
-    return [found[place] for place in range(len(images))]
+        by_place |= zip(places, features.split([len(images[place]) for place in places]), strict=True)
+    return [by_place[place] for place in range(len(images))]
 
 
 def schedule_of(settings: Finetune) -> Schedule:

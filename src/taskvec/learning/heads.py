@@ -81,6 +81,10 @@ class Head:
         """Return how right the head is on every image: true or false, or the share of patches."""
         return self.task_type.score(self.logits(features), labels)
 
+    def accuracy(self, features: Features, labels: Labels) -> float:
+        """Return the share of samples whose predicted class is their label, or the metric of another type of task."""
+        return float(self.score(features, labels).double().mean())
+
     def loss(self, features: Features, labels: Labels) -> Float[Tensor, ""]:
         """Return the mean training loss."""
         return self.task_type.loss(self.logits(features), labels)
@@ -97,11 +101,6 @@ class ProbeResult:
     def best(self) -> int:
         """Return the index of the rate with the highest validation accuracy; ties go to the smaller rate."""
         return max(range(len(self.rates)), key=lambda i: (self.validation[i], -self.rates[i]))
-
-
-def accuracy(head: Head, features: Features, labels: Labels) -> float:
-    """Return the share of samples whose predicted class is their label, or what the head's kind measures instead."""
-    return float(head.score(features, labels).double().mean())
 
 
 def fit(
@@ -141,7 +140,7 @@ def probe(
 ) -> ProbeResult:
     """Fit heads for all learning rates on cached features and measure each on the validation split."""
     heads = fit(train_features, train_labels, classes, settings.learning_rates, settings, seed, progress, kind)
-    values = tuple(accuracy(head, validation_features, validation_labels) for head in heads)
+    values = tuple(head.accuracy(validation_features, validation_labels) for head in heads)
     return ProbeResult(tuple(settings.learning_rates), tuple(heads), values)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskvec.merging.methods import adaptive, averaging, sparsity, spectral  # noqa: F401 (they register methods)
+from taskvec.merging.methods import adaptive, averaging, masking, sparsity, spectral  # noqa: F401 (they register methods)
 from taskvec.merging.recipes import (
     ADDITION,
     METHODS,

@@ -10,9 +10,8 @@ from taskvec.core.compute import choose_device
 from taskvec.core.files import read_json
 from taskvec.data.images import Preprocessing
 from taskvec.data.tasks import Task, read_task
-from taskvec.encoders import backbone as backbones
 from taskvec.encoders import batch_norm, records
-from taskvec.encoders.backbone import Backbone
+from taskvec.encoders.backbone import Backbone, linearised
 from taskvec.engine.pipeline import Config, Inputs, Untracked
 from taskvec.learning.finetuning import task_vector
 from taskvec.learning.heads import Head, read_heads, save_heads
@@ -43,16 +42,15 @@ class OnDevice(Config):
         fields = super().tracked()
         return fields | {"device": self.device.partition(":")[0]} if self.device else fields
 
-
-def on_cpu(config: OnDevice) -> bool:
-    """Say whether a step computes on the CPU, where the number of threads changes the last bits of sums."""
-    return config.device in ("", "cpu")
+    def threaded(self) -> bool:
+        """Return whether it computes on the CPU, where the number of threads changes the last bits of sums."""
+        return self.device in ("", "cpu")
 
 
 def open_backbone(inputs: Inputs, config: OnDevice) -> Backbone:
     """Open the backbone that a step reads, on the study's device, and linearised where its regime is."""
     backbone = records.read_backbone(inputs["backbone"], choose_device(config.device or "cpu"), config.backbone_name)
-    return backbones.linearised(backbone) if config.linearised else backbone
+    return linearised(backbone) if config.linearised else backbone
 
 
 def open_task(inputs: Inputs) -> Task:

@@ -156,70 +156,71 @@ def use_plugins(names: Any, folder: Path) -> None:
 
 def explain(error: ValidationError, entries: dict[Place, Entry], source: str) -> tuple[str, str]:
     """Say in plain words what is wrong with a study, each mistake with its line, and how to mend it."""
-    found = sorted(mistakes(error, entries), key=lambda one: one.line)
-    if len(found) == 1:
-        [one] = found
-        return f"{source}{f', line {one.line}' if one.line else ''}: {one.problem}", one.fix or KEYS_AND_VALUES
+    every = sorted(mistakes(error, entries), key=lambda mistake: mistake.line)
+    if len(every) == 1:
+        [first] = every
+        return f"{source}{f', line {first.line}' if first.line else ''}: {first.problem}", first.fix or KEYS_AND_VALUES
     lines = [
-        (f"line {one.line}: " if one.line else "") + one.problem + (f"; {one.fix}" if one.short else "")
-        for one in found[:SHOWN]
+        (f"line {m.line}: " if m.line else "") + m.problem + (f"; {m.fix}" if m.short else "") for m in every[:SHOWN]
     ]
-    lines += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return "\n  ".join((f"{source} has {len(found)} mistakes:", *lines)), KEYS_AND_VALUES
+    lines += [f"and {len(every) - SHOWN} more"] if len(every) > SHOWN else []
+    return "\n  ".join((f"{source} has {len(every)} mistakes:", *lines)), KEYS_AND_VALUES
 
 
 def mistakes(error: ValidationError, entries: dict[Place, Entry]) -> list[Mistake]:
     """List what is wrong, but for what only follows from another mistake."""
-    every = error.errors(include_url=False)
-    return list(dict.fromkeys(found for one in every if not follows(one, every) for found in told(one, entries)))
+    details = error.errors(include_url=False)
+    return list(
+        dict.fromkeys(m for error in details if not follows(error, details) for m in mistakes_of(error, entries))
+    )
 
 
-def follows(one: ErrorDetails, every: Sequence[ErrorDetails]) -> bool:
+def follows(error: ErrorDetails, every: Sequence[ErrorDetails]) -> bool:
     """Say whether a key is missing because another is misspelt, or a list is short because its items are wrong."""
-    place = one["loc"]
-    if one["type"] == "too_short":
+    place = error["loc"]
+    if error["type"] == "too_short":
         return any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in every)
     extra = [other["loc"] for other in every if other["type"] == "extra_forbidden"]
-    return one["type"] == "missing" and any(
+    return error["type"] == "missing" and any(
         other[:-1] == place[:-1] and near(str(other[-1]), [str(place[-1])]) for other in extra
     )
 
 
-def told(one: ErrorDetails, entries: dict[Place, Entry]) -> Iterator[Mistake]:
+def mistakes_of(error: ErrorDetails, entries: dict[Place, Entry]) -> Iterator[Mistake]:
     """Yield the mistakes that one error of validation tells: a validator of a whole study joins several by lines.
 
     Those begin with the study's key that they are about, if they are about one.
     """
     place: Place = ()
-    for part in one["loc"]:  # pydantic names the branches of a choice as well
+    for part in error["loc"]:  # pydantic names the branches of a choice as well
         place += (part,) if (*place, part) in entries else ()
     entry = entries.get(place, NOWHERE)
     key = ".".join(map(str, place))
-    if one["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden":
         yield Mistake(entry.line, f"unknown key '{key}'", where_it_belongs(place))
-    elif one["type"] == "missing":
-        key = ".".join(map(str, (*place, one["loc"][-1])))
+    elif error["type"] == "missing":
+        key = ".".join(map(str, (*place, error["loc"][-1])))
         yield Mistake(entry.line, f"the key '{key}' is missing", "" if place else NEEDED)
-    elif isinstance(entry.node, yaml.ScalarNode) and wants_text(one, place) and entry.node.tag in READ_AS:
+    elif isinstance(entry.node, yaml.ScalarNode) and wants_text(error, place) and entry.node.tag in READ_AS:
         raw = entry.node.value
         fix = f'put it in quotes: "{raw}"' if raw.strip("~") else "write some, or leave it out"
         problem = f"'{key}': YAML reads {raw or 'an empty place'} as {READ_AS[entry.node.tag]}, where text belongs"
         yield Mistake(entry.line, problem, fix)
     else:
-        for message in one["msg"].removeprefix("Value error, ").split("\n"):
+        for message in error["msg"].removeprefix("Value error, ").split("\n"):
             line = entry.line or entries.get((message.partition(" ")[0],), NOWHERE).line
-            problem = plain(message, WORDS) + given(one["input"], message)
-            yield Mistake(line, f"'{key}': {problem}" if key else problem, in_brackets(one, entry))
+            problem = plain(message, WORDS) + given(error["input"], message)
+            yield Mistake(line, f"'{key}': {problem}" if key else problem, in_brackets(error, entry))
 
 
-def wants_text(one: ErrorDetails, place: Place) -> bool:
+def wants_text(error: ErrorDetails, place: Place) -> bool:
     """Say whether text belongs at a place, for which an item of a list of choices may stand."""
-    return one["type"] == "string_type" or (one["type"].startswith("model_") and isinstance(place[-1], int))
+    return error["type"] == "string_type" or (error["type"].startswith("model_") and isinstance(place[-1], int))
 
 
-def in_brackets(one: ErrorDetails, entry: Entry) -> str:
+def in_brackets(error: ErrorDetails, entry: Entry) -> str:
     """Say how to write a list of one value; empty for any other mistake."""
-    alone = one["type"] == "tuple_type" and isinstance(entry.node, yaml.ScalarNode) and one["input"] is not None
+    alone = error["type"] == "tuple_type" and isinstance(entry.node, yaml.ScalarNode) and error["input"] is not None
     return f"put it in brackets: [{entry.node.value}]" if alone and entry.node else ""
 
 

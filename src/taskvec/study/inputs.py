@@ -25,7 +25,7 @@ UNKNOWN_CLASSES = 20
 """Classes of a task that does not tell, which only the time of linear heads depends on."""
 
 
-class Sources:
+class StudyInputs:
     """The tasks and backbones of a study; an estimate reads no image and no weights, and lets the paper's be absent."""
 
     def __init__(self, file: StudyFile, store: Store, estimate: bool) -> None:

@@ -210,8 +210,8 @@ class MethodChoice(Choice):
         """Return the recipe of every combination of the listed hyperparameters, the last one changing fastest."""
         values = [value if isinstance(value, list) else [value] for value in self.config.values()]
         options = [dict(zip(self.config, chosen, strict=True)) for chosen in itertools.product(*values)]
-        found = [checked_recipe(self.name, option) for option in options]
-        return [one for index, one in enumerate(found) if one not in found[:index]]
+        recipes = [checked_recipe(self.name, option) for option in options]
+        return [recipe for index, recipe in enumerate(recipes) if recipe not in recipes[:index]]
 
 
 class Study(Settings):
@@ -336,7 +336,7 @@ class Study(Settings):
     @field_validator("backbones", "tasks")
     @classmethod
     def _named_apart(cls, chosen: tuple[Any, ...]) -> tuple[Any, ...]:
-        if twice := twins([one.name for one in chosen if one.name]):
+        if twice := twins([choice.name for choice in chosen if choice.name]):
             raise ValueError("\n".join(told_twins(*pair) for pair in twice))
         return chosen
 
@@ -355,7 +355,7 @@ class Study(Settings):
                 "probe": self.probe.model_copy(update={"steps": 2, "warmup": 0}),
                 "surgery": self.surgery.model_copy(update={"steps": 2}),
                 "finetune": self.finetune.model_copy(update=few),
-                "methods": tuple(one.shortened() for one in self.methods),
+                "methods": tuple(method.shortened() for method in self.methods),
                 "regimes": tuple(regime.shortened() for regime in self.regimes),
                 "seeds": self.seeds[:1],
                 "agreement": min(self.agreement, 8),

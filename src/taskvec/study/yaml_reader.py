@@ -103,12 +103,12 @@ def read_yaml(text: str, source: str) -> tuple[Any, dict[Place, Entry]]:
 
 def bounded(node: yaml.Node | None) -> dict[Place, Entry]:
     """Return every key and list item of a document by its place, or raise where they are too many."""
-    found: dict[Place, Entry] = {}
+    entries: dict[Place, Entry] = {}
     for count, (place, entry) in enumerate(entries_of(node) if node else ()):
         if count == MOST_VALUES:
             raise refused(entry.node or node, f"more than {MOST_VALUES:,} values, with every alias written out")
-        found[place] = entry
-    return found
+        entries[place] = entry
+    return entries
 
 
 def entries_of(node: yaml.Node, at: Place = ()) -> Iterator[tuple[Place, Entry]]:

@@ -168,9 +168,9 @@ def dictionaries(content: Any) -> dict[str, dict[str, Tensor]]:
             continue
         seen.add(id(container))
         value = container if isinstance(container, dict) else dict(enumerate(container))
-        tensors = {name: one for name, one in value.items() if isinstance(name, str) and isinstance(one, Tensor)}
+        tensors = {name: item for name, item in value.items() if isinstance(name, str) and isinstance(item, Tensor)}
         states |= {place: tensors} if tensors else {}
-        waiting += [(f"{place}.{name}".lstrip("."), one, depth + 1) for name, one in value.items()]
+        waiting += [(f"{place}.{name}".lstrip("."), item, depth + 1) for name, item in value.items()]
     return states
 
 

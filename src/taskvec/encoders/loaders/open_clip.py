@@ -185,7 +185,7 @@ def published(request: Request) -> dict[str, Any]:
     open_clip = package(request.address)
     tags = open_clip.list_pretrained_tags_by_model(request.name)
     every = [open_clip.get_pretrained_cfg(request.name, tag) for tag in tags]
-    ways = [{key: one[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in one} for one in every]
+    ways = [{key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag} for tag in every]
     return ways[0] if ways and all(way == ways[0] for way in ways) else {}
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing
-from taskvec.encoders import backbone as backbones
 from taskvec.encoders.addresses import BackboneAddress, parse
-from taskvec.encoders.loaders import families as loaders
+from taskvec.encoders.backbone import check_size, checked_features
+from taskvec.encoders.loaders import families
 from taskvec.encoders.loaders.requests import Outline
 from taskvec.lab import encoders
 from taskvec.paper.checkpoints import PAPER as CHECKPOINTS
@@ -116,12 +116,12 @@ def lab_cost(name: str, size: int | None) -> ModelCost:
 
 def architecture(address: str | BackboneAddress, size: int | None, projection: bool | None = None) -> Outline:
     """Return the record from which a module can be built, and how it sees images; of most families from files."""
-    family, asked = loaders.find(address, size, allow_pickle=True, projection=projection)
+    family, asked = families.find(address, size, allow_pickle=True, projection=projection)
     if family.outline is not None:
         return family.outline(asked)
     if family.missing(asked):
         raise TaskvecError(f"'{address}' is not on this machine", "give a file")
-    loaded = loaders.load(asked, family)
+    loaded = families.load(asked, family)
     return loaded.architecture, loaded.preprocessing
 
 
@@ -139,8 +139,8 @@ def counted(
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        module = loaders.build(record).eval()
-    backbones.check_size(module, asked, name)
+        module = families.build(record).eval()
+    check_size(module, asked, name)
     size, kept = record["options"]["size"], [0]
 
     def count(part: torch.nn.Module, _: Any, out: Any) -> None:
@@ -151,7 +151,7 @@ def counted(
         if not list(part.children()):
             part.register_forward_hook(count)
     with FlopCounterMode(display=False) as counter:
-        features = backbones.checked_features(module, torch.zeros(1, 3, size, size, device="meta"), name)
+        features = checked_features(module, torch.zeros(1, 3, size, size, device="meta"), name)
     parameters = sum(value.numel() for value in module.state_dict().values() if value.is_floating_point())
     view = seen(module) if seen else None
     return ModelCost(parameters, float(counter.get_total_flops()), float(kept[0]), features.shape[1], size, view)

@@ -11,7 +11,7 @@ from taskvec.core.settings import Finetune
 from taskvec.encoders import identity
 from taskvec.encoders.addresses import split_key
 from taskvec.engine.pipeline import Config, Step
-from taskvec.learning import external as brought
+from taskvec.learning import external
 from taskvec.study.experiment import Experiment, SharedSteps
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import BackboneChoice, RegimeChoice
@@ -160,8 +160,8 @@ def import_finetuned(planner: Planner, task: str, exp: Experiment, shared: Share
     """Take the encoder that a task brings in the place of training; its head may be that of the regime's start."""
     choice, pickle = planner.brought[task], planner.study.allow_pickle
     given = {"finetuned": choice.finetuned} | ({"head": choice.head} if choice.head else {})
-    files = {key: brought.given_file(planner.sources.path(file), key, task, pickle) for key, file in given.items()}
-    read = files | brought.naming(files)
+    files = {key: external.given_file(planner.sources.path(file), key, task, pickle) for key, file in given.items()}
+    read = files | external.naming(files)
     paths = {key: str(planner.sources.path(file)) for key, file in given.items()}
     parts = {key: split_key(path)[1] for key, path in paths.items()}
     config = steps.ExternalConfig(

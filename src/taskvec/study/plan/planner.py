@@ -1,4 +1,4 @@
-"""What every part of a plan is given: the study, its sources, and how to make a step."""
+"""What every part of a plan is given: the study, its inputs, and how to make a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from taskvec.engine.pipeline import Config, Inputs, Step, StepType
 from taskvec.engine.store import Store
 from taskvec.learning.regimes import REGIMES
 from taskvec.merging import plugins
-from taskvec.study.inputs import Sources
+from taskvec.study.inputs import StudyInputs
 from taskvec.study.schema import StudyFile
 
 
@@ -27,7 +27,7 @@ class Planner:
                 note(f"plugin '{plugin.path}' registers no merging method")
             if beside := ", ".join(plugin.neighbours):
                 note(f"plugin '{plugin.path}' imports {beside} from its folder: nothing tells when that changes")
-        self.sources = Sources(file, store, estimate)
+        self.sources = StudyInputs(file, store, estimate)
         self.addresses, self.brought = self.sources.addresses, self.sources.brought
         setting = file.study.device
         self.device = setting if estimate and setting != "auto" else choose_device(setting)

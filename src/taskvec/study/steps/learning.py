@@ -14,31 +14,15 @@ from taskvec.core.notes import note
 from taskvec.core.progress import Progress
 from taskvec.core.settings import Finetune, Lora, Probe
 from taskvec.core.task_types import CLASSIFICATION
-from taskvec.encoders import backbone as backbones
-from taskvec.encoders.backbone import Backbone
-from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, always, step_type
+from taskvec.encoders.backbone import Backbone, text_features
+from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, step_type
 from taskvec.engine.work import Work
-from taskvec.evaluation import accuracy as evaluation
-from taskvec.evaluation import scale_search as search
-from taskvec.learning import external as brought
-from taskvec.learning import finetuning
+from taskvec.evaluation.accuracy import Scores, accuracy, per_image_scores
+from taskvec.evaluation.scale_search import argmax
+from taskvec.learning import external, finetuning
 from taskvec.learning.heads import Head, class_texts, probe, read_heads, save_heads, zero_shot_head
-from taskvec.study.artifacts import (
-    ENCODER,
-    HEAD,
-    HEADS,
-    METRICS,
-    RATE,
-    OnDevice,
-    on_cpu,
-    open_backbone,
-    open_head,
-    open_heads,
-    open_task,
-    open_tasks,
-    save_head,
-    validations,
-)
+from taskvec.study import artifacts
+from taskvec.study.artifacts import ENCODER, HEAD, HEADS, METRICS, RATE, OnDevice
 from taskvec.study.forecast.sizes import Sizes, validating
 from taskvec.weights.flat import save
 from taskvec.weights.keys import parts
@@ -54,6 +38,10 @@ class ProbeConfig(Config):
         """Return what is of the choice among the probes."""
         return {"probe": {"rate_per_task"}}
 
+    def threaded(self) -> bool:
+        """Return that threads count: heads are fitted on the CPU, whatever the device."""
+        return True
+
 
 def probe_work(step: Step, sizes: Sizes) -> Work:
     """A head for every learning rate, on cached features."""
@@ -61,18 +49,10 @@ def probe_work(step: Step, sizes: Sizes) -> Work:
     return sizes.heads(step, settings, sizes.task(step), len(settings.learning_rates))
 
 
-@step_type(
-    1,
-    ("torch",),
-    threaded=always,
-    reads=["task", "features"],
-    writes=[HEADS, "probe.json"],
-    work=probe_work,
-    heading="probing",
-)
+@step_type(1, ("torch",), reads=["task", "features"], writes=[HEADS, "probe.json"], work=probe_work, heading="probing")
 def probe_task(config: ProbeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Probe a task at all learning rates on cached features."""
-    task, cached = open_task(inputs), inputs["features"]
+    task, cached = artifacts.open_task(inputs), inputs["features"]
     probed = probe(
         torch.from_numpy(np.load(cached / "train.npy")),
         torch.from_numpy(task.train.labels),
@@ -94,7 +74,7 @@ def choose_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -
     curves = [read_json(folder / "probe.json") for folder in inputs["probes"]]
     means = np.mean([curve["validation"] for curve in curves], axis=0)
     rates = curves[0]["rates"]
-    best = search.argmax(rates, means.tolist())
+    best = argmax(rates, means.tolist())
     write_json(out / RATE, {"index": rates.index(best), "rate": best})
 
 
@@ -102,7 +82,7 @@ def choose_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -
 def pick_head(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Keep the head of the chosen learning rate, with its validation accuracy."""
     index, folder = read_json(inputs["rate"] / RATE)["index"], inputs["probe"]
-    save_head(read_heads(folder / HEADS)[str(index)], out)
+    artifacts.save_head(read_heads(folder / HEADS)[str(index)], out)
     write_json(out / METRICS, {"validation": read_json(folder / "probe.json")["validation"][index]})
 
 
@@ -114,26 +94,22 @@ class ZeroShotConfig(OnDevice):
     address: Untracked[str]
     allow_pickle: Untracked[bool]
 
+    def threaded(self) -> bool:
+        """Return that threads count: captions are read on the CPU, whatever the device."""
+        return True
 
-@step_type(
-    1,
-    ("torch",),
-    threaded=always,
-    reads=["backbone", "task"],
-    writes=[HEAD, METRICS],
-    work=validating,
-    heading="probing",
-)
+
+@step_type(1, ("torch",), reads=["backbone", "task"], writes=[HEAD, METRICS], work=validating, heading="probing")
 def zero_shot(config: ZeroShotConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Build a task's head from the captions of its classes, and measure it on validation."""
-    backbone, task = open_backbone(inputs, config), open_task(inputs)
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
     groups = [[caption] if isinstance(caption, str) else caption for caption in config.captions]
     every = [caption for group in groups for caption in group]
-    texts, scale = backbones.text_features(config.address, every, config.allow_pickle)
+    texts, scale = text_features(config.address, every, config.allow_pickle)
     several = isinstance(config.captions[0], list)
     head = zero_shot_head(class_texts(texts, list(map(len, groups))) if several else texts, scale)
-    save_head(head, out)
-    right = evaluation.per_image_scores(backbone, backbone.pretrained, task.validation, head)
+    artifacts.save_head(head, out)
+    right = per_image_scores(backbone, backbone.pretrained, task.validation, head)
     write_json(out / METRICS, {"validation": float(right.mean())})
 
 
@@ -184,7 +160,6 @@ def training_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch", "numpy"),
-    threaded=on_cpu,
     reads=["backbone", "task", "whole", "head", "rate"],
     writes=lambda config: (METRICS,) if config.trial else (ENCODER, HEAD, METRICS),
     work=training_work,
@@ -195,8 +170,9 @@ def finetune(config: FinetuneConfig, inputs: Inputs, out: Path, progress: Progre
 
     Trials of learning rates keep the measure only: encoders are large, and the winner is trained again with its seed.
     """
-    backbone, task, settings = open_backbone(inputs, config), open_task(inputs), config.settings(inputs)
-    head = open_head(inputs["head"]) if inputs["head"] else None
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    settings = config.settings(inputs)
+    head = artifacts.open_head(inputs["head"]) if inputs["head"] else None
     how = (settings, config.seed, config.precision, progress)
     facts = config.facts(settings, backbone)
     try:
@@ -211,8 +187,8 @@ def finetune(config: FinetuneConfig, inputs: Inputs, out: Path, progress: Progre
         return
     if not config.trial:
         save(weights, out / ENCODER)
-        save_head(head, out)
-    right = evaluation.per_image_scores(backbone, weights, task.validation, head)
+        artifacts.save_head(head, out)
+    right = per_image_scores(backbone, weights, task.validation, head)
     tell_unlearned(right)
     write_json(out / METRICS, {"validation": float(right.mean()), **facts, **metric_of(head)})
 
@@ -222,7 +198,7 @@ def metric_of(head: Head) -> dict[str, str]:
     return {} if head.kind == CLASSIFICATION else {"metric": head.task_type.metric}
 
 
-def tell_unlearned(right: evaluation.Scores) -> None:
+def tell_unlearned(right: Scores) -> None:
     """Tell where a fine-tuned encoder has nothing right, so that no merge can be measured by it."""
     if not right.any():
         note(
@@ -234,7 +210,6 @@ def tell_unlearned(right: evaluation.Scores) -> None:
 @step_type(
     1,
     ("torch", "numpy"),
-    threaded=on_cpu,
     reads=["backbone", "tasks", "whole", "heads", "rate"],
     writes=[ENCODER, METRICS],
     work=training_work,
@@ -242,14 +217,13 @@ def tell_unlearned(right: evaluation.Scores) -> None:
 )
 def finetune_joint(config: TrainingConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Fine-tune one encoder on all tasks at once with their heads frozen, and measure it on every validation split."""
-    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs["heads"])
+    backbone, every = artifacts.open_backbone(inputs, config), artifacts.open_tasks(inputs)
+    heads = artifacts.open_heads(inputs["heads"])
     settings = config.settings(inputs)
     how = (settings, config.seed, config.precision, progress)
     weights = finetuning.finetune_tasks(backbone, every, heads, *how).encoder
     save(weights, out / ENCODER)
-    measured = [
-        evaluation.accuracy(backbone, weights, task.validation, head) for task, head in zip(every, heads, strict=True)
-    ]
+    measured = [accuracy(backbone, weights, task.validation, head) for task, head in zip(every, heads, strict=True)]
     write_json(out / METRICS, {"validation": measured, **config.facts(settings, backbone)})
 
 
@@ -273,7 +247,6 @@ def external_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch",),
-    threaded=on_cpu,
     reads=["backbone", "task", "head"],
     writes=[ENCODER, HEAD, METRICS],
     work=external_work,
@@ -281,16 +254,16 @@ def external_work(step: Step, sizes: Sizes) -> Work:
 )
 def import_finetuned(config: ExternalConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Take a fine-tuned encoder and its head from files in the place of training, and measure both."""
-    backbone, task = open_backbone(inputs, config), replace(open_task(inputs), name=config.task)
-    path, start = Path(config.finetuned), open_head(inputs["head"]) if inputs["head"] else None
-    checkpoint = brought.read_finetuned(path, backbone, config.allow_pickle)
+    backbone, task = artifacts.open_backbone(inputs, config), replace(artifacts.open_task(inputs), name=config.task)
+    path, start = Path(config.finetuned), artifacts.open_head(inputs["head"]) if inputs["head"] else None
+    checkpoint = external.read_finetuned(path, backbone, config.allow_pickle)
     if config.head:
-        head = brought.read_head(Path(config.head), config.classes, task, backbone.width)
+        head = external.read_head(Path(config.head), config.classes, task, backbone.width)
     else:
-        head = brought.head_of(checkpoint, config.classes, task, backbone.width, start)
+        head = external.head_of(checkpoint, config.classes, task, backbone.width, start)
     save(checkpoint.encoder, out / ENCODER)
-    save_head(head, out)
-    right = evaluation.per_image_scores(backbone, checkpoint.encoder, task.validation, head)
+    artifacts.save_head(head, out)
+    right = per_image_scores(backbone, checkpoint.encoder, task.validation, head)
     tell_unlearned(right)
     facts: dict[str, Any] = {"validation": float(right.mean()), **metric_of(head)}
     if config.head and checkpoint.classifier:
@@ -311,4 +284,4 @@ def choose_learning_rate(config: RatesConfig, inputs: Inputs, out: Path, progres
 
     It writes no more: what reads it depends on the choice alone.
     """
-    write_json(out / RATE, {"rate": search.argmax(config.rates, validations(inputs["finetuned"]))})
+    write_json(out / RATE, {"rate": argmax(config.rates, artifacts.validations(inputs["finetuned"]))})

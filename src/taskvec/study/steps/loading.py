@@ -18,7 +18,8 @@ from taskvec.encoders import batch_norm, records
 from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, step_type
 from taskvec.engine.work import Work
 from taskvec.learning.heads import features_of
-from taskvec.study.artifacts import ENCODER, OnDevice, on_cpu, open_backbone, open_task, open_view
+from taskvec.study import artifacts
+from taskvec.study.artifacts import ENCODER, OnDevice
 from taskvec.study.forecast.sizes import NUMBER, Sizes, encoder, small_side
 
 WIDER = 4 / 3
@@ -38,13 +39,12 @@ class BackboneConfig(Config):
     name: Untracked[str]
     allow_pickle: Untracked[bool]
 
+    def threaded(self) -> bool:
+        """Return whether it is an encoder of the lab along its pre-training, which is then run again."""
+        return "recipe" in self.source
 
-def trains_snapshot(config: BackboneConfig) -> bool:
-    """Say whether a backbone is an encoder of the lab along its pre-training, which is then run again."""
-    return "recipe" in config.source
 
-
-@step_type(3, ("torch",), threaded=trains_snapshot, writes=(ENCODER, "backbone.json"), work=encoder)
+@step_type(3, ("torch",), writes=(ENCODER, "backbone.json"), work=encoder)
 def load_backbone(config: BackboneConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Load a pre-trained encoder by address and keep its weights as safetensors."""
     how = ("cpu", config.allow_pickle, config.projection)
@@ -99,7 +99,7 @@ def views(step: Step, sizes: Sizes) -> Work:
 )
 def decode_task(config: DecodeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode the evaluation views of a task's images once."""
-    tasks.write_task(config.address, open_view(inputs), config.limit, out, progress, **config.reading())
+    tasks.write_task(config.address, artifacts.open_view(inputs), config.limit, out, progress, **config.reading())
 
 
 def whole_images(step: Step, sizes: Sizes) -> Work:
@@ -113,7 +113,7 @@ def whole_images(step: Step, sizes: Sizes) -> Work:
 @step_type(3, ("numpy", "pillow"), reads=["preprocessing"], work=whole_images)
 def decode_training(config: DecodeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode a task's whole training images once."""
-    tasks.write_training(config.address, open_view(inputs), config.limit, out, progress, **config.reading())
+    tasks.write_training(config.address, artifacts.open_view(inputs), config.limit, out, progress, **config.reading())
 
 
 def feature_work(step: Step, sizes: Sizes) -> Work:
@@ -125,7 +125,6 @@ def feature_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     1,
     ("torch",),
-    threaded=on_cpu,
     reads=["backbone", "task"],
     writes=["train.npy", "validation.npy"],
     work=feature_work,
@@ -133,7 +132,7 @@ def feature_work(step: Step, sizes: Sizes) -> Work:
 )
 def features(config: OnDevice, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Cache the frozen encoder's features of training and validation images."""
-    backbone, task = open_backbone(inputs, config), open_task(inputs)
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
     total = len(task.train) + len(task.validation)
     share = len(task.train) / total
     train, _ = features_of(backbone, task.train, task.kind, lambda x: progress(x * share))

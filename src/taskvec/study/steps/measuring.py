@@ -14,31 +14,14 @@ from taskvec.core.progress import Progress
 from taskvec.deploy import model
 from taskvec.engine.pipeline import Config, Inputs, Step, step_type
 from taskvec.engine.work import Work
-from taskvec.evaluation import accuracy as evaluation
-from taskvec.evaluation import disentanglement as disentangling
 from taskvec.evaluation import negation
-from taskvec.evaluation import scale_search as search
+from taskvec.evaluation.accuracy import accuracy, fine_tuned_accuracies, paired_bootstrap, per_image_scores
+from taskvec.evaluation.disentanglement import disentanglement, set_error, single_predictions
+from taskvec.evaluation.scale_search import coarse_search, objective
 from taskvec.merging.in_memory import DIRECTIONS, merge_vectors, read_directions
 from taskvec.merging.registry import ADDITION
-from taskvec.study.artifacts import (
-    CHOICE,
-    METRICS,
-    OPTION,
-    OnDevice,
-    find_head,
-    merged_weights,
-    on_cpu,
-    open_backbone,
-    open_encoder,
-    open_head,
-    open_heads,
-    open_task,
-    open_task_vector,
-    open_task_vectors,
-    open_tasks,
-    open_vector,
-    validations,
-)
+from taskvec.study import artifacts
+from taskvec.study.artifacts import CHOICE, METRICS, OPTION, OnDevice
 from taskvec.study.forecast.sizes import Sizes, along
 from taskvec.weights import vectors
 
@@ -59,25 +42,20 @@ def negation_work(step: Step, sizes: Sizes) -> Work:
 
 
 @step_type(
-    2,
-    ("torch",),
-    threaded=on_cpu,
-    reads=["backbone", "tasks", "heads", "finetuned"],
-    writes=["negation.json"],
-    work=negation_work,
+    2, ("torch",), reads=["backbone", "tasks", "heads", "finetuned"], writes=["negation.json"], work=negation_work
 )
 def negate(config: NegationConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the scale that forgets a task on validation, then test that task and the control before and after."""
-    backbone, (forget, control) = open_backbone(inputs, config), open_tasks(inputs)
-    first, second = open_heads(inputs["heads"])
-    vector = open_task_vector(inputs["finetuned"], backbone)
+    backbone, (forget, control) = artifacts.open_backbone(inputs, config), artifacts.open_tasks(inputs)
+    first, second = artifacts.open_heads(inputs["heads"])
+    vector = artifacts.open_task_vector(inputs["finetuned"], backbone)
     how = ((forget, control), (first, second), config.scales, config.keep, progress)
     result = negation.negate(backbone, vector, *how)
     test = {}
     for name, scale in (("before", 0.0), ("after", result.scale)):
         weights = vectors.add(backbone.pretrained, vector, -scale)
         pairs = ((forget, first), (control, second))
-        test[name] = [evaluation.accuracy(backbone, weights, task.test, head) for task, head in pairs]
+        test[name] = [accuracy(backbone, weights, task.test, head) for task, head in pairs]
     write_json(out / "negation.json", {**vars(result), "test": test})
 
 
@@ -97,7 +75,6 @@ def test_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch",),
-    threaded=on_cpu,
     reads=(
         *("backbone", "task", "probe", "finetuned", "zero_shot", "joint"),
         *("choices", "merged", "statistics", "rounds"),
@@ -107,24 +84,25 @@ def test_work(step: Step, sizes: Sizes) -> Work:
 )
 def test_task(config: TestConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Touch a task's test split, once: the baselines, fine-tuned, and what validation chose for every candidate."""
-    backbone, task, kept = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
-    probed = open_head(inputs["probe"])
-    right = {"probing": evaluation.per_image_scores(backbone, backbone.pretrained, task.test, probed)}
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    kept = artifacts.open_head(inputs["finetuned"])
+    probed = artifacts.open_head(inputs["probe"])
+    right = {"probing": per_image_scores(backbone, backbone.pretrained, task.test, probed)}
     if inputs["zero_shot"]:
-        zero = open_head(inputs["zero_shot"])
-        right["zero_shot"] = evaluation.per_image_scores(backbone, backbone.pretrained, task.test, zero)
+        zero = artifacts.open_head(inputs["zero_shot"])
+        right["zero_shot"] = per_image_scores(backbone, backbone.pretrained, task.test, zero)
     if inputs["joint"]:
-        joint = open_encoder(inputs["joint"], backbone)
-        right["joint"] = evaluation.per_image_scores(backbone, joint, task.test, probed)
-    tuned = open_encoder(inputs["finetuned"], backbone)
-    right["fine_tuned"] = evaluation.per_image_scores(backbone, tuned, task.test, kept)
+        joint = artifacts.open_encoder(inputs["joint"], backbone)
+        right["joint"] = per_image_scores(backbone, joint, task.test, probed)
+    tuned = artifacts.open_encoder(inputs["finetuned"], backbone)
+    right["fine_tuned"] = per_image_scores(backbone, tuned, task.test, kept)
     progress(2 / (2 + len(config.candidates)))
     for index, kind in enumerate(config.candidates):
         scale = read_json(inputs["choices"][index] / CHOICE)["scale"]
-        vector = open_vector(inputs["merged"][index], backbone, config.task)
-        weights = merged_weights(backbone, vector, scale, inputs["statistics"][index])
-        head = kept if kind == "kept" else find_head(inputs["rounds"][index], scale)
-        right[str(index)] = evaluation.per_image_scores(backbone, weights, task.test, head)
+        vector = artifacts.open_vector(inputs["merged"][index], backbone, config.task)
+        weights = artifacts.merged_weights(backbone, vector, scale, inputs["statistics"][index])
+        head = kept if kind == "kept" else artifacts.find_head(inputs["rounds"][index], scale)
+        right[str(index)] = per_image_scores(backbone, weights, task.test, head)
         progress((3 + index) / (2 + len(config.candidates)))
     np.savez(out / CORRECT, **right)  # type: ignore[arg-type]
     write_json(out / "test.json", {name: float(values.mean()) for name, values in right.items()})
@@ -141,17 +119,16 @@ def own_work(step: Step, sizes: Sizes) -> Work:
     return sizes.passes(step, min(step.config.samples, sizes.task(step).validation))
 
 
-@step_type(
-    1, ("torch", "numpy"), threaded=on_cpu, reads=["backbone", "task", "finetuned"], writes=[METRICS], work=own_work
-)
+@step_type(1, ("torch", "numpy"), reads=["backbone", "task", "finetuned"], writes=[METRICS], work=own_work)
 def own_accuracy(config: SampleConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task with its own fine-tuned encoder on a sample of validation images, for all sets that hold it."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    head = artifacts.open_head(inputs["finetuned"])
     few = replace(task, validation=task.validation.sample(config.samples))
-    [accuracy] = evaluation.fine_tuned_accuracies(
-        backbone, [open_task_vector(inputs["finetuned"], backbone)], [few], [head]
+    [value] = fine_tuned_accuracies(
+        backbone, [artifacts.open_task_vector(inputs["finetuned"], backbone)], [few], [head]
     )
-    write_json(out / METRICS, {"validation": accuracy})
+    write_json(out / METRICS, {"validation": value})
 
 
 class SetConfig(OnDevice):
@@ -182,31 +159,31 @@ def predicted(step: Step, sizes: Sizes) -> int:
 @step_type(
     3,
     ("torch", "numpy"),
-    threaded=on_cpu,
     reads=["backbone", "tasks", "finetuned", "singles", "own"],
     writes=["subset.json"],
     work=set_work,
 )
 def subset(config: SetConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Merge a set of tasks: choose lambda on a sample of validation images, then test; measure the error in the box."""
-    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs["finetuned"])
-    tuned = open_task_vectors(inputs, backbone)
+    backbone, every = artifacts.open_backbone(inputs, config), artifacts.open_tasks(inputs)
+    heads = artifacts.open_heads(inputs["finetuned"])
+    tuned = artifacts.open_task_vectors(inputs, backbone)
     facts: dict[str, Any] = {}
     if config.merge:
         few = [replace(task, validation=task.validation.sample(config.samples)) for task in every]
-        normal = validations(inputs["own"])
+        normal = artifacts.validations(inputs["own"])
         merged = merge_vectors(backbone.pretrained, tuned, ADDITION)
-        chosen = search.coarse_search(backbone, merged, few, heads, normal, config.grid)
+        chosen = coarse_search(backbone, merged, few, heads, normal, config.grid)
         progress(0.5)
         weights = vectors.add(backbone.pretrained, merged, chosen.scale)
         pairs = zip(every, heads, strict=True)
-        test = [evaluation.accuracy(backbone, weights, task.test, head) for task, head in pairs]
+        test = [accuracy(backbone, weights, task.test, head) for task, head in pairs]
         facts = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
         facts["fine_tuned"] = normal
         progress(0.8)
     if config.points:
         how = (*open_singles(inputs), config.axis, config.points, config.seed)
-        facts["error"] = disentangling.set_error(backbone, tuned, heads, *how)
+        facts["error"] = set_error(backbone, tuned, heads, *how)
     write_json(out / "subset.json", facts)
 
 
@@ -248,8 +225,8 @@ def units_of(config: GainsConfig, right: Mapping[str, Any]) -> dict[str, float]:
 
 def gains_over(base: Mapping[str, Any], ours: Mapping[str, Any], units: Mapping[str, float]) -> dict[str, Any]:
     """Return the gain of each task, and of all together unless a unit is zero."""
-    each = {name: vars(evaluation.paired_bootstrap({name: ours[name]}, {name: base[name]})) for name in base}
-    return each | ({"": vars(evaluation.paired_bootstrap(ours, base, of=units))} if all(units.values()) else {})
+    each = {name: vars(paired_bootstrap({name: ours[name]}, {name: base[name]})) for name in base}
+    return each | ({"": vars(paired_bootstrap(ours, base, of=units))} if all(units.values()) else {})
 
 
 class AxisConfig(OnDevice):
@@ -266,21 +243,15 @@ def axis_work(step: Step, sizes: Sizes) -> Work:
     return sizes.passes(step, samples * scales, disk=disk)
 
 
-@step_type(
-    2,
-    ("torch", "numpy"),
-    threaded=on_cpu,
-    reads=["backbone", "task", "finetuned"],
-    writes=[IMAGES, PREDICTIONS],
-    work=axis_work,
-)
+@step_type(2, ("torch", "numpy"), reads=["backbone", "task", "finetuned"], writes=[IMAGES, PREDICTIONS], work=axis_work)
 def single_task_predictions(config: AxisConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Predict a sample of a task's images under its own vector at every coefficient; all pairs share it."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
-    vector = open_task_vector(inputs["finetuned"], backbone)
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    head = artifacts.open_head(inputs["finetuned"])
+    vector = artifacts.open_task_vector(inputs["finetuned"], backbone)
     images = task.test.sample(config.samples).images
     np.save(out / IMAGES, images)
-    rows = disentangling.single_predictions(backbone, vector, head, images, config.scales, progress)
+    rows = single_predictions(backbone, vector, head, images, config.scales, progress)
     np.save(out / PREDICTIONS, rows)
 
 
@@ -296,20 +267,13 @@ def heatmap_work(step: Step, sizes: Sizes) -> Work:
     return sizes.passes(step, len(scales) * len([scale for scale in scales if scale]) * predicted(step, sizes))
 
 
-@step_type(
-    2,
-    ("torch",),
-    threaded=on_cpu,
-    reads=["backbone", "finetuned", "singles"],
-    writes=["errors.json"],
-    work=heatmap_work,
-)
+@step_type(2, ("torch",), reads=["backbone", "finetuned", "singles"], writes=["errors.json"], work=heatmap_work)
 def heatmap(config: HeatmapConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure the disentanglement error of a pair of tasks over a grid of coefficients."""
-    backbone = open_backbone(inputs, config)
-    first, second = open_task_vectors(inputs, backbone)
-    heads, (images, singles) = open_heads(inputs["finetuned"]), open_singles(inputs)
-    errors = disentangling.disentanglement(
+    backbone = artifacts.open_backbone(inputs, config)
+    first, second = artifacts.open_task_vectors(inputs, backbone)
+    heads, (images, singles) = artifacts.open_heads(inputs["finetuned"]), open_singles(inputs)
+    errors = disentanglement(
         backbone,
         (first, second),
         (heads[0], heads[1]),
@@ -329,6 +293,10 @@ class ModelConfig(OnDevice):
     tasks: list[str]
     candidates: list[dict[str, Any]]
 
+    def threaded(self) -> bool:
+        """Return that threads do not count: nothing is computed but what the merge was moved by."""
+        return False
+
 
 def model_work(step: Step, sizes: Sizes) -> Work:
     """The best encoder is written, and copied into the run folder once a backbone; a linearised one has two at most."""
@@ -347,22 +315,22 @@ def model_work(step: Step, sizes: Sizes) -> Work:
 )
 def build_model(config: ModelConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Write the model that was best on validation: the merged encoder, one head a task, and how to use them."""
-    backbone = open_backbone(inputs, config)
+    backbone = artifacts.open_backbone(inputs, config)
     best = best_candidate(config.candidates, inputs)
     index, scale = best.pop("index"), best["scale"]
     directions, weights = None, backbone.pretrained
     if index is None:
-        heads = open_heads(inputs["probe"])
+        heads = artifacts.open_heads(inputs["probe"])
         backbone = replace(backbone, base=None)  # probing needs no expansion
     else:
         kept, folder = best["heads"] == "kept" and "correction" not in best, inputs["merged"][index]
-        fitted = (find_head(rounds, scale) for rounds in inputs["rounds"][index])
-        heads = open_heads(inputs["finetuned"]) if kept else list(fitted)
+        fitted = (artifacts.find_head(rounds, scale) for rounds in inputs["rounds"][index])
+        heads = artifacts.open_heads(inputs["finetuned"]) if kept else list(fitted)
         if (folder / DIRECTIONS).exists():
             directions = read_directions(folder / DIRECTIONS, weights)
         else:
-            vector = open_vector(folder, backbone)
-            weights = merged_weights(backbone, vector, scale, inputs["statistics"][index])
+            vector = artifacts.open_vector(folder, backbone)
+            weights = artifacts.merged_weights(backbone, vector, scale, inputs["statistics"][index])
     classes = [read_json(folder / "classes.json") for folder in inputs["tasks"]]
     by_name = dict(zip(config.tasks, heads, strict=True))
     model.save_model(out, backbone, weights, by_name, classes, best, directions)
@@ -373,9 +341,9 @@ def best_candidate(candidates: Sequence[Mapping[str, Any]], inputs: Inputs) -> d
 
     ``validation`` is its mean accuracy there (a fraction), by which models of several backbones compare.
     """
-    tuned, probed = validations(inputs["finetuned"]), validations(inputs["probe"])
+    tuned, probed = artifacts.validations(inputs["finetuned"]), artifacts.validations(inputs["probe"])
     best = {"method": "probing", "heads": "kept", "scale": 0.0, "validation": float(np.mean(probed)), "index": None}
-    highest = search.objective(probed, tuned)
+    highest = objective(probed, tuned)
     for index, candidate in enumerate(candidates):
         choice = read_json(inputs["choices"][index] / CHOICE)
         if choice["value"] > highest:

@@ -15,28 +15,14 @@ from taskvec.core.progress import Progress
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, step_type
 from taskvec.engine.work import Work
-from taskvec.evaluation import accuracy as evaluation
-from taskvec.evaluation import scale_search as search
-from taskvec.merging import in_memory as buffers
-from taskvec.merging import plugins
+from taskvec.evaluation.accuracy import accuracies, fine_tuned_accuracies
+from taskvec.evaluation.scale_search import coordinate_search, objective
+from taskvec.merging import in_memory, plugins
 from taskvec.merging.entries import Data
 from taskvec.merging.in_memory import DIRECTIONS
 from taskvec.merging.registry import Recipe, find_recipe
-from taskvec.study.artifacts import (
-    CHOICE,
-    DIRECTION,
-    OPTION,
-    STATISTICS,
-    OnDevice,
-    on_cpu,
-    open_backbone,
-    open_heads,
-    open_task_vectors,
-    open_tasks,
-    open_vector,
-    scale_key,
-    validations,
-)
+from taskvec.study import artifacts
+from taskvec.study.artifacts import CHOICE, DIRECTION, OPTION, STATISTICS, OnDevice
 from taskvec.study.forecast.sizes import Sizes, encoder
 from taskvec.weights import vectors
 from taskvec.weights.flat import save, save_tensors
@@ -70,7 +56,6 @@ def merged_files(per_task: bool) -> tuple[str, ...]:
 @step_type(
     2,
     ("torch", "numpy"),
-    threaded=on_cpu,
     reads=["backbone", "finetuned", "tasks"],
     writes=lambda config: merged_files(config.recipe().per_task),
     work=encoder,
@@ -78,19 +63,21 @@ def merged_files(per_task: bool) -> tuple[str, ...]:
 )
 def merge(config: MergeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Make a method's merged task vector out of the fine-tuned encoders, or one for each task."""
-    backbone = open_backbone(inputs, config)
-    tuned, seed, recipe = open_task_vectors(inputs, backbone), config.seed or 0, config.recipe()
+    backbone = artifacts.open_backbone(inputs, config)
+    tuned, seed, recipe = artifacts.open_task_vectors(inputs, backbone), config.seed or 0, config.recipe()
     statistics: dict[str, torch.Tensor] = {}
     if recipe.measures:
-        heads = [head.on(backbone.device) for head in open_heads(inputs["finetuned"])]
-        statistics = buffers.measure(recipe, Data(backbone, tuned, open_tasks(inputs), heads, seed, progress))
-    entries = buffers.Buffers(backbone.pretrained, tuned, seed, statistics)
+        heads = [head.on(backbone.device) for head in artifacts.open_heads(inputs["finetuned"])]
+        statistics = in_memory.measure(
+            recipe, Data(backbone, tuned, artifacts.open_tasks(inputs), heads, seed, progress)
+        )
+    entries = in_memory.Buffers(backbone.pretrained, tuned, seed, statistics)
     if recipe.per_task:
-        directions = buffers.task_directions(recipe, entries)
-        buffers.save_directions(directions, out / DIRECTIONS)
+        directions = in_memory.task_directions(recipe, entries)
+        in_memory.save_directions(directions, out / DIRECTIONS)
         write_json(out / MERGE, {"bytes_per_task": directions.bytes_per_task})
     else:
-        save(buffers.direction(recipe, entries), out / DIRECTION)
+        save(in_memory.direction(recipe, entries), out / DIRECTION)
 
 
 class PickConfig(Config):
@@ -127,7 +114,6 @@ def reestimate_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     1,
     ("torch", "numpy"),
-    threaded=on_cpu,
     reads=["backbone", "merged", "tasks"],
     writes=[STATISTICS],
     work=reestimate_work,
@@ -135,12 +121,12 @@ def reestimate_work(step: Step, sizes: Sizes) -> Work:
 )
 def reestimate(config: ReestimateConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Estimate the statistics of batch norm anew at every scale along a merged vector, from training images."""
-    backbone = open_backbone(inputs, config)
-    vector = open_vector(inputs["merged"], backbone)
-    images, statistics = batch_norm.mixed(open_tasks(inputs), config.images), {}
+    backbone = artifacts.open_backbone(inputs, config)
+    vector = artifacts.open_vector(inputs["merged"], backbone)
+    images, statistics = batch_norm.mixed(artifacts.open_tasks(inputs), config.images), {}
     for index, scale in enumerate(config.scales):
         weights = vectors.add(backbone.pretrained, vector, scale)
-        statistics[scale_key(scale)] = batch_norm.statistics(batch_norm.reestimate(backbone, weights, images))
+        statistics[artifacts.scale_key(scale)] = batch_norm.statistics(batch_norm.reestimate(backbone, weights, images))
         progress((index + 1) / len(config.scales))
     save_tensors(statistics, out / STATISTICS)
 
@@ -162,7 +148,6 @@ def per_task_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     3,
     ("torch", "numpy"),
-    threaded=on_cpu,
     reads=["backbone", "tasks", "finetuned", "choice"],
     writes=[DIRECTION, CHOICE],
     work=per_task_work,
@@ -173,20 +158,21 @@ def per_task_scales(config: PerTaskConfig, inputs: Inputs, out: Path, progress: 
 
     The search looks at a sample of every validation split; on the whole of it what was found must beat the common one.
     """
-    backbone, every, heads = open_backbone(inputs, config), open_tasks(inputs), open_heads(inputs["finetuned"])
-    tuned, normal = open_task_vectors(inputs, backbone), validations(inputs["finetuned"])
+    backbone, every = artifacts.open_backbone(inputs, config), artifacts.open_tasks(inputs)
+    heads = artifacts.open_heads(inputs["finetuned"])
+    tuned, normal = artifacts.open_task_vectors(inputs, backbone), artifacts.validations(inputs["finetuned"])
     start = read_json(inputs["choice"] / CHOICE)["scale"]
     few = [replace(task, validation=task.validation.sample(config.samples)) for task in every]
-    normal_few = evaluation.fine_tuned_accuracies(backbone, tuned, few, heads)
-    result = search.coordinate_search(backbone, tuned, few, heads, normal_few, config.grid, start, progress)
+    normal_few = fine_tuned_accuracies(backbone, tuned, few, heads)
+    result = coordinate_search(backbone, tuned, few, heads, normal_few, config.grid, start, progress)
     measured = {}
     with backbone.at():
         for scales in ((start,) * len(every), result.scales):
             vectors.move(backbone.bound, backbone.pretrained, tuned, scales)
-            measured[scales] = evaluation.accuracies(backbone, every, heads)
-    best = max(measured, key=lambda scales: search.objective(measured[scales], normal))  # ties keep the common one
+            measured[scales] = accuracies(backbone, every, heads)
+    best = max(measured, key=lambda scales: objective(measured[scales], normal))  # ties keep the common one
     total = torch.stack([vector.flat * scale for vector, scale in zip(tuned, best, strict=True)]).sum(0)
     save(backbone.pretrained.with_flat(total), out / DIRECTION)
-    choice: dict[str, Any] = {"scale": 1.0, "scales": best, "value": search.objective(measured[best], normal)}
+    choice: dict[str, Any] = {"scale": 1.0, "scales": best, "value": objective(measured[best], normal)}
     choice |= {"accuracy": float(np.mean(measured[best])), "measured": list(measured.items())}
     write_json(out / CHOICE, choice | {"tried": [trial for trial in result.tried if trial[0] not in measured]})

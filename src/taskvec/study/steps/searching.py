@@ -12,31 +12,15 @@ from taskvec.core.notes import note
 from taskvec.core.progress import Progress
 from taskvec.core.settings import Probe, Surgery
 from taskvec.core.task_types import TASK_TYPES
-from taskvec.engine.pipeline import Config, Inputs, Step, always, step_type
+from taskvec.engine.pipeline import Config, Inputs, Step, step_type
 from taskvec.engine.work import Work
-from taskvec.evaluation import accuracy as evaluation
-from taskvec.evaluation import scale_search as search
+from taskvec.evaluation import scale_search
+from taskvec.evaluation.accuracy import accuracy
 from taskvec.evaluation.alignment import alignment_curve
-from taskvec.learning.heads import accuracy, features_of, save_heads
+from taskvec.learning.heads import features_of, save_heads
 from taskvec.learning.surgery import fit_surgery
-from taskvec.study.artifacts import (
-    CHOICE,
-    CURVE,
-    HEADS,
-    OPTION,
-    RATE,
-    OnDevice,
-    merged_weights,
-    on_cpu,
-    open_backbone,
-    open_encoder,
-    open_head,
-    open_task,
-    open_vector,
-    scale_key,
-    validation,
-    validations,
-)
+from taskvec.study import artifacts
+from taskvec.study.artifacts import CHOICE, CURVE, HEADS, OPTION, RATE, OnDevice
 from taskvec.study.forecast.sizes import BACKWARD, NUMBER, Sizes, along
 from taskvec.weights import vectors
 
@@ -57,7 +41,6 @@ def kept_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch",),
-    threaded=on_cpu,
     reads=["backbone", "task", "merged", "head", "start"],
     writes=[CURVE],
     work=kept_work,
@@ -65,18 +48,18 @@ def kept_work(step: Step, sizes: Sizes) -> Work:
 )
 def kept_curve(config: CurveConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task at every scale with its head kept; where that head did not learn, its scale 0 is known already."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["head"])
-    vector = open_vector(inputs["merged"], backbone, config.task)
-    known = {0.0: validation(inputs["start"])} if inputs["start"] else {}
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    head = artifacts.open_head(inputs["head"])
+    vector = artifacts.open_vector(inputs["merged"], backbone, config.task)
+    known = {0.0: artifacts.validation(inputs["start"])} if inputs["start"] else {}
     scales = [scale for scale in config.scales if scale not in known]
-    curve = dict(zip(scales, search.kept_curve(backbone, vector, task, head, scales, progress), strict=True))
+    curve = dict(zip(scales, scale_search.kept_curve(backbone, vector, task, head, scales, progress), strict=True))
     write_curve(out, config.scales, curve | known)
 
 
 @step_type(
     1,
     ("torch",),
-    threaded=on_cpu,
     reads=["backbone", "task", "merged", "head", "statistics"],
     writes=[CURVE],
     work=kept_work,
@@ -84,11 +67,12 @@ def kept_curve(config: CurveConfig, inputs: Inputs, out: Path, progress: Progres
 )
 def reestimated_curve(config: CurveConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task at every scale with its head kept and the statistics of batch norm estimated anew."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["head"])
-    vector, curve = open_vector(inputs["merged"], backbone), {}
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    head = artifacts.open_head(inputs["head"])
+    vector, curve = artifacts.open_vector(inputs["merged"], backbone), {}
     for scale in config.scales:
-        weights = merged_weights(backbone, vector, scale, inputs["statistics"])
-        curve[scale] = evaluation.accuracy(backbone, weights, task.validation, head)
+        weights = artifacts.merged_weights(backbone, vector, scale, inputs["statistics"])
+        curve[scale] = accuracy(backbone, weights, task.validation, head)
         progress(len(curve) / len(config.scales))
     write_curve(out, config.scales, curve)
 
@@ -103,6 +87,10 @@ class ReprobeConfig(CurveConfig):
         """Return what is of the choice of a learning rate, which it reads."""
         return {"probe": {"learning_rates", "rate_per_task"}}
 
+    def threaded(self) -> bool:
+        """Return that threads count: heads are fitted on the CPU, whatever the device."""
+        return True
+
 
 def reprobe_work(step: Step, sizes: Sizes) -> Work:
     """Training and validation images pass at every scale but 0; later rounds try at most two."""
@@ -115,7 +103,6 @@ def reprobe_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     3,
     ("torch",),
-    threaded=always,
     reads=["backbone", "task", "merged", "head", "rate", "plan"],
     writes=[HEADS, CURVE],
     work=reprobe_work,
@@ -123,15 +110,16 @@ def reprobe_work(step: Step, sizes: Sizes) -> Work:
 )
 def reprobed_curve(config: ReprobeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Fit a task's head again at the scales of this round; scale 0 gives the probed head itself."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["head"])
-    vector = open_vector(inputs["merged"], backbone, config.task)
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    head = artifacts.open_head(inputs["head"])
+    vector = artifacts.open_vector(inputs["merged"], backbone, config.task)
     rate, wanted = read_json(inputs["rate"] / RATE)["rate"], scales_of(config, inputs)
     scales = [scale for scale in wanted if scale != 0]
     how = (rate, config.probe, scales, config.seed, progress)
-    values, heads = search.reprobed_curve(backbone, vector, task, *how)
-    curve = dict(zip(scales, values, strict=True)) | {0.0: validation(inputs["head"])}
+    values, heads = scale_search.reprobed_curve(backbone, vector, task, *how)
+    curve = dict(zip(scales, values, strict=True)) | {0.0: artifacts.validation(inputs["head"])}
     fitted = dict(zip(scales, heads, strict=True)) | ({0.0: head} if 0 in wanted else {})
-    save_heads({scale_key(scale): fit for scale, fit in fitted.items()}, out / HEADS)
+    save_heads({artifacts.scale_key(scale): fit for scale, fit in fitted.items()}, out / HEADS)
     write_curve(out, wanted, curve)
 
 
@@ -154,6 +142,10 @@ class SurgeryConfig(CurveConfig):
     surgery: Surgery
     seed: int
 
+    def threaded(self) -> bool:
+        """Return that threads count: corrections are learned on the CPU, whatever the device."""
+        return True
+
 
 def surgery_work(step: Step, sizes: Sizes) -> Work:
     """Training images pass once by the fine-tuned encoder, then at every scale with validation images."""
@@ -169,7 +161,6 @@ def surgery_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch",),
-    threaded=always,
     reads=["backbone", "task", "merged", "finetuned", "plan"],
     writes=[HEADS, CURVE],
     work=surgery_work,
@@ -177,19 +168,20 @@ def surgery_work(step: Step, sizes: Sizes) -> Work:
 )
 def surgery_curve(config: SurgeryConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Learn a correction of features at the scales of this round, from unlabelled training images; heads are kept."""
-    backbone, task, head = open_backbone(inputs, config), open_task(inputs), open_head(inputs["finetuned"])
-    vector = open_vector(inputs["merged"], backbone, config.task)
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    head = artifacts.open_head(inputs["finetuned"])
+    vector = artifacts.open_vector(inputs["merged"], backbone, config.task)
     scales, per_patch = scales_of(config, inputs), head.task_type.per_patch
     heads, curve = {}, {}
-    with backbone.at(open_encoder(inputs["finetuned"], backbone)):
+    with backbone.at(artifacts.open_encoder(inputs["finetuned"], backbone)):
         wanted = backbone.features(task.train.images, per_patch=per_patch)
         for scale in scales:
             vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
             seen = backbone.features(task.train.images, per_patch=per_patch)
             heads[scale] = fit_surgery(seen, wanted, head, config.surgery, config.seed)
-            curve[scale] = accuracy(heads[scale], *features_of(backbone, task.validation, task.kind))
+            curve[scale] = heads[scale].accuracy(*features_of(backbone, task.validation, task.kind))
             progress(len(curve) / len(scales))
-    save_heads({scale_key(scale): fit for scale, fit in heads.items()}, out / HEADS)
+    save_heads({artifacts.scale_key(scale): fit for scale, fit in heads.items()}, out / HEADS)
     write_curve(out, scales, curve)
 
 
@@ -197,6 +189,10 @@ class AgreementConfig(CurveConfig):
     """At which scales, and on how many images, features are compared."""
 
     images: int
+
+    def threaded(self) -> bool:
+        """Return that threads count: features are compared on the CPU, whatever the device."""
+        return True
 
 
 def agreement_work(step: Step, sizes: Sizes) -> Work:
@@ -208,7 +204,6 @@ def agreement_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     1,
     ("torch", "numpy"),
-    threaded=always,
     reads=["backbone", "task", "merged", "finetuned"],
     writes=["agreement.json"],
     work=agreement_work,
@@ -216,8 +211,11 @@ def agreement_work(step: Step, sizes: Sizes) -> Work:
 )
 def agreement(config: AgreementConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Compare a merged encoder's features with the fine-tuned one's at every scale, on unlabelled training images."""
-    backbone, task = open_backbone(inputs, config), open_task(inputs)
-    vector, tuned = open_vector(inputs["merged"], backbone, config.task), open_encoder(inputs["finetuned"], backbone)
+    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
+    vector, tuned = (
+        artifacts.open_vector(inputs["merged"], backbone, config.task),
+        artifacts.open_encoder(inputs["finetuned"], backbone),
+    )
     images, per_patch = task.train.sample(config.images).images, TASK_TYPES[task.kind].per_patch
     values = alignment_curve(backbone, vector, tuned, images, config.scales, per_patch, progress)
     write_json(out / "agreement.json", {"scales": config.scales, "values": values})
@@ -247,18 +245,18 @@ class ChoiceConfig(Config):
 @step_type(1, reads=["rounds", "finetuned"], writes=[CHOICE], heading="search")
 def choose_scale(config: ChoiceConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the scale by mean normalised validation accuracy, and name the scales that a next round should try."""
-    tuned = validations(inputs["finetuned"])
+    tuned = artifacts.validations(inputs["finetuned"])
     scales: list[float] = []
     rows: list[tuple[float, ...]] = []
     for folders in inputs["rounds"]:
         curves = [read_json(folder / CURVE) for folder in folders]
         scales += curves[0]["scales"]
         rows += zip(*(curve["validation"] for curve in curves), strict=True)
-    values, grid = [search.objective(row, tuned) for row in rows], config.grid
-    best = search.argmax(scales, values)
+    values, grid = [scale_search.objective(row, tuned) for row in rows], config.grid
+    best = scale_search.argmax(scales, values)
     if not config.refine and best == max(grid) > min(grid):
         note(f"the largest scale that was tried, {best:g}, is the best: a wider grid (scales) may give more")
-    after = search.untried_neighbours(grid, scales, best, config.refine) if config.refine else []
+    after = scale_search.untried_neighbours(grid, scales, best, config.refine) if config.refine else []
     place = scales.index(best)
     choice = {"scale": best, "value": values[place], "accuracy": float(np.mean(rows[place])), "next": after}
     write_json(out / CHOICE, choice)
