@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from taskvec.core.errors import TaskvecError
-from taskvec.report.figures import counts, curves, dots, emergence, maps, registry, style
+from taskvec.report.figures import counts, curves, dots, emergence, heatmaps, registry, style
 from taskvec.report.figures import drawing as figures
 from taskvec.report.figures.style import line_styles
 
@@ -91,7 +91,7 @@ def test_method_gains_has_a_row_for_each_method() -> None:
 
 
 def test_heatmap_has_a_red_box_equal_axes_and_a_star_at_zero() -> None:
-    figure = maps.heatmaps(fixture.heatmap(), *PLACE)
+    figure = heatmaps.heatmaps(fixture.heatmap(), *PLACE)
     panels = _panels(figure)
     assert [ax.get_title(loc="left") for ax in panels] == ["mean of the pairs", "cars + dtd", "mnist + svhn"]
     for ax in panels:
@@ -110,18 +110,18 @@ def test_heatmap_puts_the_first_scale_on_x_and_is_light_where_disentangled() -> 
     rows = fixture.heatmap(pairs=[("cars", "dtd")])
     rows[["error_1", "error_2"]] = 0.0
     rows.loc[(rows["scale_1"] == 3) & (rows["scale_2"] == 0), "error_2"] = 0.5
-    (panel,) = _panels(maps.heatmaps(rows, *PLACE))
+    (panel,) = _panels(heatmaps.heatmaps(rows, *PLACE))
     values = np.ma.getdata(panel.collections[0].get_array()).reshape(11, 11)
     assert values[5, 10] == pytest.approx(50)
     assert values.sum() == pytest.approx(50)
-    light, dark = (sum(maps.MAP(level)[:3]) for level in (0.0, 1.0))
+    light, dark = (sum(heatmaps.MAP(level)[:3]) for level in (0.0, 1.0))
     assert light > 2 > 1 > dark
 
 
 def test_more_pairs_than_fit_are_counted_in_the_title() -> None:
     pairs = [(f"t{i}", f"t{j}") for i in range(9) for j in range(i)]
-    figure = maps.heatmaps(fixture.heatmap(pairs=pairs, points=3), *PLACE)
-    assert len(_panels(figure)) == maps.MOST_PANELS + 1
+    figure = heatmaps.heatmaps(fixture.heatmap(pairs=pairs, points=3), *PLACE)
+    assert len(_panels(figure)) == heatmaps.MOST_PANELS + 1
     assert "28 of 36 pairs shown" in figure.get_suptitle()
 
 
@@ -136,7 +136,7 @@ def test_written_twice_the_files_are_the_same_and_hold_no_date(tmp_path: Path) -
         assert b"CreationDate" not in data
         assert data.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG")
     assert figures._encode(dots.accuracies(rows, *PLACE), "png") == first[f"{stems[0]}.png"]
-    again = maps.heatmaps(errors, *PLACE)
+    again = heatmaps.heatmaps(errors, *PLACE)
     assert figures._encode(again, "png") == first[f"{stems[2]}.png"]
     again.set_layout_engine("none")
     assert figures._encode(again, "pdf") == first[f"{stems[2]}.pdf"]
@@ -230,7 +230,7 @@ def test_backbones_are_grouped_as_in_the_paper(whole: tuple[pd.DataFrame, pd.Dat
 
 def test_heatmaps_of_backbones_are_means_over_pairs_on_one_scale(whole: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     heat = whole[1]
-    figure = maps.by_backbone(heat, ["masked", "clip-large"], "full", "two of them")
+    figure = heatmaps.by_backbone(heat, ["masked", "clip-large"], "full", "two of them")
     first, second = _panels(figure)
     assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("masked", "clip-large")
     assert figure.get_suptitle() == "full, two of them (mean of 3 pairs of tasks)"
@@ -370,7 +370,7 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(TaskvecError, match="aligned"):
         curves.lambda_curves(rows, "alined")
     with pytest.raises(TaskvecError, match="lab:supervised, aligned"):
-        maps.heatmaps(fixture.heatmap(), "lab:super", "aligned")
+        heatmaps.heatmaps(fixture.heatmap(), "lab:super", "aligned")
     with pytest.raises(TaskvecError, match="none is known"):
         counts.combinations(rows, *PLACE)
     with pytest.raises(TaskvecError, match="none|aligned"):

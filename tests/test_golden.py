@@ -26,6 +26,7 @@ from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
 from taskvec.engine.pipeline import STEP_TYPES
 from taskvec.engine.store import NOTES, RECORD, Artifact, Store
+from taskvec.merging.registry import METHODS
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
@@ -210,6 +211,25 @@ def test_a_step_whose_output_changes_has_another_version(measured: Outputs) -> N
     assert not [line for line in told if line]
 
 
+def defaults() -> dict[str, Any]:
+    """Return what steps and merging methods take where they are not told: no fingerprint holds these values."""
+    steps = {name: STEP_TYPES[name].config.model_fields for name in sorted(own_kinds())}
+    methods = {name: METHODS[name].config.model_fields for name in sorted(METHODS)}
+    found = {
+        name: {key: field.default for key, field in sorted(fields.items()) if not field.is_required()}
+        for name, fields in (steps | methods).items()
+    }
+    return json.loads(json.dumps({name: values for name, values in found.items() if values}, default=str))
+
+
+def test_a_default_that_changes_has_another_version() -> None:
+    golden = json.loads(GOLDEN.read_text("utf-8"))
+    changed = [name for name, values in defaults().items() if values != golden["defaults"].get(name)]
+    assert changed == [], (
+        "raise the version of the step (of merge for a method), then python tests/test_golden.py --write"
+    )
+
+
 def test_a_changed_output_is_noticed_and_last_bits_are_not() -> None:
     golden = {"version": 1, "wrote": [{"a.json": {"x": 0.5}}, {"a.json": {"x": 0.25}}]}
     same = {"version": 1, "wrote": [{"a.json": {"x": 0.2500001}}, {"a.json": {"x": 0.5}}]}
@@ -225,5 +245,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         steps = outputs(Path(scratch))
     lines = ",\n".join(f'"{name}": {json.dumps(steps[name], sort_keys=True)}' for name in sorted(steps))
-    packages = json.dumps({name: version(name) for name in PACKAGES})
-    GOLDEN.write_text(f'{{"packages": {packages}, "steps": {{\n{lines}\n}}}}\n', "utf-8")
+    packages = json.dumps({name: version(name) for name in sorted(PACKAGES)})
+    values = json.dumps(defaults(), sort_keys=True)
+    text = f'{{"packages": {packages},\n"defaults": {values},\n"steps": {{\n{lines}\n}}}}\n'
+    GOLDEN.write_text(text, "utf-8")

@@ -71,7 +71,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 @pytest.mark.parametrize(
     ("package", "kinds"),
     [
-        ("torch", TRAINING | {"load_backbone", "build_model", "decode_task"}),  # the lab draws with it
+        ("torch", TRAINING | DECODING | {"load_backbone", "build_model"}),  # it draws splits
         ("numpy", DECODING | {"finetune", "merge", "single_task_predictions", "gains"}),  # random orders, bootstrap
         ("pillow", DECODING),
         ("matplotlib", {"decode_task"}),  # its fonts, which the lab draws
@@ -140,6 +140,14 @@ def test_the_tiles_of_a_cpu_count_where_it_trains(
 
 def test_a_display_name_counts_in_the_model_that_tells_it(root: Path) -> None:
     assert differing(identities(planned(root)), identities(planned(root, name="other"))) == {"build_model"}
+
+
+def test_a_label_names_one_step(root: Path) -> None:
+    text = STUDY.format(root=root, address="lab:random", task="lab:greek", name="net", threads=1, device="cpu")
+    text += "heads: [kept, reprobed, surgery]\nscales: per-task\n"
+    cells = plan(StudyFile(parse_study(text, "small"), text, root), Store(root / "store"))
+    steps = pipeline.ordered(step for cell in cells for step in cell.steps())
+    assert len({step.label for step in steps}) == len(steps)
 
 
 def test_a_pure_move_of_code_counts_nowhere(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def singles(g: Ground) -> list[Any]:
 
 
 CALLS: dict[str, Callable[[Ground], object]] = {
-    "alignment_curve": lambda g: alignment.alignment_curve(g.backbone, g.taus[0], g.taus[1], g.images[0], SCALES),
+    "alignment_curves": lambda g: alignment.alignment_curves(g.backbone, g.taus[0], g.taus[1], g.images[0], SCALES),
     "negate": lambda g: negation.negate(g.backbone, g.taus[0], tuple(g.tasks), g.pair[0], SCALES),
     "check": lambda g: batch_norm.check(g.backbone),
     "reestimate": lambda g: batch_norm.reestimate(g.backbone, g.taus[0], g.images[0], 8),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from taskvec.core.settings import Surgery
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone
-from taskvec.evaluation.alignment import alignment_curve, linear_cka
+from taskvec.evaluation.alignment import alignment_curves, linear_cka
 from taskvec.learning.heads import random_head, read_heads, save_heads
 from taskvec.learning.surgery import fit_surgery
 
@@ -48,7 +48,7 @@ def test_agreement_is_one_where_the_merge_is_the_fine_tuned_encoder(backbone: Ba
     generator = torch.Generator().manual_seed(1)
     vector = backbone.pretrained.with_flat(torch.randn(backbone.pretrained.flat.shape, generator=generator) / 5)
     tuned = backbone.pretrained.with_flat(backbone.pretrained.flat + vector.flat)
-    values = alignment_curve(backbone, vector, tuned, tasks[0].train.images, [0.0, 0.5, 1.0])
+    values = alignment_curves(backbone, vector, tuned, tasks[0].train.images, [0.0, 0.5, 1.0])["agreement"]
     assert values[2] == pytest.approx(1, abs=1e-6)
     assert values[0] < values[2]
     assert torch.equal(backbone.bound.flat, backbone.pretrained.flat)

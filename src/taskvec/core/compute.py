@@ -67,8 +67,9 @@ def resolve_precision(setting: str, device: str) -> Precision | Literal["wide"]:
     """
     if setting in ("float32", "bfloat16", "wide"):
         return cast("Precision | Literal['wide']", setting)
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if device.startswith("cuda"):  # a plan for a GPU that is elsewhere takes it for one of this decade
+        here = torch.cuda.is_available()
+        return "bfloat16" if not here or torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
     return "wide" if has_fast_bfloat16() else "float32"
 
 

@@ -30,7 +30,11 @@ def linear_cka(first: Float[Tensor, "count *patches width"], second: Float[Tenso
     return float(torch.linalg.norm(x.T @ y) ** 2 / within) if within > 0 else 0.0
 
 
-def alignment_curve(
+COMPARISONS = {"agreement": linear_cka}
+"""What a merged encoder's features are compared by with a fine-tuned one's, by the metric's name in results."""
+
+
+def alignment_curves(
     backbone: Backbone,
     merged: Weights,
     fine_tuned: Weights,
@@ -38,17 +42,18 @@ def alignment_curve(
     scales: Sequence[float],
     per_patch: bool = False,
     progress: Progress = no_progress,
-) -> list[float]:
-    """Return the linear CKA of the features at each scale along a merged vector with a fine-tuned encoder's.
+) -> dict[str, list[float]]:
+    """Return every comparison of the features at each scale along a merged vector with a fine-tuned encoder's.
 
-    The mean over tasks is a guess of where re-probed heads do best; how merged representations align with those of
-    single tasks is what arXiv 2604.12935 works on.
+    The mean alignment over tasks is a guess of where re-probed heads do best; related work is arXiv 2604.12935.
     """
-    values = []
+    values: dict[str, list[float]] = {name: [] for name in COMPARISONS}
     with backbone.at(fine_tuned):
         target = backbone.features(images, per_patch=per_patch)
         for index, scale in enumerate(scales):
             vectors.move(backbone.bound, backbone.pretrained, [merged], [scale])
-            values.append(linear_cka(backbone.features(images, per_patch=per_patch), target))
+            features = backbone.features(images, per_patch=per_patch)
+            for name, compare in COMPARISONS.items():
+                values[name].append(compare(features, target))
             progress((index + 1) / len(scales))
     return values

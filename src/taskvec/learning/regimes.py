@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Start = Literal["probed", "zero-shot", "random"]
 
@@ -30,11 +30,6 @@ class Regime:
     def opens(self) -> bool:
         """Whether it starts from a zero-shot head, which needs a text tower and captions (open vocabulary)."""
         return self.start == "zero-shot"
-
-    @property
-    def expansion(self) -> dict[str, Any]:
-        """Return what steps are told that open its encoders: whether they are linearised."""
-        return {"linearised": True} if self.linearised else {}
 
 
 REGIMES = {

@@ -92,15 +92,15 @@ Entries = Iterable[tuple[Entry, "Float32[Tensor, ' tasks ...']"]]
 
 @dataclass(frozen=True)
 class Masked:
-    """What a per-task method gives for one entry: task t moves by rescales[t] * masks[t] * shared."""
+    """What a per-task method gives for one entry: task t moves by rescales[t] * masks[t] * common, a shared vector."""
 
-    shared: Float32[Tensor, " *shape"]
+    common: Float32[Tensor, " *shape"]
     masks: Bool[Tensor, " tasks *shape"]
     rescales: Float32[Tensor, " tasks"]
 
     def of(self, task: int) -> Float32[Tensor, " *shape"]:
         """Return one task's direction."""
-        return self.shared * self.masks[task] * self.rescales[task]
+        return self.common * self.masks[task] * self.rescales[task]
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
     for entry, result in apply(recipe, check_entries(recipe, entries)):
         assert isinstance(result, Masked)
         slot = starts[entry.name]
-        view(shared, slot).copy_(result.shared)
+        view(shared, slot).copy_(result.common)
         masks[:, slot.start : slot.start + slot.size] = result.masks.reshape(tasks, -1).cpu()
         rescales.append(result.rescales.cpu())
     packed = torch.stack([pack_bits(mask) for mask in masks])

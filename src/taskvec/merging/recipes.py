@@ -227,7 +227,7 @@ class Stage:
         """Return what the method makes of an entry; what has another shape, which could be stretched to it, raises."""
         known = replace(entry, global_statistics=self.global_statistics, drawn=self.drawn)
         result = self.method.function(vectors, known, self.config)
-        tensor = result.shared if isinstance(result, Masked) else result
+        tensor = result.common if isinstance(result, Masked) else result
         wanted = tuple(vectors.shape[self.method.role != "transform" :])
         if (shape := tuple(getattr(tensor, "shape", ("nothing",)))) != wanted:
             problem = f"method '{self.method.name}' makes {shape} of '{entry.name}', where {wanted} belongs"

@@ -135,8 +135,8 @@ class Writer:
             variant, heads = trial.variant, trial.read_by
             yield from self.measured(variant, heads, scale, "test", values, made_by, config)
             for baseline, gained in gains.items():
-                for place, gain in gained[str(index)].items():
-                    task = exp.tasks[int(place)] if place else ""
+                named = {exp.tasks[int(place)] if place else "": gain for place, gain in gained[str(index)].items()}
+                for task, gain in sorted(named.items()):
                     for part, end in ENDS.items():
                         metric = f"gain_over_{baseline}{end}"
                         yield self.row(variant, heads, scale, task, "test", metric, gain[part], made_by[task], config)

@@ -72,6 +72,13 @@ class Loaded:
     state: Callable[[nn.Module], State | None]
     origin: Callable[[], dict[str, str]]
 
+    def __post_init__(self) -> None:
+        """Raise where the architecture does not tell the input size in pixels, which plans and views need."""
+        if not isinstance(self.architecture["options"].get("size"), int):
+            raise ValueError(
+                f"the options of an architecture of '{self.architecture['family']}' have no size in pixels"
+            )
+
 
 Outline = tuple[dict[str, Any], Callable[[nn.Module], Preprocessing]]
 """An architecture, and how its module sees images."""

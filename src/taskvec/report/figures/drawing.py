@@ -26,7 +26,7 @@ from taskvec.report.figures.counts import COMBINATIONS, COUNTS, ERRORS
 from taskvec.report.figures.curves import BACKBONES, LAMBDA, LAMBDAS
 from taskvec.report.figures.dots import ACCURACIES, GAINS, SCALES
 from taskvec.report.figures.emergence import EMERGENCE
-from taskvec.report.figures.maps import HEATMAP, HEATMAPS
+from taskvec.report.figures.heatmaps import HEATMAP, HEATMAPS
 from taskvec.report.figures.registry import Draw, FigureType, Run
 from taskvec.report.figures.style import STYLE
 from taskvec.report.texts import short_backbone

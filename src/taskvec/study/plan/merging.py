@@ -8,6 +8,7 @@ from typing import Any
 from taskvec.core.settings import coarse
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import Step
+from taskvec.evaluation.alignment import COMPARISONS
 from taskvec.learning.head_modes import HEAD_MODES
 from taskvec.merging import plugins
 from taskvec.merging.registry import Recipe
@@ -45,8 +46,8 @@ def try_method(
             trial.selection = choose_scale(planner, exp, trial, stride)
         exp.trials.append(trial)
         if planner.study.agreement and kind == "reprobed" and len(trial.grid) > 1:
-            compared = {t: agreement_curve(planner, t, exp, trial, shared) for t in exp.tasks}
-            trial.measures["agreement"] = compared
+            compared = {t: comparison_curve(planner, t, exp, trial, shared) for t in exp.tasks}
+            trial.measures |= dict.fromkeys(COMPARISONS, compared)
         if shared.choice.batch_norm == "reestimated" and kind == "kept" and not trial.per_task:
             exp.trials.append(reestimate(planner, exp, trial, shared))
 
@@ -122,12 +123,12 @@ def curve(
     return planner.step(searching.reprobed_curve, label, probing, inputs, cost)
 
 
-def agreement_curve(planner: Planner, task: str, exp: Experiment, trial: Trial, shared: SharedSteps) -> Step:
+def comparison_curve(planner: Planner, task: str, exp: Experiment, trial: Trial, shared: SharedSteps) -> Step:
     """Compare features with the task's fine-tuned encoder at every scale of the grid."""
     inputs = {"backbone": shared.encoder, "task": shared.data[task], "merged": trial.merged}
     inputs |= {"finetuned": exp.finetuned[task]}
     images, how = planner.study.agreement, tried(planner, task, exp, trial)
-    config = searching.AgreementConfig(scales=trial.grid, images=images, **how)
+    config = searching.AgreementConfig(scales=trial.grid, images=images, metrics=list(COMPARISONS), **how)
     label, cost = f"agreement on {task}: {trial.title} {exp.where}", float((1 + len(trial.grid)) * images)
     return planner.step(searching.agreement, label, config, inputs, cost)
 
@@ -135,7 +136,11 @@ def agreement_curve(planner: Planner, task: str, exp: Experiment, trial: Trial, 
 def choose_scale(planner: Planner, exp: Experiment, trial: Trial, stride: int) -> Step:
     """Plan the choice of a scale after a round; with a stride it names the scales of the next one."""
     inputs = {"rounds": [list(curves.values()) for curves in trial.rounds], "finetuned": list(exp.finetuned.values())}
-    config, label = searching.ChoiceConfig(grid=trial.grid, refine=stride), f"choose lambda: {trial.title} {exp.where}"
+    config, number = (
+        searching.ChoiceConfig(grid=trial.grid, refine=stride),
+        f", round {len(trial.rounds)}" * bool(stride),
+    )
+    label = f"choose lambda{number}: {trial.title} {exp.where}"
     return planner.step(searching.choose_scale, label, config, inputs)
 
 

@@ -92,7 +92,7 @@ def views(step: Step, sizes: Sizes) -> Work:
 
 @step_type(
     3,
-    ("numpy", "pillow"),
+    ("numpy", "pillow", "torch"),  # torch draws the splits
     reads=["preprocessing"],
     writes=["classes.json", *(f"{split}{end}.npy" for split in SPLITS for end in ("", "-labels"))],
     work=views,
@@ -110,7 +110,13 @@ def whole_images(step: Step, sizes: Sizes) -> Work:
     return Work(decoding=images * step.config.seconds(), disk=images * (3 * pixels + 16))
 
 
-@step_type(3, ("numpy", "pillow"), reads=["preprocessing"], work=whole_images)
+@step_type(
+    3,
+    ("numpy", "pillow", "torch"),
+    reads=["preprocessing"],
+    writes=["pixels.npy", "shapes.npy", "kept.json"],
+    work=whole_images,
+)
 def decode_training(config: DecodeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode a task's whole training images once."""
     tasks.write_training(config.address, artifacts.open_view(inputs), config.limit, out, progress, **config.reading())

@@ -16,7 +16,7 @@ from taskvec.engine.pipeline import Config, Inputs, Step, step_type
 from taskvec.engine.work import Work
 from taskvec.evaluation import scale_search
 from taskvec.evaluation.accuracy import accuracy
-from taskvec.evaluation.alignment import alignment_curve
+from taskvec.evaluation.alignment import alignment_curves
 from taskvec.learning.heads import features_of, save_heads
 from taskvec.learning.surgery import fit_surgery
 from taskvec.study import artifacts
@@ -189,6 +189,7 @@ class AgreementConfig(CurveConfig):
     """At which scales, and on how many images, features are compared."""
 
     images: int
+    metrics: list[str]
 
     def threaded(self) -> bool:
         """Return that threads count: features are compared on the CPU, whatever the device."""
@@ -205,7 +206,7 @@ def agreement_work(step: Step, sizes: Sizes) -> Work:
     1,
     ("torch", "numpy"),
     reads=["backbone", "task", "merged", "finetuned"],
-    writes=["agreement.json"],
+    writes=lambda config: [f"{metric}.json" for metric in config.metrics],
     work=agreement_work,
     heading="search",
 )
@@ -217,8 +218,9 @@ def agreement(config: AgreementConfig, inputs: Inputs, out: Path, progress: Prog
         artifacts.open_encoder(inputs["finetuned"], backbone),
     )
     images, per_patch = task.train.sample(config.images).images, TASK_TYPES[task.kind].per_patch
-    values = alignment_curve(backbone, vector, tuned, images, config.scales, per_patch, progress)
-    write_json(out / "agreement.json", {"scales": config.scales, "values": values})
+    curves = alignment_curves(backbone, vector, tuned, images, config.scales, per_patch, progress)
+    for metric in config.metrics:
+        write_json(out / f"{metric}.json", {"scales": config.scales, "values": curves[metric]})
 
 
 class OptionConfig(Config):
