@@ -115,18 +115,10 @@ def finetune_tasks(
     """Return a copy of the encoder that minimises the mean loss over tasks; every batch holds images of every task.
 
     A head that is None starts at random, from the seed; heads are frozen unless ``head_learns``. With ``lora`` only
-    low-rank adapters learn, whose product alpha / rank * B A is added in the end. A linearised encoder is one fixed
-    function of its weights: dropout is off. Batch norm keeps its statistics where heads are frozen, which were fitted
-    under them.
+    low-rank adapters learn, whose product alpha / rank * B A is added in the end.
     """
     settings = settings or Finetune()
-    with backbone.lock:  # what moves it may change its layers too
-        module = copy.deepcopy(backbone.module)
-    bound = bind(module)
-    bound.flat.copy_(backbone.pretrained.flat)
-    module.train(backbone.base is None)
-    for layer in [] if head_learns else batch_norm.layers(module):
-        layer.eval()
+    module, bound = training_copy(backbone, head_learns)
     images = max(1, settings.batch_size // settings.accumulate // len(tasks))
     check_batch(module, images * len(tasks))
     chosen = training_precision(backbone, precision)
@@ -152,11 +144,32 @@ def finetune_tasks(
         learning = [*weights, *(p for head in learned for p in (head.weight, head.bias) if head_learns)]
         train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
     tuned = lora_layers.merged(adapted, bound) if adapted is not None else bound.clone()
+    check_finite(tuned, settings)
+    return FinetuneResult(tuned, tuple(head.on("cpu") for head in learned))
+
+
+def training_copy(backbone: Backbone, head_learns: bool) -> tuple[torch.nn.Module, Weights]:
+    """Return a copy of the encoder in its mode of training, and the buffer that its parameters are views of.
+
+    A linearised encoder is one fixed function of its weights: dropout is off. Batch norm keeps its statistics where
+    heads are frozen, which were fitted under them.
+    """
+    with backbone.lock:  # what moves it may change its layers too
+        module = copy.deepcopy(backbone.module)
+    bound = bind(module)
+    bound.flat.copy_(backbone.pretrained.flat)
+    module.train(backbone.base is None)
+    for layer in [] if head_learns else batch_norm.layers(module):
+        layer.eval()
+    return module, bound
+
+
+def check_finite(tuned: Weights, settings: Finetune) -> None:
+    """Raise where training has ended in NaN or infinity."""
     if not bool(torch.isfinite(tuned.flat).all()):
         raise DivergedError(
             f"fine-tuning diverged at learning rate {settings.learning_rate:g}", "lower finetune.learning_rate"
         )
-    return FinetuneResult(tuned, tuple(head.on("cpu") for head in learned))
 
 
 def training_precision(backbone: Backbone, setting: str) -> Precision:
