@@ -20,7 +20,7 @@ from taskvec.encoders import identity
 from taskvec.encoders.backbone import load_backbone
 from taskvec.encoders.loaders import families as loaders
 from taskvec.encoders.loaders import timm as timm_loader
-from taskvec.encoders.loaders.checkpoints import Reading, read_pickle
+from taskvec.encoders.loaders.checkpoints import Reading, read_weights_only
 from taskvec.encoders.loaders.requests import Request
 from taskvec.encoders.loaders.timm import preprocessing, state_for, translate
 from taskvec.encoders.records import read_backbone, write_backbone
@@ -158,7 +158,7 @@ def test_pickles_load_only_when_asked_for(tmp_path: Path) -> None:
 def test_pickles_of_tensors_load_on_the_oldest_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.serialization, "safe_globals", raising=False)  # younger than torch 2.3
     torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "w.pth")
-    assert read_pickle(tmp_path / "w.pth")["state_dict"]["w"].tolist() == [1, 1]
+    assert read_weights_only(tmp_path / "w.pth")["state_dict"]["w"].tolist() == [1, 1]
 
 
 def test_kernels_of_another_patch_size_are_refused_in_any_keys(tmp_path: Path) -> None:

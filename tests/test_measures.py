@@ -146,7 +146,7 @@ def test_the_search_reads_validation_and_never_test(backbone: Backbone, tasks: l
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=21))
 def test_ties_go_to_the_smaller_scale(values: list[int]) -> None:
     scales = [round(0.05 * i, 10) for i in range(len(values))]
-    assert search.argmax(scales, values) == scales[values.index(max(values))]
+    assert search.best_candidate(scales, values) == scales[values.index(max(values))]
 
 
 @given(st.integers(0, 20))
@@ -155,9 +155,9 @@ def test_coarse_to_fine_finds_the_peak_of_any_single_peaked_curve(peak: int) -> 
     value = {scale: -abs(i - peak) for i, scale in enumerate(grid)}
     tried = settings.coarse(grid)
     for step in (2, 1):
-        best = search.argmax(tried, [value[s] for s in tried])
+        best = search.best_candidate(tried, [value[s] for s in tried])
         tried += search.untried_neighbours(grid, tried, best, step)
-    assert search.argmax(tried, [value[s] for s in tried]) == grid[peak]
+    assert search.best_candidate(tried, [value[s] for s in tried]) == grid[peak]
     assert len(tried) == len(set(tried)) <= 9
 
 

@@ -147,7 +147,7 @@ def test_coarse_search_agrees_with_a_full_one_where_it_looked(backbone: Backbone
     coarse = search.coarse_search(backbone, merged, tasks, probed, normal, full.scales)
     known = dict(zip(full.scales, full.values, strict=True))
     assert list(coarse.values) == pytest.approx([known[scale] for scale in coarse.scales])
-    assert coarse.scale == search.argmax(coarse.scales, coarse.values)
+    assert coarse.scale == search.best_candidate(coarse.scales, coarse.values)
     assert 5 <= len(coarse.scales) <= 9
 
 

@@ -34,7 +34,7 @@ class Source:
     on disk; ``folder`` the folder that is read whole. ``captions`` returns a caption for each class in the words of the
     lab's text encoders, None for a task without, and ``paper`` what is known of a task without its data. ``counts`` are
     the images by split of a source that draws them. Training crops are cut from whole images where the source
-    ``has_whole`` ones. Where there are ``class_folders``, paths tell the labels, and no name tells a data set.
+    ``has_whole`` ones. With ``class_folders`` labels come from the names of folders.
     """
 
     read: Callable[[str], Listing]

@@ -19,7 +19,7 @@ from taskvec.weights import vectors
 from taskvec.weights.flat import Weights
 
 COORDINATE_STRIDES = (4, 1)
-"""A coordinate search moves each task's scale by so many places of the grid."""
+"""Strides of the coordinate search in places of the grid: coarse, then fine."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ScaleSearch:
     accuracies: tuple[tuple[float, ...], ...]
 
 
-def argmax(candidates: Sequence[float], values: Sequence[float]) -> float:
+def best_candidate(candidates: Sequence[float], values: Sequence[float]) -> float:
     """Return the candidate (a scale, a rate) with the highest value; ties go to the smaller one."""
     return max(zip(candidates, values, strict=True), key=lambda pair: (pair[1], -pair[0]))[0]
 
@@ -153,7 +153,7 @@ def coarse_search(
     def best_of(scales: Sequence[float]) -> float:
         curves = [kept_curve(backbone, merged, *pair, scales) for pair in zip(tasks, heads, strict=True)]
         rows.update({scale: tuple(curve[i] for curve in curves) for i, scale in enumerate(scales)})
-        return argmax(list(rows), [objective(row, fine_tuned) for row in rows.values()])
+        return best_candidate(list(rows), [objective(row, fine_tuned) for row in rows.values()])
 
     best = best_of(coarse(grid))
     for step in (2, 1):
@@ -198,7 +198,10 @@ def search_scale(
     method: str = ADDITION,
     scales: str | Sequence[float] | None = None,
 ) -> ScaleSearch:
-    """Choose the scale with kept heads by the highest mean normalised accuracy on the tasks' validation splits."""
+    """Choose the scale with kept heads by the highest mean normalised accuracy on the tasks' validation splits.
+
+    A study tries scales in steps of its own, and the step ``choose_scale`` chooses by the same rule.
+    """
     grid = (
         parse_scales(scales or find_recipe(method).scales)
         if scales is None or isinstance(scales, str)
@@ -209,4 +212,4 @@ def search_scale(
     curves = [kept_curve(backbone, merged, task, head, grid) for task, head in zip(tasks, heads, strict=True)]
     rows = tuple(zip(*curves, strict=True))
     values = tuple(objective(row, tuned) for row in rows)
-    return ScaleSearch(argmax(grid, values), tuple(grid), values, rows)
+    return ScaleSearch(best_candidate(grid, values), tuple(grid), values, rows)

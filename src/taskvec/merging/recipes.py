@@ -33,7 +33,7 @@ Law = Literal["one task", "order", "homogeneous"]
 
 - "one task": the direction of one task is its vector, so that scale 1 gives the fine-tuned weights back;
 - "order": the order of the tasks does not matter, up to rounding;
-- "homogeneous": the direction of c * tau is c times that of tau.
+- "homogeneous": the direction of c * tau is c times that of tau, for c > 0.
 """
 
 
@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {}
 ADDITION = "task_arithmetic"
 """The paper's method, by its name in the registry and in results."""
 FIXED = "1:1:1"
-"""The scales of methods that give merged weights themselves."""
+"""The scale of methods whose direction leads to the merged weights themselves: no other makes sense."""
 MIDDLE, WIDE = "0:2:0.1", "0:3:0.15"
 """The scales of methods whose direction is shorter, or much shorter, than the sum of the vectors."""
 RESERVED = ("probing", "zero_shot", "fine_tuned", "joint")

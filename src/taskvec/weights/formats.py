@@ -33,7 +33,7 @@ def format_of(name: str) -> tuple[str, str] | None:
     return (what, fix or CONVERT) if what else None
 
 
-def check_pickle(file: Path | str, allow_pickle: bool) -> None:
+def refuse_pickle(file: Path | str, allow_pickle: bool) -> None:
     """Raise unless a file is safetensors, or pickles were allowed; other libraries' files are named as such."""
     if other := format_of(Path(file).name):
         raise TaskvecError(f"'{file}' is {other[0]}", other[1])

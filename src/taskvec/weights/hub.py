@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from taskvec.core.errors import TaskvecError, first_line
-from taskvec.weights.formats import check_pickle
+from taskvec.weights.formats import refuse_pickle
 
 SECONDS = 5.0
 """How long the hub may take to answer, after which there is no network."""
@@ -75,7 +75,7 @@ def fetch(repo: str, files: Sequence[str], allow_pickle: bool, wanted: str, inst
         if exists(repo, file, wanted, instead):
             return download(repo, file, wanted, instead)
     if path is None and len(safe) < len(files):
-        check_pickle(f"{repo}/{next(file for file in files if file not in safe)}", allow_pickle)
+        refuse_pickle(f"{repo}/{next(file for file in files if file not in safe)}", allow_pickle)
     if path is None:
         raise TaskvecError(f"'{wanted}' needs {' or '.join(files)} of '{repo}', which the hub does not hold", instead)
     return path

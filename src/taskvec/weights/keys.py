@@ -18,7 +18,7 @@ HEADS = re.compile(
     r"(?!conv|.*att)(\w+_)?(heads?|classifier|pooler)|head_dist|classifier_distill|fc|score|last_linear|mask_token|"
     r"logit_scale|decoder_(embed|pos_embed|blocks|norm|pred)"
 )
-"""Parts of names of what reads an encoder and is none of it."""
+"""Parts of names of heads and decoders, which stand on an encoder and are none of it."""
 FEATURES = re.compile(r"(layer_?)?norm|.*att.*|probe")
 """Parts of names that, next to those, are of the encoder all the same: they make its feature out of its tokens."""
 CLASSIFIERS = (

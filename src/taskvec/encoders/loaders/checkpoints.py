@@ -17,7 +17,7 @@ from torch import Tensor
 from taskvec.core.errors import TaskvecError, did_you_mean, first_line
 from taskvec.core.notes import note
 from taskvec.weights.flat import check_kinds, read
-from taskvec.weights.formats import WEIGHT_SUFFIXES, check_pickle, format_of, is_safetensors
+from taskvec.weights.formats import WEIGHT_SUFFIXES, format_of, is_safetensors, refuse_pickle
 from taskvec.weights.keys import AVERAGED, CLASSIFIERS, COUNTER, WRAPPERS, prefixes, unwrapped
 
 MEMBERS = ("model.", "net.", "network.", "backbone.", "encoder.")
@@ -71,7 +71,7 @@ def check_file(given: str, allow_pickle: bool) -> Path:
         )
     if not path.is_file():
         raise TaskvecError(f"no weights file at '{path}'", "give the path of a .safetensors file after the @")
-    check_pickle(path, allow_pickle)
+    refuse_pickle(path, allow_pickle)
     return path
 
 
@@ -143,7 +143,7 @@ def read_checkpoint(path: Path, wanted: Mapping[str, Tensor] | None = None, key:
     does and a note tells. Where most of what is wanted is nowhere, one of the largest dictionaries is read.
     """
     wanted = wanted or {}
-    states = {"": read(path)} if is_safetensors(path) else dictionaries(read_pickle(path))
+    states = {"": read(path)} if is_safetensors(path) else dictionaries(read_weights_only(path))
     if not any(states.values()):
         raise TaskvecError(f"'{path}' is not a dictionary of tensors", "save the model's state_dict() as safetensors")
     parts = [part for place, state in states.items() for part in parts_of(place, state, wanted)]
@@ -227,7 +227,7 @@ def options_admitted() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if admitted is None else admitted([argparse.Namespace])
 
 
-def read_pickle(path: Path) -> Any:
+def read_weights_only(path: Path) -> Any:
     """Read what was pickled with ``weights_only=True``."""
     try:
         with warnings.catch_warnings(), options_admitted():

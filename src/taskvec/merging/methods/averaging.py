@@ -28,7 +28,7 @@ class Slerp(Settings):
 
 
 class Lines(Settings):
-    """The factor of the first layer (1 / T if None) and what the last one has more."""
+    """The factor of the first layer (1 / T if None), and what is added to it up to the last layer."""
 
     alpha: FiniteFloat | None = None
     beta: FiniteFloat = 0.5
@@ -40,7 +40,7 @@ def total(vectors: Float32[Tensor, " tasks *shape"]) -> Float32[Tensor, " *shape
 
 
 def precise_total(vectors: Float32[Tensor, " tasks *shape"]) -> Float64[Tensor, " *shape"]:
-    """Return the sum over tasks in float64, whose sign does not hang on the order of the tasks when they cancel."""
+    """Return the sum over tasks in float64, whose sign does not depend on the order of the tasks when they cancel."""
     if isinstance(vectors, np.ndarray):
         return vectors.sum(0, dtype=np.float64)
     import torch

@@ -18,7 +18,7 @@ from taskvec.encoders.backbone import Backbone, text_features
 from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, step_type
 from taskvec.engine.work import Work
 from taskvec.evaluation.accuracy import Scores, accuracy, per_image_scores
-from taskvec.evaluation.scale_search import argmax
+from taskvec.evaluation.scale_search import best_candidate
 from taskvec.learning import external, finetuning
 from taskvec.learning.heads import Head, class_texts, probe, read_heads, save_heads, zero_shot_head
 from taskvec.study import artifacts
@@ -35,7 +35,7 @@ class ProbeConfig(Config):
     seed: int
 
     def unused(self) -> dict[str, set[str]]:
-        """Return what is of the choice among the probes."""
+        """Return the settings that only choose among the probes."""
         return {"probe": {"rate_per_task"}}
 
     def threaded(self) -> bool:
@@ -74,7 +74,7 @@ def choose_rate(config: Config, inputs: Inputs, out: Path, progress: Progress) -
     curves = [read_json(folder / "probe.json") for folder in inputs["probes"]]
     means = np.mean([curve["validation"] for curve in curves], axis=0)
     rates = curves[0]["rates"]
-    best = argmax(rates, means.tolist())
+    best = best_candidate(rates, means.tolist())
     write_json(out / RATE, {"index": rates.index(best), "rate": best})
 
 
@@ -284,4 +284,4 @@ def choose_learning_rate(config: RatesConfig, inputs: Inputs, out: Path, progres
 
     It writes no more: what reads it depends on the choice alone.
     """
-    write_json(out / RATE, {"rate": argmax(config.rates, artifacts.validations(inputs["finetuned"]))})
+    write_json(out / RATE, {"rate": best_candidate(config.rates, artifacts.validations(inputs["finetuned"]))})

@@ -84,7 +84,7 @@ class ReprobeConfig(CurveConfig):
     seed: int
 
     def unused(self) -> dict[str, set[str]]:
-        """Return what is of the choice of a learning rate, which it reads."""
+        """Return the settings that only choose a learning rate, which the step reads."""
         return {"probe": {"learning_rates", "rate_per_task"}}
 
     def threaded(self) -> bool:
@@ -255,7 +255,7 @@ def choose_scale(config: ChoiceConfig, inputs: Inputs, out: Path, progress: Prog
         scales += curves[0]["scales"]
         rows += zip(*(curve["validation"] for curve in curves), strict=True)
     values, grid = [scale_search.objective(row, tuned) for row in rows], config.grid
-    best = scale_search.argmax(scales, values)
+    best = scale_search.best_candidate(scales, values)
     if not config.refine and best == max(grid) > min(grid):
         note(f"the largest scale that was tried, {best:g}, is the best: a wider grid (scales) may give more")
     after = scale_search.untried_neighbours(grid, scales, best, config.refine) if config.refine else []

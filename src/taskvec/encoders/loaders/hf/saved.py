@@ -11,12 +11,12 @@ from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import file_digest, fingerprint
-from taskvec.encoders.loaders.checkpoints import dictionaries, read_pickle
+from taskvec.encoders.loaders.checkpoints import dictionaries, read_weights_only
 from taskvec.encoders.loaders.hf import processors
 from taskvec.encoders.loaders.requests import Request, read_object
 from taskvec.weights import hub
 from taskvec.weights.flat import COMPUTED, check_kinds, read, read_keys
-from taskvec.weights.formats import check_pickle
+from taskvec.weights.formats import refuse_pickle
 from taskvec.weights.keys import BUFFERS, COUNTER, unwrapped
 from taskvec.weights.reader import FLOATS, Checkpoint, read_index
 
@@ -154,7 +154,7 @@ def checked_files(folder: Path, allow_pickle: bool) -> list[Path]:
         raise TaskvecError(f"folder '{folder}' has no weights", f"it should hold {WEIGHTS[0]}")
     files = shards(weights)
     for file in files:
-        check_pickle(file, allow_pickle)
+        refuse_pickle(file, allow_pickle)
         if not file.is_file():
             raise TaskvecError(f"'{weights}' names '{file.name}', which is missing", "copy the whole folder again")
         if file.suffix == ".safetensors":
@@ -182,7 +182,7 @@ def check_types(files: Sequence[Path]) -> None:
             with Checkpoint(file) as checkpoint:
                 types = {name: stored.dtype for name, stored in checkpoint.tensors.items()}
         else:
-            state = dictionaries(read_pickle(file)).get("", {})
+            state = dictionaries(read_weights_only(file)).get("", {})
             check_kinds(state, {}, f"'{file}'")
             types = {name: "F32" if tensor.dtype in COMPUTED else str(tensor.dtype) for name, tensor in state.items()}
         for name, kind in types.items():
