@@ -35,7 +35,7 @@ PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
 TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)
 SCALES = [0.0, 0.5, 1.0]
 MODULES = (alignment, batch_norm, disentangling, evaluation, finetuning, heads, measuring, negation, search)
-PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all"}
+PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all", "training_copy"}
 """What looks through the present weights in the present mode, or moves them, for others that put them back."""
 
 

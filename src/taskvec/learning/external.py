@@ -293,17 +293,18 @@ def make_head(
     check_kinds(layers, {key: torch.empty(0) for key in layers}, source)
     rows = tensors[weight].float()
     bias = tensors.get(weight.removesuffix("weight") + "bias", torch.zeros(len(rows))).float()
-    head = Head(rows, bias, **{"kind": task.kind, **fields})
-    if head.kind != task.kind:
-        raise TaskvecError(f"{source} is a head for {head.kind}, and '{task.name}' is a task of {task.kind}", "swap it")
+    fields = {"kind": task.kind, **fields}
+    if (kind := fields["kind"]) != task.kind:
+        raise TaskvecError(f"{source} is a head for {kind}, and '{task.name}' is a task of {task.kind}", "swap it")
     check_shape(rows, bias, task, width, source)
+    head = Head(rows, bias, **fields)
     if not names and task.kind == CLASSIFICATION:
         note(f"{source} names no classes: its outputs are taken in the order of task '{task.name}'")
     return in_task_order(head, names or task.classes, task, source)
 
 
 def check_shape(
-    rows: Float[Tensor, "outputs width"], bias: Float[Tensor, " outputs"], task: Task, width: int, source: str
+    rows: Float[Tensor, "outputs width"], bias: Float[Tensor, " biases"], task: Task, width: int, source: str
 ) -> None:
     """Raise unless a head reads as many features as the encoder gives and has as many outputs as the task."""
     outputs, wanted, what = len(rows), len(task.classes), "classes" if task.kind == CLASSIFICATION else "outputs"
