@@ -22,6 +22,11 @@ from taskvec.encoders.backbone import Backbone, assemble
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    shapes.check_sample(item.nodeid)
+
+
 @pytest.fixture
 def backbone() -> Backbone:
     torch.manual_seed(0)
