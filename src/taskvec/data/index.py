@@ -41,8 +41,8 @@ class Rows(Protocol):
         """Return the rows at ``indices``."""
 
 
-Items = Sequence[Path] | Rows | UInt8[np.ndarray, "_ 3 height width"]
-"""Images of a split: files, rows of a table, or pixels."""
+Items = Sequence[Path] | Sequence[Encoded] | Rows | UInt8[np.ndarray, "_ 3 height width"]
+"""Images of a split: files, encoded images, rows of a table, or pixels."""
 
 
 @dataclass(frozen=True)
