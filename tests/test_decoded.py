@@ -231,8 +231,8 @@ def test_both_caches_hold_the_same_images_or_are_refused(tmp_path: Path) -> None
     write_json(tmp_path / "preprocessing.json", TO.decoding())
     for decode in (loading.decode_task, loading.decode_training):
         with pytest.raises(TaskvecError, match="has changed since the run began"):
-            config = {"address": address, "limit": None, "source": known}
-            decode(config, {"preprocessing": [tmp_path]}, tmp_path / "later", no_progress)
+            config = loading.DecodeConfig(address=str(address), limit=None, source=known)
+            decode.function(config, {"preprocessing": tmp_path}, tmp_path / "later", no_progress)
     first.unlink()  # as many as before, and others
     tasks.write_training(address, TO, None, tmp_path / "later", known=known)
     assert task.train.whole is not None
