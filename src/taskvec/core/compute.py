@@ -15,6 +15,8 @@ from taskvec.core.errors import TaskvecError
 
 Made = TypeVar("Made")
 Precision = Literal["float32", "bfloat16"]
+PassPrecision = Literal["float32", "tf32", "float16"]
+"""Precision of passes that learn nothing: float32, with TF32 in matrix products, or float16 autocast."""
 Use = Literal["training", "evaluation"]
 
 WIDE = 128

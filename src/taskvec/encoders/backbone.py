@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from taskvec.core.compute import choose_device
+from taskvec.core.compute import PassPrecision, choose_device
 from taskvec.core.errors import TaskvecError, first_line
 from taskvec.core.notes import note
 from taskvec.core.progress import Progress, no_progress
@@ -26,6 +26,9 @@ from taskvec.encoders.loaders.families import build
 from taskvec.weights.flat import Weights, align, bind, check_filled, read
 from taskvec.weights.keys import COUNTER, parts
 
+Images = UInt8[np.ndarray, "count 3 size size"] | UInt8[Tensor, "count 3 size size"]
+"""Decoded images: in memory or on disk as an array, or on a device as a tensor; both are indexed alike."""
+
 
 @dataclass
 class Backbone:
@@ -34,7 +37,9 @@ class Backbone:
     ``architecture`` is what ``build`` needs to make the module again without the original file; ``left_out`` names the
     tensors of that file that are no part of the encoder, and ``origin`` the file and the SHA-256 of its content.
     Where there are ``base`` weights, the encoder is linearised: its features are those of its first-order expansion
-    around them. Threads may share a backbone: its ``lock`` lets one at a time move it (``at``) or ask for features.
+    around them. ``precision`` is that of passes that learn nothing (``core.compute``).
+
+    Threads may share a backbone: its ``lock`` lets one at a time move it (``at``) or ask for features.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Backbone:
     left_out: tuple[str, ...] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
     base: Weights | None = None
+    precision: PassPrecision = "float32"
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,24 +84,25 @@ class Backbone:
             finally:
                 flat.copy_(before)
 
+    def resident(self, images: Images) -> Images:
+        """Return images where passes find them fastest: on a GPU as a tensor there if they fit, else as they are."""
+        return images
+
     @torch.inference_mode()
     def features(
-        self,
-        images: UInt8[np.ndarray, "count 3 size size"],
-        batch_size: int = 256,
-        progress: Progress = no_progress,
-        per_patch: bool = False,
+        self, images: Images, batch_size: int = 256, progress: Progress = no_progress, per_patch: bool = False
     ) -> Float[Tensor, "count *patches width"]:
-        """Return the float32 features of all images under the present weights, on the CPU; one a patch if wanted."""
-        out = torch.empty(0, self.width)
+        """Return the float32 features of all images under the present weights, on the device; one a patch if wanted."""
+        out = torch.empty(0, self.width, device=self.device)
         with self.lock, mode_kept(self.module):
             self.module.eval()
             for start in range(0, len(images), batch_size):
-                pixels = torch.from_numpy(np.array(images[start : start + batch_size]))
+                part = images[start : start + batch_size]
+                pixels = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
                 batch = normalise(pixels, self.preprocessing, self.device)
-                part = encode(self.module, batch, per_patch, self.base).float().cpu()
-                out = out if start else torch.empty(len(images), *part.shape[1:])
-                out[start : start + len(batch)] = part
+                features = encode(self.module, batch, per_patch, self.base).float()
+                out = out if start else torch.empty(len(images), *features.shape[1:], device=self.device)
+                out[start : start + len(batch)] = features
                 progress((start + len(batch)) / len(images))
         return out
 

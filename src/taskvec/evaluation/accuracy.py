@@ -28,7 +28,7 @@ def per_image_scores(backbone: Backbone, weights: Weights, split: Split, head: H
     Heads of other task types say whether the angle is near, or give the share of patches whose class is right.
     """
     with backbone.at(weights):
-        scores: Scores = head.score(*features_of(backbone, split, head.kind)).numpy()
+        scores: Scores = head.score(*features_of(backbone, split, head.kind)).cpu().numpy()
     return scores
 
 

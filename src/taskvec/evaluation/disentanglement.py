@@ -40,7 +40,7 @@ class Errors:
 def predictions(backbone: Backbone, head: Head, images: Images) -> Labels:
     """Return the predicted classes (of every patch, or sectors of angles) under the backbone's present weights."""
     features = backbone.features(images, per_patch=head.task_type.per_patch)
-    predicted: Labels = head.predict(features).numpy()
+    predicted: Labels = head.predict(features).cpu().numpy()
     return predicted
 
 

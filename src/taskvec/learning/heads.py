@@ -158,7 +158,7 @@ def features_of(
             f"'{backbone.name}' has {features.shape[1]} patches an image, but {split.labels.shape[1]} are labelled",
             "choose an encoder or an input size with as many patches, or leave out the tasks with a label a patch",
         )
-    return features, torch.from_numpy(split.labels)
+    return features, torch.from_numpy(split.labels).to(features.device)
 
 
 def fit_head(backbone: Backbone, task: Task, settings: Probe | None = None, seed: int = 0) -> Head:

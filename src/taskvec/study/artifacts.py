@@ -21,7 +21,7 @@ from taskvec.weights.flat import Weights, read
 
 HEAD, HEADS = "head.safetensors", "heads.safetensors"
 ENCODER, DIRECTION, STATISTICS = "encoder.safetensors", "direction.safetensors", "statistics.safetensors"
-METRICS, RATE = "metrics.json", "rate.json"
+METRICS, RATE, PRECISION = "metrics.json", "rate.json", "precision.json"
 CURVE, CHOICE, OPTION = "curve.json", "choice.json", "option.json"
 """The files that steps leave, and by which others read them."""
 
@@ -50,6 +50,8 @@ class OnDevice(Config):
 def open_backbone(inputs: Inputs, config: OnDevice) -> Backbone:
     """Open the backbone that a step reads, on the study's device, and linearised where its regime is."""
     backbone = records.read_backbone(inputs["backbone"], choose_device(config.device or "cpu"), config.backbone_name)
+    if folder := inputs.get("precision"):
+        backbone.precision = read_json(folder / PRECISION)["precision"]
     return linearised(backbone) if config.linearised else backbone
 
 

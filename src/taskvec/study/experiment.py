@@ -70,7 +70,8 @@ class Trial:
 class SharedSteps:
     """What all regimes of one backbone share: the encoder, decoded tasks and cached features by task name.
 
-    ``whole`` has the steps that keep whole training images, of the tasks that are trained on crops of them.
+    ``whole`` has the steps that keep whole training images, of the tasks that are trained on crops of them, and
+    ``precision`` is the step that says in which numbers passes compute; without one it is float32.
     """
 
     backbone: str
@@ -79,6 +80,12 @@ class SharedSteps:
     data: dict[str, Step]
     features: dict[str, Step]
     whole: dict[str, Step]
+    precision: Step | None = None
+
+    @property
+    def looks(self) -> dict[str, Any]:
+        """Return what every step reads that looks through the encoder: it, and the precision of its passes."""
+        return {"backbone": self.encoder, "precision": self.precision}
 
 
 @dataclass

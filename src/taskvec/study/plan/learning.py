@@ -58,7 +58,7 @@ def zero_shot_head(planner: Planner, task: str, shared: SharedSteps) -> Step:
         allow_pickle=pickle,
         **planner.on(shared.backbone),
     )
-    inputs = {"backbone": shared.encoder, "task": shared.data[task]}
+    inputs = {**shared.looks, "task": shared.data[task]}
     label = f"zero-shot head of {task} ({shared.backbone})"
     return planner.step(steps.zero_shot, label, config, inputs, 0.1 * planner.images[task])
 
@@ -126,7 +126,7 @@ def finetune_task(
     trial: bool = False,
 ) -> Step:
     """Fine-tune on one task; a trial of a learning rate may diverge."""
-    inputs = {"backbone": shared.encoder, "task": shared.data[task], "whole": shared.whole.get(task), "rate": rate}
+    inputs = {**shared.looks, "task": shared.data[task], "whole": shared.whole.get(task), "rate": rate}
     inputs |= {} if exp.how.start == "random" else {"head": exp.start[task]}
     config = steps.FinetuneConfig(
         head_learns=exp.how.head_learns,
@@ -175,7 +175,7 @@ def import_finetuned(planner: Planner, task: str, exp: Experiment, shared: Share
         **planner.on(exp.backbone),
     )
     starts = not choice.head and not exp.how.head_learns
-    inputs = {"backbone": shared.encoder, "task": shared.data[task], "head": exp.start[task] if starts else None}
+    inputs = {**shared.looks, "task": shared.data[task], "head": exp.start[task] if starts else None}
     label = f"checkpoint of {task} {exp.where}"
     return planner.step(steps.import_finetuned, label, config, inputs, 0.1 * planner.images[task])
 
@@ -184,7 +184,7 @@ def finetune_joint(
     planner: Planner, exp: Experiment, shared: SharedSteps, settings: Finetune, rate: Step | None
 ) -> Step:
     """Plan one encoder for all tasks at once."""
-    inputs = {"backbone": shared.encoder, "tasks": list(shared.data.values()), "heads": list(exp.head.values())}
+    inputs = {**shared.looks, "tasks": list(shared.data.values()), "heads": list(exp.head.values())}
     inputs |= {"whole": [shared.whole.get(t) for t in shared.data], "rate": rate}
     config = steps.TrainingConfig(**training_config(planner, exp, settings, rate))
     cost = settings.steps * settings.batch_size * 3.0

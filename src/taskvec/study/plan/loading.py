@@ -19,8 +19,9 @@ def plan_backbone(planner: Planner, name: str, choice: BackboneChoice) -> Shared
     view = planner.step(steps.preprocessing, f"preprocessing of {name}", Config(), {"backbone": encoder})
     data = {t: decode(planner, t, name, view) for t in planner.addresses}
     whole = {t: decode_whole(planner, t, name, view) for t, a in planner.addresses.items() if a.source.has_whole}
-    features = {t: cache_features(planner, t, name, encoder, data[t]) for t in data}
-    return SharedSteps(name, choice, encoder, data, features, whole)
+    shared = SharedSteps(name, choice, encoder, data, {}, whole)
+    shared.features.update({t: cache_features(planner, t, shared) for t in data})
+    return shared
 
 
 def load(planner: Planner, name: str, choice: BackboneChoice) -> Step:
@@ -61,7 +62,8 @@ def decode_config(planner: Planner, task: str) -> steps.DecodeConfig:
     )
 
 
-def cache_features(planner: Planner, task: str, backbone: str, encoder: Step, data: Step) -> Step:
+def cache_features(planner: Planner, task: str, shared: SharedSteps) -> Step:
     """Plan the frozen encoder's features of a task."""
-    config, inputs = OnDevice(**planner.on(backbone)), {"backbone": encoder, "task": data}
-    return planner.step(steps.features, f"features of {task} ({backbone})", config, inputs, planner.images[task])
+    config, inputs = OnDevice(**planner.on(shared.backbone)), {**shared.looks, "task": shared.data[task]}
+    label = f"features of {task} ({shared.backbone})"
+    return planner.step(steps.features, label, config, inputs, planner.images[task])

@@ -20,7 +20,7 @@ def negate(planner: Planner, exp: Experiment, shared: SharedSteps) -> None:
     if asked is None or not {asked.forget, asked.control} <= set(exp.tasks):
         return
     names = asked.forget, asked.control
-    inputs = {"backbone": shared.encoder, "tasks": [shared.data[t] for t in names]}
+    inputs = {**shared.looks, "tasks": [shared.data[t] for t in names]}
     inputs |= {"heads": [exp.start[t] for t in names], "finetuned": exp.finetuned[asked.forget]}
     on = planner.on(exp.backbone, exp.regime)
     config = steps.NegationConfig(scales=parse_scales(asked.scales), keep=asked.keep, **on)
@@ -33,7 +33,7 @@ def test_all(planner: Planner, exp: Experiment, shared: SharedSteps) -> None:
     """Plan the only steps that look at test labels: they read every choice, so they come after all of them."""
     kinds, per_task = [trial.heads for trial in exp.trials], any(trial.per_task for trial in exp.trials)
     for place, t in enumerate(exp.tasks):
-        inputs = {"backbone": shared.encoder, "task": shared.data[t], "probe": exp.head[t], **selections(exp)}
+        inputs = {**shared.looks, "task": shared.data[t], "probe": exp.head[t], **selections(exp)}
         inputs |= {"finetuned": exp.finetuned[t], "zero_shot": exp.zero_shot.get(t), "joint": exp.joint}
         inputs |= {"rounds": [[curves[t] for curves in trial.rounds] for trial in exp.trials]}
         task = place if per_task else None
@@ -103,7 +103,7 @@ def single_axis(
     planner: Planner, task: str, axis: str, scales: list[float], exp: Experiment, shared: SharedSteps
 ) -> Step:
     """Plan a task's predictions along its own vector, which all pairs or sets share."""
-    inputs = {"backbone": shared.encoder, "task": shared.data[task], "finetuned": exp.finetuned[task]}
+    inputs = {**shared.looks, "task": shared.data[task], "finetuned": exp.finetuned[task]}
     samples = planner.study.heatmap.samples
     config = steps.AxisConfig(scales=scales, samples=samples, **planner.on(exp.backbone, exp.regime))
     label, cost = f"{axis} axis of {task} {exp.where}", len(scales) * float(samples)
@@ -115,7 +115,7 @@ def heatmap(
 ) -> Step:
     """Plan the disentanglement error of a pair over the grid."""
     settings = planner.study.heatmap
-    inputs = {"backbone": shared.encoder, "finetuned": [exp.finetuned[t] for t in pair]}
+    inputs = {**shared.looks, "finetuned": [exp.finetuned[t] for t in pair]}
     inputs |= {"singles": [singles[t] for t in pair]}
     config = steps.HeatmapConfig(scales=settings.scales(), **planner.on(exp.backbone, exp.regime))
     cost = 2.0 * settings.points**2 * settings.samples
@@ -124,7 +124,7 @@ def heatmap(
 
 def own_accuracy(planner: Planner, task: str, exp: Experiment, shared: SharedSteps) -> Step:
     """Plan what a task's own fine-tuned encoder reaches on the sample on which all sets are tried."""
-    inputs = {"backbone": shared.encoder, "task": shared.data[task], "finetuned": exp.finetuned[task]}
+    inputs = {**shared.looks, "task": shared.data[task], "finetuned": exp.finetuned[task]}
     samples = planner.study.subsets.samples
     config = steps.SampleConfig(samples=samples, **planner.on(exp.backbone, exp.regime))
     return planner.step(
@@ -152,7 +152,7 @@ def subset(
         seed=zlib.crc32("+".join(names).encode()),
         **planner.on(exp.backbone, exp.regime),
     )
-    inputs = {"backbone": shared.encoder, "tasks": [shared.data[t] for t in names]}
+    inputs = {**shared.looks, "tasks": [shared.data[t] for t in names]}
     inputs |= {"finetuned": [exp.finetuned[t] for t in names], "own": [normal[t] for t in names] if normal else None}
     inputs |= {"singles": [singles[t] for t in names] if settings.points else None}
     images = sum(0.1 * planner.images[t] + 8 * min(settings.samples, 0.1 * planner.images[t]) for t in names)

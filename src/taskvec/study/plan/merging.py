@@ -105,7 +105,7 @@ def curve(
     kept = trial.heads == "kept"
     scales = [] if number else trial.grid if kept else coarse(trial.grid)
     how = {"scales": scales, **tried(planner, task, exp, trial)}
-    inputs: dict[str, Any] = {"backbone": shared.encoder, "task": shared.data[task], "merged": trial.merged}
+    inputs: dict[str, Any] = {**shared.looks, "task": shared.data[task], "merged": trial.merged}
     inputs |= {} if kept or not number else {"plan": trial.selection}
     label = f"scales of {task}, round {number + 1}: {trial.title} {exp.where}"
     cost = (2 if number else len(scales)) * planner.images[task] * (0.1 if kept else 1.4)
@@ -125,7 +125,7 @@ def curve(
 
 def comparison_curve(planner: Planner, task: str, exp: Experiment, trial: Trial, shared: SharedSteps) -> Step:
     """Compare features with the task's fine-tuned encoder at every scale of the grid."""
-    inputs = {"backbone": shared.encoder, "task": shared.data[task], "merged": trial.merged}
+    inputs = {**shared.looks, "task": shared.data[task], "merged": trial.merged}
     inputs |= {"finetuned": exp.finetuned[task]}
     images, how = planner.study.agreement, tried(planner, task, exp, trial)
     config = searching.AgreementConfig(scales=trial.grid, images=images, metrics=list(COMPARISONS), **how)
@@ -147,7 +147,7 @@ def choose_scale(planner: Planner, exp: Experiment, trial: Trial, stride: int) -
 def reestimate(planner: Planner, exp: Experiment, kept: Trial, shared: SharedSteps) -> Trial:
     """Try the scales with kept heads again, with the statistics of batch norm estimated anew at each."""
     where, on = f"{kept.name} {exp.where}", planner.on(exp.backbone)
-    common: dict[str, Any] = {"backbone": shared.encoder, "merged": kept.merged}
+    common: dict[str, Any] = {**shared.looks, "merged": kept.merged}
     inputs: dict[str, Any] = common | {"tasks": [shared.data[t] for t in exp.tasks]}
     config = steps.ReestimateConfig(scales=kept.grid, images=batch_norm.IMAGES, **on)
     cost, label = float(len(kept.grid) * batch_norm.IMAGES), f"batch norm at the scales of {where}"
@@ -165,7 +165,7 @@ def reestimate(planner: Planner, exp: Experiment, kept: Trial, shared: SharedSte
 def scale_per_task(planner: Planner, exp: Experiment, shared: SharedSteps) -> None:
     """Search one lambda a task for addition with kept heads, from the common one."""
     for common in [trial for trial in exp.trials if trial.heads == "kept" and trial.variant == ADDED]:
-        inputs = {"backbone": shared.encoder, "tasks": [shared.data[t] for t in exp.tasks]}
+        inputs = {**shared.looks, "tasks": [shared.data[t] for t in exp.tasks]}
         inputs |= {"finetuned": list(exp.finetuned.values()), "choice": common.selection}
         cost = sum(8 * len(exp.tasks) * SEARCHED + 0.2 * planner.images[t] for t in exp.tasks)
         on = planner.on(exp.backbone, exp.regime)

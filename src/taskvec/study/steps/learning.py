@@ -99,7 +99,9 @@ class ZeroShotConfig(OnDevice):
         return True
 
 
-@step_type(1, ("torch",), reads=["backbone", "task"], writes=[HEAD, METRICS], work=validating, heading="probing")
+@step_type(
+    1, ("torch",), reads=["backbone", "precision", "task"], writes=[HEAD, METRICS], work=validating, heading="probing"
+)
 def zero_shot(config: ZeroShotConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Build a task's head from the captions of its classes, and measure it on validation."""
     backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
@@ -160,7 +162,7 @@ def training_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch", "numpy"),
-    reads=["backbone", "task", "whole", "head", "rate"],
+    reads=["backbone", "precision", "task", "whole", "head", "rate"],
     writes=lambda config: (METRICS,) if config.trial else (ENCODER, HEAD, METRICS),
     work=training_work,
     heading="training",
@@ -210,7 +212,7 @@ def tell_unlearned(right: Scores) -> None:
 @step_type(
     1,
     ("torch", "numpy"),
-    reads=["backbone", "tasks", "whole", "heads", "rate"],
+    reads=["backbone", "precision", "tasks", "whole", "heads", "rate"],
     writes=[ENCODER, METRICS],
     work=training_work,
     heading="training",
@@ -247,7 +249,7 @@ def external_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch",),
-    reads=["backbone", "task", "head"],
+    reads=["backbone", "precision", "task", "head"],
     writes=[ENCODER, HEAD, METRICS],
     work=external_work,
     heading="unseen training",

@@ -131,7 +131,7 @@ def feature_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     1,
     ("torch",),
-    reads=["backbone", "task"],
+    reads=["backbone", "precision", "task"],
     writes=["train.npy", "validation.npy"],
     work=feature_work,
     heading="probing",
@@ -143,5 +143,5 @@ def features(config: OnDevice, inputs: Inputs, out: Path, progress: Progress) ->
     share = len(task.train) / total
     train, _ = features_of(backbone, task.train, task.kind, lambda x: progress(x * share))
     validation, _ = features_of(backbone, task.validation, task.kind, lambda x: progress(share + x * (1 - share)))
-    np.save(out / "train.npy", train.numpy())
-    np.save(out / "validation.npy", validation.numpy())
+    np.save(out / "train.npy", train.cpu().numpy())
+    np.save(out / "validation.npy", validation.cpu().numpy())

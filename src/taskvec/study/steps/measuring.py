@@ -42,7 +42,11 @@ def negation_work(step: Step, sizes: Sizes) -> Work:
 
 
 @step_type(
-    2, ("torch",), reads=["backbone", "tasks", "heads", "finetuned"], writes=["negation.json"], work=negation_work
+    2,
+    ("torch",),
+    reads=["backbone", "precision", "tasks", "heads", "finetuned"],
+    writes=["negation.json"],
+    work=negation_work,
 )
 def negate(config: NegationConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Choose the scale that forgets a task on validation, then test that task and the control before and after."""
@@ -76,7 +80,7 @@ def test_work(step: Step, sizes: Sizes) -> Work:
     2,
     ("torch",),
     reads=(
-        *("backbone", "task", "probe", "finetuned", "zero_shot", "joint"),
+        *("backbone", "precision", "task", "probe", "finetuned", "zero_shot", "joint"),
         *("choices", "merged", "statistics", "rounds"),
     ),
     writes=[CORRECT, "test.json"],
@@ -119,7 +123,7 @@ def own_work(step: Step, sizes: Sizes) -> Work:
     return sizes.passes(step, min(step.config.samples, sizes.task(step).validation))
 
 
-@step_type(1, ("torch", "numpy"), reads=["backbone", "task", "finetuned"], writes=[METRICS], work=own_work)
+@step_type(1, ("torch", "numpy"), reads=["backbone", "precision", "task", "finetuned"], writes=[METRICS], work=own_work)
 def own_accuracy(config: SampleConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure a task with its own fine-tuned encoder on a sample of validation images, for all sets that hold it."""
     backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
@@ -159,7 +163,7 @@ def predicted(step: Step, sizes: Sizes) -> int:
 @step_type(
     3,
     ("torch", "numpy"),
-    reads=["backbone", "tasks", "finetuned", "singles", "own"],
+    reads=["backbone", "precision", "tasks", "finetuned", "singles", "own"],
     writes=["subset.json"],
     work=set_work,
 )
@@ -243,7 +247,13 @@ def axis_work(step: Step, sizes: Sizes) -> Work:
     return sizes.passes(step, samples * scales, disk=disk)
 
 
-@step_type(2, ("torch", "numpy"), reads=["backbone", "task", "finetuned"], writes=[IMAGES, PREDICTIONS], work=axis_work)
+@step_type(
+    2,
+    ("torch", "numpy"),
+    reads=["backbone", "precision", "task", "finetuned"],
+    writes=[IMAGES, PREDICTIONS],
+    work=axis_work,
+)
 def single_task_predictions(config: AxisConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Predict a sample of a task's images under its own vector at every coefficient; all pairs share it."""
     backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
@@ -267,7 +277,9 @@ def heatmap_work(step: Step, sizes: Sizes) -> Work:
     return sizes.passes(step, len(scales) * len([scale for scale in scales if scale]) * predicted(step, sizes))
 
 
-@step_type(2, ("torch",), reads=["backbone", "finetuned", "singles"], writes=["errors.json"], work=heatmap_work)
+@step_type(
+    2, ("torch",), reads=["backbone", "precision", "finetuned", "singles"], writes=["errors.json"], work=heatmap_work
+)
 def heatmap(config: HeatmapConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Measure the disentanglement error of a pair of tasks over a grid of coefficients."""
     backbone = artifacts.open_backbone(inputs, config)

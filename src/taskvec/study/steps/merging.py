@@ -114,7 +114,7 @@ def reestimate_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     1,
     ("torch", "numpy"),
-    reads=["backbone", "merged", "tasks"],
+    reads=["backbone", "precision", "merged", "tasks"],
     writes=[STATISTICS],
     work=reestimate_work,
     heading="search",
@@ -148,7 +148,7 @@ def per_task_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     3,
     ("torch", "numpy"),
-    reads=["backbone", "tasks", "finetuned", "choice"],
+    reads=["backbone", "precision", "tasks", "finetuned", "choice"],
     writes=[DIRECTION, CHOICE],
     work=per_task_work,
     heading="search",

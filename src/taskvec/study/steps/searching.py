@@ -41,7 +41,7 @@ def kept_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch",),
-    reads=["backbone", "task", "merged", "head", "start"],
+    reads=["backbone", "precision", "task", "merged", "head", "start"],
     writes=[CURVE],
     work=kept_work,
     heading="search",
@@ -60,7 +60,7 @@ def kept_curve(config: CurveConfig, inputs: Inputs, out: Path, progress: Progres
 @step_type(
     1,
     ("torch",),
-    reads=["backbone", "task", "merged", "head", "statistics"],
+    reads=["backbone", "precision", "task", "merged", "head", "statistics"],
     writes=[CURVE],
     work=kept_work,
     heading="search",
@@ -103,7 +103,7 @@ def reprobe_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     3,
     ("torch",),
-    reads=["backbone", "task", "merged", "head", "rate", "plan"],
+    reads=["backbone", "precision", "task", "merged", "head", "rate", "plan"],
     writes=[HEADS, CURVE],
     work=reprobe_work,
     heading="search",
@@ -161,7 +161,7 @@ def surgery_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     2,
     ("torch",),
-    reads=["backbone", "task", "merged", "finetuned", "plan"],
+    reads=["backbone", "precision", "task", "merged", "finetuned", "plan"],
     writes=[HEADS, CURVE],
     work=surgery_work,
     heading="search",
@@ -205,7 +205,7 @@ def agreement_work(step: Step, sizes: Sizes) -> Work:
 @step_type(
     1,
     ("torch", "numpy"),
-    reads=["backbone", "task", "merged", "finetuned"],
+    reads=["backbone", "precision", "task", "merged", "finetuned"],
     writes=lambda config: [f"{metric}.json" for metric in config.metrics],
     work=agreement_work,
     heading="search",
