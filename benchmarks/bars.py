@@ -13,6 +13,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from table import Row, show
 from timing import seconds
 
 import taskvec as tv
@@ -52,8 +53,8 @@ def bare_loop(backbone: tv.Backbone, split: Split, head: tv.Head, steps: int) ->
         optimizer.step()
 
 
-def ratios(backbone: tv.Backbone, task: tv.Task) -> Iterator[tuple[str, float, str]]:
-    """Yield what is measured, its ratio, and the bar."""
+def ratios(backbone: tv.Backbone, task: tv.Task) -> Iterator[Row]:
+    """Yield what a step costs over the least that it could."""
     images = task.validation.images
     raw = seconds(lambda: forward(backbone, images)) / len(images)
     features, labels = heads.features_of(backbone, task.validation)
@@ -62,29 +63,26 @@ def ratios(backbone: tv.Backbone, task: tv.Task) -> Iterator[tuple[str, float, s
     )
     for count in (17_010, 55_000):
         name = f"probing at six rates, with one forward pass over {count} images, over that pass"
-        yield name, 1 + probing / (raw * count), "<= 1.3 (ViT-S and up)"
+        yield Row(name, 1 + probing / (raw * count), "<= 1.3", "ViT-S and up")
     head = heads.fit(features, labels, len(task.classes), [0.01], tv.Probe(steps=50, warmup=5), 0)[0]
     tau = backbone.pretrained.with_flat(torch.randn_like(backbone.pretrained.flat) * 1e-3)
     scales = [round(0.05 * i, 10) for i in range(1, 21)]
     curve = seconds(lambda: search.kept_curve(backbone, tau, task, head, scales), 2)
-    yield "line search over 20 scales, over its forward passes", curve / (20 * len(images) * raw), "<= 1.10"
+    yield Row("line search over 20 scales, over its forward passes", curve / (20 * len(images) * raw), "<= 1.10")
     grid = [-3.0, -1.5, 0.0, 1.5, 3.0]
     pair = images[:128], images[128:256]
     heat = seconds(lambda: disentanglement(backbone, (tau, tau), (head, head), pair, grid), 1)
     unavoidable = (2 * 20 + 2 * 5) * 128 * raw
-    yield "heatmap of one pair, over merged and single passes", heat / unavoidable, "<= 1.10"
+    yield Row("heatmap of one pair, over merged and single passes", heat / unavoidable, "<= 1.10")
     backbone.use(backbone.pretrained)
     settings = tv.Finetune(steps=6, batch_size=64, warmup=1)
     ours = seconds(lambda: tv.finetune(backbone, task, head, settings, precision="float32"), 2)
     bare = seconds(lambda: bare_loop(backbone, task.train, head, 6), 2)
-    yield "bare loop over ours, fine-tuning in float32", bare / ours, ">= 0.95"
+    yield Row("bare loop over ours, fine-tuning in float32", bare / ours, ">= 0.95")
     model = MultiTaskModel(backbone, {str(i): head for i in range(8)}, {}, {})
     eight = seconds(lambda: model.logits(backbone.features(images)))
-    yield (
-        "eight tasks' answers, over one task's",
-        eight / seconds(lambda: head.logits(backbone.features(images))),
-        "<= 1.05",
-    )
+    single = seconds(lambda: head.logits(backbone.features(images)))
+    yield Row("eight tasks' answers, over one task's", eight / single, "<= 1.05")
 
 
 def moving(threads: int) -> float:
@@ -110,9 +108,8 @@ def main() -> None:
     torch.set_num_threads(1)
     backbone = tv.load_backbone(options.backbone, size=options.size, device="cpu")
     task = tv.load_task("lab:signs", backbone.preprocessing, limit=options.limit)
-    for name, ratio, bar in ratios(backbone, task):
-        print(f"{name:75} {ratio:6.2f}   bar {bar}")
-    print(f"{'moving a ViT-B/16 to another lambda, seconds on 2 threads':75} {moving(2):6.3f}   bar <= 0.05")
+    show(ratios(backbone, task))
+    show([Row("moving a ViT-B/16 to another lambda, seconds on 2 threads", moving(2), "<= 0.05")])
 
 
 if __name__ == "__main__":
