@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import taskvec as tv
-from taskvec.core.settings import Finetune, Probe
+from taskvec.core.settings import Finetune, Probe, Surgery
 from taskvec.data.tasks import Task
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone, linearised
@@ -33,6 +33,7 @@ from taskvec.weights.flat import Weights
 
 PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
 TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)
+SURGERY = Surgery(rank=2, steps=2, batch_size=8)
 SCALES = [0.0, 0.5, 1.0]
 MODULES = (alignment, batch_norm, disentangling, evaluation, finetuning, heads, measuring, negation, search)
 PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all", "training_copy"}
@@ -102,6 +103,9 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     ),
     "coarse_search": lambda g: search.coarse_search(g.backbone, g.taus[0], g.tasks, g.heads, [1, 1], SCALES),
     "reprobed_curve": lambda g: search.reprobed_curve(g.backbone, g.taus[0], g.tasks[0], 0.01, PROBE, SCALES),
+    "corrected_curve": lambda g: search.corrected_curve(
+        g.backbone, g.taus[0], g.taus[1], g.tasks[0], g.heads[0], SURGERY, SCALES
+    ),
     "search_scale": lambda g: search.search_scale(g.backbone, g.taus, g.tasks, g.heads, scales=SCALES),
 }  # fmt: skip
 

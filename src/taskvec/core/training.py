@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from taskvec.core.progress import Progress, no_progress
 
 Batch = TypeVar("Batch")
+AHEAD = 100
+"""Index batches that are drawn and copied to a device at once."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,14 @@ def index_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         order = torch.randperm(count, generator=generator)
         for start in range(0, count - size + 1, size):
             yield order[start : start + size]
+
+
+def uploaded(batches: Iterator[Int64[Tensor, " batch"]], device: torch.device) -> Iterator[Int64[Tensor, " batch"]]:
+    """Yield index batches of one size on a device, to which ``AHEAD`` at a time are copied: no step waits for its own.
+
+    They are drawn on the CPU, the same for every device.
+    """
+    while block := list(itertools.islice(batches, AHEAD)):
+        indices = torch.stack(block)
+        indices = indices.pin_memory() if device.type == "cuda" else indices
+        yield from indices.to(device, non_blocking=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from taskvec.core.compute import choose_device
 from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
 from taskvec.core.progress import Progress
@@ -28,8 +29,8 @@ from taskvec.weights.flat import save
 from taskvec.weights.keys import parts
 
 
-class ProbeConfig(Config):
-    """How a task is probed."""
+class ProbeConfig(OnDevice):
+    """How a task is probed; without a device on the CPU."""
 
     probe: Probe
     seed: int
@@ -37,10 +38,6 @@ class ProbeConfig(Config):
     def unused(self) -> dict[str, set[str]]:
         """Return the settings that only choose among the probes."""
         return {"probe": {"rate_per_task"}}
-
-    def threaded(self) -> bool:
-        """Return that threads count: heads are fitted on the CPU, whatever the device."""
-        return True
 
 
 def probe_work(step: Step, sizes: Sizes) -> Work:
@@ -52,12 +49,15 @@ def probe_work(step: Step, sizes: Sizes) -> Work:
 @step_type(1, ("torch",), reads=["task", "features"], writes=[HEADS, "probe.json"], work=probe_work, heading="probing")
 def probe_task(config: ProbeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Probe a task at all learning rates on cached features."""
-    task, cached = artifacts.open_task(inputs), inputs["features"]
+    task, device = artifacts.open_task(inputs), choose_device(config.device or "cpu")
+    cached = {
+        split: torch.from_numpy(np.load(inputs["features"] / f"{split}.npy")) for split in ("train", "validation")
+    }
     probed = probe(
-        torch.from_numpy(np.load(cached / "train.npy")),
-        torch.from_numpy(task.train.labels),
-        torch.from_numpy(np.load(cached / "validation.npy")),
-        torch.from_numpy(task.validation.labels),
+        cached["train"].to(device),
+        torch.from_numpy(task.train.labels).to(device),
+        cached["validation"].to(device),
+        torch.from_numpy(task.validation.labels).to(device),
         len(task.classes),
         config.probe,
         config.seed,
