@@ -21,7 +21,8 @@ from taskvec.evaluation import scale_search as search
 from taskvec.evaluation.accuracy import normalised_accuracy, paired_bootstrap, per_image_scores
 from taskvec.evaluation.disentanglement import choose_pairs, disentanglement
 from taskvec.learning import heads
-from taskvec.learning.finetuning import finetune_tasks, training_batches
+from taskvec.learning.batches import training_batches
+from taskvec.learning.finetuning import finetune_tasks
 from taskvec.learning.heads import Head
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.weights import vectors

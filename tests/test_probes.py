@@ -15,11 +15,12 @@ from torch import Tensor, nn
 import taskvec as tv
 from taskvec.core.notes import listen
 from taskvec.core.settings import Probe, Surgery
-from taskvec.core.training import AHEAD, Schedule, index_batches, uploaded
+from taskvec.core.training import Schedule, index_batches
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation import scale_search
 from taskvec.learning import heads
+from taskvec.learning.batches import AHEAD, uploads
 from taskvec.learning.heads import Head, fit, joint_loss, probe, random_head, summed_loss
 from taskvec.weights.flat import Weights
 
@@ -103,8 +104,8 @@ def test_a_probe_equals_pytorch_written_out() -> None:
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 5))
 def test_batches_that_are_copied_ahead_are_those_drawn(count: int, size: int, seed: int) -> None:
     steps = AHEAD + 3
-    ahead = itertools.islice(uploaded(index_batches(count, size, seed), torch.device("cpu")), steps)
-    for batch, drawn in zip(ahead, itertools.islice(index_batches(count, size, seed), steps), strict=True):
+    ahead = itertools.islice(uploads(((i,) for i in index_batches(count, size, seed)), "cpu", AHEAD), steps)
+    for (batch,), drawn in zip(ahead, itertools.islice(index_batches(count, size, seed), steps), strict=True):
         assert torch.equal(batch, drawn)
 
 

@@ -10,11 +10,11 @@ import torch
 from helpers.encoders import TinyEncoder
 
 from taskvec.core.settings import Probe, Surgery
-from taskvec.core.training import index_batches, uploaded
 from taskvec.data.images import Preprocessing
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone, assemble
 from taskvec.evaluation import scale_search
+from taskvec.learning.batches import index_stream
 from taskvec.learning.heads import Head, fit, joint_loss, random_head
 from taskvec.learning.surgery import fit_surgery
 
@@ -91,7 +91,7 @@ def test_a_step_waits_for_nothing() -> None:
     features, labels, classes = problem("classification", 2)
     features, labels = features.cuda(), labels.cuda()
     heads = [random_head(32, classes, 0).on("cuda", learns=True) for _ in range(6)]
-    batches = uploaded(index_batches(300, 32, 0), torch.device("cuda"))
+    batches = index_stream(300, 32, 0, "cuda")
     batch = next(batches)
     joint_loss(heads, features[:, batch], labels[batch]).backward()  # libraries start
     torch.cuda.set_sync_debug_mode("error")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -16,7 +17,9 @@ from taskvec.core.errors import TaskvecError
 Made = TypeVar("Made")
 Precision = Literal["float32", "bfloat16"]
 PassPrecision = Literal["float32", "tf32", "float16"]
-"""Precision of passes that learn nothing: float32, with TF32 in matrix products, or float16 autocast."""
+"""Precision of passes that learn nothing: float32, with TF32 in products and convolutions, or float16 autocast."""
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The type that autocast computes in, by the precision that asks for it."""
 Use = Literal["training", "evaluation"]
 
 WIDE = 128
@@ -82,18 +85,70 @@ def has_fast_bfloat16() -> bool:
 
 
 @contextlib.contextmanager
-def autocast(precision: Precision, device: str) -> Iterator[None]:
-    """Run a block under autocast for bfloat16, and unchanged for float32.
+def autocast(precision: Precision | PassPrecision, device: str, cache: bool = True) -> Iterator[None]:
+    """Run a block under autocast for bfloat16 and float16, and unchanged for float32 and TF32 (see ``arithmetic``).
 
+    With the ``cache``, a parameter that asks for gradients is cast once in the outermost block, where it must not move;
+    but not under ``torch.inference_mode``, where autocast remembers nothing.
     On a CPU it takes the plain attention: the fused one's backward pass is slow in bfloat16 (benchmarks/precision.py).
     """
     device_type = device.split(":")[0]
     with contextlib.ExitStack() as stack:
-        if precision == "bfloat16":
-            stack.enter_context(torch.autocast(device_type, torch.bfloat16))
+        if precision in AUTOCAST:
+            stack.enter_context(torch.autocast(device_type, AUTOCAST[precision], cache_enabled=cache))
             if device_type == "cpu":
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
+
+
+@contextlib.contextmanager
+def arithmetic(precision: PassPrecision = "float32", device: str = "cuda") -> Iterator[None]:
+    """Set both TF32 switches of CUDA explicitly for a block, and put them back: on for ``tf32``, off for all else.
+
+    By default torch multiplies matrices in float32, but lets convolutions of cuDNN use TF32. The switches are those of
+    the process: threads that compute on a GPU at the same time have to agree. A CPU has none, and nothing is set.
+    """
+    before, wanted = switches(), ("tf32" if precision == "tf32" else "ieee",) * 2
+    if device.startswith("cpu") or before == wanted:
+        yield
+        return
+    set_switches(wanted)
+    try:
+        yield
+    finally:
+        set_switches(before)
+
+
+def uses_tf32(precision: str) -> dict[str, bool]:
+    """Return how both switches stand while numbers of a precision are computed on a GPU, as the lock records it."""
+    return dict.fromkeys(("matmul", "convolutions"), precision == "tf32")
+
+
+def switches() -> tuple[str, str]:
+    """Return how CUDA multiplies float32 matrices and convolves float32 images: ``tf32``, or as ``ieee`` says.
+
+    ``none`` is torch's word for a switch that nobody has set. Reading the older switches fails where someone has set
+    the newer ones, so these are read where torch has them (2.9).
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return ("ieee", "tf32")[matmul.allow_tf32], ("ieee", "tf32")[cudnn.allow_tf32]
+
+
+def set_switches(values: tuple[str, str]) -> None:
+    """Set how CUDA multiplies and convolves in float32.
+
+    The older switches come first: they set the newer ones too, so that both agree for who reads either (torch.compile
+    reads the older until 2.13), but leave open what the newer ones say explicitly. From 2.9 on they are deprecated.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API settings to control TF32", UserWarning)
+        matmul.allow_tf32, cudnn.allow_tf32 = (value == "tf32" for value in values)
+    if hasattr(matmul, "fp32_precision"):
+        matmul.fp32_precision = values[0]
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = values[1]  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -21,9 +21,10 @@ from taskvec.core.notes import note
 from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Probe
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES, TaskType
-from taskvec.core.training import Group, Schedule, index_batches, train, uploaded
+from taskvec.core.training import Group, Schedule, train
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
+from taskvec.learning.batches import index_stream
 from taskvec.weights.flat import read, read_metadata, save_tensors
 
 Value = TypeVar("Value")
@@ -130,8 +131,8 @@ def fit(
 
     schedule = Schedule(settings.steps, min(settings.warmup, settings.steps // 2), settings.weight_decay)
     groups = [Group([head.weight, head.bias], rate) for head, rate in zip(heads, cycle(rates), strict=False)]
-    batches = uploaded(index_batches(len(labels), settings.batch_size, seed), features.device)
-    train(groups, loss, batches, schedule, progress=progress)
+    batches = index_stream(len(labels), settings.batch_size, seed, str(features.device))
+    train(groups, loss, batches, schedule, progress=progress, graph=True)
     return [head.on("cpu") for head in heads]
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Surgery
-from taskvec.core.training import Group, Schedule, index_batches, train, uploaded
+from taskvec.core.training import Group, Schedule, train
+from taskvec.learning.batches import index_stream
 from taskvec.learning.heads import Features, Head, finite, products
 
 
@@ -39,10 +40,10 @@ def fit_surgery(
         corrected = features - products(hidden, torch.stack(ups))
         return len(downs) * F.l1_loss(corrected, targets[batch].expand_as(corrected))
 
-    batches = uploaded(index_batches(len(targets), settings.batch_size, seed), merged.device)
+    batches = index_stream(len(targets), settings.batch_size, seed, str(merged.device))
     schedule = Schedule(settings.steps, weight_decay=0.0, clip=math.inf)
     groups = [Group([down, up], settings.learning_rate) for down, up in zip(downs, ups, strict=True)]
-    train(groups, loss, batches, schedule, progress=progress)
+    train(groups, loss, batches, schedule, progress=progress, graph=True)
     return [replace(head, down=down, up=up).on("cpu") for down, up in zip(downs, ups, strict=True)]
 
 
