@@ -55,19 +55,24 @@ def mixed(tasks: Sequence[Task], count: int = IMAGES, seed: int = 0) -> Images:
 def reestimate(backbone: Backbone, weights: Weights, images: Images, batch_size: int = BATCH) -> Weights:
     """Return the weights with running means and variances as the images have them, one pass for all layers.
 
-    Every layer normalises by each batch's own statistics, and keeps their cumulative average (momentum None). Batches
-    are equally large but for less than one batch of images; what is left over is not looked at.
+    Every layer normalises by each batch's own statistics, and keeps their cumulative average. Batches are equally large
+    but for less than one batch of images; what is left over is not looked at. On a GPU the images stay for the next
+    weights.
     """
-    with backbone.at(weights), cumulative_statistics(layers(backbone.module.eval())):
-        for start in range(0, max(1, len(images) - batch_size + 1), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+    seen = backbone.resident(images)
+    with backbone.at(weights), own_statistics(layers(backbone.module.eval())) as norms:
+        for place, start in enumerate(range(0, max(1, len(seen) - batch_size + 1), batch_size)):
+            for layer in norms:
+                layer.momentum = 1 / (place + 1)  # torch's None says the same, but waits for a GPU to read its counter
+            part = seen[start : start + batch_size]
+            batch = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
             backbone.module(normalise(batch, backbone.preprocessing, backbone.device))
         return weights.with_flat(backbone.bound.flat.clone())
 
 
 @contextlib.contextmanager
-def cumulative_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Let layers take the cumulative average of all batches of a block as their statistics.
+def own_statistics(norms: Sequence[_BatchNorm]) -> Iterator[Sequence[_BatchNorm]]:
+    """Yield layers that learn their statistics anew, from the batches of the block and by the momentum it gives them.
 
     Afterwards momentum and counters are those of before; statistics and modes are for the caller to put back.
     """
@@ -75,9 +80,8 @@ def cumulative_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     try:
         for layer in norms:
             layer.reset_running_stats()
-            layer.momentum = None
             layer.train()
-        yield
+        yield norms
     finally:
         for layer, (momentum, counted) in zip(norms, before, strict=True):
             layer.momentum = momentum
