@@ -184,8 +184,8 @@ def reprobed_curve(
 ) -> tuple[list[float], list[Head]]:
     """Fit a task's head again on the merged encoder's features at each scale; return validation accuracies and heads.
 
-    The probe's own settings, learning rate and seed are used, so that scale 0 gives the probed head back. On a GPU the
-    heads of as many scales are fitted together as ``scales_together`` says.
+    The probe's own settings, learning rate and seed are used, so that scale 0 gives the probed head back. On a GPU it
+    does so but for rounding, where heads of as many scales are fitted together as ``scales_together`` says.
     """
     heads: list[Head] = []
     values: list[float] = []

@@ -68,8 +68,8 @@ class Head:
         device = features.device
         return features - F.linear(F.linear(features, self.down.to(device)).relu(), self.up.to(device))
 
-    def on(self, device: str | torch.device, learns: bool = False) -> Head:
-        """Return a copy on a device, whose weights are leaves that learn or constants; a correction is constant."""
+    def on(self, device: str, learns: bool = False) -> Head:
+        """Return a copy on a device, whose weights are leaves that learn or constants, as a correction always is."""
         weight, bias = (p.detach().to(device, copy=True).requires_grad_(learns) for p in (self.weight, self.bias))
         down, up = (None if p is None else p.detach().to(device, copy=True) for p in (self.down, self.up))
         return replace(self, weight=weight, bias=bias, down=down, up=up)
@@ -124,7 +124,7 @@ def fit(
     """
     features, labels = finite(features), labels.to(features.device)
     start = random_head(features.shape[-1], classes, seed, kind)
-    heads = [start.on(features.device, learns=True) for _ in features for _ in rates]
+    heads = [start.on(str(features.device), learns=True) for _ in features for _ in rates]
 
     def loss(batch: Int64[Tensor, " batch"]) -> Float[Tensor, ""]:
         return summed_loss(heads, features[:, batch], labels[batch])
@@ -185,13 +185,13 @@ def products(
 def finite(features: Float[Tensor, "*samples width"]) -> Float[Tensor, "*samples width"]:
     """Return features with zeros in the place of NaN and infinity, from which no head could learn, and tell of them.
 
-    Where a merged encoder overflows, predictions on its features count as wrong; that ends no study.
+    A merged encoder that overflows thus ends no study: what its heads predict from such features counts as wrong.
     """
     valid = features.isfinite()
     if bool(valid.all()):
         return features
     share = float((~valid).any(-1).double().mean())
-    note(f"{share:.2%} of the training features hold NaN or infinity, which heads are fitted without")
+    note(f"{share:.2%} of the training features hold NaN or infinity, which count as zero while heads are fitted")
     return features.where(valid, 0.0)
 
 
