@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.encoders import TinyEncoder
 
 from taskvec.core.settings import Probe, Surgery
@@ -21,8 +22,8 @@ from taskvec.learning.surgery import fit_surgery
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
 RATES = (0.003, 0.01, 0.03)
-TOLERANCE = 2e-3
-"""The largest difference of scores after 60 steps; those of one CPU differ by 1e-4 when sums are ordered otherwise."""
+TOLERANCE = 1e-4
+"""The largest difference of scores after 60 steps; on a CPU they differ by 2e-6 where features do by 2e-7."""
 SHAPES = {"classification": (300, 32), "segmentation": (60, 16, 32), "regression": (300, 32)}
 
 
@@ -31,11 +32,8 @@ def problem(kind: str, scales: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(scales, *SHAPES[kind], generator=generator)
     scores = features[0] @ torch.randn(32, 2 if kind == "regression" else 5, generator=generator)
-    return (
-        features,
-        torch.nn.functional.normalize(scores) if kind == "regression" else scores.argmax(-1),
-        scores.shape[-1],
-    )
+    labels = F.normalize(scores) if kind == "regression" else scores.argmax(-1)
+    return features, labels, scores.shape[-1]
 
 
 @pytest.mark.parametrize("kind", list(SHAPES))
@@ -84,7 +82,7 @@ def test_curves_of_several_scales_equal_those_of_the_cpu(backbone: Backbone, tas
         values[device], heads[device] = probed[0] + corrected[0], probed[1] + corrected[1]
     assert values["cuda"] == pytest.approx(values["cpu"], abs=1.01 / len(task.validation))
     for on_cpu, on_gpu in zip(heads["cpu"], heads["cuda"], strict=True):
-        assert torch.allclose(on_gpu.weight, on_cpu.weight, atol=TOLERANCE)
+        assert torch.allclose(on_gpu.weight, on_cpu.weight, atol=1e-3)  # features differ too
 
 
 def test_a_step_waits_for_nothing() -> None:
