@@ -8,7 +8,7 @@ pixels are exact in any order of summation, with TF32 or without.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 
 BITS = 22
@@ -93,7 +93,7 @@ def bicubic(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return values
 
 
-def combined(products: Float[Tensor, "batch lines columns"]) -> Float[Tensor, "batch lines half"]:
+def combined(products: Float[Tensor, "batch lines columns"]) -> Int32[Tensor, "batch lines half"]:
     """Return the sums of both halves as whole numbers from 0 to 255, rounded as Pillow does."""
     upper, lower = products.to(torch.int32).chunk(2, dim=2)
     sums: Tensor = ((upper << LOW) + lower + 2 ** (BITS - 1)) >> BITS
