@@ -141,7 +141,7 @@ def test_the_tiles_of_a_cpu_count_where_it_trains(
 ) -> None:
     found = []
     for tiles in (True, False):
-        monkeypatch.setattr(compute, "has_fast_bfloat16", lambda tiles=tiles: tiles)
+        monkeypatch.setattr(compute, "has_tiles", lambda tiles=tiles: tiles)
         found.append(identities(planned(root, True, device=device)))
     assert differing(*found) == kinds
 

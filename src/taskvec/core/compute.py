@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -22,8 +23,13 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The type that autocast computes in, by the precision that asks for it."""
 Use = Literal["training", "evaluation"]
 
-WIDE = 128
-"""Feature width from which bfloat16 pays off in training on a CPU with AMX tiles (benchmarks/precision.py)."""
+Wide = Literal["wide", "wider"]
+"""Bfloat16 for encoders of many features, float32 for others: what ``auto`` means on CPUs that multiply in bfloat16."""
+WIDTHS: Mapping[str, int] = MappingProxyType({"wide": 128, "wider": 384})
+"""Features from which bfloat16 pays off in training on a CPU (benchmarks/precision.py).
+
+``wide`` is for Intel's AMX tiles, ``wider`` for AMD's AVX512-BF16.
+"""
 
 
 def processor(device: str = "cpu") -> str:
@@ -33,12 +39,17 @@ def processor(device: str = "cpu") -> str:
     """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
+    name = cpu_fact("model name") or platform.processor() or platform.machine()
+    tiles = ", AMX" if has_tiles() else ""
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{tiles})"
+
+
+def cpu_fact(name: str) -> str:
+    """Return what Linux says of the first CPU under a name, such as ``flags``; nothing elsewhere."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    tiles = ", AMX" if has_fast_bfloat16() else ""
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{tiles})"
+        return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+    return ""
 
 
 def choose_device(setting: str = "auto") -> str:
@@ -57,29 +68,43 @@ def choose_device(setting: str = "auto") -> str:
 def choose_precision(setting: str, use: Use, width: int, device: str) -> Precision:
     """Return the precision for a use; evaluation, where scales are compared, is always float32.
 
-    ``auto`` trains in bfloat16 on GPUs that have it, and on CPUs with AMX tiles when the encoder is at least ``WIDE``
-    features wide. An explicit ``bfloat16`` is for training only: a move of 0.05 task vectors is below its resolution.
+    ``auto`` trains in bfloat16 on GPUs that have it, and on CPUs that gain from it (``wide_bfloat16``) when the encoder
+    has at least as many features as ``WIDTHS`` says. An explicit ``bfloat16`` is for training only: a move of 0.05 task
+    vectors is below its resolution.
     """
     resolved = "float32" if use == "evaluation" else resolve_precision(setting, device)
-    wide: Precision = "bfloat16" if width >= WIDE else "float32"
-    return wide if resolved == "wide" else resolved
+    if resolved == "wide" or resolved == "wider":
+        return "bfloat16" if width >= WIDTHS[resolved] else "float32"
+    return resolved
 
 
-def resolve_precision(setting: str, device: str) -> Precision | Literal["wide"]:
-    """Return the precision that a setting means on this machine; ``wide`` is bfloat16 from ``WIDE`` features on.
+def resolve_precision(setting: str, device: str) -> Precision | Wide:
+    """Return the precision that a setting means on this machine.
 
     The configuration of a step holds this and not ``auto``, so that its result does not depend on where it runs.
     """
-    if setting in ("float32", "bfloat16", "wide"):
-        return cast("Precision | Literal['wide']", setting)
+    if setting in ("float32", "bfloat16", *WIDTHS):
+        return cast("Precision | Wide", setting)
     if device.startswith("cuda"):  # a plan for a GPU that is elsewhere takes it for one of this decade
         here = torch.cuda.is_available()
         return "bfloat16" if not here or torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
-    return "wide" if has_fast_bfloat16() else "float32"
+    return wide_bfloat16() or "float32"
 
 
-def has_fast_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16 matrices in hardware (AMX tiles)."""
+def wide_bfloat16() -> Wide | None:
+    """Return from how many features on this CPU trains faster in bfloat16, by a name of ``WIDTHS``, or None.
+
+    AVX512-BF16 alone pays on AMD's CPUs (Zen 4 and later), which multiply twice as many numbers in bfloat16 as in
+    float32. Intel's start half as many of these instructions, and gain nothing.
+    """
+    if has_tiles():
+        return "wide"
+    amd = cpu_fact("vendor_id") == "AuthenticAMD" and "avx512_bf16" in cpu_fact("flags").split()
+    return "wider" if amd else None
+
+
+def has_tiles() -> bool:
+    """Return whether this CPU multiplies bfloat16 matrices in AMX tiles."""
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(probe and probe())
 

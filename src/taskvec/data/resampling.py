@@ -8,7 +8,7 @@ pixels are exact in any order of summation, with TF32 or without.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 
 BITS = 22
@@ -80,7 +80,8 @@ def coefficients(lengths: Int64[Tensor, " batch"], side: int, size: int) -> Int6
     places = torch.arange(side, device=lengths.device, dtype=torch.float64)[:, None]
     values = bicubic((places - centre + 0.5) / wide).where((places >= first) & (places < last), 0.0)
     scaled = values / values.sum(dim=1, keepdim=True) * 2**BITS
-    return (scaled + 0.5 * scaled.sign()).trunc().long()
+    rounded: Tensor = (scaled + 0.5 * scaled.sign()).trunc().long()
+    return rounded
 
 
 def bicubic(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -92,7 +93,8 @@ def bicubic(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return values
 
 
-def combined(products: Float[Tensor, "batch lines columns"]) -> Float[Tensor, "batch lines half"]:
+def combined(products: Float[Tensor, "batch lines columns"]) -> Int32[Tensor, "batch lines half"]:
     """Return the sums of both halves as whole numbers from 0 to 255, rounded as Pillow does."""
     upper, lower = products.to(torch.int32).chunk(2, dim=2)
-    return (((upper << LOW) + lower + 2 ** (BITS - 1)) >> BITS).clamp(0, 255)
+    sums: Tensor = ((upper << LOW) + lower + 2 ** (BITS - 1)) >> BITS
+    return sums.clamp(0, 255)

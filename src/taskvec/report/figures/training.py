@@ -74,8 +74,9 @@ def _smooth(losses: pd.Series[float]) -> pd.Series[float]:
 def _plan(run: Run, view: View) -> Draw | None:
     """Return what draws the curves of a backbone, beside the first of its regimes: all share one figure."""
     first = next(other for other in run.views if other.backbone == view.backbone)
-    trained = run.training is not None and (run.training["backbone"] == view.backbone).any()
-    return partial(training_curves, run.training, view.backbone) if trained and view.regime == first.regime else None
+    if run.training is None or view.regime != first.regime or view.backbone not in set(run.training["backbone"]):
+        return None
+    return partial(training_curves, run.training, view.backbone)
 
 
 TRAINING = FigureType(

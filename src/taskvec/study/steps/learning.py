@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from taskvec.core.compute import choose_device
+from taskvec.core.compute import WIDTHS, choose_device
 from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
 from taskvec.core.progress import Progress
@@ -141,7 +141,7 @@ class TrainingConfig(OnDevice):
     def facts(self, settings: Finetune, backbone: Backbone) -> dict[str, Any]:
         """Return what a fine-tuned encoder's record says of its training."""
         precision = finetuning.training_precision(backbone, self.precision)
-        if self.precision not in ("wide", precision):
+        if self.precision not in (*WIDTHS, precision):
             note(f"trained in {precision}, not in {self.precision} as asked: a linearised encoder needs it")
         return {"precision": precision, "learning_rate": settings.learning_rate}
 
