@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,16 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing
 from taskvec.data.tasks import Task
 from taskvec.encoders.backbone import Backbone, assemble, linearised
+from taskvec.engine import pipeline
+from taskvec.engine.pipeline import Step
+from taskvec.engine.store import Store
 from taskvec.evaluation import precision
 from taskvec.evaluation.precision import Agreement, choose_precision, class_mean_head, decide, random_direction
 from taskvec.learning.heads import features_of
+from taskvec.study.files import parse_study
+from taskvec.study.plan.experiments import plan
 from taskvec.study.plan.planner import check_precision
+from taskvec.study.schema import StudyFile
 
 SCALES = (0.0, 0.05, 0.5)
 
@@ -133,3 +140,40 @@ def test_the_record_holds_both_switches_and_every_comparison(backbone: Backbone,
     assert record["tf32"] == {"matmul": False, "convolutions": False}
     assert [row["scale"] for row in record["agreements"]] == list(SCALES)
     assert set(record["agreements"][0]) == {"precision", "scale", "differing", "nans"}
+
+
+STUDY = """
+name: small
+backbones: ["lab:random"]
+tasks: ["lab:greek", "lab:digits"]
+methods: [{name: task_arithmetic, scales: "0:1:0.05"}, {name: ties, scales: [0, 2]}]
+limit: 12
+"""
+
+
+def steps_of(folder: Path, more: str) -> list[Step]:
+    text = STUDY + more
+    experiments = plan(StudyFile(parse_study(text, "small"), text, folder), Store(folder), estimate=True)
+    return pipeline.ordered(step for exp in experiments for step in exp.steps())
+
+
+def test_on_a_gpu_every_step_that_looks_reads_the_choice(tmp_path: Path) -> None:
+    steps = steps_of(tmp_path, "device: cuda")
+    (choice,) = (step for step in steps if step.type.name == "choose_precision")
+    assert choice.config.wanted == "auto"
+    assert choice.config.scales == (0.0, 0.05, 2.0)
+    looking = [step for step in steps if "precision" in step.type.reads]
+    assert {"features", "kept_curve", "test_task", "build_model"} <= {step.type.name for step in looking}
+    assert all(step.inputs["precision"] is choice for step in looking)
+
+
+@pytest.mark.parametrize("more", ["device: cpu", "device: cuda\nevaluation_precision: float32"])
+def test_where_all_is_float32_nothing_is_chosen(tmp_path: Path, more: str) -> None:
+    steps = steps_of(tmp_path, more)
+    assert "choose_precision" not in {step.type.name for step in steps}
+    assert not any(step.inputs.get("precision") for step in steps)
+
+
+def test_a_study_on_a_cpu_that_wants_float16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskvecError, match="evaluation_precision 'float16' needs a CUDA GPU"):
+        steps_of(tmp_path, "device: cpu\nevaluation_precision: float16")
