@@ -25,7 +25,8 @@ from taskvec.data.decoding import Whole
 from taskvec.data.images import Preprocessing, normalise
 from taskvec.data.resampling import largest_scale, resized_crops
 from taskvec.data.tasks import Split
-from taskvec.encoders.backbone import Backbone, Images
+from taskvec.data.uploads import Images
+from taskvec.encoders.backbone import Backbone
 
 Batch = tuple[Float[Tensor, "batch 3 size size"], Shaped[Tensor, "batch ..."]]
 Draw = tuple[Tensor, ...]

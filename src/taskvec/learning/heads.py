@@ -23,6 +23,7 @@ from taskvec.core.settings import Probe
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES, TaskType
 from taskvec.core.training import Group, Schedule, train
 from taskvec.data.tasks import Split, Task
+from taskvec.data.uploads import on_device
 from taskvec.encoders.backbone import Backbone
 from taskvec.learning.batches import index_stream
 from taskvec.weights.flat import read, read_metadata, save_tensors
@@ -227,7 +228,7 @@ def features_of(
             f"'{backbone.name}' has {features.shape[1]} patches an image, but {split.labels.shape[1]} are labelled",
             "choose an encoder or an input size with as many patches, or leave out the tasks with a label a patch",
         )
-    return features, torch.from_numpy(split.labels).to(features.device)
+    return features, on_device(split.labels, backbone.device)
 
 
 def fit_head(backbone: Backbone, task: Task, settings: Probe | None = None, seed: int = 0) -> Head:
