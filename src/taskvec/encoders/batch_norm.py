@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data.images import normalise
 from taskvec.data.splits import seeded_choice
 from taskvec.data.tasks import Task
+from taskvec.data.uploads import batches
 from taskvec.encoders.backbone import Backbone
 from taskvec.weights.flat import Slot, Weights, view
 
@@ -59,13 +61,11 @@ def reestimate(backbone: Backbone, weights: Weights, images: Images, batch_size:
     but for less than one batch of images; what is left over is not looked at. On a GPU the images stay for the next
     weights.
     """
-    seen = backbone.resident(images)
+    seen = batches(backbone.resident(images), batch_size, backbone.device)
     with backbone.at(weights), own_statistics(layers(backbone.module.eval())) as norms:
-        for place, start in enumerate(range(0, max(1, len(seen) - batch_size + 1), batch_size)):
+        for place, batch in enumerate(islice(seen, max(1, len(images) // batch_size))):
             for layer in norms:
                 layer.momentum = 1 / (place + 1)  # torch's None says the same, but waits for a GPU to read its counter
-            part = seen[start : start + batch_size]
-            batch = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
             backbone.module(normalise(batch, backbone.preprocessing, backbone.device))
         return weights.with_flat(backbone.bound.flat.clone())
 
