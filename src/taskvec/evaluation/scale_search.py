@@ -11,7 +11,7 @@ from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Probe, coarse, parse_scales
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
-from taskvec.evaluation.accuracy import accuracies, fine_tuned_accuracies, normalised_accuracy
+from taskvec.evaluation.accuracy import accuracies, fine_tuned_accuracies, means, normalised_accuracy
 from taskvec.learning.heads import Features, Head, Labels, features_of, fit
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.merging.registry import ADDITION, find_recipe
@@ -82,14 +82,17 @@ def kept_curve(
     scales: Sequence[float],
     progress: Progress = no_progress,
 ) -> list[float]:
-    """Return the validation accuracy of a task at each scale along a merged vector, with its probed head kept."""
-    values = []
+    """Return the validation accuracy of a task at each scale along a merged vector, with its probed head kept.
+
+    Scores stay on the device until all scales are done.
+    """
+    scores, head = [], head.on(backbone.device)
     with backbone.at():
         pairs = features_along(backbone, merged, task.validation, task.kind, scales)
         for index, (features, labels) in enumerate(pairs):
-            values.append(head.accuracy(features, labels))
+            scores.append(head.score(features, labels))
             progress((index + 1) / len(scales))
-    return values
+    return means(scores) if scores else []
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def coordinate_search(
     A sweep tries a neighbour to either side on the grid for every task and keeps what raises the mean normalised
     validation accuracy (ties keep what is there); sweeps of a stride go on until nothing moves, wide strides first.
     """
-    places = [list(grid).index(start)] * len(tasks)
+    places, heads = [list(grid).index(start)] * len(tasks), [head.on(backbone.device) for head in heads]
     trials: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     def value(point: list[int]) -> float:

@@ -21,6 +21,7 @@ from taskvec.core.settings import Probe
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES, TaskType
 from taskvec.core.training import Group, Schedule, index_batches, train
 from taskvec.data.tasks import Split, Task
+from taskvec.data.uploads import on_device
 from taskvec.encoders.backbone import Backbone
 from taskvec.weights.flat import read, read_metadata, save_tensors
 
@@ -66,9 +67,10 @@ class Head:
         return features - F.linear(F.linear(features, self.down.to(device)).relu(), self.up.to(device))
 
     def on(self, device: str, learns: bool = False) -> Head:
-        """Return a copy on a device, whose weights are leaves that learn or constants."""
+        """Return a copy on a device, whose weights are leaves that learn or constants, as a correction always is."""
         weight, bias = (p.detach().to(device, copy=True).requires_grad_(learns) for p in (self.weight, self.bias))
-        return replace(self, weight=weight, bias=bias)
+        down, up = (None if p is None else p.detach().to(device, copy=True) for p in (self.down, self.up))
+        return replace(self, weight=weight, bias=bias, down=down, up=up)
 
     def predict(self, features: Features) -> Int64[Tensor, " count *patches"]:
         """Return the class of highest score, ties to the first; -1 (no class) where a score is NaN or infinite.
@@ -158,7 +160,7 @@ def features_of(
             f"'{backbone.name}' has {features.shape[1]} patches an image, but {split.labels.shape[1]} are labelled",
             "choose an encoder or an input size with as many patches, or leave out the tasks with a label a patch",
         )
-    return features, torch.from_numpy(split.labels).to(features.device)
+    return features, on_device(split.labels, backbone.device)
 
 
 def fit_head(backbone: Backbone, task: Task, settings: Probe | None = None, seed: int = 0) -> Head:

@@ -191,10 +191,6 @@ class AgreementConfig(CurveConfig):
     images: int
     metrics: list[str]
 
-    def threaded(self) -> bool:
-        """Return that threads count: features are compared on the CPU, whatever the device."""
-        return True
-
 
 def agreement_work(step: Step, sizes: Sizes) -> Work:
     """A sample of training images passes by the fine-tuned encoder and at every scale."""
