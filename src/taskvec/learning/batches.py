@@ -25,13 +25,12 @@ from taskvec.data.decoding import Whole
 from taskvec.data.images import Preprocessing, normalise
 from taskvec.data.resampling import largest_scale, resized_crops
 from taskvec.data.tasks import Split
-from taskvec.encoders.backbone import Backbone, Images
+from taskvec.data.uploads import Images, fits, on_device
+from taskvec.encoders.backbone import Backbone
 
 Batch = tuple[Float[Tensor, "batch 3 size size"], Shaped[Tensor, "batch ..."]]
 Draw = tuple[Tensor, ...]
 """What is drawn for a batch: indices of images, then perhaps how they are cropped, or their pixels."""
-SHARE = 0.25
-"""Share of a GPU's memory that the whole training images of a task may take."""
 AHEAD = 32
 """Small draws that are made and copied to a GPU at once; of draws with pixels it is one."""
 
@@ -67,7 +66,8 @@ def training_stream(backbone: Backbone, split: Split, batch_size: int, seed: int
     if split.whole is None or not crops:
         pixels = backbone.resident(split.images)
         return views(pixels, labels, to, batch_size, seed, crops, on_gpu and not isinstance(pixels, Tensor))
-    there = on_gpu and fits(split.whole, to.size, torch.cuda.get_device_properties(backbone.device).total_memory)
+    small = split.whole.longest_side() <= largest_scale() * to.size
+    there = small and fits(split.whole.pixels, backbone.device)
     return (crops_there if there else crops_here)(split.whole, labels, to, batch_size, seed)
 
 
@@ -121,10 +121,8 @@ def crops_there(
     whole: Whole, labels: Shaped[Tensor, "count ..."], to: Preprocessing, batch_size: int, seed: int
 ) -> Stream:
     """Return batches of crops that a device makes of whole images which lie there, as the labels do."""
-    pixels, starts, shapes = (
-        torch.from_numpy(np.array(array)).to(labels.device) for array in (whole.pixels, whole.starts, whole.shapes)
-    )
-    side = whole.longest_side()
+    device, side = str(labels.device), whole.longest_side()
+    pixels, starts, shapes = (on_device(array, device) for array in (whole.pixels, whole.starts, whole.shapes))
 
     def drawn() -> Iterator[Draw]:
         for step, indices in enumerate(index_batches(len(whole.shapes), batch_size, seed)):
@@ -133,17 +131,9 @@ def crops_there(
     def make(draw: Draw) -> Batch:
         indices, boxes = draw
         crops = resized_crops(pixels, starts[indices], shapes[indices], boxes, side, to.size)
-        return normalise(crops, to, str(labels.device)), labels[indices]
+        return normalise(crops, to, device), labels[indices]
 
     return Stream(drawn(), make)
-
-
-def fits(whole: Whole, size: int, memory: int) -> bool:
-    """Return whether a GPU crops whole images: they take little of its memory, and crops are not far larger than views.
-
-    The memory counts that it has, not what is free, so that the choice is the same on every run.
-    """
-    return whole.longest_side() <= largest_scale() * size and whole.pixels.nbytes <= SHARE * memory
 
 
 def cropped_batches(
