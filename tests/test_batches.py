@@ -13,7 +13,7 @@ from taskvec.core.settings import Finetune
 from taskvec.data.augment import crop_grids, crop_parts, random_resized_crop
 from taskvec.data.decoding import Whole
 from taskvec.data.images import Preprocessing
-from taskvec.learning.batches import Batch, Stream, crops_here, crops_there, uploads, views
+from taskvec.learning.batches import Batch, Stream, crops_here, crops_there, prefetched, stacks, uploads, views
 from taskvec.learning.finetuning import images_of_each
 
 TO = Preprocessing(size=16)
@@ -55,9 +55,11 @@ def test_crops_of_a_device_are_those_of_the_cpu_but_for_a_level_or_two() -> None
 
 
 @pytest.mark.parametrize("count", [1, 3, 32])
-def test_draws_that_are_uploaded_together_stay_in_order(count: int) -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_draws_that_are_uploaded_together_stay_in_order(count: int, ahead: bool) -> None:
     draws = ((torch.tensor([place]), torch.full((2, 3), float(place))) for place in itertools.count())
-    for place, (index, parts) in enumerate(itertools.islice(uploads(draws, "cpu", count), 40)):
+    stacked = prefetched(stacks(draws, count)) if ahead else stacks(draws, count)
+    for place, (index, parts) in enumerate(itertools.islice(uploads(stacked, "cpu"), 40)):
         assert index.tolist() == [place]
         assert parts.unique().tolist() == [place]
 

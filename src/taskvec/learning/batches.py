@@ -1,7 +1,7 @@
 """Random batches of a task's training images, augmented where labels stay right; every draw comes from the seed.
 
 Draws are made on the CPU, so that every device sees the same images. On a GPU pixels lie on the device where they fit:
-draws are then small, and a batch is gathered, normalised and cropped there. Else threads prepare pixels ahead.
+draws are then small, and a batch is gathered, normalised and cropped there. Else a thread prepares pixels ahead.
 """
 
 from __future__ import annotations
@@ -31,21 +31,30 @@ from taskvec.encoders.backbone import Backbone
 Batch = tuple[Float[Tensor, "batch 3 size size"], Shaped[Tensor, "batch ..."]]
 Draw = tuple[Tensor, ...]
 """What is drawn for a batch: indices of images, then perhaps how they are cropped, or their pixels."""
-AHEAD = 32
-"""Small draws that are made and copied to a GPU at once; of draws with pixels it is one."""
+TOGETHER = 4
+"""Small draws that are copied to a GPU at once: more would keep the CPU from launching steps for too long."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Random batches without end: ``draws`` are made on the CPU, and ``make`` turns one into a batch on the device."""
+    """Random batches without end: ``draws`` are made on the CPU, and ``make`` turns one into a batch on the device.
+
+    Draws that are ``heavy`` hold pixels.
+    """
 
     draws: Iterator[Draw]
     make: Callable[[Draw], Batch]
-    ahead: int = AHEAD
+    heavy: bool = False
 
     def uploaded(self, device: str) -> Iterator[Draw]:
-        """Yield the draws on the device, where ``make`` takes them."""
-        return self.draws if device == "cpu" else uploads(self.draws, device, self.ahead)
+        """Yield the draws on the device, where ``make`` takes them.
+
+        A thread makes heavy ones ahead. Small ones take less time than threads that wait for each other; while they are
+        made a GPU has steps to do.
+        """
+        if device == "cpu":
+            return self.draws
+        return uploads(prefetched(stacks(self.draws, 1)) if self.heavy else stacks(self.draws, TOGETHER), device)
 
 
 def training_batches(
@@ -97,7 +106,7 @@ def views(
         inputs = normalise(images, to, str(labels.device))
         return crop_grids(inputs, parts[0]) if crops else inputs, labels[indices]
 
-    return Stream(drawn(), make, 1 if carried else AHEAD)
+    return Stream(drawn(), make, heavy=carried)
 
 
 def gathered(
@@ -114,7 +123,7 @@ def crops_here(
     """Return batches of crops that Pillow makes on the CPU's cores."""
     cropped = cropped_batches(whole, batch_size, to.size, seed)
     draws = ((indices, torch.from_numpy(crops)) for indices, crops in cropped)
-    return Stream(draws, lambda draw: (normalise(draw[1], to, str(labels.device)), labels[draw[0]]), 1)
+    return Stream(draws, lambda draw: (normalise(draw[1], to, str(labels.device)), labels[draw[0]]), heavy=True)
 
 
 def crops_there(
@@ -152,16 +161,24 @@ def cropped_batches(
                 yield chosen, images.result()
 
 
-def uploads(draws: Iterator[Draw], device: str, count: int) -> Iterator[Draw]:
-    """Yield draws on a GPU: ``count`` of them are made by a thread while others are used, and copied at once."""
+def stacks(draws: Iterator[Draw], count: int) -> Iterator[Draw]:
+    """Yield so many draws at a time, stacked."""
+    while True:
+        yield tuple(torch.stack(parts) for parts in zip(*itertools.islice(draws, count), strict=True))
 
-    def stacked() -> list[Tensor]:
-        together = [torch.stack(parts) for parts in zip(*itertools.islice(draws, count), strict=True)]
-        return [part.pin_memory() for part in together] if device.startswith("cuda") else together
 
+def prefetched(draws: Iterator[Draw]) -> Iterator[Draw]:
+    """Yield draws, each made by a thread while the one before is used."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(stacked)
+        coming = pool.submit(next, draws)
         while True:
-            parts = [part.to(device, non_blocking=True) for part in coming.result()]
-            coming = pool.submit(stacked)
-            yield from zip(*(part.unbind() for part in parts), strict=True)
+            draw = coming.result()
+            coming = pool.submit(next, draws)
+            yield draw
+
+
+def uploads(stacked: Iterator[Draw], device: str) -> Iterator[Draw]:
+    """Yield single draws on a device out of stacked ones, which a GPU copies from pinned memory when it comes to it."""
+    for parts in stacked:
+        pinned = [part.pin_memory() for part in parts] if device.startswith("cuda") else parts
+        yield from zip(*(part.to(device, non_blocking=True).unbind() for part in pinned), strict=True)
