@@ -20,7 +20,7 @@ from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation import scale_search
 from taskvec.learning import heads
-from taskvec.learning.batches import AHEAD, uploads
+from taskvec.learning.batches import AHEAD, index_stream
 from taskvec.learning.heads import Head, fit, joint_loss, probe, random_head, summed_loss
 from taskvec.weights.flat import Weights
 
@@ -104,8 +104,8 @@ def test_a_probe_equals_pytorch_written_out() -> None:
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 5))
 def test_batches_that_are_copied_ahead_are_those_drawn(count: int, size: int, seed: int) -> None:
     steps = AHEAD + 3
-    ahead = itertools.islice(uploads(((i,) for i in index_batches(count, size, seed)), "cpu", AHEAD), steps)
-    for (batch,), drawn in zip(ahead, itertools.islice(index_batches(count, size, seed), steps), strict=True):
+    ahead = itertools.islice(index_stream(count, size, seed, "cpu:0"), steps)  # "cpu" itself copies nothing
+    for batch, drawn in zip(ahead, itertools.islice(index_batches(count, size, seed), steps), strict=True):
         assert torch.equal(batch, drawn)
 
 

@@ -198,7 +198,7 @@ def test_crops_on_the_device_are_those_of_the_cpu() -> None:
 def test_batches_do_not_depend_on_where_pixels_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, tasks = make_backbone("cuda"), (make_task(), make_photos())
     near = [next(batches.training_batches(backbone, t.train, 8, 3)) for t in tasks]
-    monkeypatch.setattr(batches, "SHARE", 0.0)
+    monkeypatch.setattr(batches, "fits", lambda *_: False)
     monkeypatch.setattr(Backbone, "resident", lambda self, images: images)
     far = [next(batches.training_batches(backbone, t.train, 8, 3)) for t in tasks]
     cpu = [next(batches.training_batches(make_backbone("cpu"), t.train, 8, 3)) for t in tasks]

@@ -106,7 +106,7 @@ def train(
     optimizer = optimizer or make_optimizer(groups, schedule)
     wanted = range(schedule.steps) if steps is None else steps
     stream, device = iter(batches), device_of(groups)
-    graph = graph and device.type == "cuda" and len(wanted) > 2 * WARM
+    graph = graph and device.type == "cuda" and len(wanted) > 4 * WARM
     losses, history = Losses(wanted, schedule, groups, finite), after_step or no_history
     with deterministic(device), aside(device) if graph else contextlib.nullcontext():
         take = tolerant(partial(take_step, groups, loss, schedule, optimizer), optimizer)

@@ -1,7 +1,7 @@
 """Random batches of a task's training images, augmented where labels stay right; every draw comes from the seed.
 
 Draws are made on the CPU, so that every device sees the same images. On a GPU pixels lie on the device where they fit:
-draws are then small, and a batch is gathered, normalised and cropped there. Else threads prepare pixels ahead.
+draws are then small, and a batch is gathered, normalised and cropped there. Else a thread prepares pixels ahead.
 """
 
 from __future__ import annotations
@@ -25,29 +25,38 @@ from taskvec.data.decoding import Whole
 from taskvec.data.images import Preprocessing, normalise
 from taskvec.data.resampling import largest_scale, resized_crops
 from taskvec.data.tasks import Split
-from taskvec.data.uploads import Images
+from taskvec.data.uploads import Images, fits, on_device
 from taskvec.encoders.backbone import Backbone
 
 Batch = tuple[Float[Tensor, "batch 3 size size"], Shaped[Tensor, "batch ..."]]
 Draw = tuple[Tensor, ...]
 """What is drawn for a batch: indices of images, then perhaps how they are cropped, or their pixels."""
-SHARE = 0.25
-"""Share of a GPU's memory that the whole training images of a task may take."""
-AHEAD = 32
-"""Small draws that are made and copied to a GPU at once; of draws with pixels it is one."""
+AHEAD = 100
+"""Batches of nothing but indices that are copied to a GPU at once: they take little to draw."""
+TOGETHER = 4
+"""Small draws that are copied to a GPU at once: more would keep the CPU from launching steps for too long."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Random batches without end: ``draws`` are made on the CPU, and ``make`` turns one into a batch on the device."""
+    """Random batches without end: ``draws`` are made on the CPU, and ``make`` turns one into a batch on the device.
+
+    Draws that are ``heavy`` hold pixels.
+    """
 
     draws: Iterator[Draw]
     make: Callable[[Draw], Batch]
-    ahead: int = AHEAD
+    heavy: bool = False
 
     def uploaded(self, device: str) -> Iterator[Draw]:
-        """Yield the draws on the device, where ``make`` takes them."""
-        return self.draws if device == "cpu" else uploads(self.draws, device, self.ahead)
+        """Yield the draws on the device, where ``make`` takes them.
+
+        A thread makes heavy ones ahead. Small ones take less time than threads that wait for each other; while they are
+        made a GPU has steps to do.
+        """
+        if device == "cpu":
+            return self.draws
+        return uploads(prefetched(stacks(self.draws, 1)) if self.heavy else stacks(self.draws, TOGETHER), device)
 
 
 def training_batches(
@@ -68,7 +77,8 @@ def training_stream(backbone: Backbone, split: Split, batch_size: int, seed: int
     if split.whole is None or not crops:
         pixels = backbone.resident(split.images)
         return views(pixels, labels, to, batch_size, seed, crops, on_gpu and not isinstance(pixels, Tensor))
-    there = on_gpu and fits(split.whole, to.size, torch.cuda.get_device_properties(backbone.device).total_memory)
+    small = split.whole.longest_side() <= largest_scale() * to.size
+    there = small and fits(split.whole.pixels, backbone.device)
     return (crops_there if there else crops_here)(split.whole, labels, to, batch_size, seed)
 
 
@@ -98,7 +108,7 @@ def views(
         inputs = normalise(images, to, str(labels.device))
         return crop_grids(inputs, parts[0]) if crops else inputs, labels[indices]
 
-    return Stream(drawn(), make, 1 if carried else AHEAD)
+    return Stream(drawn(), make, heavy=carried)
 
 
 def gathered(
@@ -115,17 +125,15 @@ def crops_here(
     """Return batches of crops that Pillow makes on the CPU's cores."""
     cropped = cropped_batches(whole, batch_size, to.size, seed)
     draws = ((indices, torch.from_numpy(crops)) for indices, crops in cropped)
-    return Stream(draws, lambda draw: (normalise(draw[1], to, str(labels.device)), labels[draw[0]]), 1)
+    return Stream(draws, lambda draw: (normalise(draw[1], to, str(labels.device)), labels[draw[0]]), heavy=True)
 
 
 def crops_there(
     whole: Whole, labels: Shaped[Tensor, "count ..."], to: Preprocessing, batch_size: int, seed: int
 ) -> Stream:
     """Return batches of crops that a device makes of whole images which lie there, as the labels do."""
-    pixels, starts, shapes = (
-        torch.from_numpy(np.array(array)).to(labels.device) for array in (whole.pixels, whole.starts, whole.shapes)
-    )
-    side = whole.longest_side()
+    device, side = str(labels.device), whole.longest_side()
+    pixels, starts, shapes = (on_device(array, device) for array in (whole.pixels, whole.starts, whole.shapes))
 
     def drawn() -> Iterator[Draw]:
         for step, indices in enumerate(index_batches(len(whole.shapes), batch_size, seed)):
@@ -134,17 +142,9 @@ def crops_there(
     def make(draw: Draw) -> Batch:
         indices, boxes = draw
         crops = resized_crops(pixels, starts[indices], shapes[indices], boxes, side, to.size)
-        return normalise(crops, to, str(labels.device)), labels[indices]
+        return normalise(crops, to, device), labels[indices]
 
     return Stream(drawn(), make)
-
-
-def fits(whole: Whole, size: int, memory: int) -> bool:
-    """Return whether a GPU crops whole images: they take little of its memory, and crops are not far larger than views.
-
-    The memory counts that it has, not what is free, so that the choice is the same on every run.
-    """
-    return whole.longest_side() <= largest_scale() * size and whole.pixels.nbytes <= SHARE * memory
 
 
 def cropped_batches(
@@ -163,19 +163,27 @@ def cropped_batches(
                 yield chosen, images.result()
 
 
-def uploads(draws: Iterator[Draw], device: str, count: int) -> Iterator[Draw]:
-    """Yield draws on a GPU: ``count`` of them are made by a thread while others are used, and copied at once."""
+def stacks(draws: Iterator[Draw], count: int) -> Iterator[Draw]:
+    """Yield so many draws at a time, stacked."""
+    while True:
+        yield tuple(torch.stack(parts) for parts in zip(*itertools.islice(draws, count), strict=True))
 
-    def stacked() -> list[Tensor]:
-        together = [torch.stack(parts) for parts in zip(*itertools.islice(draws, count), strict=True)]
-        return [part.pin_memory() for part in together] if device.startswith("cuda") else together
 
+def prefetched(draws: Iterator[Draw]) -> Iterator[Draw]:
+    """Yield draws, each made by a thread while the one before is used."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(stacked)
+        coming = pool.submit(next, draws)
         while True:
-            parts = [part.to(device, non_blocking=True) for part in coming.result()]
-            coming = pool.submit(stacked)
-            yield from zip(*(part.unbind() for part in parts), strict=True)
+            draw = coming.result()
+            coming = pool.submit(next, draws)
+            yield draw
+
+
+def uploads(stacked: Iterator[Draw], device: str) -> Iterator[Draw]:
+    """Yield single draws on a device out of stacked ones, which a GPU copies from pinned memory when it comes to it."""
+    for parts in stacked:
+        pinned = [part.pin_memory() for part in parts] if device.startswith("cuda") else parts
+        yield from zip(*(part.to(device, non_blocking=True).unbind() for part in pinned), strict=True)
 
 
 def index_stream(count: int, batch_size: int, seed: int, device: str) -> Iterator[Int64[Tensor, " batch"]]:
@@ -183,4 +191,4 @@ def index_stream(count: int, batch_size: int, seed: int, device: str) -> Iterato
     batches = index_batches(count, batch_size, seed)
     if device == "cpu":
         return batches
-    return (indices for (indices,) in uploads(((indices,) for indices in batches), device, AHEAD))
+    return (indices for (indices,) in uploads(stacks(((indices,) for indices in batches), AHEAD), device))

@@ -99,7 +99,7 @@ def finetune_tasks(
         loss = loss_of(backbone, module, learned, streams, training_precision(backbone, precision))
         if pays_to_compile(backbone, module, learned, settings):
             first = next(draws)
-            compile_encoder(module, loss, first, backbone.device)
+            compile_encoder(module, loss, first, learning, backbone.device)
             draws = itertools.chain([first], draws)
         losses = minimise(Group(learning, settings.learning_rate), loss, draws, settings, progress, graphed(backbone))
     tuned = lora_layers.merged(adapted, bound) if adapted is not None else bound.clone()
@@ -169,6 +169,7 @@ def compile_encoder(
     module: torch.nn.Module,
     loss: Callable[[Sequence[Draw]], Float[Tensor, ""]],
     draws: Sequence[Draw],
+    learning: Sequence[Tensor],
     device: str,
 ) -> None:
     """Compile an encoder for the shapes of a draw, there and back; one that fails stays as it is, with a note."""
@@ -181,7 +182,8 @@ def compile_encoder(
         except Exception as error:  # compilers fail in many ways
             state._compiled_call_impl = None
             note(f"the encoder is trained as it is, since it cannot be compiled: {first_line(error)}")
-    module.zero_grad(set_to_none=True)
+    for parameter in (*module.parameters(), *learning):
+        parameter.grad = None
 
 
 def training_copy(backbone: Backbone, head_learns: bool) -> tuple[torch.nn.Module, Weights]:
