@@ -160,8 +160,8 @@ def steps_of(folder: Path, more: str) -> list[Step]:
 def test_on_a_gpu_every_step_that_looks_reads_the_choice(tmp_path: Path) -> None:
     steps = steps_of(tmp_path, "device: cuda")
     (choice,) = (step for step in steps if step.type.name == "choose_precision")
-    assert choice.config.wanted == "auto"
-    assert choice.config.scales == (0.0, 0.05, 2.0)
+    assert choice.inputs["comparison"].config.wanted == "auto"
+    assert choice.inputs["comparison"].config.scales == (0.0, 0.05, 2.0)
     looking = [step for step in steps if "precision" in step.type.reads]
     assert {"features", "kept_curve", "test_task", "build_model"} <= {step.type.name for step in looking}
     assert all(step.inputs["precision"] is choice for step in looking)
