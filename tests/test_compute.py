@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taskvec.core.compute import arithmetic, autocast, set_switches, switches, uses_tf32
+from taskvec.core.progress import Progress
+from taskvec.engine.executors import perform
+from taskvec.engine.pipeline import Config, Inputs, Job, Step, step_type
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 """Whether torch has the newer switches (2.9)."""
@@ -70,3 +75,16 @@ def test_the_cache_casts_parameters_once(cache: bool, casts: int) -> None:
         outputs = [layer(batch) for batch in images]
     assert all(output.dtype == torch.bfloat16 for output in outputs)
     assert counter.count == casts
+
+
+@step_type(1, writes=["switches.txt"])
+def read_switches(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Write how both switches stand while a step computes."""
+    (out / "switches.txt").write_text(" ".join(switches()))
+
+
+def test_a_step_computes_in_float32_whatever_stands_outside(tmp_path: Path) -> None:
+    with arithmetic("tf32"):
+        perform(Job(Step("look", read_switches, Config(), {}), "abc", {}, tmp_path), lambda _: None, lambda _: None)
+        assert switches() == ("tf32", "tf32")
+    assert (tmp_path / "switches.txt").read_text() == "ieee ieee"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers.encoders import TinyEncoder
 from torch import Tensor, nn
 
+from taskvec.command.runs import evaluation_precisions
 from taskvec.core.compute import PassPrecision
 from taskvec.core.errors import TaskvecError
 from taskvec.data.images import Preprocessing
@@ -19,12 +22,20 @@ from taskvec.engine import pipeline
 from taskvec.engine.pipeline import Step
 from taskvec.engine.store import Store
 from taskvec.evaluation import precision
-from taskvec.evaluation.precision import Agreement, choose_precision, class_mean_head, decide, random_direction
+from taskvec.evaluation.precision import (
+    Agreement,
+    PrecisionChoice,
+    choose_precision,
+    class_mean_head,
+    decide,
+    random_direction,
+)
 from taskvec.learning.heads import features_of
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.plan.planner import check_precision
 from taskvec.study.schema import StudyFile
+from taskvec.study.steps.loading import PrecisionConfig, compare_precisions
 
 SCALES = (0.0, 0.05, 0.5)
 
@@ -160,8 +171,8 @@ def steps_of(folder: Path, more: str) -> list[Step]:
 def test_on_a_gpu_every_step_that_looks_reads_the_choice(tmp_path: Path) -> None:
     steps = steps_of(tmp_path, "device: cuda")
     (choice,) = (step for step in steps if step.type.name == "choose_precision")
-    assert choice.config.wanted == "auto"
-    assert choice.config.scales == (0.0, 0.05, 2.0)
+    assert choice.inputs["comparison"].config.wanted == "auto"
+    assert choice.inputs["comparison"].config.scales == (0.0, 0.05, 2.0)
     looking = [step for step in steps if "precision" in step.type.reads]
     assert {"features", "kept_curve", "test_task", "build_model"} <= {step.type.name for step in looking}
     assert all(step.inputs["precision"] is choice for step in looking)
@@ -177,3 +188,13 @@ def test_where_all_is_float32_nothing_is_chosen(tmp_path: Path, more: str) -> No
 def test_a_study_on_a_cpu_that_wants_float16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskvecError, match="evaluation_precision 'float16' needs a CUDA GPU"):
         steps_of(tmp_path, "device: cpu\nevaluation_precision: float16")
+
+
+def test_the_lock_says_in_what_numbers_a_gpu_computed() -> None:
+    record = PrecisionChoice("tf32", "auto", 9, ()).to_json()
+    config = PrecisionConfig(wanted="auto", scales=SCALES, device="cuda", backbone_name="net")
+    done: Any = {Step("compare", compare_precisions, config, {}): SimpleNamespace(json=lambda name: record)}
+    on, off = ({"matmul": switch, "convolutions": switch} for switch in (True, False))
+    expected = {"evaluation_precision": {"net": {"precision": "tf32", "tf32": on}}, "tf32": off}
+    assert evaluation_precisions(done, "cuda:1") == expected
+    assert evaluation_precisions(done, "cpu") == {}

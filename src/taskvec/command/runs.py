@@ -42,12 +42,12 @@ from taskvec.report.run_folder import (
     write_run,
     writing,
 )
-from taskvec.study.artifacts import PRECISION
+from taskvec.study.artifacts import AGREEMENTS
 from taskvec.study.experiment import Experiment
 from taskvec.study.forecast.estimate import decoded_bytes
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
-from taskvec.study.steps.loading import choose_precision
+from taskvec.study.steps.loading import compare_precisions
 
 PLANNING, FOLDER = "plan", "run folder"
 """The labels of what is noted while a study is planned, and while its folder is written."""
@@ -252,8 +252,8 @@ def evaluation_precisions(done: Done, device: str) -> dict[str, Any]:
     """
     if not device.startswith("cuda"):
         return {}
-    chosen = {s.config.backbone_name: a.json(PRECISION) for s, a in done.items() if s.type == choose_precision}
-    passes = {name: {key: record[key] for key in ("precision", "tf32")} for name, record in chosen.items()}
+    compared = {s.config.backbone_name: a.json(AGREEMENTS) for s, a in done.items() if s.type == compare_precisions}
+    passes = {name: {key: record[key] for key in ("precision", "tf32")} for name, record in compared.items()}
     return {"evaluation_precision": passes, "tf32": uses_tf32("float32")}
 
 

@@ -24,7 +24,7 @@ FASTEST: tuple[PassPrecision, ...] = ("float16", "tf32")
 """What is tried, the fastest first; float32 needs no check."""
 MOST_DIFFERING = 0.005
 """The largest share of predictions that may differ from float32's."""
-PREDICTED, FITTED = 512, 2048
+PREDICTED, FITTED = 2048, 2048
 """Validation images of all tasks together that are predicted, and training images that heads are fitted on."""
 LENGTH = 0.14
 """Length of the direction relative to the encoder, entry by entry: that of a sum of eight task vectors.
@@ -98,7 +98,8 @@ def choose_precision(
 
     The heads are class means of each task, from float32 features. A study's own are not there yet: they are probed on
     features of the precision that is chosen here. Both are linear in features, and class means separate less well, so
-    that more images lie near a border and more predictions change than with probed heads.
+    that more images lie near a border: with the lab's encoder and eight tasks float16 changed 0.03 to 0.16 % of their
+    predictions, and 0 to 0.13 % of those of ridge regression.
     """
     candidates = FASTEST if wanted == "auto" else tuple(precision for precision in FASTEST if precision == wanted)
     samples = [sampled(task, len(tasks)) for task in tasks]

@@ -73,7 +73,9 @@ def choose_precision(planner: Planner, backbone: str, encoder: Step, data: dict[
     scales = tuple(dict.fromkeys((*steps.NEAR, middle)))
     config = steps.PrecisionConfig(wanted=wanted, scales=scales, **planner.on(backbone))
     inputs = {"backbone": encoder, "tasks": list(data.values())}
-    return planner.step(steps.choose_precision, f"precision of {backbone}", config, inputs, 6 * PREDICTED)
+    label = f"compare precisions of {backbone}"
+    comparison = planner.step(steps.compare_precisions, label, config, inputs, 6 * PREDICTED)
+    return planner.step(steps.choose_precision, f"precision of {backbone}", Config(), {"comparison": comparison})
 
 
 def cache_features(planner: Planner, task: str, shared: SharedSteps) -> Step:

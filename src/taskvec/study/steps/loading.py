@@ -21,7 +21,7 @@ from taskvec.engine.work import Work
 from taskvec.evaluation import precision
 from taskvec.learning.heads import features_of
 from taskvec.study import artifacts
-from taskvec.study.artifacts import ENCODER, PRECISION, OnDevice
+from taskvec.study.artifacts import AGREEMENTS, ENCODER, PRECISION, OnDevice
 from taskvec.study.forecast.sizes import NUMBER, Sizes, encoder, small_side
 
 WIDER = 4 / 3
@@ -141,14 +141,20 @@ def compared(step: Step, sizes: Sizes) -> Work:
     return sizes.passes(step, fitted + passes * precision.PREDICTED)
 
 
-@step_type(1, ("torch",), reads=["backbone", "tasks"], writes=[PRECISION], work=compared, heading="probing")
-def choose_precision(config: PrecisionConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Choose the precision of an encoder's passes on a GPU, by its predictions of a sample of all tasks."""
+@step_type(1, ("torch",), reads=["backbone", "tasks"], writes=[AGREEMENTS], work=compared, heading="probing")
+def compare_precisions(config: PrecisionConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Compare what an encoder predicts on a GPU in several precisions, on a sample of all tasks."""
     backbone, tasks = artifacts.open_backbone(inputs, config), artifacts.open_tasks(inputs)
     choice = precision.choose_precision(backbone, tasks, config.scales, config.wanted, progress=progress)
     if text := choice.explanation():
         note(text)
-    write_json(out / PRECISION, choice.to_json())
+    write_json(out / AGREEMENTS, choice.to_json())
+
+
+@step_type(1, reads=["comparison"], writes=[PRECISION])
+def choose_precision(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Keep the precision of an encoder's passes alone, so that another comparison with the same outcome counts not."""
+    write_json(out / PRECISION, {"precision": read_json(inputs["comparison"] / AGREEMENTS)["precision"]})
 
 
 def feature_work(step: Step, sizes: Sizes) -> Work:
