@@ -59,12 +59,13 @@ def ratios(backbone: tv.Backbone, task: tv.Task) -> Iterator[Row]:
     raw = seconds(lambda: forward(backbone, images)) / len(images)
     features, labels = heads.features_of(backbone, task.validation)
     probing = seconds(
-        lambda: heads.fit(features, labels, len(task.classes), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3), tv.Probe(), 0), 1
+        lambda: heads.fit(features[None], labels, len(task.classes), (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3), tv.Probe(), 0),
+        1,
     )
     for count in (17_010, 55_000):
         name = f"probing at six rates, with one forward pass over {count} images, over that pass"
         yield Row(name, 1 + probing / (raw * count), "<= 1.3", "ViT-S and up")
-    head = heads.fit(features, labels, len(task.classes), [0.01], tv.Probe(steps=50, warmup=5), 0)[0]
+    head = heads.fit(features[None], labels, len(task.classes), [0.01], tv.Probe(steps=50, warmup=5), 0)[0]
     tau = backbone.pretrained.with_flat(torch.randn_like(backbone.pretrained.flat) * 1e-3)
     scales = [round(0.05 * i, 10) for i in range(1, 21)]
     curve = seconds(lambda: search.kept_curve(backbone, tau, task, head, scales), 2)

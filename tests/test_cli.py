@@ -94,7 +94,7 @@ def broken(folder: Path, how: str) -> list[str | Path]:
         ("another architecture", r"supervised\.safetensors' does not fit: it is missing conv1\.0\.weight"),
         ("bad device", "device 'cuda:7' cannot be used"),
         ("odd size", "cannot be made for 33 px"),
-        ("diverged", "fine-tune one .*: fine-tuning diverged.*\nlower finetune.learning_rate"),
+        ("diverged", "fine-tune one .*: training diverged at learning rate 100: .*\nlower finetune.learning_rate"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path, how: str, message: str) -> None:

@@ -40,7 +40,8 @@ from taskvec.encoders.backbone import Backbone
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline
 from taskvec.engine.store import Store
-from taskvec.learning.finetuning import cropped_batches, finetune, training_batches
+from taskvec.learning.batches import cropped_batches, training_batches
+from taskvec.learning.finetuning import finetune
 from taskvec.learning.heads import random_head
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan

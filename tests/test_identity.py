@@ -116,9 +116,17 @@ def test_threads_count_where_sums_are_made(root: Path) -> None:
     assert differing(identities(planned(root)), identities(planned(root, threads="2"))) == TRAINING
 
 
-def test_threads_do_not_count_on_a_gpu_but_where_heads_are_fitted(root: Path) -> None:
+def test_threads_do_not_count_on_a_gpu_but_for_a_merge_that_measures_nothing(root: Path) -> None:
     one, two = (identities(planned(root, True, device="cuda", threads=count)) for count in "12")
-    assert differing(one, two) == {"probe_task", "merge", "reprobed_curve"}
+    assert differing(one, two) == {"merge"}
+
+
+def test_a_probe_counts_the_device_that_is_no_cpu(root: Path) -> None:
+    on_cpu, on_gpu = (
+        [s for s in planned(root, True, device=d) if s.type.name == "probe_task"] for d in ("cpu", "cuda")
+    )
+    assert all("device" not in step.config.tracked() for step in on_cpu)
+    assert {step.config.tracked()["device"] for step in on_gpu} == {"cuda"}
 
 
 def test_which_gpu_of_several_counts_nowhere(root: Path) -> None:
@@ -133,7 +141,7 @@ def test_the_tiles_of_a_cpu_count_where_it_trains(
 ) -> None:
     found = []
     for tiles in (True, False):
-        monkeypatch.setattr(compute, "has_fast_bfloat16", lambda tiles=tiles: tiles)
+        monkeypatch.setattr(compute, "has_tiles", lambda tiles=tiles: tiles)
         found.append(identities(planned(root, True, device=device)))
     assert differing(*found) == kinds
 

@@ -34,7 +34,8 @@ from taskvec.evaluation.disentanglement import disentanglement
 from taskvec.lab.drawing import scenes, worlds
 from taskvec.lab.drawing.looks import Look, paint, stream
 from taskvec.learning import heads
-from taskvec.learning.finetuning import encode_all, finetune_tasks, training_batches
+from taskvec.learning.batches import training_batches
+from taskvec.learning.finetuning import encode_all, finetune_tasks
 from taskvec.learning.heads import Head
 from taskvec.report.rows import Done, results
 from taskvec.study.experiment import Experiment

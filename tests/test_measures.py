@@ -21,7 +21,8 @@ from taskvec.evaluation import scale_search as search
 from taskvec.evaluation.accuracy import normalised_accuracy, paired_bootstrap, per_image_scores
 from taskvec.evaluation.disentanglement import choose_pairs, disentanglement
 from taskvec.learning import heads
-from taskvec.learning.finetuning import finetune_tasks, training_batches
+from taskvec.learning.batches import training_batches
+from taskvec.learning.finetuning import finetune_tasks
 from taskvec.learning.heads import Head
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.weights import vectors
@@ -36,8 +37,8 @@ def test_normalised_accuracy_is_the_papers_equation_on_a_hand_example() -> None:
 def test_the_probe_is_a_linear_layer_trained_by_the_plain_loop() -> None:
     torch.manual_seed(3)
     features, labels = torch.randn(40, 6), torch.randint(0, 3, (40,))
-    ours = heads.fit(features, labels, 3, [0.01, 0.1], QUICK, seed=5)
-    alone = heads.fit(features, labels, 3, [0.1], QUICK, seed=5)
+    ours = heads.fit(features[None], labels, 3, [0.01, 0.1], QUICK, seed=5)
+    alone = heads.fit(features[None], labels, 3, [0.1], QUICK, seed=5)
     assert torch.allclose(ours[1].weight, alone[0].weight, atol=1e-6)
     logits = F.linear(features, ours[0].weight, ours[0].bias)
     assert torch.equal(ours[0].predict(features), logits.argmax(1))
@@ -53,7 +54,8 @@ def test_probing_learns_and_prefers_the_smaller_rate_on_ties(backbone: Backbone,
 def test_probing_leaves_torchs_global_generator_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    heads.fit(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(8).long(), 2, [0.1], QUICK, 0)
+    features = torch.randn(1, 8, 2, generator=torch.Generator().manual_seed(0))
+    heads.fit(features, torch.zeros(8).long(), 2, [0.1], QUICK, 0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import taskvec as tv
-from taskvec.core.settings import Finetune, Probe
+from taskvec.core.settings import Finetune, Probe, Surgery
 from taskvec.data.tasks import Task
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone, linearised
@@ -24,8 +24,8 @@ from taskvec.evaluation import accuracy as evaluation
 from taskvec.evaluation import alignment, negation
 from taskvec.evaluation import disentanglement as disentangling
 from taskvec.evaluation import scale_search as search
+from taskvec.learning import batches, finetuning, heads
 from taskvec.learning import external as brought
-from taskvec.learning import finetuning, heads
 from taskvec.merging.entries import Data
 from taskvec.merging.methods import measuring
 from taskvec.merging.methods.adaptive import Adamerging, Fisher, Regmean
@@ -33,9 +33,19 @@ from taskvec.weights.flat import Weights
 
 PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
 TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)
+SURGERY = Surgery(rank=2, steps=2, batch_size=8)
 SCALES = [0.0, 0.5, 1.0]
-MODULES = (alignment, batch_norm, disentangling, evaluation, finetuning, heads, measuring, negation, search)
-PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all", "training_copy"}
+MODULES = (alignment, batch_norm, batches, disentangling, evaluation, finetuning, heads, measuring, negation, search)
+PRESENT = {
+    "features_along",
+    "write_merged",
+    "scored",
+    "gradients",
+    "encode_all",
+    "loss_of",
+    "pays_to_compile",
+    "training_copy",
+}
 """What looks through the present weights in the present mode, or moves them, for others that put them back."""
 
 
@@ -81,7 +91,9 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     "per_image_scores": lambda g: evaluation.per_image_scores(g.backbone, g.taus[0], g.tasks[0].test, g.heads[0]),
     "accuracy": lambda g: evaluation.accuracy(g.backbone, g.taus[0], g.tasks[0].test, g.heads[0]),
     "evaluate": lambda g: evaluation.evaluate(g.backbone, g.taus[0], g.tasks, g.heads),
-    "training_batches": lambda g: next(finetuning.training_batches(g.backbone, g.tasks[0].train, 4, 0)),
+    "training_batches": lambda g: next(batches.training_batches(g.backbone, g.tasks[0].train, 4, 0)),
+    "training_stream": lambda g: batches.training_stream(g.backbone, g.tasks[0].train, 4, 0),
+    "graphed": lambda g: finetuning.graphed(g.backbone),
     "finetune": lambda g: finetuning.finetune(g.backbone, g.tasks[0], g.heads[0], TUNE),
     "finetune_tasks": lambda g: finetuning.finetune_tasks(
         g.backbone, g.tasks, g.heads, TUNE, head_learns=True, lora=finetuning.Lora(rank=2, layers=["first"])
@@ -102,6 +114,9 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     ),
     "coarse_search": lambda g: search.coarse_search(g.backbone, g.taus[0], g.tasks, g.heads, [1, 1], SCALES),
     "reprobed_curve": lambda g: search.reprobed_curve(g.backbone, g.taus[0], g.tasks[0], 0.01, PROBE, SCALES),
+    "corrected_curve": lambda g: search.corrected_curve(
+        g.backbone, g.taus[0], g.taus[1], g.tasks[0], g.heads[0], SURGERY, SCALES
+    ),
     "search_scale": lambda g: search.search_scale(g.backbone, g.taus, g.tasks, g.heads, scales=SCALES),
 }  # fmt: skip
 

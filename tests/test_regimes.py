@@ -36,7 +36,8 @@ from taskvec.evaluation.disentanglement import (
     spread_sets,
 )
 from taskvec.learning import heads
-from taskvec.learning.finetuning import finetune_tasks, training_batches
+from taskvec.learning.batches import training_batches
+from taskvec.learning.finetuning import finetune_tasks
 from taskvec.learning.heads import Head
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.study.files import open_study, packaged, parse_study

@@ -58,26 +58,33 @@ def test_surgery_brings_features_nearer_and_keeps_the_head() -> None:
     head = random_head(8, 3, 0)
     wanted = FEATURES - torch.relu(FEATURES @ torch.randn(8, 2, generator=torch.Generator().manual_seed(2)))[:, :1]
     rules = Surgery(rank=4, steps=200, learning_rate=0.01)
-    found = fit_surgery(FEATURES, wanted, head, rules, 0)
+    [found] = fit_surgery(FEATURES[None], wanted, head, rules, 0)
     before, after = (float((z - wanted).abs().mean()) for z in (FEATURES, found.corrected(FEATURES)))
     assert after < 0.7 * before
     assert torch.equal(found.weight, head.weight)
-    again = fit_surgery(FEATURES, wanted, head, rules, 0)
+    [again] = fit_surgery(FEATURES[None], wanted, head, rules, 0)
     assert torch.equal(again.logits(FEATURES), found.logits(FEATURES))
     assert torch.allclose(found.logits(FEATURES), head.logits(found.corrected(FEATURES)))
 
 
 def test_where_nothing_differs_nothing_is_corrected() -> None:
     head = random_head(8, 3, 0)
-    found = fit_surgery(FEATURES, FEATURES, head, Surgery(rank=4, steps=5), 0)
+    [found] = fit_surgery(FEATURES[None], FEATURES, head, Surgery(rank=4, steps=5), 0)
     assert torch.equal(found.logits(FEATURES), head.logits(FEATURES))
 
 
+def test_corrections_of_several_scales_equal_each_alone() -> None:
+    head, rules = random_head(8, 3, 0), Surgery(rank=4, steps=20, learning_rate=0.01)
+    seen = torch.stack([FEATURES, FEATURES.flip(0), 3 * FEATURES.roll(1, 0)])
+    together = fit_surgery(seen, FEATURES, head, rules, 0)
+    for corrected, scale in zip(together, seen, strict=True):
+        [alone] = fit_surgery(scale[None], FEATURES, head, rules, 0)
+        assert torch.allclose(corrected.corrected(scale), alone.corrected(scale), atol=1e-5)
+
+
 def test_corrections_are_kept_with_their_heads(tmp_path: Path) -> None:
-    plain, found = (
-        random_head(8, 3, 0),
-        fit_surgery(FEATURES, FEATURES.flip(0), random_head(8, 3, 1), Surgery(steps=3), 0),
-    )
+    plain = random_head(8, 3, 0)
+    [found] = fit_surgery(FEATURES[None], FEATURES.flip(0), random_head(8, 3, 1), Surgery(steps=3), 0)
     save_heads({"plain": plain, "found": found}, tmp_path / "heads.safetensors")
     read = read_heads(tmp_path / "heads.safetensors")
     assert read["plain"].down is None

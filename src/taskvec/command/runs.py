@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from taskvec.core.compute import choose_device, processor
+from taskvec.core.compute import choose_device, processor, uses_tf32
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors, fingerprint, read_json
 from taskvec.core.formatting import bytes_text
@@ -42,10 +42,12 @@ from taskvec.report.run_folder import (
     write_run,
     writing,
 )
+from taskvec.study.artifacts import AGREEMENTS
 from taskvec.study.experiment import Experiment
 from taskvec.study.forecast.estimate import decoded_bytes
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
+from taskvec.study.steps.loading import compare_precisions
 
 PLANNING, FOLDER = "plan", "run folder"
 """The labels of what is noted while a study is planned, and while its folder is written."""
@@ -231,6 +233,7 @@ def make_lock(
         "threads": study.threads,
         "device": device,
         "precision": sorted({metrics["precision"] for metrics in tuned.values() if "precision" in metrics}),
+        **evaluation_precisions(done, device),
         "left_out": left_out | {name: metrics["left_out"] for name, metrics in tuned.items() if "left_out" in metrics},
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
@@ -240,6 +243,18 @@ def make_lock(
     if weights := {name: record["sha256"] for name, record in records.items() if "sha256" in record}:
         lock["weights"] = weights
     return lock | {"fingerprint": fingerprint(lock), "processor": processor(device)}  # tells, and decides nothing
+
+
+def evaluation_precisions(done: Done, device: str) -> dict[str, Any]:
+    """Return in what numbers a GPU computed: both TF32 switches, and by backbone those of passes that were checked.
+
+    A CPU has one arithmetic, and the lock says nothing of it.
+    """
+    if not device.startswith("cuda"):
+        return {}
+    compared = {s.config.backbone_name: a.json(AGREEMENTS) for s, a in done.items() if s.type == compare_precisions}
+    passes = {name: {key: record[key] for key in ("precision", "tf32")} for name, record in compared.items()}
+    return {"evaluation_precision": passes, "tf32": uses_tf32("float32")}
 
 
 def best_models(experiments: list[Experiment], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:

@@ -11,6 +11,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+ASPECT = 4 / 3
+"""The widest aspect of a crop, and by its inverse the tallest."""
+
 
 def random_resized_crop(
     images: Float[Tensor, "batch 3 size size"], generator: torch.Generator, smallest: float = 0.9
@@ -20,7 +23,11 @@ def random_resized_crop(
     For images whose evaluation view is the whole image, as the lab's: the draws, on a continuous scale, come from the
     CPU generator, so any device sees the same. ``crop_box`` is the transform of all others.
     """
-    count = len(images)
+    return crop_grids(images, crop_parts(len(images), generator, smallest).to(images.device))
+
+
+def crop_parts(count: int, generator: torch.Generator, smallest: float = 0.9) -> Float[Tensor, "{count} 2 3"]:
+    """Return a random part of each image as the affine map of its corners, from -1 to 1."""
     area = torch.empty(count).uniform_(smallest, 1.0, generator=generator)
     aspect = torch.empty(count).uniform_(np.log(3 / 4), np.log(4 / 3), generator=generator).exp()
     width, height = (area * aspect).sqrt().clamp(max=1.0), (area / aspect).sqrt().clamp(max=1.0)
@@ -28,7 +35,14 @@ def random_resized_crop(
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = width, height
     theta[:, 0, 2], theta[:, 1, 2] = shift[0] * (1 - width), shift[1] * (1 - height)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images.device)
+    return theta
+
+
+def crop_grids(
+    images: Float[Tensor, "batch 3 size size"], parts: Float[Tensor, "batch 2 3"]
+) -> Float[Tensor, "batch 3 size size"]:
+    """Return a part of each image, as an affine map says, resized bicubically; on the device of both."""
+    grid = F.affine_grid(parts, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
 
 
@@ -40,7 +54,7 @@ def crop_box(
     The rule is torchvision's ``RandomResizedCrop.get_params``: an area share of ``smallest``..1 and an aspect of
     3/4..4/3, ten tries to fit them into the image, else the largest centred part of an aspect within those limits.
     """
-    least, most = 3 / 4, 4 / 3
+    least, most = 3 / 4, ASPECT
     for _ in range(10):
         area = height * width * generator.uniform(smallest, 1.0)
         aspect = math.exp(generator.uniform(math.log(least), math.log(most)))

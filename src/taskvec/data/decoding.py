@@ -26,7 +26,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.core.formatting import bytes_text
 from taskvec.core.machine import cores
 from taskvec.core.progress import Progress
-from taskvec.data.augment import crop_box, cut
+from taskvec.data.augment import ASPECT, crop_box, cut
 from taskvec.data.images import CorruptImage, Preprocessing, corrupt, opened, quiet, resize_and_crop, shrink
 from taskvec.data.index import Items, Labels, name_of
 from taskvec.data.rgb import PEAK
@@ -178,18 +178,29 @@ class Whole:
         image: Pixels = self.pixels[start : start + 3 * height * width].reshape(3, height, width)
         return image
 
+    def box(self, index: int, seed: int, step: int) -> tuple[int, int, int, int]:
+        """Return a random part of one image: top, left, height and width.
+
+        It comes from the seed, the step and the image's index alone.
+        """
+        height, width = self.shapes[index].tolist()
+        return crop_box(height, width, np.random.default_rng((seed, step, index)))
+
+    def longest_side(self) -> int:
+        """Return how long a side of a crop can be: an aspect of 4/3 bounds it by the image's shorter side."""
+        short, long = self.shapes.min(axis=1), self.shapes.max(axis=1)
+        return int(np.minimum(long, np.ceil(ASPECT * short) + 1).max())
+
     def crops(
         self, indices: Sequence[int], seed: int, step: int, size: int, pool: ThreadPoolExecutor
     ) -> UInt8[np.ndarray, "batch 3 size size"]:
         """Return a random crop of each image, resized to size x size.
 
-        An image's draw comes from the seed, the step and its index alone: any number of workers gives the same.
+        Any number of workers gives the same.
         """
 
         def crop(index: int) -> Pixels:
-            image = self.image(index)
-            generator = np.random.default_rng((seed, step, index))
-            return cut(image, crop_box(image.shape[1], image.shape[2], generator), size)
+            return cut(self.image(index), self.box(index, seed, step), size)
 
         return np.stack(list(pool.map(crop, map(int, indices))))
 

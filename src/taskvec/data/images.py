@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -320,7 +321,14 @@ def normalise(
     images: UInt8[Tensor, "batch 3 size size"], to: Preprocessing, device: str
 ) -> Float[Tensor, "batch 3 size size"]:
     """Return uint8 pixels as the encoder's float32 input on the device."""
-    pixels = images.to(device).to(torch.float32) / 255
-    mean = torch.tensor(to.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(to.std, device=device).view(1, 3, 1, 1)
-    return (pixels - mean) / std
+    mean, std = statistics(to.mean, to.std, device)
+    return (images.to(device).to(torch.float32) / 255).sub_(mean).div_(std)
+
+
+@functools.cache
+def statistics(
+    mean: tuple[float, float, float], std: tuple[float, float, float], device: str
+) -> tuple[Float[Tensor, "1 3 1 1"], Float[Tensor, "1 3 1 1"]]:
+    """Return the mean and standard deviation of pixels on the device, where they are put once."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
 
-from taskvec.core.compute import choose_device
+from taskvec.core.compute import PassPrecision, choose_device
 from taskvec.core.errors import TaskvecError, unknown
 from taskvec.core.files import Record, file_digest, read_record, write_json
 from taskvec.data.images import Source, corrupt, decode, named, resize_and_crop
@@ -117,7 +117,7 @@ class MultiTaskModel:
         self, names: Sequence[str], views: Sequence[UInt8[np.ndarray, "3 size size"]], tasks: Sequence[str]
     ) -> Iterator[Prediction]:
         """Yield the answers of tasks for decoded images; scores that are no numbers are an error."""
-        scores = self.scores(np.stack(views), tasks)
+        scores = {task: logits.cpu() for task, logits in self.scores(np.stack(views), tasks).items()}
         for index, name in enumerate(names):
             for task in tasks:
                 logits = scores[task][index]
@@ -142,7 +142,7 @@ def save_model(
 
     A per-task merge has its ``directions`` in a file of their own, beside the pre-trained encoder; model.json says of
     which tasks they are, in order, and how many bytes each adds. A linearised encoder has the weights that it is
-    expanded around in a file of their own.
+    expanded around in a file of their own. The precision that its passes may have on a GPU is there if not float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save(weights, folder / ENCODER)
@@ -158,6 +158,8 @@ def save_model(
     }
     if backbone.base is not None:
         record["linearised"] = True
+    if backbone.precision != "float32":
+        record["precision"] = backbone.precision
     if directions is not None:
         save_directions(directions, folder / DIRECTIONS)
         record |= {"bytes_per_task": directions.bytes_per_task, "directions": list(heads)}
@@ -204,6 +206,7 @@ class ModelRecord(Encoder):
     bytes_per_task: int | None = None
     directions: list[str] | None = None
     linearised: bool | None = None
+    precision: PassPrecision = "float32"
     files: dict[str, str] | None = None
 
     @pydantic.model_validator(mode="after")
@@ -220,7 +223,9 @@ def load(folder: str | Path, device: str = "auto") -> MultiTaskModel:
     chosen = find_model(Path(folder))
     record = read_record(chosen / ABOUT, ModelRecord)
     backbone = open_encoder(chosen, record, choose_device(device))
-    heads = open_heads(chosen, record, backbone)
+    if backbone.device.startswith("cuda"):
+        backbone.precision = record.precision
+    heads = {name: head.on(backbone.device) for name, head in open_heads(chosen, record, backbone).items()}
     directions = open_directions(chosen, record, backbone)
     check_files(chosen, record)
     classes = {task.name: task.classes for task in record.tasks}

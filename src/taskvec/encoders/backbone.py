@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,20 +15,19 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from taskvec.core.compute import PassPrecision, choose_device
+from taskvec.core.compute import PassPrecision, arithmetic, autocast, choose_device
 from taskvec.core.errors import TaskvecError, first_line
 from taskvec.core.notes import note
 from taskvec.core.progress import Progress, no_progress
 from taskvec.data.images import Preprocessing, normalise
+from taskvec.data.uploads import Images, fits, on_device
 from taskvec.encoders.addresses import BackboneAddress, parse
 from taskvec.encoders.linearised import jvp_features
 from taskvec.encoders.loaders import families
 from taskvec.encoders.loaders.families import build
+from taskvec.encoders.passes import ON_CPU, Look, Passes, Recorded, collect, images_per_batch, is_small
 from taskvec.weights.flat import Weights, align, bind, check_filled, read
 from taskvec.weights.keys import COUNTER, parts
-
-Images = UInt8[np.ndarray, "count 3 size size"] | UInt8[Tensor, "count 3 size size"]
-"""Decoded images: in memory or on disk as an array, or on a device as a tensor; both are indexed alike."""
 
 
 @dataclass
@@ -37,7 +37,8 @@ class Backbone:
     ``architecture`` is what ``build`` needs to make the module again without the original file; ``left_out`` names the
     tensors of that file that are no part of the encoder, and ``origin`` the file and the SHA-256 of its content.
     Where there are ``base`` weights, the encoder is linearised: its features are those of its first-order expansion
-    around them. ``precision`` is that of passes that learn nothing (``core.compute``).
+    around them. ``precision`` is that of passes that learn nothing (``core.compute``), except those of a linearised
+    encoder, whose forward derivatives are float32. ``passes`` is what is known of them on a GPU.
 
     Threads may share a backbone: its ``lock`` lets one at a time move it (``at``) or ask for features.
     """
@@ -55,14 +56,15 @@ class Backbone:
     base: Weights | None = None
     precision: PassPrecision = "float32"
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock, repr=False, compare=False)
+    passes: Passes = field(default_factory=Passes, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of: its module is bound anew, and its lock is its own."""
-        return {name: value for name, value in vars(self).items() if name not in ("bound", "lock")}
+        """Return what a copy is made of: its module is bound anew, and its lock and passes are its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("bound", "lock", "passes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copy, in this process or another."""
-        vars(self).update(state, bound=bind(state["module"]), lock=threading.RLock())
+        vars(self).update(state, bound=bind(state["module"]), lock=threading.RLock(), passes=Passes())
 
     def use(self, weights: Weights) -> None:
         """Move the encoder to other weights of its layout, for good; integer buffers stay the pre-trained encoder's.
@@ -85,26 +87,67 @@ class Backbone:
                 flat.copy_(before)
 
     def resident(self, images: Images) -> Images:
-        """Return images where passes find them fastest: on a GPU as a tensor there if they fit, else as they are."""
+        """Return images where passes find them fastest: on a GPU as a tensor there if they fit, else as they are.
+
+        The copy is kept for as long as the array lives, or until others displace it (``data.uploads``).
+        """
+        if isinstance(images, np.ndarray) and fits(images, self.device):
+            return on_device(images, self.device)
         return images
 
-    @torch.inference_mode()
+    @torch.no_grad()  # under inference_mode autocast would cast the weights anew for every batch
     def features(
-        self, images: Images, batch_size: int = 256, progress: Progress = no_progress, per_patch: bool = False
+        self,
+        images: Images,
+        batch_size: int | None = None,
+        progress: Progress = no_progress,
+        per_patch: bool = False,
     ) -> Float[Tensor, "count *patches width"]:
-        """Return the float32 features of all images under the present weights, on the device; one a patch if wanted."""
-        out = torch.empty(0, self.width, device=self.device)
-        with self.lock, mode_kept(self.module):
+        """Return the float32 features of all images under the present weights, on the device; one a patch if wanted.
+
+        Arrays are uploaded while others pass. The size of batches follows from the encoder (``encoders.passes``).
+        """
+        precision = self.pass_precision
+        with self.lock, mode_kept(self.module), arithmetic(precision, self.device), autocast(precision, self.device):
             self.module.eval()
-            for start in range(0, len(images), batch_size):
-                part = images[start : start + batch_size]
-                pixels = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-                batch = normalise(pixels, self.preprocessing, self.device)
-                features = encode(self.module, batch, per_patch, self.base).float()
-                out = out if start else torch.empty(len(images), *features.shape[1:], device=self.device)
-                out[start : start + len(batch)] = features
-                progress((start + len(batch)) / len(images))
-        return out
+            while True:
+                look, size = self.planned_pass(batch_size, per_patch)
+                with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                    return collect(look, images, size, self.device, self.width, progress)
+                if batch_size is not None or size == 1:
+                    raise TaskvecError(
+                        f"out of memory on {self.device} with {size} images a batch", "free some, or use another device"
+                    )
+                self.passes.halve(self.device)
+
+    @property
+    def pass_precision(self) -> PassPrecision:
+        """The precision of a pass: that of the backbone, and float32 where it is linearised."""
+        return self.precision if self.base is None else "float32"
+
+    def planned_pass(self, batch_size: int | None, per_patch: bool) -> tuple[Look, int]:
+        """Return what looks at a batch, and at how many images: on a GPU as the encoder allows, as a graph if small."""
+        look = functools.partial(self.look, per_patch)
+        if batch_size is not None or not self.device.startswith("cuda"):
+            return look, batch_size or ON_CPU
+        if not self.passes.size:
+            tangents = 1 if self.base is None else 2
+            self.passes.size = images_per_batch(self.module, look, self.preprocessing.size, self.device) // tangents
+        if self.base is not None or not is_small(self.module):
+            return look, self.passes.size
+        key = per_patch, self.precision
+        if key not in self.passes.graphs:
+            uncached = functools.partial(self.look, per_patch, cache=False)
+            self.passes.graphs[key] = Recorded(uncached, self.module, self.passes.size)
+        return self.passes.graphs[key], self.passes.size
+
+    def look(
+        self, per_patch: bool, pixels: UInt8[Tensor, "batch 3 size size"], cache: bool = True
+    ) -> Float[Tensor, "batch *patches width"]:
+        """Return the float32 features of a batch; without the ``cache``, weights are cast for it alone."""
+        with autocast(self.pass_precision, self.device, cache):
+            images = normalise(pixels, self.preprocessing, self.device)
+            return encode(self.module, images, per_patch, self.base).float()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.data.images import normalise
 from taskvec.data.splits import seeded_choice
 from taskvec.data.tasks import Task
+from taskvec.data.uploads import batches
 from taskvec.encoders.backbone import Backbone
 from taskvec.weights.flat import Slot, Weights, view
 
@@ -55,19 +57,22 @@ def mixed(tasks: Sequence[Task], count: int = IMAGES, seed: int = 0) -> Images:
 def reestimate(backbone: Backbone, weights: Weights, images: Images, batch_size: int = BATCH) -> Weights:
     """Return the weights with running means and variances as the images have them, one pass for all layers.
 
-    Every layer normalises by each batch's own statistics, and keeps their cumulative average (momentum None). Batches
-    are equally large but for less than one batch of images; what is left over is not looked at.
+    Every layer normalises by each batch's own statistics, and keeps their cumulative average. Batches are equally large
+    but for less than one batch of images; what is left over is not looked at. On a GPU the images stay for the next
+    weights.
     """
-    with backbone.at(weights), cumulative_statistics(layers(backbone.module.eval())):
-        for start in range(0, max(1, len(images) - batch_size + 1), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+    seen = batches(backbone.resident(images), batch_size, backbone.device)
+    with backbone.at(weights), own_statistics(layers(backbone.module.eval())) as norms:
+        for place, batch in enumerate(islice(seen, max(1, len(images) // batch_size))):
+            for layer in norms:
+                layer.momentum = 1 / (place + 1)  # torch's None says the same, but waits for a GPU to read its counter
             backbone.module(normalise(batch, backbone.preprocessing, backbone.device))
         return weights.with_flat(backbone.bound.flat.clone())
 
 
 @contextlib.contextmanager
-def cumulative_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Let layers take the cumulative average of all batches of a block as their statistics.
+def own_statistics(norms: Sequence[_BatchNorm]) -> Iterator[Sequence[_BatchNorm]]:
+    """Yield layers that learn their statistics anew, from the batches of the block and by the momentum it gives them.
 
     Afterwards momentum and counters are those of before; statistics and modes are for the caller to put back.
     """
@@ -75,9 +80,8 @@ def cumulative_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     try:
         for layer in norms:
             layer.reset_running_stats()
-            layer.momentum = None
             layer.train()
-        yield
+        yield norms
     finally:
         for layer, (momentum, counted) in zip(norms, before, strict=True):
             layer.momentum = momentum

@@ -49,15 +49,16 @@ def open_executor(workers: int) -> Executor:
 def perform(job: Job, progress: Callable[[float], None], note: Callable[[str], None]) -> Finished:
     """Run a job in this process with the step's number of threads, and keep what is noted beside its result.
 
+    Float32 is float32 on a GPU too: whatever computes with TF32 says so (``core.compute.arithmetic``).
     When it fails its folder is removed, and a user's mistake is told with its label.
     """
     start, step = time.perf_counter(), job.step
     inputs = dict.fromkeys(step.type.reads) | {role: mapped(tree, Path) for role, tree in job.inputs.items()}
     try:
-        from taskvec.core.compute import threads
+        from taskvec.core.compute import arithmetic, threads
 
-        reading = present(leaves(list(inputs.values())), job.folder)
-        with threads(step.threads), disk_errors(job.folder), reading, listen(note) as notes, library_warnings():
+        reading, computing = present(leaves(list(inputs.values())), job.folder), threads(step.threads)
+        with computing, arithmetic(), disk_errors(job.folder), reading, listen(note) as notes, library_warnings():
             step.type.function(step.config, inputs, job.folder, progress)
             check_written(job)
             if notes:

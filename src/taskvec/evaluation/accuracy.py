@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float64, Shaped
+from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
 from taskvec.data.tasks import Split, Task
@@ -55,7 +57,14 @@ def evaluate(
 def accuracies(backbone: Backbone, tasks: Sequence[Task], heads: Sequence[Head]) -> tuple[float, ...]:
     """Return the validation accuracy of each task under the backbone's present weights."""
     pairs = zip(tasks, heads, strict=True)
-    return tuple(head.accuracy(*features_of(backbone, task.validation, task.kind)) for task, head in pairs)
+    scores = [head.score(*features_of(backbone, task.validation, task.kind)) for task, head in pairs]
+    return tuple(means(scores))
+
+
+def means(scores: Sequence[Shaped[Tensor, " count"]]) -> list[float]:
+    """Return the mean of each of several scores, in float64; they are fetched from the device together."""
+    values: list[float] = torch.stack([score.double().mean() for score in scores]).tolist()
+    return values
 
 
 def fine_tuned_accuracies(

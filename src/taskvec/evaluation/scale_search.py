@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from taskvec.core.progress import Progress, no_progress
-from taskvec.core.settings import Probe, coarse, parse_scales
+from taskvec.core.settings import Probe, Surgery, coarse, parse_scales
+from taskvec.core.task_types import TASK_TYPES
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
-from taskvec.evaluation.accuracy import accuracies, fine_tuned_accuracies, normalised_accuracy
+from taskvec.evaluation.accuracy import accuracies, fine_tuned_accuracies, means, normalised_accuracy
 from taskvec.learning.heads import Features, Head, Labels, features_of, fit
+from taskvec.learning.surgery import fit_surgery
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.merging.registry import ADDITION, find_recipe
 from taskvec.weights import vectors
@@ -20,6 +26,8 @@ from taskvec.weights.flat import Weights
 
 COORDINATE_STRIDES = (4, 1)
 """Strides of the coordinate search in places of the grid: coarse, then fine."""
+SHARE = 1 / 8
+"""Share of a GPU's memory that features at several scales may take together."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +90,17 @@ def kept_curve(
     scales: Sequence[float],
     progress: Progress = no_progress,
 ) -> list[float]:
-    """Return the validation accuracy of a task at each scale along a merged vector, with its probed head kept."""
-    values = []
+    """Return the validation accuracy of a task at each scale along a merged vector, with its probed head kept.
+
+    Scores stay on the device until all scales are done.
+    """
+    scores, head = [], head.on(backbone.device)
     with backbone.at():
         pairs = features_along(backbone, merged, task.validation, task.kind, scales)
         for index, (features, labels) in enumerate(pairs):
-            values.append(head.accuracy(features, labels))
+            scores.append(head.score(features, labels))
             progress((index + 1) / len(scales))
-    return values
+    return means(scores) if scores else []
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ def coordinate_search(
     A sweep tries a neighbour to either side on the grid for every task and keeps what raises the mean normalised
     validation accuracy (ties keep what is there); sweeps of a stride go on until nothing moves, wide strides first.
     """
-    places = [list(grid).index(start)] * len(tasks)
+    places, heads = [list(grid).index(start)] * len(tasks), [head.on(backbone.device) for head in heads]
     trials: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     def value(point: list[int]) -> float:
@@ -176,18 +187,72 @@ def reprobed_curve(
 ) -> tuple[list[float], list[Head]]:
     """Fit a task's head again on the merged encoder's features at each scale; return validation accuracies and heads.
 
-    The probe's own settings, learning rate and seed are used, so that scale 0 gives the probed head back.
+    The probe's own settings, learning rate and seed are used, so that scale 0 gives the probed head back. On a GPU it
+    does so but for rounding, where heads of as many scales are fitted together as ``scales_together`` says.
     """
-    values, heads = [], []
+    heads: list[Head] = []
+    values: list[float] = []
     train = features_along(backbone, merged, task.train, task.kind, scales)
     validation = features_along(backbone, merged, task.validation, task.kind, scales)
+    together = scales_together(task.train, task.kind, backbone.width, backbone.device)
     with backbone.at():
-        for index, (train_pair, validation_pair) in enumerate(zip(train, validation, strict=True)):
-            head = fit(*train_pair, len(task.classes), [rate], settings, seed, kind=task.kind)[0]
-            heads.append(head)
-            values.append(head.accuracy(*validation_pair))
-            progress((index + 1) / len(scales))
+        while pairs := list(islice(train, together)):
+            features, labels = stacked([features for features, _ in pairs]), pairs[0][1]
+            fitted = fit(features, labels, len(task.classes), [rate], settings, seed, kind=task.kind)
+            for head, pair in zip(fitted, validation, strict=False):
+                values.append(head.accuracy(*pair))
+                progress(len(values) / len(scales))
+            heads += fitted
     return values, heads
+
+
+def corrected_curve(
+    backbone: Backbone,
+    merged: Weights,
+    fine_tuned: Weights,
+    task: Task,
+    head: Head,
+    settings: Surgery,
+    scales: Sequence[float],
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> tuple[list[float], list[Head]]:
+    """Learn a correction of the merged encoder's features at each scale; return validation accuracies and heads.
+
+    It brings features of training images, without labels, towards those of the fine-tuned encoder; the head is kept.
+    """
+    heads: list[Head] = []
+    values: list[float] = []
+    together = scales_together(task.train, task.kind, backbone.width, backbone.device)
+    with backbone.at(fine_tuned):
+        target, _ = features_of(backbone, task.train, task.kind)
+        for start in range(0, len(scales), together):
+            group = scales[start : start + together]
+            pairs = features_along(backbone, merged, task.train, task.kind, group)
+            fitted = fit_surgery(stacked([features for features, _ in pairs]), target, head, settings, seed)
+            validation = features_along(backbone, merged, task.validation, task.kind, group)
+            for corrected, pair in zip(fitted, validation, strict=True):
+                values.append(corrected.accuracy(*pair))
+                progress(len(values) / len(scales))
+            heads += fitted
+    return values, heads
+
+
+def scales_together(split: Split, task_type: str, width: int, device: str) -> int:
+    """Return at how many scales heads are fitted on a split's features at once: one on a CPU.
+
+    On a GPU features may take ``SHARE`` of its whole memory: what happens to be free decides nothing.
+    """
+    if not device.startswith("cuda"):
+        return 1
+    count = split.labels.size if TASK_TYPES[task_type].per_patch else len(split)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, int(SHARE * memory) // (count * width * 4))
+
+
+def stacked(features: Sequence[Features]) -> Float[Tensor, "scales count *patches width"]:
+    """Return features at several scales as one tensor; those of one scale are not copied."""
+    return features[0][None] if len(features) == 1 else torch.stack(list(features))
 
 
 def search_scale(

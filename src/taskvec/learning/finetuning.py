@@ -6,85 +6,48 @@ The regimes that use it are records in ``learning.regimes``.
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import importlib.util
+import itertools
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped, UInt8
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taskvec.core.compute import Precision, autocast, choose_precision
-from taskvec.core.errors import TaskvecError
-from taskvec.core.machine import cores
+from taskvec.core.compute import Precision, arithmetic, autocast, choose_precision
+from taskvec.core.cuda_steps import deterministic
+from taskvec.core.errors import TaskvecError, first_line
+from taskvec.core.notes import note
 from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Finetune, Lora
-from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES
-from taskvec.core.training import Group, Schedule, index_batches, train
-from taskvec.data.augment import random_resized_crop
-from taskvec.data.decoding import Whole
-from taskvec.data.images import normalise
-from taskvec.data.tasks import Split, Task
+from taskvec.core.training import DivergedError, Group, Schedule, train
+from taskvec.data.tasks import Task
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone, encode
 from taskvec.learning import lora as lora_layers
+from taskvec.learning.batches import Draw, Stream, training_stream
 from taskvec.learning.heads import Head, random_head
 from taskvec.weights.flat import Weights, bind
 from taskvec.weights.vectors import subtract
 
-Batch = tuple[Float[Tensor, "batch 3 size size"], Shaped[Tensor, "batch ..."]]
-
-
-class DivergedError(TaskvecError):
-    """Fine-tuning ended with NaN or infinity; a search of learning rates goes on with the others."""
+GRAPHED = 30_000_000
+"""Parameters up to which a GPU takes a step as one CUDA graph: launching its operations takes longer than they do."""
+COMPILED_STEPS = 1000
+"""Steps from which compiling a larger encoder pays, which takes about a minute."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Fine-tuned weights of the encoder, and a head for every task it was tuned on."""
+    """Fine-tuned weights of the encoder, a head for every task it was tuned on, and the loss of every step."""
 
     encoder: Weights
     heads: tuple[Head, ...]
-
-
-def training_batches(
-    backbone: Backbone, split: Split, batch_size: int, seed: int, kind: str = CLASSIFICATION
-) -> Iterator[Batch]:
-    """Yield normalised batches forever, on the backbone's device, augmented where the kind's labels stay right.
-
-    Where the split has whole images, crops are cut from them, else from the evaluation views. All draws come from the
-    seed.
-    """
-    labels = torch.from_numpy(split.labels)
-    if split.whole is not None and TASK_TYPES[kind].crops:
-        size, device = backbone.preprocessing.size, backbone.device
-        for indices, crops in cropped_batches(split.whole, batch_size, size, seed):
-            yield normalise(torch.from_numpy(crops), backbone.preprocessing, device), labels[indices].to(device)
-    generator = torch.Generator().manual_seed(seed)
-    for indices in index_batches(len(split), batch_size, seed):
-        images = torch.from_numpy(split.images[indices.numpy()])
-        inputs = normalise(images, backbone.preprocessing, backbone.device)
-        cropped = random_resized_crop(inputs, generator) if TASK_TYPES[kind].crops else inputs
-        yield cropped, labels[indices].to(backbone.device)
-
-
-def cropped_batches(
-    whole: Whole, batch_size: int, size: int, seed: int, workers: int = 0
-) -> Iterator[tuple[Int64[Tensor, " batch"], UInt8[np.ndarray, "batch 3 size size"]]]:
-    """Yield indices and random crops of whole images forever, each batch made while the one before is trained on.
-
-    They come from the seed alone, whatever the number of ``workers`` (all cores for 0).
-    """
-    with ThreadPoolExecutor(workers or cores()) as pool, ThreadPoolExecutor(1) as ahead:
-        coming: deque[tuple[Tensor, Future[UInt8[np.ndarray, "batch 3 size size"]]]] = deque()
-        for step, indices in enumerate(index_batches(len(whole.shapes), batch_size, seed)):
-            coming.append((indices, ahead.submit(whole.crops, indices.tolist(), seed, step, size, pool)))
-            if step:
-                chosen, images = coming.popleft()
-                yield chosen, images.result()
+    losses: tuple[float, ...] = ()
 
 
 def finetune(
@@ -119,33 +82,108 @@ def finetune_tasks(
     """
     settings = settings or Finetune()
     module, bound = training_copy(backbone, head_learns)
-    images = max(1, settings.batch_size // settings.accumulate // len(tasks))
+    images = images_of_each(settings, len(tasks))
     check_batch(module, images * len(tasks))
-    chosen = training_precision(backbone, precision)
     learned = [
         (head or random_head(backbone.width, len(task.classes), seed, task.kind)).on(backbone.device, head_learns)
         for task, head in zip(tasks, heads, strict=True)
     ]
-    per_patch = [head.task_type.per_patch for head in learned]
-
-    def loss(batches: Sequence[Batch]) -> Float[Tensor, ""]:
-        with autocast(chosen, backbone.device):
-            parts = encode_all(module, [images for images, _ in batches], per_patch, backbone)
-        each = [
-            head.loss(features, labels) for head, features, (_, labels) in zip(learned, parts, batches, strict=True)
-        ]
-        return torch.stack(each).mean()
-
-    batches = zip(*(training_batches(backbone, task.train, images, seed, task.kind) for task in tasks), strict=True)
-    with torch.random.fork_rng(devices=[] if backbone.device == "cpu" else None):
+    streams = [training_stream(backbone, task.train, images, seed, task.kind) for task in tasks]
+    draws: Iterator[Sequence[Draw]] = zip(*(stream.uploaded(backbone.device) for stream in streams), strict=True)
+    devices = [] if backbone.device == "cpu" else [backbone.device]
+    with arithmetic("float32", backbone.device), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)  # for adapters, dropout and stochastic depth
         adapted = lora_layers.add(module, lora, backbone.name) if lora else None
         weights = lora_layers.parameters(adapted) if adapted is not None else module.parameters()
         learning = [*weights, *(p for head in learned for p in (head.weight, head.bias) if head_learns)]
-        train([Group(learning, settings.learning_rate)], loss, batches, schedule_of(settings), progress=progress)
+        loss = loss_of(backbone, module, learned, streams, training_precision(backbone, precision))
+        if pays_to_compile(backbone, module, learned, settings):
+            first = next(draws)
+            compile_encoder(module, loss, first, learning, backbone.device)
+            draws = itertools.chain([first], draws)
+        losses = minimise(Group(learning, settings.learning_rate), loss, draws, settings, progress, graphed(backbone))
     tuned = lora_layers.merged(adapted, bound) if adapted is not None else bound.clone()
     check_finite(tuned, settings)
-    return FinetuneResult(tuned, tuple(head.on("cpu") for head in learned))
+    return FinetuneResult(tuned, tuple(head.on("cpu") for head in learned), tuple(losses))
+
+
+def images_of_each(settings: Finetune, tasks: int) -> int:
+    """Return how many images of each task a pass takes; a note tells where one of each is more than was asked for."""
+    images = settings.batch_size // settings.accumulate // tasks
+    if not images:
+        note(
+            f"a batch of {settings.batch_size} in {settings.accumulate} passes holds fewer images than there are "
+            f"tasks, {tasks}: each pass takes one image of every task"
+        )
+    return max(1, images)
+
+
+def loss_of(
+    backbone: Backbone, module: torch.nn.Module, heads: Sequence[Head], streams: Sequence[Stream], precision: Precision
+) -> Callable[[Sequence[Draw]], Float[Tensor, ""]]:
+    """Return the mean loss over tasks as a function of a draw of each, from which it makes batches on the device."""
+    per_patch = [head.task_type.per_patch for head in heads]
+
+    def loss(draws: Sequence[Draw]) -> Float[Tensor, ""]:
+        batches = [stream.make(draw) for stream, draw in zip(streams, draws, strict=True)]
+        with autocast(precision, backbone.device):
+            parts = encode_all(module, [images for images, _ in batches], per_patch, backbone)
+        each = [head.loss(features, labels) for head, features, (_, labels) in zip(heads, parts, batches, strict=True)]
+        return torch.stack(each).mean()
+
+    return loss
+
+
+def minimise(
+    group: Group,
+    loss: Callable[[Sequence[Draw]], Float[Tensor, ""]],
+    draws: Iterator[Sequence[Draw]],
+    settings: Finetune,
+    progress: Progress,
+    graph: bool,
+) -> list[float]:
+    """Train with the schedule of fine-tuning and return the losses, all of them finite."""
+    try:
+        return train([group], loss, draws, schedule_of(settings), progress=progress, finite=True, graph=graph)
+    except DivergedError as error:
+        raise error.mended_by("lower finetune.learning_rate") from None
+
+
+def graphed(backbone: Backbone) -> bool:
+    """Return whether a GPU takes steps of an encoder as CUDA graphs: a small one, not as its derivative."""
+    return backbone.base is None and backbone.pretrained.flat.numel() <= GRAPHED
+
+
+def pays_to_compile(backbone: Backbone, module: torch.nn.Module, heads: Sequence[Head], settings: Finetune) -> bool:
+    """Return whether a GPU trains an encoder faster when it is compiled: a larger one, for many steps.
+
+    That needs Triton and a C compiler. Compiling takes a pass, which must leave no trace in statistics of batch norm.
+    """
+    large = backbone.base is None and not graphed(backbone) and settings.steps >= COMPILED_STEPS
+    able = importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+    traced = trains_statistics(module) or any(head.task_type.per_patch for head in heads)
+    return backbone.device.startswith("cuda") and large and able and not traced
+
+
+def compile_encoder(
+    module: torch.nn.Module,
+    loss: Callable[[Sequence[Draw]], Float[Tensor, ""]],
+    draws: Sequence[Draw],
+    learning: Sequence[Tensor],
+    device: str,
+) -> None:
+    """Compile an encoder for the shapes of a draw, there and back; one that fails stays as it is, with a note."""
+    state: Any = module
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[device]), deterministic(torch.device(device)):
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # off on purpose
+        try:
+            state.compile(dynamic=False)
+            loss(draws).backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # compilers fail in many ways
+            state._compiled_call_impl = None
+            note(f"the encoder is trained as it is, since it cannot be compiled: {first_line(error)}")
+    for parameter in (*module.parameters(), *learning):
+        parameter.grad = None
 
 
 def training_copy(backbone: Backbone, head_learns: bool) -> tuple[torch.nn.Module, Weights]:
@@ -168,7 +206,8 @@ def check_finite(tuned: Weights, settings: Finetune) -> None:
     """Raise where training has ended in NaN or infinity."""
     if not bool(torch.isfinite(tuned.flat).all()):
         raise DivergedError(
-            f"fine-tuning diverged at learning rate {settings.learning_rate:g}", "lower finetune.learning_rate"
+            f"training diverged at learning rate {settings.learning_rate:g}: NaN or infinity in its weights",
+            "lower finetune.learning_rate",
         )
 
 
@@ -207,8 +246,13 @@ def schedule_of(settings: Finetune) -> Schedule:
 
 def check_batch(module: torch.nn.Module, images: int) -> None:
     """Raise when batch norm would see a single image at a time."""
-    if images < 2 and any(isinstance(part, _BatchNorm) and part.training for part in module.modules()):
+    if images < 2 and trains_statistics(module):
         raise TaskvecError(f"batch norm cannot train on batches of {images}", "raise finetune.batch_size to 2 or more")
+
+
+def trains_statistics(module: torch.nn.Module) -> bool:
+    """Return whether batch norm of a module takes statistics from the batches it sees."""
+    return any(isinstance(part, _BatchNorm) and part.training for part in module.modules())
 
 
 def task_vector(backbone: Backbone, fine_tuned: Weights) -> Weights:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -16,12 +17,15 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.notes import note
 from taskvec.core.progress import Progress, no_progress
 from taskvec.core.settings import Probe
 from taskvec.core.task_types import CLASSIFICATION, TASK_TYPES, TaskType
-from taskvec.core.training import Group, Schedule, index_batches, train
+from taskvec.core.training import Group, Schedule, train
 from taskvec.data.tasks import Split, Task
+from taskvec.data.uploads import on_device
 from taskvec.encoders.backbone import Backbone
+from taskvec.learning.batches import index_stream
 from taskvec.weights.flat import read, read_metadata, save_tensors
 
 Value = TypeVar("Value")
@@ -66,9 +70,10 @@ class Head:
         return features - F.linear(F.linear(features, self.down.to(device)).relu(), self.up.to(device))
 
     def on(self, device: str, learns: bool = False) -> Head:
-        """Return a copy on a device, whose weights are leaves that learn or constants."""
+        """Return a copy on a device, whose weights are leaves that learn or constants, as a correction always is."""
         weight, bias = (p.detach().to(device, copy=True).requires_grad_(learns) for p in (self.weight, self.bias))
-        return replace(self, weight=weight, bias=bias)
+        down, up = (None if p is None else p.detach().to(device, copy=True) for p in (self.down, self.up))
+        return replace(self, weight=weight, bias=bias, down=down, up=up)
 
     def predict(self, features: Features) -> Int64[Tensor, " count *patches"]:
         """Return the class of highest score, ties to the first; -1 (no class) where a score is NaN or infinite.
@@ -104,7 +109,7 @@ class ProbeResult:
 
 
 def fit(
-    features: Features,
+    features: Float[Tensor, "scales count *patches width"],
     labels: Labels,
     classes: int,
     rates: Sequence[float],
@@ -113,18 +118,82 @@ def fit(
     progress: Progress = no_progress,
     kind: str = CLASSIFICATION,
 ) -> list[Head]:
-    """Fit one linear head for every learning rate on the same batches, from the same random start."""
-    start = random_head(features.shape[-1], classes, seed, kind)
-    heads = [start.on("cpu", learns=True) for _ in rates]
+    """Fit one linear head for every learning rate on the features of every scale, as one problem where these lie.
 
-    def loss(batch: Tensor) -> Tensor:
-        inputs, targets = features[batch], labels[batch]
-        return torch.stack([head.loss(inputs, targets) for head in heads]).sum()
+    All see the same batches, from the same random start; gradients are clipped and steps taken for every head by
+    itself. Returns heads on the CPU, scale by scale.
+    """
+    features, labels = finite(features), labels.to(features.device)
+    start = random_head(features.shape[-1], classes, seed, kind)
+    heads = [start.on(str(features.device), learns=True) for _ in features for _ in rates]
+
+    def loss(batch: Int64[Tensor, " batch"]) -> Float[Tensor, ""]:
+        return summed_loss(heads, features[:, batch], labels[batch])
 
     schedule = Schedule(settings.steps, min(settings.warmup, settings.steps // 2), settings.weight_decay)
-    groups = [Group([head.weight, head.bias], rate) for head, rate in zip(heads, rates, strict=True)]
-    train(groups, loss, index_batches(len(labels), settings.batch_size, seed), schedule, progress=progress)
+    groups = [Group([head.weight, head.bias], rate) for head, rate in zip(heads, cycle(rates), strict=False)]
+    batches = index_stream(len(labels), settings.batch_size, seed, str(features.device))
+    train(groups, loss, batches, schedule, progress=progress, graph=True)
     return [head.on("cpu") for head in heads]
+
+
+def summed_loss(
+    heads: Sequence[Head], features: Float[Tensor, "scales batch *patches width"], labels: Labels
+) -> Float[Tensor, ""]:
+    """Return the sum of the mean losses of heads, as many for each scale, which they follow.
+
+    A step on a GPU takes the time of its launches, and one product serves all heads. On a CPU, where that is no faster,
+    each head has its own: its bits do not depend on the others.
+    """
+    if features.is_cuda:
+        return joint_loss(heads, features, labels)
+    rates = len(heads) // len(features)
+    return torch.stack([head.loss(features[place // rates], labels) for place, head in enumerate(heads)]).sum()
+
+
+def joint_loss(
+    heads: Sequence[Head], features: Float[Tensor, "scales batch *patches width"], labels: Labels
+) -> Float[Tensor, ""]:
+    """Return what ``summed_loss`` does by one product: heads of a scale side by side, and all as one large batch."""
+    scores = scores_of(heads, features)
+    targets = labels.expand(len(heads), *labels.shape)
+    mean = heads[0].task_type.loss(scores.flatten(0, 1), targets.flatten(0, 1))
+    return len(heads) * mean
+
+
+def scores_of(
+    heads: Sequence[Head], features: Float[Tensor, "scales batch *patches width"]
+) -> Float[Tensor, "heads batch *patches classes"]:
+    """Return the scores of plain heads, as many for each scale, by one product with their rows side by side."""
+    scales, (classes, width) = len(features), heads[0].weight.shape
+    weight = torch.stack([head.weight for head in heads]).view(scales, -1, width)
+    bias = torch.stack([head.bias for head in heads]).view(scales, -1)
+    scores = products(features.flatten(1, -2), weight, bias).view(scales, -1, len(heads) // scales, classes)
+    return scores.movedim(2, 1).reshape(len(heads), *features.shape[1:-1], classes)
+
+
+def products(
+    inputs: Float[Tensor, "scales samples width"],
+    weight: Float[Tensor, "scales outputs width"],
+    bias: Float[Tensor, "scales outputs"] | None = None,
+) -> Float[Tensor, "scales samples outputs"]:
+    """Return the outputs of linear layers, one a scale, of which each sees its own inputs."""
+    if len(inputs) == 1:
+        return F.linear(inputs[0], weight[0], None if bias is None else bias[0])[None]
+    return inputs @ weight.mT if bias is None else torch.baddbmm(bias[:, None], inputs, weight.mT)
+
+
+def finite(features: Float[Tensor, "*samples width"]) -> Float[Tensor, "*samples width"]:
+    """Return features with zeros in the place of NaN and infinity, from which no head could learn, and tell of them.
+
+    A merged encoder that overflows thus ends no study: what its heads predict from such features counts as wrong.
+    """
+    valid = features.isfinite()
+    if bool(valid.all()):
+        return features
+    share = float((~valid).any(-1).double().mean())
+    note(f"{share:.2%} of the training features hold NaN or infinity, which count as zero while heads are fitted")
+    return features.where(valid, 0.0)
 
 
 def probe(
@@ -138,10 +207,11 @@ def probe(
     progress: Progress = no_progress,
     kind: str = CLASSIFICATION,
 ) -> ProbeResult:
-    """Fit heads for all learning rates on cached features and measure each on the validation split."""
-    heads = fit(train_features, train_labels, classes, settings.learning_rates, settings, seed, progress, kind)
-    values = tuple(head.accuracy(validation_features, validation_labels) for head in heads)
-    return ProbeResult(tuple(settings.learning_rates), tuple(heads), values)
+    """Fit heads for all learning rates on cached features, where these lie, and measure each on validation."""
+    rates = tuple(settings.learning_rates)
+    heads = fit(train_features[None], train_labels, classes, rates, settings, seed, progress, kind)
+    means = [head.score(validation_features, validation_labels).double().mean() for head in heads]
+    return ProbeResult(rates, tuple(heads), tuple(torch.stack(means).tolist()))
 
 
 def features_of(
@@ -158,7 +228,7 @@ def features_of(
             f"'{backbone.name}' has {features.shape[1]} patches an image, but {split.labels.shape[1]} are labelled",
             "choose an encoder or an input size with as many patches, or leave out the tasks with a label a patch",
         )
-    return features, torch.from_numpy(split.labels).to(features.device)
+    return features, on_device(split.labels, backbone.device)
 
 
 def fit_head(backbone: Backbone, task: Task, settings: Probe | None = None, seed: int = 0) -> Head:

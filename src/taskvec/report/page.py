@@ -60,9 +60,10 @@ def render(
     roles: Mapping[str, str] | None = None,
     costs: pd.DataFrame | None = None,
     study_notes: Sequence[str] = (),
+    training: pd.DataFrame | None = None,
 ) -> str:
     """Write the whole report of a run as one HTML file, with the PNG figures of folder ``figures`` inside."""
-    planned = plan(results, heatmap, roles, costs)
+    planned = plan(results, heatmap, roles, costs, training)
     all_views, smoke = views(results), bool(lock.get("smoke"))
     mixed = any(view.mixed for view in all_views)
     pictures = {figure.stem: _picture(figure, figures, mixed) for figure in planned}

@@ -19,6 +19,7 @@ from taskvec.engine.publishing import Known, check_place, obstacle, publish
 from taskvec.engine.store import digests
 from taskvec.report.costs import costs
 from taskvec.report.rows import Done, heatmaps, negations, results
+from taskvec.report.training import training
 from taskvec.report.verdict import SMOKE
 from taskvec.study.experiment import Experiment
 from taskvec.study.schema import StudyFile
@@ -28,7 +29,7 @@ LOCK = "study.lock.json"
 MARKER = ".taskvec"
 FIGURES = "figures"
 """The label of what is noted while figures are drawn."""
-TABLES = ("results.csv", "disentanglement.csv", "negation.csv", "costs.csv")
+TABLES = ("results.csv", "disentanglement.csv", "negation.csv", "costs.csv", "training.csv")
 FILES = ("study.yaml", *TABLES, "tables.md", "leaderboard.md", "report.html", LOCK)
 FOLDERS = ("tables", "figures", "models")
 """What a run folder may hold of ours."""
@@ -114,8 +115,8 @@ def write_run(
     with disk_errors(out), workspace(out / "run") as fresh:
         write_text(fresh / "study.yaml", file.text)
         rows, heat = results(file.study.name, experiments, done), heatmaps(experiments, done)
-        spent = costs(experiments, done)
-        for name, frame in zip(TABLES, (rows, heat, negations(experiments, done), spent), strict=True):
+        spent, losses = costs(experiments, done), training(experiments, done)
+        for name, frame in zip(TABLES, (rows, heat, negations(experiments, done), spent, losses), strict=True):
             if frame is not None:
                 write_text(fresh / name, frame.to_csv(index=False, lineterminator="\n"))
         for backbone, paths in models.items():
@@ -126,9 +127,9 @@ def write_run(
 
         roles = {choice.called: choice.paper for choice in file.study.backbones if choice.paper}
         with listen() as warnings:
-            drawing.write(rows, heat, fresh / "figures", roles, spent, file.smoke)
+            drawing.write(rows, heat, fresh / "figures", roles, spent, file.smoke, losses)
         lock = lock | {"notes": [*lock["notes"], *({"label": FIGURES, "text": text} for text in warnings)]}
-        write_report(rows, heat, spent, fresh, lock, file, roles)
+        write_report(rows, heat, spent, losses, fresh, lock, file, roles)
         write_json(fresh / LOCK, lock | {"files": digests(fresh)})
         publish(fresh, out, MARKER, LOCK)
 
@@ -137,6 +138,7 @@ def write_report(
     rows: pd.DataFrame,
     heat: pd.DataFrame | None,
     spent: pd.DataFrame,
+    losses: pd.DataFrame | None,
     out: Path,
     lock: dict[str, Any],
     file: StudyFile,
@@ -153,5 +155,5 @@ def write_report(
     for name, text in paper_tables.latex_tables(rows, heat, roles).items():
         (out / "tables").mkdir(exist_ok=True)
         write_text(out / "tables" / f"{name}.tex", banner + text)
-    html = page.render(rows, heat, out / "figures", lock, file.text, roles, spent, study_notes)
+    html = page.render(rows, heat, out / "figures", lock, file.text, roles, spent, study_notes, losses)
     write_text(out / "report.html", html)

@@ -21,7 +21,8 @@ from taskvec.weights.flat import Weights, read
 
 HEAD, HEADS = "head.safetensors", "heads.safetensors"
 ENCODER, DIRECTION, STATISTICS = "encoder.safetensors", "direction.safetensors", "statistics.safetensors"
-METRICS, RATE, PRECISION = "metrics.json", "rate.json", "precision.json"
+METRICS, RATE = "metrics.json", "rate.json"
+AGREEMENTS, PRECISION = "agreements.json", "precision.json"
 CURVE, CHOICE, OPTION = "curve.json", "choice.json", "option.json"
 """The files that steps leave, and by which others read them."""
 

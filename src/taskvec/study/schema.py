@@ -235,6 +235,7 @@ class Study(Settings):
     lora: Lora = Lora()
     negation: Negation | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    evaluation_precision: Literal["auto", "float32", "tf32", "float16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     allow_pickle: bool = False

@@ -104,6 +104,7 @@ class Run:
             steps=steps,
             after_step=after,
             progress=progress,
+            finite=True,
         )
 
     def state(self) -> Facts:

@@ -29,16 +29,17 @@ from taskvec.report.figures.emergence import EMERGENCE
 from taskvec.report.figures.heatmaps import HEATMAP, HEATMAPS
 from taskvec.report.figures.registry import Draw, FigureType, Run
 from taskvec.report.figures.style import STYLE
+from taskvec.report.figures.training import TRAINING
 from taskvec.report.texts import short_backbone
 from taskvec.report.views import View
 
-Rows = tuple[pd.DataFrame, pd.DataFrame | None, Mapping[str, str] | None, pd.DataFrame | None]
-"""What figures are drawn from: results, heatmaps, roles of backbones in the paper, costs."""
+Rows = tuple[pd.DataFrame, pd.DataFrame | None, Mapping[str, str] | None, pd.DataFrame | None, pd.DataFrame | None]
+"""What figures are drawn from: results, heatmaps, roles of backbones in the paper, costs, losses of training."""
 SHARE = 16
 """Figures that make it worth while to start another process."""
 OF_REGIMES = (EMERGENCE, BACKBONES, *HEATMAPS, COMBINATIONS, *COUNTS, ERRORS, SCALES)
 """Every kind of figure that a regime has, in reading order."""
-OF_VIEWS = (LEADERBOARD, ACCURACIES, GAINS, LAMBDA, LAMBDAS, HEATMAP)
+OF_VIEWS = (LEADERBOARD, ACCURACIES, GAINS, LAMBDA, LAMBDAS, TRAINING, HEATMAP)
 """Every kind of figure that one backbone has in one regime, in reading order."""
 UNDATED: dict[str, dict[str, None]] = {  # endings, and what would differ between two days or two installations
     "png": {"Software": None},
@@ -66,9 +67,10 @@ def plan(
     heatmap: pd.DataFrame | None = None,
     roles: Mapping[str, str] | None = None,
     costs: pd.DataFrame | None = None,
+    training: pd.DataFrame | None = None,
 ) -> list[Planned]:
     """List the figures of a run in reading order, comparisons first; files are the stem with .png and .pdf."""
-    run = Run(results, heatmap, roles or {}, costs)
+    run = Run(results, heatmap, roles or {}, costs, training)
     regimes = dict.fromkeys(view.regime for view in run.views)
     return [
         Planned(_stem(type.name, regime), type, "", regime, draw)
@@ -99,6 +101,7 @@ def write(
     roles: Mapping[str, str] | None = None,
     costs: pd.DataFrame | None = None,
     smoke: bool = False,
+    training: pd.DataFrame | None = None,
 ) -> list[str]:
     """Write every figure of a run as PNG (200 dpi) and PDF, the same bytes for the same rows; return the file names.
 
@@ -106,7 +109,7 @@ def write(
     warn of, such as letters that no font has, is noted.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = (results, heatmap, roles, costs)
+    rows = (results, heatmap, roles, costs, training)
     planned = plan(*rows)
     others = min(cores(), len(planned) // SHARE) - 1
     jobs = [(rows, folder, place, others + 1, smoke) for place in range(1, others + 1)]

@@ -29,12 +29,13 @@ class Compared(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """The rows of a run from which figures are drawn: results, heatmaps, roles of backbones in the paper, costs."""
+    """The rows of a run from which figures are drawn: results, heatmaps, roles in the paper, costs, losses."""
 
     results: pd.DataFrame
     heatmap: pd.DataFrame | None
     roles: Mapping[str, str]
     costs: pd.DataFrame | None
+    training: pd.DataFrame | None = None
 
     @cached_property
     def views(self) -> list[View]:

@@ -34,7 +34,8 @@ def make_heads(planner: Planner, exp: Experiment, shared: SharedSteps) -> dict[s
 
 def probe_task(planner: Planner, task: str, where: str, seed: int, shared: SharedSteps) -> Step:
     """Plan the probes of a task, one a learning rate."""
-    config = steps.ProbeConfig(probe=planner.study.probe, seed=seed)
+    device = "" if planner.device == "cpu" else planner.device
+    config = steps.ProbeConfig(probe=planner.study.probe, seed=seed, device=device)
     inputs = {"task": shared.data[task], "features": shared.features[task]}
     return planner.step(steps.probe_task, f"probe {task} {where}", config, inputs, config.probe.steps * 8.0)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from taskvec.encoders import identity
 from taskvec.engine.pipeline import Config, Step
+from taskvec.evaluation.precision import PREDICTED
 from taskvec.study.artifacts import OnDevice
 from taskvec.study.experiment import SharedSteps
 from taskvec.study.plan.planner import Planner
@@ -19,7 +20,7 @@ def plan_backbone(planner: Planner, name: str, choice: BackboneChoice) -> Shared
     view = planner.step(steps.preprocessing, f"preprocessing of {name}", Config(), {"backbone": encoder})
     data = {t: decode(planner, t, name, view) for t in planner.addresses}
     whole = {t: decode_whole(planner, t, name, view) for t, a in planner.addresses.items() if a.source.has_whole}
-    shared = SharedSteps(name, choice, encoder, data, {}, whole)
+    shared = SharedSteps(name, choice, encoder, data, {}, whole, choose_precision(planner, name, encoder, data))
     shared.features.update({t: cache_features(planner, t, shared) for t in data})
     return shared
 
@@ -60,6 +61,21 @@ def decode_config(planner: Planner, task: str) -> steps.DecodeConfig:
     return steps.DecodeConfig(
         source=planner.about[task], limit=study.limit, skip_corrupt=study.skip_corrupt, address=str(address)
     )
+
+
+def choose_precision(planner: Planner, backbone: str, encoder: Step, data: dict[str, Step]) -> Step | None:
+    """Plan the choice of the precision of passes; there is none where all are float32, as on a CPU."""
+    wanted = planner.study.evaluation_precision
+    if wanted == "float32" or not planner.device.startswith("cuda"):
+        return None
+    grids = [method.grid() for method in planner.study.methods]
+    middle = max((grid[len(grid) // 2] for grid in grids), key=abs)
+    scales = tuple(dict.fromkeys((*steps.NEAR, middle)))
+    config = steps.PrecisionConfig(wanted=wanted, scales=scales, **planner.on(backbone))
+    inputs = {"backbone": encoder, "tasks": list(data.values())}
+    label = f"compare precisions of {backbone}"
+    comparison = planner.step(steps.compare_precisions, label, config, inputs, 6 * PREDICTED)
+    return planner.step(steps.choose_precision, f"precision of {backbone}", Config(), {"comparison": comparison})
 
 
 def cache_features(planner: Planner, task: str, shared: SharedSteps) -> Step:

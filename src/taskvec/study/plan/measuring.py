@@ -54,7 +54,7 @@ def selections(exp: Experiment) -> dict[str, Any]:
 
 def keep_model(planner: Planner, exp: Experiment, shared: SharedSteps) -> None:
     """Plan the model of an experiment: what was best on validation, ready to use."""
-    inputs = {"backbone": shared.encoder, "probe": list(exp.head.values()), **selections(exp)}
+    inputs = {**shared.looks, "probe": list(exp.head.values()), **selections(exp)}
     inputs |= {"finetuned": list(exp.finetuned.values()), "tasks": [shared.data[t] for t in exp.tasks]}
     inputs |= {"options": [trial.option for trial in exp.trials]}
     inputs |= {"rounds": [[[curves[t] for curves in trial.rounds] for t in exp.tasks] for trial in exp.trials]}

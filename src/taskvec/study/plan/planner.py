@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from taskvec.core.compute import choose_device, resolve_precision
+from taskvec.core.errors import TaskvecError
 from taskvec.core.notes import note
 from taskvec.engine.pipeline import Config, Inputs, Step, StepType
 from taskvec.engine.store import Store
@@ -31,6 +32,7 @@ class Planner:
         self.addresses, self.brought = self.sources.addresses, self.sources.brought
         setting = file.study.device
         self.device = setting if estimate and setting != "auto" else choose_device(setting)
+        check_precision(file.study.evaluation_precision, self.device)
         self.regimes = self.sources.regimes
         self.joint = self.regimes.get("joint")
         self.backbones = self.sources.backbones()
@@ -59,3 +61,12 @@ class Planner:
     def _count(self, source: dict[str, Any]) -> float:
         """Return about how many images a task has, for estimates of time."""
         return float(min(source["images"], 3 * (self.study.limit or source["images"])))
+
+
+def check_precision(setting: str, device: str) -> None:
+    """Raise where a device has not the precision that a study wants for evaluation."""
+    if setting not in ("auto", "float32") and not device.startswith("cuda"):
+        raise TaskvecError(
+            f"evaluation_precision '{setting}' needs a CUDA GPU, and the study runs on '{device}'",
+            "take auto, which is float32 there",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from taskvec.core.compute import WIDTHS, choose_device
 from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
 from taskvec.core.progress import Progress
 from taskvec.core.settings import Finetune, Lora, Probe
 from taskvec.core.task_types import CLASSIFICATION
+from taskvec.core.training import DivergedError
 from taskvec.encoders.backbone import Backbone, text_features
 from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, step_type
 from taskvec.engine.work import Work
@@ -27,9 +30,12 @@ from taskvec.study.forecast.sizes import Sizes, validating
 from taskvec.weights.flat import save
 from taskvec.weights.keys import parts
 
+LOSSES = "losses.npy"
+"""The loss of every step of fine-tuning and its learning rate."""
 
-class ProbeConfig(Config):
-    """How a task is probed."""
+
+class ProbeConfig(OnDevice):
+    """How a task is probed; without a device on the CPU."""
 
     probe: Probe
     seed: int
@@ -37,10 +43,6 @@ class ProbeConfig(Config):
     def unused(self) -> dict[str, set[str]]:
         """Return the settings that only choose among the probes."""
         return {"probe": {"rate_per_task"}}
-
-    def threaded(self) -> bool:
-        """Return that threads count: heads are fitted on the CPU, whatever the device."""
-        return True
 
 
 def probe_work(step: Step, sizes: Sizes) -> Work:
@@ -52,12 +54,15 @@ def probe_work(step: Step, sizes: Sizes) -> Work:
 @step_type(1, ("torch",), reads=["task", "features"], writes=[HEADS, "probe.json"], work=probe_work, heading="probing")
 def probe_task(config: ProbeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Probe a task at all learning rates on cached features."""
-    task, cached = artifacts.open_task(inputs), inputs["features"]
+    task, device = artifacts.open_task(inputs), choose_device(config.device or "cpu")
+    cached = {
+        split: torch.from_numpy(np.load(inputs["features"] / f"{split}.npy")) for split in ("train", "validation")
+    }
     probed = probe(
-        torch.from_numpy(np.load(cached / "train.npy")),
-        torch.from_numpy(task.train.labels),
-        torch.from_numpy(np.load(cached / "validation.npy")),
-        torch.from_numpy(task.validation.labels),
+        cached["train"].to(device),
+        torch.from_numpy(task.train.labels).to(device),
+        cached["validation"].to(device),
+        torch.from_numpy(task.validation.labels).to(device),
         len(task.classes),
         config.probe,
         config.seed,
@@ -136,7 +141,7 @@ class TrainingConfig(OnDevice):
     def facts(self, settings: Finetune, backbone: Backbone) -> dict[str, Any]:
         """Return what a fine-tuned encoder's record says of its training."""
         precision = finetuning.training_precision(backbone, self.precision)
-        if self.precision not in ("wide", precision):
+        if self.precision not in (*WIDTHS, precision):
             note(f"trained in {precision}, not in {self.precision} as asked: a linearised encoder needs it")
         return {"precision": precision, "learning_rate": settings.learning_rate}
 
@@ -160,10 +165,10 @@ def training_work(step: Step, sizes: Sizes) -> Work:
 
 
 @step_type(
-    2,
+    3,
     ("torch", "numpy"),
     reads=["backbone", "precision", "task", "whole", "head", "rate"],
-    writes=lambda config: (METRICS,) if config.trial else (ENCODER, HEAD, METRICS),
+    writes=lambda config: (METRICS, LOSSES) if config.trial else (ENCODER, HEAD, METRICS, LOSSES),
     work=training_work,
     heading="training",
 )
@@ -181,18 +186,27 @@ def finetune(config: FinetuneConfig, inputs: Inputs, out: Path, progress: Progre
         learns, lora = config.head_learns, config.lora
         tuned = finetuning.finetune_tasks(backbone, [task], [head], *how, head_learns=learns, lora=lora)
         weights, head = tuned.encoder, tuned.heads[0]
-    except finetuning.DivergedError:
+    except DivergedError as error:
         if not config.trial:
             raise
-        note(f"fine-tuning diverged at learning rate {settings.learning_rate:g}, which counts as accuracy 0")
+        note(f"{error.problem}; it counts as accuracy 0")
+        save_losses(error.losses, settings, out)
         write_json(out / METRICS, {"validation": 0.0, "diverged": True, **facts})
         return
+    save_losses(tuned.losses, settings, out)
     if not config.trial:
         save(weights, out / ENCODER)
         artifacts.save_head(head, out)
     right = per_image_scores(backbone, weights, task.validation, head)
     tell_unlearned(right)
     write_json(out / METRICS, {"validation": float(right.mean()), **facts, **metric_of(head)})
+
+
+def save_losses(losses: Sequence[float], settings: Finetune, out: Path) -> None:
+    """Write the loss of every step of fine-tuning, and its learning rate, which rises and falls."""
+    schedule = finetuning.schedule_of(settings)
+    rates = [settings.learning_rate * schedule.factor(step) for step in range(len(losses))]
+    np.save(out / LOSSES, np.array([losses, rates]).T)
 
 
 def metric_of(head: Head) -> dict[str, str]:
@@ -210,10 +224,10 @@ def tell_unlearned(right: Scores) -> None:
 
 
 @step_type(
-    1,
+    2,
     ("torch", "numpy"),
     reads=["backbone", "precision", "tasks", "whole", "heads", "rate"],
-    writes=[ENCODER, METRICS],
+    writes=[ENCODER, METRICS, LOSSES],
     work=training_work,
     heading="training",
 )
@@ -223,9 +237,12 @@ def finetune_joint(config: TrainingConfig, inputs: Inputs, out: Path, progress: 
     heads = artifacts.open_heads(inputs["heads"])
     settings = config.settings(inputs)
     how = (settings, config.seed, config.precision, progress)
-    weights = finetuning.finetune_tasks(backbone, every, heads, *how).encoder
-    save(weights, out / ENCODER)
-    measured = [accuracy(backbone, weights, task.validation, head) for task, head in zip(every, heads, strict=True)]
+    tuned = finetuning.finetune_tasks(backbone, every, heads, *how)
+    save(tuned.encoder, out / ENCODER)
+    save_losses(tuned.losses, settings, out)
+    measured = [
+        accuracy(backbone, tuned.encoder, task.validation, head) for task, head in zip(every, heads, strict=True)
+    ]
     write_json(out / METRICS, {"validation": measured, **config.facts(settings, backbone)})
 
 

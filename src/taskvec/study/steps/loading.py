@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from taskvec.core.files import read_json, write_json
+from taskvec.core.notes import note
 from taskvec.core.progress import Progress
 from taskvec.data import tasks
 from taskvec.data.images import Preprocessing
@@ -17,15 +18,19 @@ from taskvec.encoders import backbone as backbones
 from taskvec.encoders import batch_norm, records
 from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, step_type
 from taskvec.engine.work import Work
+from taskvec.evaluation import precision
 from taskvec.learning.heads import features_of
 from taskvec.study import artifacts
-from taskvec.study.artifacts import ENCODER, OnDevice
+from taskvec.study.artifacts import AGREEMENTS, ENCODER, PRECISION, OnDevice
 from taskvec.study.forecast.sizes import NUMBER, Sizes, encoder, small_side
 
 WIDER = 4 / 3
 """How much longer the long side of a photograph is."""
 DRAWING, DECODING = 0.4e-3, 10e-3
 """Seconds of a core to draw one of the lab's images, and to decode a photograph and resize it."""
+
+NEAR = (0.0, 0.05)
+"""Scales at which predictions in different precisions are compared, beside the middle of the grid."""
 
 
 class BackboneConfig(Config):
@@ -120,6 +125,36 @@ def whole_images(step: Step, sizes: Sizes) -> Work:
 def decode_training(config: DecodeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Decode a task's whole training images once."""
     tasks.write_training(config.address, artifacts.open_view(inputs), config.limit, out, progress, **config.reading())
+
+
+class PrecisionConfig(OnDevice):
+    """The precision that the study wants, and the scales at which predictions are compared."""
+
+    wanted: str
+    scales: tuple[float, ...]
+
+
+def compared(step: Step, sizes: Sizes) -> Work:
+    """A sample passes once for heads, and at every scale in float32 and in each precision that is tried."""
+    passes = 2 * len(step.config.scales) * (len(precision.FASTEST) if step.config.wanted == "auto" else 1)
+    fitted = min(sum(size.train for size in sizes.tasks(step)), precision.FITTED)
+    return sizes.passes(step, fitted + passes * precision.PREDICTED)
+
+
+@step_type(1, ("torch",), reads=["backbone", "tasks"], writes=[AGREEMENTS], work=compared, heading="probing")
+def compare_precisions(config: PrecisionConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Compare what an encoder predicts on a GPU in several precisions, on a sample of all tasks."""
+    backbone, tasks = artifacts.open_backbone(inputs, config), artifacts.open_tasks(inputs)
+    choice = precision.choose_precision(backbone, tasks, config.scales, config.wanted, progress=progress)
+    if text := choice.explanation():
+        note(text)
+    write_json(out / AGREEMENTS, choice.to_json())
+
+
+@step_type(1, reads=["comparison"], writes=[PRECISION])
+def choose_precision(config: Config, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Keep the precision of an encoder's passes alone, so that another comparison with the same outcome counts not."""
+    write_json(out / PRECISION, {"precision": read_json(inputs["comparison"] / AGREEMENTS)["precision"]})
 
 
 def feature_work(step: Step, sizes: Sizes) -> Work:

@@ -319,7 +319,7 @@ def model_work(step: Step, sizes: Sizes) -> Work:
     4,
     ("torch",),
     reads=(
-        *("backbone", "probe", "finetuned", "tasks"),
+        *("backbone", "precision", "probe", "finetuned", "tasks"),
         *("choices", "merged", "statistics", "options", "rounds"),
     ),
     writes=[model.ENCODER, model.HEADS, model.ABOUT],

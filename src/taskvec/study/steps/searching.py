@@ -17,12 +17,10 @@ from taskvec.engine.work import Work
 from taskvec.evaluation import scale_search
 from taskvec.evaluation.accuracy import accuracy
 from taskvec.evaluation.alignment import alignment_curves
-from taskvec.learning.heads import features_of, save_heads
-from taskvec.learning.surgery import fit_surgery
+from taskvec.learning.heads import save_heads
 from taskvec.study import artifacts
 from taskvec.study.artifacts import CHOICE, CURVE, HEADS, OPTION, RATE, OnDevice
 from taskvec.study.forecast.sizes import BACKWARD, NUMBER, Sizes, along
-from taskvec.weights import vectors
 
 
 class CurveConfig(OnDevice):
@@ -87,10 +85,6 @@ class ReprobeConfig(CurveConfig):
         """Return the settings that only choose a learning rate, which the step reads."""
         return {"probe": {"learning_rates", "rate_per_task"}}
 
-    def threaded(self) -> bool:
-        """Return that threads count: heads are fitted on the CPU, whatever the device."""
-        return True
-
 
 def reprobe_work(step: Step, sizes: Sizes) -> Work:
     """Training and validation images pass at every scale but 0; later rounds try at most two."""
@@ -142,10 +136,6 @@ class SurgeryConfig(CurveConfig):
     surgery: Surgery
     seed: int
 
-    def threaded(self) -> bool:
-        """Return that threads count: corrections are learned on the CPU, whatever the device."""
-        return True
-
 
 def surgery_work(step: Step, sizes: Sizes) -> Work:
     """Training images pass once by the fine-tuned encoder, then at every scale with validation images."""
@@ -171,18 +161,12 @@ def surgery_curve(config: SurgeryConfig, inputs: Inputs, out: Path, progress: Pr
     backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
     head = artifacts.open_head(inputs["finetuned"])
     vector = artifacts.open_vector(inputs["merged"], backbone, config.task)
-    scales, per_patch = scales_of(config, inputs), head.task_type.per_patch
-    heads, curve = {}, {}
-    with backbone.at(artifacts.open_encoder(inputs["finetuned"], backbone)):
-        wanted = backbone.features(task.train.images, per_patch=per_patch)
-        for scale in scales:
-            vectors.move(backbone.bound, backbone.pretrained, [vector], [scale])
-            seen = backbone.features(task.train.images, per_patch=per_patch)
-            heads[scale] = fit_surgery(seen, wanted, head, config.surgery, config.seed)
-            curve[scale] = heads[scale].accuracy(*features_of(backbone, task.validation, task.kind))
-            progress(len(curve) / len(scales))
-    save_heads({artifacts.scale_key(scale): fit for scale, fit in heads.items()}, out / HEADS)
-    write_curve(out, scales, curve)
+    tuned, scales = artifacts.open_encoder(inputs["finetuned"], backbone), scales_of(config, inputs)
+    how = (config.surgery, scales, config.seed, progress)
+    values, heads = scale_search.corrected_curve(backbone, vector, tuned, task, head, *how)
+    fitted = {artifacts.scale_key(scale): fit for scale, fit in zip(scales, heads, strict=True)}
+    save_heads(fitted, out / HEADS)
+    write_curve(out, scales, dict(zip(scales, values, strict=True)))
 
 
 class AgreementConfig(CurveConfig):
@@ -190,10 +174,6 @@ class AgreementConfig(CurveConfig):
 
     images: int
     metrics: list[str]
-
-    def threaded(self) -> bool:
-        """Return that threads count: features are compared on the CPU, whatever the device."""
-        return True
 
 
 def agreement_work(step: Step, sizes: Sizes) -> Work:
