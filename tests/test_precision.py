@@ -31,6 +31,7 @@ from taskvec.evaluation.precision import (
     random_direction,
 )
 from taskvec.learning.heads import features_of
+from taskvec.report import page
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.plan.planner import check_precision
@@ -195,6 +196,7 @@ def test_the_lock_says_in_what_numbers_a_gpu_computed() -> None:
     config = PrecisionConfig(wanted="auto", scales=SCALES, device="cuda", backbone_name="net")
     done: Any = {Step("compare", compare_precisions, config, {}): SimpleNamespace(json=lambda name: record)}
     on, off = ({"matmul": switch, "convolutions": switch} for switch in (True, False))
-    expected = {"evaluation_precision": {"net": {"precision": "tf32", "tf32": on}}, "tf32": off}
-    assert evaluation_precisions(done, "cuda:1") == expected
+    lock = evaluation_precisions(done, "cuda:1")
+    assert lock == {"evaluation_precision": {"net": "tf32"}, "tf32": {"evaluation": {"net": on}, "else": off}}
+    assert page._facts(lock) == {"evaluation_precision": "net tf32"}
     assert evaluation_precisions(done, "cpu") == {}

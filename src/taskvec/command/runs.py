@@ -246,15 +246,15 @@ def make_lock(
 
 
 def evaluation_precisions(done: Done, device: str) -> dict[str, Any]:
-    """Return in what numbers a GPU computed: both TF32 switches, and by backbone those of passes that were checked.
+    """Return in what numbers a GPU computed: by backbone the precision of passes, and how both TF32 switches stood.
 
-    A CPU has one arithmetic, and the lock says nothing of it.
+    A CPU has one arithmetic, and the lock says nothing of it. On a GPU a backbone without a choice is float32.
     """
     if not device.startswith("cuda"):
         return {}
     compared = {s.config.backbone_name: a.json(AGREEMENTS) for s, a in done.items() if s.type == compare_precisions}
-    passes = {name: {key: record[key] for key in ("precision", "tf32")} for name, record in compared.items()}
-    return {"evaluation_precision": passes, "tf32": uses_tf32("float32")}
+    switches = {"evaluation": {name: record["tf32"] for name, record in compared.items()}, "else": uses_tf32("float32")}
+    return {"evaluation_precision": {name: r["precision"] for name, r in compared.items()}, "tf32": switches}
 
 
 def best_models(experiments: list[Experiment], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:

@@ -134,7 +134,7 @@ def arithmetic(precision: PassPrecision = "float32", device: str = "cuda") -> It
     the process: threads that compute on a GPU at the same time have to agree. A CPU has none, and nothing is set.
     """
     before, wanted = switches(), ("tf32" if precision == "tf32" else "ieee",) * 2
-    if device.startswith("cpu") or before == wanted:
+    if not device.startswith("cuda") or before == wanted:
         yield
         return
     set_switches(wanted)

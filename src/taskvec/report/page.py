@@ -168,11 +168,15 @@ def _unbroken(text: str) -> str:
 
 def _facts(lock: dict[str, Any]) -> dict[str, str]:
     """Pick the settings that the numbers depend on, as text; what a lock lacks is left out."""
-    facts = ("seeds", "threads", "device", "processor", "precision", "fingerprint")
-    shown = {name: lock[name] for name in facts if name in lock}
-    return {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in shown.items()
-    }
+    facts = ("seeds", "threads", "device", "processor", "precision", "evaluation_precision", "fingerprint")
+    return {name: _listed(lock[name]) for name in facts if lock.get(name) not in (None, {})}
+
+
+def _listed(value: Any) -> str:
+    """Return a value as text, a list or mapping with commas."""
+    if isinstance(value, dict):
+        value = [f"{key} {part}" for key, part in value.items()]
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _emphasis(note: str) -> Markup:
