@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taskvec.core.errors import TaskvecError
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products repeat their bits; cuBLAS reads it once
 Made = TypeVar("Made")
 Precision = Literal["float32", "bfloat16"]
 PassPrecision = Literal["float32", "tf32", "float16"]

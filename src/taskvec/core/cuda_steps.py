@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -17,9 +16,6 @@ from taskvec.core.notes import note
 
 WARM = 3
 """Steps that are taken one operation at a time before one is captured as a graph."""
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""The variable by which matrix products repeat their bits; cuBLAS reads it when its process first multiplies."""
-os.environ.setdefault(WORKSPACE, ":4096:8")
 Step = Callable[[Sequence[Any]], Float[Tensor, ""]]
 """One step of training on the batches it accumulates: it returns the loss, on the device."""
 

@@ -90,7 +90,7 @@ def finetune_tasks(
     ]
     streams = [training_stream(backbone, task.train, images, seed, task.kind) for task in tasks]
     draws: Iterator[Sequence[Draw]] = zip(*(stream.uploaded(backbone.device) for stream in streams), strict=True)
-    devices = [] if backbone.device == "cpu" else [backbone.device]
+    devices = [backbone.device] if backbone.device.startswith("cuda") else []
     with arithmetic("float32", backbone.device), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)  # for adapters, dropout and stochastic depth
         adapted = lora_layers.add(module, lora, backbone.name) if lora else None
@@ -175,7 +175,7 @@ def compile_encoder(
     """Compile an encoder for the shapes of a draw, there and back; one that fails stays as it is, with a note."""
     state: Any = module
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[device]), deterministic(torch.device(device)):
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # off on purpose
+        warnings.simplefilter("ignore")  # of the compiler about itself, and that TF32 is off, which is on purpose
         try:
             state.compile(dynamic=False)
             loss(draws).backward()  # type: ignore[no-untyped-call]
