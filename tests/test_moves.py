@@ -35,7 +35,7 @@ PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
 TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)
 SCALES = [0.0, 0.5, 1.0]
 MODULES = (alignment, batch_norm, disentangling, evaluation, finetuning, heads, measuring, negation, search)
-PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all", "training_copy"}
+PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all", "training_copy", "changes_at"}
 """What looks through the present weights in the present mode, or moves them, for others that put them back."""
 
 
@@ -64,7 +64,8 @@ class Ground:
 
 
 def singles(g: Ground) -> list[Any]:
-    return [disentangling.predictions(g.backbone, h, x)[None].repeat(3, 0) for h, x in zip(*g.pair, strict=True)]
+    alone = [disentangling.predictions(g.backbone, head, images) for head, images in zip(*g.pair, strict=True)]
+    return [classes.numpy()[None].repeat(3, 0) for classes in alone]
 
 
 CALLS: dict[str, Callable[[Ground], object]] = {
@@ -75,6 +76,13 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     "predictions": lambda g: disentangling.predictions(g.backbone, g.heads[0], g.images[0]),
     "single_predictions": lambda g: disentangling.single_predictions(
         g.backbone, g.taus[0], g.heads[0], g.images[0], SCALES
+    ),
+    "compared": lambda g: disentangling.compared(g.backbone, g.taus, *g.pair, singles(g)),
+    "changes": lambda g: disentangling.changes(
+        g.backbone, disentangling.compared(g.backbone, g.taus, *g.pair, singles(g)), [(1, 1), (1, 2)], SCALES
+    ),
+    "sampled_accuracies": lambda g: evaluation.sampled_accuracies(
+        g.backbone, g.taus[0], [task.test for task in g.tasks], g.heads, 1.5
     ),
     "disentanglement": lambda g: disentangling.disentanglement(g.backbone, tuple(g.taus), *g.pair, SCALES),
     "set_error": lambda g: disentangling.set_error(g.backbone, g.taus, *g.pair, singles(g), SCALES, 2),
