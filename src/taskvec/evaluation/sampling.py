@@ -13,7 +13,7 @@ FEWEST = 128
 """Images of a stratum after which its mean is first looked at."""
 CONFIDENCE = 0.95
 VARIANCES = (0.06, 0.25)
-"""Between these about, and evenly, lie the variances within strata of a heatmap's cells (docs/performance.md)."""
+"""Between these about, and evenly, lie the variances within strata of a heatmap's cells (benchmarks/sampling.py)."""
 
 
 def planned_looks(samples: int, tolerance: float) -> list[int]:
