@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -184,16 +185,8 @@ heads: [kept]
 heatmap: {{pairs: 3, points: 3, range: 2, samples: 32, tolerance: {tolerance}}}
 subsets: {{sizes: [2], limit: 1, samples: 4, points: 2}}
 probe: {{steps: 20, batch_size: 16, warmup: 0, learning_rates: [0.01]}}
-finetune: {{steps: 4, batch_size: 8, warmup: 0, learning_rate: 0.003}}
+finetune: {{steps: 4, batch_size: 8, warmup: 0, learning_rate: 0.02}}
 """
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sampled")
-    for number, name in enumerate(("one", "two", "three")):
-        write_folder_task(root / name, ("red", "blue", "grey")[: 2 + number % 2], train=20, test=12 + 4 * number)
-    return root
 
 
 def planned(root: Path, tolerance: float, store: str = "store") -> tuple[list[Experiment], Store]:
@@ -224,17 +217,28 @@ def frame(experiments: list[Experiment], done: dict[Step, Artifact]) -> pd.DataF
     return rows
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the study has looked at whole samples, in two stores."""
+    root = tmp_path_factory.mktemp("sampled")
+    for number, name in enumerate(("one", "two", "three")):
+        write_folder_task(root / name, ("red", "blue", "grey")[: 2 + number % 2], train=20, test=12 + 4 * number)
+    run(*planned(root, 0))
+    shutil.copytree(root / "store", root / "killed")
+    return root
+
+
 def test_a_heatmap_from_some_images_is_near_that_from_all(root: Path, few: None) -> None:
     exact_plan, store = planned(root, 0)
     done, kinds = run(exact_plan, store)
     exact, sets = frame(exact_plan, done), results("small", exact_plan, done)
-    assert kinds.count("heatmap") == 3
+    assert kinds == []
     assert list(exact.columns) == HEATMAP_COLUMNS
     assert exact["half_width"].eq(0).all()
     assert exact["images"].equals(exact["n"])
     assert not sets["metric"].str.endswith("half_width").any()
 
-    tolerance = 40
+    tolerance = 25
     rounds_plan, _ = planned(root, tolerance)
     done, kinds = run(rounds_plan, store)
     assert kinds.count("heatmap") == 9  # 8, 16 and all 32 images
@@ -274,9 +278,9 @@ def test_rounds_that_nothing_asks_for_pass_no_image(root: Path, few: None, monke
 
 
 def test_a_study_that_is_killed_between_rounds_ends_with_the_same_bytes(root: Path, few: None) -> None:
-    experiments, store = planned(root, 40, "whole")
+    experiments, store = planned(root, 25)
     whole = frame(experiments, run(experiments, store)[0])
-    experiments, store = planned(root, 40, "killed")
+    experiments, store = planned(root, 25, "killed")
     first = experiments[0].heatmaps.inputs["rounds"][1][0].inputs["plan"]  # type: ignore[union-attr]
     pipeline.run([first], store, Inline(), Quiet())
     done, kinds = run(experiments, store)

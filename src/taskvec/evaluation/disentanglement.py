@@ -22,7 +22,7 @@ from taskvec.weights.flat import Weights
 
 Images = UInt8[np.ndarray, "_ 3 size size"] | UInt8[Tensor, "_ 3 size size"]
 Predictions = Shaped[np.ndarray, "points _ ..."]
-Draw = Int64[np.ndarray, " drawn"]
+Draw = Int64[np.ndarray, "_"]
 """Places of the images that are looked at."""
 BOX_AXIS = (-0.875, -0.625, -0.375, -0.125, 0.125, 0.375, 0.625, 0.875)
 """Coefficients of points in the box [-1, 1]^T: the middles of eight equal parts, so that every task is added."""
