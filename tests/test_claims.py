@@ -219,6 +219,17 @@ def test_too_few_pairs_leave_a_claim_undecided(run: Run) -> None:
     assert (row["Interval"], row["Verdict"]) == ("none (2 pairs)", UNDECIDED)
 
 
+def test_errors_from_some_images_are_not_compared_below_their_half_width(run: Run) -> None:
+    words = "CLIP is the most disentangled"
+    exact = _claim(claims(*run, fixture.ROLES), words)
+    assert exact["Verdict"] == HOLDS
+    margin = float(exact["Margin"])
+    for width, verdict in ((0.001, HOLDS), (margin / 100, UNDECIDED)):  # of both backbones: hypot is larger than it
+        sampled = run[1].assign(half_width=width, images=64)
+        row = _claim(claims(run[0], sampled, fixture.ROLES), words)
+        assert (row["Verdict"], row["Margin"]) == (verdict, exact["Margin"])
+
+
 def test_few_tasks_and_linear_decay(run: Run) -> None:
     found = claims(*run, fixture.ROLES)
     assert _claim(found, "MAE keeps less than 80 %")["Interval"].endswith("(12 sets)")

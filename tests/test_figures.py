@@ -106,6 +106,14 @@ def test_heatmap_has_a_red_box_equal_axes_and_a_star_at_zero() -> None:
     assert figure.axes[-1].get_ylabel() == "weight disentanglement error ξ (%)"
 
 
+def test_heatmaps_from_some_images_say_how_sure_they_are() -> None:
+    rows = fixture.heatmap(points=3)
+    assert not heatmaps.heatmaps(rows, *PLACE).get_supxlabel()
+    sampled = rows.assign(half_width=0.0142, images=64)
+    for figure in (heatmaps.heatmaps(sampled, *PLACE), heatmaps.by_backbone(sampled, PLACE[:1], PLACE[1], "one")):
+        assert figure.get_supxlabel() == "95 % half-width of the mean over pairs: at most 1.4 points"
+
+
 def test_heatmap_puts_the_first_scale_on_x_and_is_light_where_disentangled() -> None:
     rows = fixture.heatmap(pairs=[("cars", "dtd")])
     rows[["error_1", "error_2"]] = 0.0

@@ -32,6 +32,7 @@ device: {device}
 limit: 12
 """
 DECODING = {"decode_task", "decode_training"}
+DISENTANGLEMENT = {"single_task_predictions", "heatmap", "heatmap_errors"}
 MERGING = {"merge", "kept_curve", "reprobed_curve", "test_task", "heatmap", "single_task_predictions"}
 TRAINING = {"features", "probe_task", "finetune"} | MERGING
 """Steps whose sums depend on threads and torch; the others decode, choose among numbers, or add vectors."""
@@ -72,7 +73,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     ("package", "kinds"),
     [
         ("torch", TRAINING | DECODING | {"load_backbone", "build_model"}),  # it draws splits
-        ("numpy", DECODING | {"finetune", "merge", "single_task_predictions", "gains"}),  # random orders, bootstrap
+        ("numpy", DECODING | {"finetune", "merge", "gains"} | DISENTANGLEMENT),  # random orders, bootstrap
         ("pillow", DECODING),
         ("matplotlib", {"decode_task"}),  # its fonts, which the lab draws
         ("scikit-learn", set()),

@@ -45,6 +45,7 @@ PRESENT = {
     "loss_of",
     "pays_to_compile",
     "training_copy",
+    "changes_at",
 }
 """What looks through the present weights in the present mode, or moves them, for others that put them back."""
 
@@ -74,7 +75,8 @@ class Ground:
 
 
 def singles(g: Ground) -> list[Any]:
-    return [disentangling.predictions(g.backbone, h, x)[None].repeat(3, 0) for h, x in zip(*g.pair, strict=True)]
+    alone = [disentangling.predictions(g.backbone, head, images) for head, images in zip(*g.pair, strict=True)]
+    return [classes.numpy()[None].repeat(3, 0) for classes in alone]
 
 
 CALLS: dict[str, Callable[[Ground], object]] = {
@@ -85,6 +87,13 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     "predictions": lambda g: disentangling.predictions(g.backbone, g.heads[0], g.images[0]),
     "single_predictions": lambda g: disentangling.single_predictions(
         g.backbone, g.taus[0], g.heads[0], g.images[0], SCALES
+    ),
+    "compared": lambda g: disentangling.compared(g.backbone, g.taus, *g.pair, singles(g)),
+    "changes": lambda g: disentangling.changes(
+        g.backbone, disentangling.compared(g.backbone, g.taus, *g.pair, singles(g)), [(1, 1), (1, 2)], SCALES
+    ),
+    "sampled_accuracies": lambda g: evaluation.sampled_accuracies(
+        g.backbone, g.taus[0], [task.test for task in g.tasks], g.heads, 1.5
     ),
     "disentanglement": lambda g: disentangling.disentanglement(g.backbone, tuple(g.taus), *g.pair, SCALES),
     "set_error": lambda g: disentangling.set_error(g.backbone, g.taus, *g.pair, singles(g), SCALES, 2),

@@ -160,7 +160,7 @@ def test_the_error_of_two_tasks_is_the_mean_of_the_papers(backbone: Backbone, ta
         single_predictions(backbone, tau, head, own, axis) for tau, head, own in zip(taus, probed, images, strict=True)
     ]
     pair = disentanglement(backbone, (taus[0], taus[1]), (probed[0], probed[1]), (images[0], images[1]), axis)
-    many = set_error(backbone, taus, probed, images, singles, axis, points=400)
+    many = set_error(backbone, taus, probed, images, singles, axis, points=400).value
     assert many == pytest.approx(pair.xi().mean(), abs=0.04)
     assert pair.xi().mean() > 0.05
 
@@ -191,7 +191,7 @@ def test_the_error_of_three_tasks_equals_a_slow_sum(backbone: Backbone) -> None:
     singles = [
         single_predictions(backbone, tau, head, own, axis) for tau, head, own in zip(taus, probed, images, strict=True)
     ]
-    got = set_error(backbone, taus, probed, images, singles, axis, points=5, seed=7)
+    got = set_error(backbone, taus, probed, images, singles, axis, points=5, seed=7).value
     places = latin_points(3, 3, 5, seed=7)
     slow = []
     for point in places:

@@ -291,6 +291,15 @@ def test_summary_has_a_row_for_each_backbone_regime_and_method() -> None:
     assert list(frame["ξ in the box"][:3]) == ["6.4", "6.4", MISSING]
 
 
+def test_errors_from_some_images_say_how_sure_they_are() -> None:
+    rows, errors = fixture.results(), fixture.heatmap()
+    assert "half-width" not in tables.markdown(rows, errors)
+    errors = errors.assign(half_width=0.0, images=128)
+    assert "half-width" not in tables.markdown(rows, errors)
+    errors.loc[3, "half_width"] = 0.0142
+    assert "95 % half-width of the mean over pairs: at most 1.4 points." in tables.markdown(rows, errors)
+
+
 def test_columns_that_nothing_fills_are_left_out() -> None:
     frame = tables.summary(fixture.results(heads=("kept",)))
     assert not any("Re-probed" in column or "ξ" in column or "Joint" in column for column in frame.columns)

@@ -152,12 +152,17 @@ class Surgery(Settings):
 
 
 class Heatmap(Settings):
-    """Settings of disentanglement errors: some pairs of tasks, ``points`` coefficients in [-range, range] an axis."""
+    """Settings of disentanglement errors: some pairs of tasks, ``points`` coefficients in [-range, range] an axis.
+
+    Of a sample of ``samples`` test images a task, as many are looked at as the 95 % half-width of the mean error over
+    all pairs takes to be at most ``tolerance`` points (1.5 is 0.015 of xi, which is 0 to 2); 0 looks at all.
+    """
 
     pairs: Annotated[int, Field(ge=0, le=10_000)] = 2
     points: Annotated[int, Field(ge=3, le=201)] = 11
     range: Annotated[FiniteFloat, Field(ge=1, le=100)] = 3.0
     samples: Count = 256
+    tolerance: Annotated[FiniteFloat, Field(ge=0, le=200)] = 1.5
 
     @field_validator("points")
     @classmethod

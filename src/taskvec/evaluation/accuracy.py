@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Shaped
+from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
 from taskvec.data.tasks import Split, Task
 from taskvec.encoders.backbone import Backbone
+from taskvec.evaluation.sampling import Shares, drawn, sample
 from taskvec.learning.heads import Head, features_of
 from taskvec.weights import vectors
 from taskvec.weights.flat import Weights
@@ -37,6 +38,35 @@ def per_image_scores(backbone: Backbone, weights: Weights, split: Split, head: H
 def accuracy(backbone: Backbone, weights: Weights, split: Split, head: Head) -> float:
     """Return the accuracy (a fraction) on a split of the encoder at ``weights`` with ``head``."""
     return float(per_image_scores(backbone, weights, split, head).mean())
+
+
+def some(split: Split, places: Int64[np.ndarray, " places"]) -> Split:
+    """Return the images at some places of a split; all of them are the split itself, not copied."""
+    return split if len(places) == len(split) else Split(split.images[places], split.labels[places])
+
+
+def sampled_accuracies(
+    backbone: Backbone,
+    weights: Weights,
+    splits: Sequence[Split],
+    heads: Sequence[Head],
+    tolerance: float,
+    seed: int = 0,
+) -> Shares:
+    """Return the accuracy on each split, from as many images as the half-width of their mean takes (``tolerance``).
+
+    Images are drawn in a seeded order of each split; with tolerance 0 every image is looked at.
+    """
+
+    def right(start: int, stop: int) -> Float64[np.ndarray, " splits"]:
+        """Return the sum of scores over some places of the order of each split."""
+        scores = []
+        for place, (split, head) in enumerate(zip(splits, heads, strict=True)):
+            few = some(split, drawn(len(split), start, stop, seed, place))
+            scores.append(float(per_image_scores(backbone, weights, few, head).sum()) if len(few) else 0.0)
+        return np.array(scores)
+
+    return sample(right, np.array([len(split) for split in splits]), tolerance)
 
 
 def evaluate(

@@ -14,12 +14,16 @@ BOX = 1.0  # half the width of the red box of the paper's Figure 1
 
 
 def with_errors(heatmap: pd.DataFrame) -> pd.DataFrame:
-    """Add to the rows of a heatmap the error 0..2, whether a point is in the box, and its share of the box's mean."""
+    """Add to the rows of a heatmap the error 0..2, whether a point is in the box, and its share of the box's mean.
+
+    Rows of an earlier release have no half-width of their mean over pairs: they are of whole samples (0).
+    """
     inside = (heatmap["scale_1"].abs() <= BOX + 1e-9) & (heatmap["scale_2"].abs() <= BOX + 1e-9)
     share = heatmap["scale_1"].map(box_shares(heatmap["scale_1"])) * heatmap["scale_2"].map(
         box_shares(heatmap["scale_2"])
     )
-    return heatmap.assign(error=heatmap["error_1"] + heatmap["error_2"], inside=inside, share=share)
+    error, width = heatmap["error_1"] + heatmap["error_2"], heatmap.get("half_width", 0.0)
+    return heatmap.assign(error=error, inside=inside, share=share, half_width=width)
 
 
 def box_shares(scales: Iterable[float]) -> dict[float, float]:
@@ -39,11 +43,20 @@ def error_rows(heatmap: pd.DataFrame, backbone: str, regime: str) -> pd.DataFram
     return with_errors(heatmap[(heatmap["backbone"] == backbone) & (heatmap["regime"] == regime)])
 
 
-def box_mean(rows: pd.DataFrame, by: list[str]) -> pd.Series[float]:
-    """Average the error over the area of the box, bilinear between points, for every group of whole heatmaps."""
-    weighted = rows.assign(error=rows["error"] * rows["share"]).groupby(by)[["error", "share"]].sum()
-    means: pd.Series[float] = weighted["error"] / weighted["share"]
+def box_mean(rows: pd.DataFrame, by: list[str], column: str = "error") -> pd.Series[float]:
+    """Average the error, or another column, over the area of the box for every group of whole heatmaps.
+
+    Between points it is bilinear.
+    """
+    weighted = rows.assign(value=rows[column] * rows["share"]).groupby(by)[["value", "share"]].sum()
+    means: pd.Series[float] = weighted["value"] / weighted["share"]
     return means
+
+
+def sampling_text(heatmap: pd.DataFrame | None) -> str:
+    """Say how sure the means over pairs are, where they are of some images of the samples; else nothing."""
+    most = 0.0 if heatmap is None else 100 * float(with_errors(heatmap)["half_width"].max())
+    return f"95 % half-width of the mean over pairs: at most {most:.1f} points" if most > 0 else ""
 
 
 def box_error(heatmap: pd.DataFrame | None, backbone: str, regime: str) -> Spread:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,9 @@ COLUMNS = [
     *"study backbone regime seed tasks method config heads scale task split metric value artifact".split(),  # noqa: SIM905
     *DIFFERENCES,
 ]
-HEATMAP_COLUMNS = "backbone regime seed task_1 task_2 scale_1 scale_2 error_1 error_2 n".split()  # noqa: SIM905
+HEATMAP_COLUMNS = (
+    "backbone regime seed task_1 task_2 scale_1 scale_2 error_1 error_2 n half_width images".split()  # noqa: SIM905
+)
 NEGATION_COLUMNS = (
     "backbone regime seed forget control scale split forget_accuracy control_accuracy chosen".split()  # noqa: SIM905
 )
@@ -154,9 +157,21 @@ class Writer:
                 yield from (row for row in rows if not row["metric"].startswith("normalised"))
             by_task = dict(zip(names, subset["test"], strict=True))
             yield from writer.measured(ADDED, "kept", subset["scale"], "test", by_task, made_by)
+            metric = "accuracy" if {self.metric(t) for t in names} == {"accuracy"} else "metric"
+            yield from writer.sampling(subset["scale"], metric, subset, "test", made_by[""])
         if "error" in subset:
-            error, id = subset["error"], self.done[step].id
+            error, id = subset["error"], made_by[""]
             yield writer.row(ADDED, "kept", "", "", "test", "disentanglement_error", error, id)
+            yield from writer.sampling("", "disentanglement_error", subset, "error", id)
+
+    def sampling(
+        self, scale: float | str, metric: str, subset: Mapping[str, Any], what: str, made_by: str
+    ) -> Iterator[Row]:
+        """Yield the half-width of a mean that a sample gave, and how many images of a task it is from at most."""
+        if subset[f"{what}_half_width"]:
+            for end in ("half_width", "images"):
+                value = subset[f"{what}_{end}"]
+                yield self.row(ADDED, "kept", scale, "", "test", f"{metric}_{end}", value, made_by)
 
     def learning_rates(self) -> Iterator[Row]:
         """Yield the learning rates that were used, and what each rate that was tried reached on validation."""
@@ -280,9 +295,7 @@ def results(study: str, experiments: list[Experiment], done: Done) -> pd.DataFra
 
 def heatmaps(experiments: list[Experiment], done: Done) -> pd.DataFrame | None:
     """Return the rows of disentanglement.csv, or None where a study measured no heatmap."""
-    rows = [
-        row for exp in experiments for pair, step in exp.heatmaps.items() for row in heatmap_rows(exp, pair, done[step])
-    ]
+    rows = [row for exp in experiments if exp.heatmaps for row in heatmap_rows(exp, done[exp.heatmaps])]
     return pd.DataFrame(rows, columns=HEATMAP_COLUMNS) if rows else None
 
 
@@ -309,11 +322,17 @@ def negation_rows(exp: Experiment, pair: tuple[str, str], artifact: Artifact) ->
         yield dict(zip(NEGATION_COLUMNS, (*place, *values), strict=True))
 
 
-def heatmap_rows(exp: Experiment, pair: tuple[str, str], artifact: Artifact) -> Iterator[Row]:
-    """Yield a row for every point of one heatmap; ``n`` is the smaller number of images of the two tasks."""
+def heatmap_rows(exp: Experiment, artifact: Artifact) -> Iterator[Row]:
+    """Yield a row for every point of every heatmap.
+
+    ``n`` is the size of the smaller sample of the two tasks, ``images`` how many of it were looked at; ``half_width``
+    is that of the mean error over all pairs at the point.
+    """
     errors = artifact.json("errors.json")
-    place = (exp.backbone, exp.regime, exp.seed, *pair)
-    for i, scale_1 in enumerate(errors["scales"]):
-        for j, scale_2 in enumerate(errors["scales"]):
-            values = (scale_1, scale_2, errors["first"][i][j], errors["second"][i][j], min(errors["n"]))
-            yield dict(zip(HEATMAP_COLUMNS, (*place, *values), strict=True))
+    scales = list(enumerate(errors["scales"]))
+    for pair, shares in zip(exp.pairs, errors["pairs"], strict=True):
+        place, n = (exp.backbone, exp.regime, exp.seed, *pair), min(shares["n"])
+        for (i, scale_1), (j, scale_2) in itertools.product(scales, repeat=2):
+            values = (scale_1, scale_2, shares["first"][i][j], shares["second"][i][j], n)
+            sampled = (errors["half_width"][i][j], min(n, errors["images"][i][j]))
+            yield dict(zip(HEATMAP_COLUMNS, (*place, *values, *sampled), strict=True))

@@ -12,7 +12,7 @@ from taskvec.learning.head_modes import HEADS
 from taskvec.learning.regimes import REGIMES
 from taskvec.merging.variants import ADDED, PER_TASK, Variant
 from taskvec.report.claims.claims import HOW_CLAIMS_ARE_DECIDED, claims
-from taskvec.report.disentanglement import box_error
+from taskvec.report.disentanglement import box_error, sampling_text
 from taskvec.report.paper_tables import comparisons, markdown_comparison
 from taskvec.report.texts import (
     MISSING,
@@ -134,7 +134,8 @@ def definitions(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> l
     notes = [*common, *(regime.meaning for name, regime in REGIMES.items() if name in regimes)]
     notes += [note for method, note in METHODS.items() if method in methods]
     notes += [OVER_SEEDS] if results["seed"].nunique() > 1 else []
-    return notes + ([] if heatmap is None or heatmap.empty else [IN_THE_BOX])
+    sampled = f" {text}." if (text := sampling_text(heatmap)) else ""
+    return notes + ([] if heatmap is None or heatmap.empty else [IN_THE_BOX + sampled])
 
 
 # ---------------------------------------------------------------- Markdown

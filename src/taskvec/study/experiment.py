@@ -93,6 +93,7 @@ class Experiment:
     """All steps of one backbone, regime and seed; steps of single tasks are by task name.
 
     ``first`` marks the first seed of a regime, for which alone heatmaps, subsets and per-task scales are measured.
+    ``heatmaps`` is the step that has the disentanglement errors of all ``pairs``.
     """
 
     backbone: str
@@ -109,7 +110,8 @@ class Experiment:
     rate: tuple[str, dict[float, Step]] | None = None
     trials: list[Trial] = field(default_factory=list)
     test: dict[str, Step] = field(default_factory=dict)
-    heatmaps: dict[tuple[str, str], Step] = field(default_factory=dict)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    heatmaps: Step | None = None
     subsets: dict[tuple[str, ...], Step] = field(default_factory=dict)
     negation: dict[tuple[str, str], Step] = field(default_factory=dict)
     gains: Step | None = None
@@ -134,7 +136,7 @@ class Experiment:
         """Yield the steps whose results a report needs."""
         by_task = (self.probe, self.head, self.zero_shot, self.finetuned, self.test)
         yield from itertools.chain(*(steps.values() for steps in by_task))
-        yield from itertools.chain(self.heatmaps.values(), self.subsets.values(), self.negation.values())
+        yield from itertools.chain(self.subsets.values(), self.negation.values())
         yield from self.rate[1].values() if self.rate else ()
         yield from itertools.chain(*(trial.steps() for trial in self.trials))
-        yield from leaves([self.joint, self.gains, self.model])
+        yield from leaves([self.heatmaps, self.joint, self.gains, self.model])

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from taskvec.merging.registry import ADDITION
 from taskvec.paper import numbers as paper
-from taskvec.report.disentanglement import box_mean, with_errors
+from taskvec.report.disentanglement import box_mean, error_rows, with_errors
 from taskvec.report.texts import short_backbone
 from taskvec.report.views import Gain, View, task_sets, views
 
@@ -23,14 +23,18 @@ FEWEST = 3  # units that an interval needs
 
 
 class Measure(NamedTuple):
-    """A name and its values (%), one for each task, pair or set of tasks."""
+    """A name and its values (%), one for each task, pair or set of tasks.
+
+    ``half_width`` is that of their mean, where each is measured on some images of a sample.
+    """
 
     name: str
     values: pd.Series[float]
+    half_width: float = 0.0
 
     def called(self, more: str) -> Measure:
         """Say more in the name."""
-        return Measure(f"{self.name} {more}", self.values)
+        return self._replace(name=f"{self.name} {more}")
 
 
 class Estimate(NamedTuple):
@@ -126,7 +130,14 @@ class ClaimData:
         place = (inside, backbone, regime)
         known = not self._pairs.empty and place in self._pairs.index
         values = cast("pd.Series[float]", self._pairs.loc[place]) if known else pd.Series(dtype=float)
-        return Measure(short_backbone(backbone), values)
+        return Measure(short_backbone(backbone), values, self._half_width(*place) if known else 0.0)
+
+    def _half_width(self, inside: bool, backbone: str, regime: str) -> float:
+        """Return the mean half-width (%) of the points inside the box or outside, which that of their mean is below."""
+        assert self.heat is not None
+        rows = error_rows(self.heat, backbone, regime)
+        inner = box_mean(rows, ["backbone"], "half_width").mean()
+        return 100 * float(inner if inside else rows.loc[~rows["inside"], "half_width"].mean())
 
     @cached_property
     def _means(self) -> pd.DataFrame:
@@ -153,14 +164,18 @@ def t_interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 
 def paired_difference(higher: Measure, lower: Measure, over: str, least: float = 0.0) -> list[Estimate]:
-    """Compare two measures on the units that they share: the first is higher by ``least`` or more."""
+    """Compare two measures on the units that they share: the first is higher by ``least`` or more.
+
+    The interval of the mean over units is wider by the half-widths of what was measured on some images only.
+    """
     both = pd.concat([higher.values, lower.values], axis=1, join="inner")
     if both.empty:
         return []
     first, second = both.mean()
     differences = (both.iloc[:, 0] - both.iloc[:, 1]).to_numpy(float) - least
     words = f"{higher.name} {first:.1f}, {lower.name} {second:.1f}"
-    return [Estimate(words, float(differences.mean()), *t_interval(differences), f"{len(both)} {over}")]
+    (low, high), width = t_interval(differences), math.hypot(higher.half_width, lower.half_width)
+    return [Estimate(words, float(differences.mean()), low - width, high + width, f"{len(both)} {over}")]
 
 
 def against_threshold(measure: Measure, least: float, over: str, sign: int = 1) -> list[Estimate]:

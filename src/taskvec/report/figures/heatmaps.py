@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from taskvec.core.errors import unknown
-from taskvec.report.disentanglement import BOX, box_error, error_rows
+from taskvec.report.disentanglement import BOX, box_error, error_rows, sampling_text
 from taskvec.report.figures.registry import Draw, FigureType, Run, among
 from taskvec.report.figures.style import BLACK, STYLE, WIDTH, safe_name
 from taskvec.report.texts import percent, short_backbone
@@ -53,7 +53,7 @@ def heatmaps(heatmap: pd.DataFrame, backbone: str, regime: str) -> Figure:
         panels.append(_panel(f"{first} + {second}", part, first, second))
     left_out = f" ({MOST_PANELS} of {len(pairs)} pairs shown)" if len(pairs) > MOST_PANELS else ""
     named = safe_name(short_backbone(backbone), 56 if panels[1:] else 26) + f", {safe_name(regime, 24)}{left_out}"
-    return _draw_panels(panels, named)
+    return _draw_panels(panels, named, sampling_text(rows))
 
 
 def by_backbone(heatmap: pd.DataFrame, backbones: Sequence[str], regime: str, what: str) -> Figure:
@@ -62,9 +62,8 @@ def by_backbone(heatmap: pd.DataFrame, backbones: Sequence[str], regime: str, wh
     panels = [_panel(safe_name(short_backbone(backbone), 24), part) for backbone, part in rows.items()]
     counts = sorted({len(part[["task_1", "task_2"]].drop_duplicates()) for part in rows.values()})
     pairs = " to ".join(str(count) for count in (counts[0], counts[-1])[: len(counts)])
-    return _draw_panels(
-        panels, f"{safe_name(regime, 24)}, {what} (mean of {pairs} pair{'s' * (pairs != '1')} of tasks)"
-    )
+    named = f"{safe_name(regime, 24)}, {what} (mean of {pairs} pair{'s' * (pairs != '1')} of tasks)"
+    return _draw_panels(panels, named, sampling_text(pd.concat(rows.values())))
 
 
 def _panel(title: str, rows: pd.DataFrame, first: str = "task 1", second: str = "task 2") -> _Panel:
@@ -72,8 +71,8 @@ def _panel(title: str, rows: pd.DataFrame, first: str = "task 1", second: str = 
     return _Panel(title, first, second, _grid(rows), box_error(rows, backbone, regime))
 
 
-def _draw_panels(panels: list[_Panel], named: str) -> Figure:
-    """Draw panels side by side, four a row at most, with one colour bar."""
+def _draw_panels(panels: list[_Panel], named: str, below: str) -> Figure:
+    """Draw panels side by side, four a row at most, with one colour bar, and a line below them where there is one."""
     lines = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / lines)
     side = (WIDTH - 0.7) / max(columns, 2)
@@ -88,6 +87,8 @@ def _draw_panels(panels: list[_Panel], named: str) -> Figure:
         label = "weight disentanglement error ξ (%)" if size[1] > HIGH_ENOUGH else "error ξ (%)"
         figure.colorbar(mesh, ax=list(axes), label=label, extend="max", **_bar(lines, side))
         figure.suptitle(named, x=0.01, ha="left")
+        if below:
+            figure.supxlabel(below, x=0.01, ha="left", size=7)
     return figure
 
 

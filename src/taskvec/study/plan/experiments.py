@@ -5,9 +5,10 @@ from __future__ import annotations
 from taskvec.engine.store import Store
 from taskvec.learning.regimes import REGIMES
 from taskvec.study.experiment import Experiment, SharedSteps
+from taskvec.study.plan.disentanglement import disentanglement
 from taskvec.study.plan.learning import finetune_all, make_heads
 from taskvec.study.plan.loading import plan_backbone
-from taskvec.study.plan.measuring import disentanglement, keep_model, negate, test_all
+from taskvec.study.plan.measuring import keep_model, negate, test_all
 from taskvec.study.plan.merging import scale_per_task, try_method
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import RegimeChoice, StudyFile

@@ -1,4 +1,4 @@
-"""Steps that come after choices: tests, gains, sets of tasks, disentanglement, forgetting, the model that is kept."""
+"""Steps that come after choices: tests, gains, forgetting, the model that is kept."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from taskvec.deploy import model
 from taskvec.engine.pipeline import Config, Inputs, Step, step_type
 from taskvec.engine.work import Work
 from taskvec.evaluation import negation
-from taskvec.evaluation.accuracy import accuracy, fine_tuned_accuracies, paired_bootstrap, per_image_scores
-from taskvec.evaluation.disentanglement import disentanglement, set_error, single_predictions
-from taskvec.evaluation.scale_search import coarse_search, objective
-from taskvec.merging.in_memory import DIRECTIONS, merge_vectors, read_directions
-from taskvec.merging.registry import ADDITION
+from taskvec.evaluation.accuracy import accuracy, paired_bootstrap, per_image_scores
+from taskvec.evaluation.scale_search import objective
+from taskvec.merging.in_memory import DIRECTIONS, read_directions
 from taskvec.study import artifacts
-from taskvec.study.artifacts import CHOICE, METRICS, OPTION, OnDevice
+from taskvec.study.artifacts import CHOICE, OPTION, OnDevice
 from taskvec.study.forecast.sizes import Sizes, along
 from taskvec.weights import vectors
 
-CORRECT, IMAGES, PREDICTIONS = "correct.npz", "images.npy", "predictions.npy"
+CORRECT = "correct.npz"
 
 
 class NegationConfig(OnDevice):
@@ -112,92 +110,6 @@ def test_task(config: TestConfig, inputs: Inputs, out: Path, progress: Progress)
     write_json(out / "test.json", {name: float(values.mean()) for name, values in right.items()})
 
 
-class SampleConfig(OnDevice):
-    """How many validation images are looked at."""
-
-    samples: int
-
-
-def own_work(step: Step, sizes: Sizes) -> Work:
-    """A sample of the validation images passes by the task's own encoder."""
-    return sizes.passes(step, min(step.config.samples, sizes.task(step).validation))
-
-
-@step_type(1, ("torch", "numpy"), reads=["backbone", "precision", "task", "finetuned"], writes=[METRICS], work=own_work)
-def own_accuracy(config: SampleConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Measure a task with its own fine-tuned encoder on a sample of validation images, for all sets that hold it."""
-    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
-    head = artifacts.open_head(inputs["finetuned"])
-    few = replace(task, validation=task.validation.sample(config.samples))
-    [value] = fine_tuned_accuracies(
-        backbone, [artifacts.open_task_vector(inputs["finetuned"], backbone)], [few], [head]
-    )
-    write_json(out / METRICS, {"validation": value})
-
-
-class SetConfig(OnDevice):
-    """How a set of tasks is merged, on which grid and samples, and at which points of the box its error is taken."""
-
-    merge: bool
-    grid: list[float]
-    samples: int
-    points: int
-    axis: list[float]
-    seed: int
-
-
-def set_work(step: Step, sizes: Sizes) -> Work:
-    """About nine scales on few validation images, a set's test images, and points of the box."""
-    config, read = step.config, sizes.tasks(step)
-    few = sum(min(config.samples, size.validation) for size in read)
-    merged = config.merge * (few * min(9, len(config.grid)) + sum(size.test for size in read))
-    return sizes.passes(step, merged + config.points * predicted(step, sizes))
-
-
-def predicted(step: Step, sizes: Sizes) -> int:
-    """Return how many images the predictions are of that a step reads."""
-    singles = step.inputs.get("singles") or ()
-    return sum(min(single.config.samples, sizes.task(single).test) for single in singles)
-
-
-@step_type(
-    3,
-    ("torch", "numpy"),
-    reads=["backbone", "precision", "tasks", "finetuned", "singles", "own"],
-    writes=["subset.json"],
-    work=set_work,
-)
-def subset(config: SetConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Merge a set of tasks: choose lambda on a sample of validation images, then test; measure the error in the box."""
-    backbone, every = artifacts.open_backbone(inputs, config), artifacts.open_tasks(inputs)
-    heads = artifacts.open_heads(inputs["finetuned"])
-    tuned = artifacts.open_task_vectors(inputs, backbone)
-    facts: dict[str, Any] = {}
-    if config.merge:
-        few = [replace(task, validation=task.validation.sample(config.samples)) for task in every]
-        normal = artifacts.validations(inputs["own"])
-        merged = merge_vectors(backbone.pretrained, tuned, ADDITION)
-        chosen = coarse_search(backbone, merged, few, heads, normal, config.grid)
-        progress(0.5)
-        weights = vectors.add(backbone.pretrained, merged, chosen.scale)
-        pairs = zip(every, heads, strict=True)
-        test = [accuracy(backbone, weights, task.test, head) for task, head in pairs]
-        facts = {"scale": chosen.scale, "scales": chosen.scales, "validation": chosen.accuracies, "test": test}
-        facts["fine_tuned"] = normal
-        progress(0.8)
-    if config.points:
-        how = (*open_singles(inputs), config.axis, config.points, config.seed)
-        facts["error"] = set_error(backbone, tuned, heads, *how)
-    write_json(out / "subset.json", facts)
-
-
-def open_singles(inputs: Inputs) -> tuple[list[Any], list[Any]]:
-    """Open the images of every task's sample, and its predictions for them along its own vector."""
-    names = (IMAGES, PREDICTIONS)
-    images, predictions = ([np.load(folder / name) for folder in inputs["singles"]] for name in names)
-    return images, predictions
-
-
 class GainsConfig(Config):
     """How many candidates there are, and whether tasks of several kinds make changes relative."""
 
@@ -231,71 +143,6 @@ def gains_over(base: Mapping[str, Any], ours: Mapping[str, Any], units: Mapping[
     """Return the gain of each task, and of all together unless a unit is zero."""
     each = {name: vars(paired_bootstrap({name: ours[name]}, {name: base[name]})) for name in base}
     return each | ({"": vars(paired_bootstrap(ours, base, of=units))} if all(units.values()) else {})
-
-
-class AxisConfig(OnDevice):
-    """At which scales of a task's own vector, and for how many images, predictions are kept."""
-
-    scales: list[float]
-    samples: int
-
-
-def axis_work(step: Step, sizes: Sizes) -> Work:
-    """A sample of test images passes at every coefficient, and is kept."""
-    samples, scales = min(step.config.samples, sizes.task(step).test), len(step.config.scales)
-    disk = samples * (3 * sizes.backbone(step).size ** 2 + 8 * scales)
-    return sizes.passes(step, samples * scales, disk=disk)
-
-
-@step_type(
-    2,
-    ("torch", "numpy"),
-    reads=["backbone", "precision", "task", "finetuned"],
-    writes=[IMAGES, PREDICTIONS],
-    work=axis_work,
-)
-def single_task_predictions(config: AxisConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Predict a sample of a task's images under its own vector at every coefficient; all pairs share it."""
-    backbone, task = artifacts.open_backbone(inputs, config), artifacts.open_task(inputs)
-    head = artifacts.open_head(inputs["finetuned"])
-    vector = artifacts.open_task_vector(inputs["finetuned"], backbone)
-    images = task.test.sample(config.samples).images
-    np.save(out / IMAGES, images)
-    rows = single_predictions(backbone, vector, head, images, config.scales, progress)
-    np.save(out / PREDICTIONS, rows)
-
-
-class HeatmapConfig(OnDevice):
-    """The coefficients of both vectors."""
-
-    scales: list[float]
-
-
-def heatmap_work(step: Step, sizes: Sizes) -> Work:
-    """Both samples pass at every point where the other coefficient is not 0."""
-    scales = step.config.scales
-    return sizes.passes(step, len(scales) * len([scale for scale in scales if scale]) * predicted(step, sizes))
-
-
-@step_type(
-    2, ("torch",), reads=["backbone", "precision", "finetuned", "singles"], writes=["errors.json"], work=heatmap_work
-)
-def heatmap(config: HeatmapConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Measure the disentanglement error of a pair of tasks over a grid of coefficients."""
-    backbone = artifacts.open_backbone(inputs, config)
-    first, second = artifacts.open_task_vectors(inputs, backbone)
-    heads, (images, singles) = artifacts.open_heads(inputs["finetuned"]), open_singles(inputs)
-    errors = disentanglement(
-        backbone,
-        (first, second),
-        (heads[0], heads[1]),
-        (images[0], images[1]),
-        config.scales,
-        (singles[0], singles[1]),
-        progress,
-    )
-    shares = {"first": errors.first.tolist(), "second": errors.second.tolist()}
-    write_json(out / "errors.json", shares | {"scales": config.scales, "n": [len(images[0]), len(images[1])]})
 
 
 class ModelConfig(OnDevice):
