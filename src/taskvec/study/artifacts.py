@@ -22,7 +22,7 @@ from taskvec.weights.flat import Weights, read
 HEAD, HEADS = "head.safetensors", "heads.safetensors"
 ENCODER, DIRECTION, STATISTICS = "encoder.safetensors", "direction.safetensors", "statistics.safetensors"
 METRICS, RATE, PRECISION = "metrics.json", "rate.json", "precision.json"
-CURVE, CHOICE, OPTION = "curve.json", "choice.json", "option.json"
+CURVE, CHOICE, OPTION, SCORES = "curve.json", "choice.json", "option.json", "scores.npz"
 """The files that steps leave, and by which others read them."""
 
 
