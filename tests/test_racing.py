@@ -247,9 +247,7 @@ def test_a_study_says_what_does_not_race(data: Path) -> None:
     assert list(heard) == ["search: racing leaves linearised encoders out: two passes serve all their scales"]
     kinds = [{step.type.name for step in cell.trials[0].rounds[0].values()} for cell in cells]
     assert kinds == [{"raced_curve"}, {"kept_curve"}]
-    masks = (
-        "- {name: tall_masks, scales: [0.5, 1.0], config: {k: [0.2, 0.8]}}\n"  # of a direction a task, of two options
-    )
+    masks = "- {name: tall_masks, scales: [0.5, 1.0], config: {k: [0.2, 0.8]}}\n"
     [exp] = plan(study_file(data, "racing", tail=masks), Store(data / "store"))
     assert exp.trials[1].per_task
     raced = [step for trial in (exp.trials[1], *exp.trials[1].options) for step in trial.rounds[1].values()]

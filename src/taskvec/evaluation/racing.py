@@ -53,19 +53,20 @@ def survivors(
     fine_tuned: Sequence[float],
     started: int,
 ) -> list[float]:
-    """Return the scales that stay in a race: the best one so far, and all that may be better by the indifference.
+    """Return the scales that stay in a race: the best one so far and those that may be better than it.
 
-    ``scores`` are those of every task on the images so far, out of ``sizes``; ``started`` counts the scales that began.
-    With a chance of 1 - RISK the best scale of the grid, or one within the indifference, is left in the end: every look
-    may lose its part of it.
+    It stays alone where none may be better by more than the indifference. ``scores`` are those of every task on the
+    images so far, out of ``sizes``; ``started`` counts the scales that began. With a chance of 1 - RISK no bound on
+    the lead of the best scale of the grid fails at any look: then it stays until what is chosen is within the
+    indifference.
     """
-    accuracies = [task.mean(axis=1) for task in scores]
-    values = [objective(row, fine_tuned) for row in zip(*accuracies, strict=True)]
+    values = [objective(row, fine_tuned) for row in zip(*(task.mean(axis=1) for task in scores), strict=True)]
     leader = scales.index(best_candidate(scales, values))
     log = math.log(2 * max(started - 1, 1) * len(LOOKS) / RISK)
-    bounds = upper_bounds([task - task[leader] * 1.0 for task in scores], sizes, task_weights(fine_tuned), log)
-    margin = INDIFFERENCE / len(LOOKS)
-    return [s for place, s in enumerate(scales) if place == leader or bounds[place] > margin]
+    leads = upper_bounds([task - task[leader] * 1.0 for task in scores], sizes, task_weights(fine_tuned), log)
+    leads[leader] = -math.inf
+    decided = leads.max() <= INDIFFERENCE
+    return [s for place, s in enumerate(scales) if place == leader or (leads[place] > 0 and not decided)]
 
 
 def task_weights(fine_tuned: Sequence[float]) -> Float64[np.ndarray, " tasks"]:
