@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float64, Int64, Shaped
 
 from taskvec.core.progress import Progress, no_progress
@@ -113,16 +114,17 @@ def scores_along(
 ) -> TaskScores:
     """Return how right a task's kept head is, at scales along a merged vector, on some images of its validation split.
 
-    They are read from disk in the order of the split, and returned in the order of ``places``.
+    They are read from disk in the order of the split, and returned in the order of ``places``. Scores stay on the
+    device until all scales are done.
     """
     rising = np.argsort(places)
     images: Any = backbone.resident(task.validation.images[places[rising]])
-    split, scores = Split(images, task.validation.labels[places[rising]]), []
+    split, scores, head = Split(images, task.validation.labels[places[rising]]), [], head.on(backbone.device)
     with backbone.at():
         for features, targets in features_along(backbone, merged, split, task.kind, scales):
-            scores.append(head.score(features, targets).cpu().numpy())
+            scores.append(head.score(features, targets))
             progress(len(scores) / len(scales))
-    return np.stack(scores)[:, np.argsort(rising)]
+    return torch.stack(scores).cpu().numpy()[:, np.argsort(rising)]
 
 
 def race_scale(
