@@ -56,6 +56,7 @@ CHOOSING = {
     "choose_learning_rate",
     "choose_option",
     "choose_scale",
+    "survivors",
     "gains",
 }
 AT_MOST = {"reprobed_curve", "surgery_curve", "subset", "per_task_scales"}

@@ -80,6 +80,15 @@ heatmap: {pairs: 1, points: 3, range: 1, samples: 4}
 negation: {forget: one, control: ink, scales: "0:1:0.5"}
 finetune: {steps: 2, batch_size: 4, warmup: 0, learning_rate: 0.01}
 """,
+    "racing": """
+backbones: ["lab:random"]
+tasks: ["folder:one", "folder:two"]
+methods: [{name: task_arithmetic, scales: [0, 1]}]
+heads: [kept]
+search: racing
+heatmap: {pairs: 0}
+finetune: {steps: 2, batch_size: 4, warmup: 0, learning_rate: 0.01}
+""",
     "convolutions": """
 backbones: [{address: "timm:test_resnet@pre.safetensors", size: 32, batch_norm: reestimated}]
 tasks: [{address: "folder:one", finetuned: tuned.safetensors}, "folder:two"]

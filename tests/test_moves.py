@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from taskvec.data.tasks import Task
 from taskvec.encoders import batch_norm
 from taskvec.encoders.backbone import Backbone, linearised
 from taskvec.evaluation import accuracy as evaluation
-from taskvec.evaluation import alignment, negation
+from taskvec.evaluation import alignment, negation, racing
 from taskvec.evaluation import disentanglement as disentangling
 from taskvec.evaluation import scale_search as search
 from taskvec.learning import batches, finetuning, heads
@@ -35,7 +36,19 @@ PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
 TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)
 SURGERY = Surgery(rank=2, steps=2, batch_size=8)
 SCALES = [0.0, 0.5, 1.0]
-MODULES = (alignment, batch_norm, batches, disentangling, evaluation, finetuning, heads, measuring, negation, search)
+MODULES = (
+    alignment,
+    batch_norm,
+    batches,
+    disentangling,
+    evaluation,
+    finetuning,
+    heads,
+    measuring,
+    negation,
+    racing,
+    search,
+)
 PRESENT = {
     "features_along",
     "write_merged",
@@ -122,6 +135,10 @@ CALLS: dict[str, Callable[[Ground], object]] = {
         g.backbone, g.taus, g.tasks, g.heads, [1, 1], SCALES, 0.5
     ),
     "coarse_search": lambda g: search.coarse_search(g.backbone, g.taus[0], g.tasks, g.heads, [1, 1], SCALES),
+    "scores_along": lambda g: racing.scores_along(
+        g.backbone, g.taus[0], g.tasks[0], g.heads[0], SCALES, np.arange(4)
+    ),
+    "race_scale": lambda g: racing.race_scale(g.backbone, g.taus[0], g.tasks, g.heads, [1, 1], SCALES),
     "reprobed_curve": lambda g: search.reprobed_curve(g.backbone, g.taus[0], g.tasks[0], 0.01, PROBE, SCALES),
     "corrected_curve": lambda g: search.corrected_curve(
         g.backbone, g.taus[0], g.taus[1], g.tasks[0], g.heads[0], SURGERY, SCALES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -93,20 +93,20 @@ class Writer:
         """Yield the validation rows of every scale that a trial tried, in rising order."""
         config = self.config_of(trial)
         by_scale: dict[float, tuple[dict[str, float], dict[str, str]]] = {}
+        sampled = dict[tuple[float, str], bool]()
         for steps in trial.rounds:
             for task, step in steps.items():
                 curve = self.done[step].json("curve.json")
                 for scale, value in zip(curve["scales"], curve["validation"], strict=True):
                     values, made_by = by_scale.setdefault(scale, ({}, {"": self._id(trial.selection)}))
                     values[task], made_by[task] = value, self.done[step].id
+                    sampled[scale, task] = scale in curve.get("sampled", [])
         for scale, (values, made_by) in sorted(by_scale.items()):
-            yield from self.measured(trial.variant, trial.read_by, scale, "validation", values, made_by, config)
+            rows = self.measured(trial.variant, trial.read_by, scale, "validation", values, made_by, config)
+            yield from of_sample(rows) if any(sampled[scale, task] for task in values) else rows
 
     def tried_together(self, trial: Trial) -> Iterator[Row]:
-        """Yield the validation rows of every set of scales, one a task; ``scale`` is their mean.
-
-        Those that were tried on a sample of the split have no normalised rows: the whole cannot normalise them.
-        """
+        """Yield the validation rows of every set of scales, one a task, tried on a sample; ``scale`` is their mean."""
         made_by = dict.fromkeys([*self.experiment.tasks, ""], self._id(trial.selection))
         choice = self.done[trial.selection].json("choice.json")
         for part in ("tried", "measured"):
@@ -114,7 +114,7 @@ class Writer:
                 values = dict(zip(self.experiment.tasks, accuracies, strict=True))
                 mean, config = self.scales_of(scales)
                 rows = self.measured(trial.variant, trial.read_by, mean, "validation", values, made_by, config)
-                yield from (row for row in rows if part == "measured" or not row["metric"].startswith("normalised"))
+                yield from rows if part == "measured" else of_sample(rows)
 
     def scales_of(self, scales: Sequence[float]) -> tuple[float, dict[str, Any]]:
         """Return the mean of one scale a task, and the configuration that tells them all."""
@@ -152,9 +152,7 @@ class Writer:
         if "test" in subset:
             for scale, values in zip(subset["scales"], subset["validation"], strict=True):
                 by_task = dict(zip(names, values, strict=True))
-                rows = writer.measured(ADDED, "kept", scale, "validation", by_task, made_by)
-                # a sample of the split, which its whole cannot normalise
-                yield from (row for row in rows if not row["metric"].startswith("normalised"))
+                yield from of_sample(writer.measured(ADDED, "kept", scale, "validation", by_task, made_by))
             by_task = dict(zip(names, subset["test"], strict=True))
             yield from writer.measured(ADDED, "kept", subset["scale"], "test", by_task, made_by)
             metric = "accuracy" if {self.metric(t) for t in names} == {"accuracy"} else "metric"
@@ -286,6 +284,11 @@ class Writer:
 
 ENDS = {"mean": "", "low": "_low", "high": "_high"}
 """The parts of a gain, and how the names of their metrics end."""
+
+
+def of_sample(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the rows of what was measured on a sample of a split: none is normalised, as the whole cannot do that."""
+    return (row for row in rows if not row["metric"].startswith("normalised"))
 
 
 def results(study: str, experiments: list[Experiment], done: Done) -> pd.DataFrame:

@@ -286,8 +286,7 @@ def _some(names: list[str]) -> str:
 def ended_early(view: View, method: Method, heads: str) -> bool:
     """Say whether a merge chose, in some seed, the largest of several scales."""
     rows = view.of(method, heads)
-    rows = rows[(rows["split"] == "validation") & (rows["metric"] == view.normalised)]
-    scales = rows.loc[rows["task"] == "", "scale"]
+    scales = rows.loc[(rows["split"] == "validation") & (rows["task"] == ""), "scale"]
     return scales.nunique() > 1 and view.cell(method, heads, view.normalised).high >= scales.max()
 
 

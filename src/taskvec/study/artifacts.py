@@ -23,7 +23,7 @@ HEAD, HEADS = "head.safetensors", "heads.safetensors"
 ENCODER, DIRECTION, STATISTICS = "encoder.safetensors", "direction.safetensors", "statistics.safetensors"
 METRICS, RATE = "metrics.json", "rate.json"
 AGREEMENTS, PRECISION = "agreements.json", "precision.json"
-CURVE, CHOICE, OPTION = "curve.json", "choice.json", "option.json"
+CURVE, CHOICE, OPTION, SCORES = "curve.json", "choice.json", "option.json", "scores.npz"
 """The files that steps leave, and by which others read them."""
 
 

@@ -224,6 +224,7 @@ class Study(Settings):
     regimes: Annotated[tuple[RegimeChoice, ...], Field(min_length=1)] = (RegimeChoice(name="aligned"),)
     methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)] = (MethodChoice(name=ADDITION),)
     heads: Annotated[tuple[ModeName, ...], Field(min_length=1)] = ("kept", "reprobed")
+    search: Literal["grid", "racing"] = "grid"
     scales: Literal["common", "per-task"] = "common"
     heatmap: Heatmap = Heatmap()
     subsets: Subsets = Subsets()
@@ -305,6 +306,9 @@ class Study(Settings):
         kept = ADDITION in {method.name for method in self.methods} and "kept" in self.heads
         if self.scales == "per-task" and not kept:
             yield f"per-task scales are those of {ADDITION} with kept heads; add both"
+        plain = any(not (REGIMES[regime.name].linearised or REGIMES[regime.name].joint) for regime in self.regimes)
+        if self.search == "racing" and not ("kept" in self.heads and plain):
+            yield "search: racing needs kept heads and a regime that is not linearised; add them, or leave it out"
         if self.agreement and "reprobed" not in self.heads:
             yield "agreement is checked against re-probed heads, which the study does not fit; add reprobed to heads"
         sizes = self.subsets.sizes

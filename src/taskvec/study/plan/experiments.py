@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from taskvec.core.notes import note
 from taskvec.engine.store import Store
 from taskvec.learning.regimes import REGIMES
 from taskvec.study.experiment import Experiment, SharedSteps
@@ -9,7 +10,7 @@ from taskvec.study.plan.disentanglement import disentanglement
 from taskvec.study.plan.learning import finetune_all, make_heads
 from taskvec.study.plan.loading import plan_backbone
 from taskvec.study.plan.measuring import keep_model, negate, test_all
-from taskvec.study.plan.merging import scale_per_task, try_method
+from taskvec.study.plan.merging import scale_per_task, try_method, unraced
 from taskvec.study.plan.planner import Planner
 from taskvec.study.schema import RegimeChoice, StudyFile
 
@@ -20,6 +21,8 @@ def plan(file: StudyFile, store: Store, estimate: bool = False) -> list[Experime
     For an ``estimate`` no image is read: the paper's tasks need not be there, and the device of the study neither.
     """
     planner, study = Planner(file, store, estimate), file.study
+    for exact in unraced(planner):
+        note(exact)
     backbones = [plan_backbone(planner, name, choice) for name, choice in planner.backbones.items()]
     planner.sources.check_open()
     return [

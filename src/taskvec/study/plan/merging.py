@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from taskvec.core.settings import coarse
 from taskvec.encoders import batch_norm
 from taskvec.engine.pipeline import Step
+from taskvec.evaluation import racing
 from taskvec.evaluation.alignment import COMPARISONS
 from taskvec.learning.head_modes import HEAD_MODES
+from taskvec.learning.regimes import REGIMES
 from taskvec.merging import plugins
 from taskvec.merging.registry import Recipe
 from taskvec.merging.variants import ADDED
@@ -28,7 +31,7 @@ ROUNDS = (2, 1)
 def try_method(
     planner: Planner, exp: Experiment, method: MethodChoice, shared: SharedSteps, rates: dict[str, Step]
 ) -> None:
-    """Merge, and try the scales with each kind of head: kept heads all at once, re-probed ones coarse to fine.
+    """Merge, and try the scales with each kind of head: kept heads all at once or in a race, others coarse to fine.
 
     Of several hyperparameters each is tried at coarse scales first, and the best of them goes on.
     """
@@ -41,15 +44,64 @@ def try_method(
             for step, recipe in zip(merged, recipes, strict=True)
         ]
         trial = options[0] if len(options) == 1 else best_option(planner, exp, options, shared, rates)
-        for number, stride in enumerate((*ROUNDS, 0) if HEAD_MODES[kind].fitted else (0,)):
-            trial.rounds.append({t: curve(planner, t, exp, trial, number, shared, rates) for t in exp.tasks})
-            trial.selection = choose_scale(planner, exp, trial, stride)
+        search(planner, exp, trial, (*ROUNDS, 0) if HEAD_MODES[kind].fitted else (0,), shared, rates)
         exp.trials.append(trial)
         if planner.study.agreement and kind == "reprobed" and len(trial.grid) > 1:
             compared = {t: comparison_curve(planner, t, exp, trial, shared) for t in exp.tasks}
             trial.measures |= dict.fromkeys(COMPARISONS, compared)
         if shared.choice.batch_norm == "reestimated" and kind == "kept" and not trial.per_task:
             exp.trials.append(reestimate(planner, exp, trial, shared))
+
+
+def search(
+    planner: Planner,
+    exp: Experiment,
+    trial: Trial,
+    strides: Sequence[int],
+    shared: SharedSteps,
+    rates: dict[str, Step],
+) -> None:
+    """Search the scale of a trial: by a race where it may, else in a round for each stride."""
+    if planner.study.search == "racing" and trial.heads == "kept" and not exp.how.linearised:
+        race(planner, exp, trial, shared)
+        return
+    for number, stride in enumerate(strides):
+        trial.rounds.append({t: curve(planner, t, exp, trial, number, shared, rates) for t in exp.tasks})
+        trial.selection = choose_scale(planner, exp, trial, trial.rounds, stride)
+
+
+def race(planner: Planner, exp: Experiment, trial: Trial, shared: SharedSteps) -> None:
+    """Try the scales of a trial on ever more images of each task; the last look chooses on whole splits."""
+    tuned = list(exp.finetuned.values())
+    for look in range(len(racing.LOOKS) + 1):
+        curves = {t: raced_curve(planner, t, exp, trial, look, shared) for t in exp.tasks}
+        trial.rounds.append(curves)
+        inputs = {"curves": list(curves.values()), "finetuned": tuned}
+        config = searching.SurvivorsConfig(started=len(trial.grid))
+        label = f"scales left in the race, look {look + 1}: {trial.title} {exp.where}"
+        if look < len(racing.LOOKS):
+            trial.selection = planner.step(searching.survivors, label, config, inputs)
+    trial.selection = choose_scale(planner, exp, trial, trial.rounds[-1:], 0)
+
+
+def raced_curve(planner: Planner, task: str, exp: Experiment, trial: Trial, look: int, shared: SharedSteps) -> Step:
+    """Score what one look of a race adds on one task; looks after the first read which scales are left."""
+    inputs = kept_inputs(planner, task, exp, trial, shared) | {"features": shared.features[task]}
+    inputs |= {"plan": trial.selection, "before": trial.rounds[-1][task]} if look else {}
+    config = searching.RaceConfig(scales=trial.grid, look=look, seed=exp.seed, **tried(planner, task, exp, trial))
+    label = f"scales of {task}, look {look + 1}: {trial.title} {exp.where}"
+    cost = 0.1 * racing.LEFT[look] * len(trial.grid) * planner.images[task]
+    return planner.step(searching.raced_curve, label, config, inputs, cost)
+
+
+def unraced(planner: Planner) -> Iterator[str]:
+    """Yield which line searches of kept heads stay exact in a study that asks for races."""
+    if planner.study.search != "racing":
+        return
+    if any(REGIMES[name].linearised for name in planner.regimes):
+        yield "search: racing leaves linearised encoders out: two passes serve all their scales"
+    if any(choice.batch_norm == "reestimated" for choice in planner.backbones.values()):
+        yield "search: racing leaves re-estimated batch norm out: it is measured at all scales, on whole splits"
 
 
 def merge(planner: Planner, exp: Experiment, recipe: Recipe, shared: SharedSteps) -> Step:
@@ -79,8 +131,7 @@ def best_option(
     With kept heads the best scale is often a small one between coarse scales, where all options seem equal.
     """
     for trial in options:
-        trial.rounds.append({t: curve(planner, t, exp, trial, 0, shared, rates) for t in exp.tasks})
-        trial.selection = choose_scale(planner, exp, trial, 0)
+        search(planner, exp, trial, (0,), shared, rates)
     first = options[0]
     what = f"{first.name}, {first.heads} heads {exp.where}"
     choosing = searching.OptionConfig(options=[dict(trial.settings) for trial in options])
@@ -105,14 +156,13 @@ def curve(
     kept = trial.heads == "kept"
     scales = [] if number else trial.grid if kept else coarse(trial.grid)
     how = {"scales": scales, **tried(planner, task, exp, trial)}
-    inputs: dict[str, Any] = {**shared.looks, "task": shared.data[task], "merged": trial.merged}
-    inputs |= {} if kept or not number else {"plan": trial.selection}
     label = f"scales of {task}, round {number + 1}: {trial.title} {exp.where}"
     cost = (2 if number else len(scales)) * planner.images[task] * (0.1 if kept else 1.4)
     if kept:
-        learned = exp.how.head_learns or task in planner.brought  # a head that need not be the one it started from
-        inputs |= {"head": exp.finetuned[task], "start": None if learned else exp.start[task]}
+        inputs = kept_inputs(planner, task, exp, trial, shared)
         return planner.step(searching.kept_curve, label, searching.CurveConfig(**how), inputs, cost)
+    inputs = {**shared.looks, "task": shared.data[task], "merged": trial.merged}
+    inputs |= {"plan": trial.selection} if number else {}
     how["seed"] = exp.seed
     if trial.heads == "surgery":
         correction = searching.SurgeryConfig(surgery=planner.study.surgery, **how)
@@ -121,6 +171,13 @@ def curve(
     inputs |= {"head": exp.head[task], "rate": rates[task]}
     probing = searching.ReprobeConfig(probe=planner.study.probe, **how)
     return planner.step(searching.reprobed_curve, label, probing, inputs, cost)
+
+
+def kept_inputs(planner: Planner, task: str, exp: Experiment, trial: Trial, shared: SharedSteps) -> dict[str, Any]:
+    """Return what steps read that try scales with a kept head: ``start`` knows scale 0 of a head that did not learn."""
+    learned = exp.how.head_learns or task in planner.brought  # a head that need not be the one it started from
+    inputs = {**shared.looks, "task": shared.data[task], "merged": trial.merged}
+    return inputs | {"head": exp.finetuned[task], "start": None if learned else exp.start[task]}
 
 
 def comparison_curve(planner: Planner, task: str, exp: Experiment, trial: Trial, shared: SharedSteps) -> Step:
@@ -133,9 +190,11 @@ def comparison_curve(planner: Planner, task: str, exp: Experiment, trial: Trial,
     return planner.step(searching.agreement, label, config, inputs, cost)
 
 
-def choose_scale(planner: Planner, exp: Experiment, trial: Trial, stride: int) -> Step:
-    """Plan the choice of a scale after a round; with a stride it names the scales of the next one."""
-    inputs = {"rounds": [list(curves.values()) for curves in trial.rounds], "finetuned": list(exp.finetuned.values())}
+def choose_scale(
+    planner: Planner, exp: Experiment, trial: Trial, rounds: Sequence[Mapping[str, Step]], stride: int
+) -> Step:
+    """Plan the choice of a scale after some rounds; with a stride it names the scales of the next one."""
+    inputs = {"rounds": [list(curves.values()) for curves in rounds], "finetuned": list(exp.finetuned.values())}
     config, number = (
         searching.ChoiceConfig(grid=trial.grid, refine=stride),
         f", round {len(trial.rounds)}" * bool(stride),
@@ -158,7 +217,7 @@ def reestimate(planner: Planner, exp: Experiment, kept: Trial, shared: SharedSte
         label, cost = f"scales of {t}: {where}, batch norm re-estimated", 0.1 * len(kept.grid) * planner.images[t]
         curve_config = searching.CurveConfig(scales=kept.grid, **on)
         trial.rounds[0][t] = planner.step(searching.reestimated_curve, label, curve_config, inputs, cost)
-    trial.selection = choose_scale(planner, exp, trial, 0)
+    trial.selection = choose_scale(planner, exp, trial, trial.rounds, 0)
     return trial
 
 

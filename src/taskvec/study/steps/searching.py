@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Int64
 
 from taskvec.core.files import read_json, write_json
 from taskvec.core.notes import note
 from taskvec.core.progress import Progress
 from taskvec.core.settings import Probe, Surgery
 from taskvec.core.task_types import TASK_TYPES
+from taskvec.data.tasks import Task
 from taskvec.engine.pipeline import Config, Inputs, Step, step_type
 from taskvec.engine.work import Work
-from taskvec.evaluation import scale_search
+from taskvec.evaluation import racing, scale_search
 from taskvec.evaluation.accuracy import accuracy
 from taskvec.evaluation.alignment import alignment_curves
 from taskvec.learning.heads import save_heads
 from taskvec.study import artifacts
-from taskvec.study.artifacts import CHOICE, CURVE, HEADS, OPTION, RATE, OnDevice
+from taskvec.study.artifacts import CHOICE, CURVE, HEADS, OPTION, RATE, SCORES, OnDevice
 from taskvec.study.forecast.sizes import BACKWARD, NUMBER, Sizes, along
 
 
@@ -53,6 +57,96 @@ def kept_curve(config: CurveConfig, inputs: Inputs, out: Path, progress: Progres
     scales = [scale for scale in config.scales if scale not in known]
     curve = dict(zip(scales, scale_search.kept_curve(backbone, vector, task, head, scales, progress), strict=True))
     write_curve(out, config.scales, curve | known)
+
+
+class RaceConfig(CurveConfig):
+    """Which look of a race at which scales; after the first look those count that are left.
+
+    ``seed`` draws the order of the images.
+    """
+
+    look: int
+    seed: int
+
+
+def race_work(step: Step, sizes: Sizes) -> Work:
+    """The images that a look adds pass at the scales that are left, by the shares that were measured."""
+    config, size = step.config, sizes.task(step).validation
+    before = racing.images_of(config.look - 1, len(config.scales), size) if config.look else 0
+    images = racing.images_of(config.look, len(config.scales), size) - before
+    scales = len([scale for scale in config.scales if scale])
+    return sizes.passes(step, racing.LEFT[config.look] * scales * images)
+
+
+@step_type(
+    1,
+    ("torch", "numpy"),
+    reads=["backbone", "precision", "task", "merged", "head", "start", "features", "plan", "before"],
+    writes=[SCORES, CURVE],
+    work=race_work,
+    heading="search",
+)
+def raced_curve(config: RaceConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Score the images that a look of a race adds, at the scales that are left, and keep all scores so far.
+
+    The curve says which of its scales were ``sampled``; scale 0 of a head that did not learn is known on whole splits.
+    """
+    task, scales = artifacts.open_task(inputs), scales_of(config, inputs)
+    scores, size = earlier_scores(inputs["before"], scales), len(task.validation)
+    order = racing.image_order(size, config.seed)[: racing.images_of(config.look, len(scales), size)]
+    if len(added := order[scores.shape[1] :]):
+        scores = np.concatenate([scores, scores_at(config, inputs, task, scales, added, progress)], axis=1)
+    np.savez(out / SCORES, scales=np.array(scales), scores=scores, size=np.array(size))
+    known = {0.0: artifacts.validation(inputs["start"])} if inputs["start"] else {}
+    means = dict(zip(scales, scores.mean(axis=1).tolist(), strict=True)) | known
+    write_curve(out, scales, means, [scale for scale in scales if scale not in known and len(order) < size])
+
+
+def scores_at(
+    config: RaceConfig,
+    inputs: Inputs,
+    task: Task,
+    scales: list[float],
+    places: Int64[np.ndarray, " images"],
+    progress: Progress,
+) -> racing.TaskScores:
+    """Return the scores of a task's kept head on some validation images; those of scale 0 by cached features."""
+    head, scores = artifacts.open_head(inputs["head"]), {}
+    if 0 in scales:
+        cached = torch.from_numpy(np.load(inputs["features"] / "validation.npy", mmap_mode="r")[places])
+        scores[0.0] = head.score(cached, torch.from_numpy(task.validation.labels[places])).numpy()
+    if moved := [scale for scale in scales if scale]:
+        backbone = artifacts.open_backbone(inputs, config)
+        vector = artifacts.open_vector(inputs["merged"], backbone, config.task)
+        along = racing.scores_along(backbone, vector, task, head, moved, places, progress)
+        scores |= dict(zip(moved, along, strict=True))
+    return np.stack([scores[scale] for scale in scales])
+
+
+def earlier_scores(folder: Path | None, scales: list[float]) -> racing.TaskScores:
+    """Return the scores that the looks before this one kept of some scales, in the order of the race."""
+    if folder is None:
+        return np.empty((len(scales), 0), dtype=bool)
+    with np.load(folder / SCORES) as kept:
+        places = [kept["scales"].tolist().index(scale) for scale in scales]
+        scores: racing.TaskScores = kept["scores"][places]
+    return scores
+
+
+class SurvivorsConfig(Config):
+    """How many scales a race began with."""
+
+    started: int
+
+
+@step_type(1, ("numpy",), reads=["curves", "finetuned"], writes=[CHOICE], heading="search")
+def survivors(config: SurvivorsConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
+    """Name the scales that stay in a race, by the scores of all tasks so far."""
+    tuned = artifacts.validations(inputs["finetuned"])
+    tasks = [dict(np.load(folder / SCORES)) for folder in inputs["curves"]]
+    scales, sizes = tasks[0]["scales"].tolist(), [int(task["size"]) for task in tasks]
+    left = racing.survivors(scales, [task["scores"] for task in tasks], sizes, tuned, config.started)
+    write_json(out / CHOICE, {"next": left})
 
 
 @step_type(
@@ -125,9 +219,10 @@ def scales_of(config: CurveConfig, inputs: Inputs) -> list[float]:
     return scales
 
 
-def write_curve(out: Path, scales: list[float], values: dict[float, float]) -> None:
-    """Write what a curve step has measured: scales, and a task's validation accuracy at each."""
-    write_json(out / CURVE, {"scales": scales, "validation": [values[scale] for scale in scales]})
+def write_curve(out: Path, scales: list[float], values: dict[float, float], sampled: Sequence[float] = ()) -> None:
+    """Write what a curve step has measured: scales, and a task's validation accuracy at each, some on samples only."""
+    curve: dict[str, Any] = {"scales": scales, "validation": [values[scale] for scale in scales]}
+    write_json(out / CURVE, curve | ({"sampled": sampled} if sampled else {}))
 
 
 class SurgeryConfig(CurveConfig):
