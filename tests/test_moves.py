@@ -35,7 +35,7 @@ PROBE = Probe(steps=3, batch_size=8, warmup=1, learning_rates=(0.01,))
 TUNE = Finetune(steps=2, batch_size=8, warmup=0, learning_rate=0.01)
 SCALES = [0.0, 0.5, 1.0]
 MODULES = (alignment, batch_norm, disentangling, evaluation, finetuning, heads, measuring, negation, search)
-PRESENT = {"features_along", "write_merged", "scored", "gradients", "encode_all", "training_copy"}
+PRESENT = {"features_along", "write_merged", "scored", "gradients", "mean_squares", "encode_all", "training_copy"}
 """What looks through the present weights in the present mode, or moves them, for others that put them back."""
 
 
@@ -90,7 +90,9 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     "task_vector": lambda g: finetuning.task_vector(g.backbone, g.taus[0]),
     "features_of": lambda g: heads.features_of(g.backbone, g.tasks[0].test),
     "fit_head": lambda g: heads.fit_head(g.backbone, g.tasks[0], PROBE),
-    "at_fine_tuned": lambda g: measuring.at_fine_tuned(g.data, lambda *_: g.backbone.features(g.images[0])),
+    "summed": lambda g: measuring.summed(
+        g.data, lambda *_: {"": g.backbone.features(g.images[0]).clone()}, lambda found, vector: iter(found.items())
+    ),
     "fisher": lambda g: measuring.fisher(g.data, Fisher(examples=2)),
     "grams": lambda g: measuring.grams(g.data, Regmean(examples=8)),
     "coefficients": lambda g: measuring.coefficients(g.data, Adamerging(steps=2, batch_size=4)),

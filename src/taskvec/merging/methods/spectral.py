@@ -103,6 +103,7 @@ register(
         scales=WIDE,
         laws=frozenset({"order", "homogeneous"}),
         matrices=True,
+        heavy=True,
     )
 )
 
@@ -125,6 +126,7 @@ register(
         scales=WIDE,
         laws=frozenset({"order", "homogeneous"}),
         matrices=True,
+        heavy=True,
     )
 )
 
@@ -151,6 +153,7 @@ register(
         config=IsoCts,
         laws=frozenset({"order", "homogeneous"}),
         matrices=True,
+        heavy=True,
     )
 )
 
@@ -221,6 +224,7 @@ register(
         config=Wudi,
         laws=frozenset({"one task", "order"}),
         matrices=True,
+        heavy=True,
     )
 )
 
