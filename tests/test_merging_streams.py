@@ -139,10 +139,9 @@ def test_a_layout_is_that_of_the_backbone(tmp_path: Path, address: str) -> None:
 
 
 PEAK = """
-import resource, sys, threading, time
+import resource, sys
 from pathlib import Path
 import torch
-from taskvec.encoders import records
 from taskvec.merging.directions import laid_out, write_direction
 from taskvec.merging.on_disk import Streams
 from taskvec.merging.registry import find_recipe
