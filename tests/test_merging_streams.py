@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from taskvec.command.weight_files import choose_merge_device
 from taskvec.core.errors import TaskvecError
 from taskvec.encoders import records
 from taskvec.encoders.backbone import Backbone, load_backbone
@@ -136,6 +137,22 @@ def test_a_layout_is_that_of_the_backbone(tmp_path: Path, address: str) -> None:
     backbone: Backbone = load_backbone(address, device="cpu")
     records.write_backbone(backbone, tmp_path)
     assert records.read_layout(tmp_path) == backbone.pretrained.layout
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "device"),
+    [
+        ("task_arithmetic", "auto", "cpu"),
+        ("tsv_m", "auto", "cuda"),
+        ("lines+wudi", "auto", "cuda"),
+        ("tsv_m", "cpu", "cpu"),
+    ],
+)
+def test_files_are_merged_on_a_gpu_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, method: str, setting: str, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_merge_device(find_recipe(method), setting) == device
 
 
 PEAK = """

@@ -171,6 +171,19 @@ def test_a_plain_study_plans_the_steps_that_it_always_had(data: Path) -> None:
     assert cell.model.config.candidates == [{"method": "task_arithmetic", "heads": "kept"}]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_merges_run_on_the_studys_device_where_they_measure_or_compute_much(data: Path, device: str) -> None:
+    methods = ["task_arithmetic", "emr", "dare+ties", "tsv_m", "lines+wudi", "fisher", "regmean"]
+    file = study_file(data, [{"name": name, "scales": [1.0]} for name in methods])
+    file = StudyFile(file.study.model_copy(update={"device": device}), file.text, data)
+    cells = plan(file, Store(data / "none"), estimate=True)
+    steps = [step for cell in cells for step in cell.steps() if step.type.name == "merge"]
+    places = {step.config.method: step.config.device for step in steps}
+    heavy = "" if device == "cpu" else device  # the same identity as ever on a CPU
+    expected = {"tsv_m": heavy, "lines+wudi": heavy, "fisher": device, "regmean": device}
+    assert places == dict.fromkeys(methods, "") | expected
+
+
 def test_a_study_says_what_a_method_cannot_do(data: Path) -> None:
     for method, message in (
         ({"name": "tiess"}, "did you mean 'ties'"),
