@@ -24,7 +24,7 @@ from taskvec.data.tasks import Task
 from taskvec.deploy import model
 from taskvec.encoders.backbone import load_backbone
 from taskvec.engine.executors import open_executor
-from taskvec.engine.pipeline import run
+from taskvec.engine.pipeline import ordered, run
 from taskvec.engine.store import Store
 from taskvec.learning import heads
 from taskvec.learning.finetuning import finetune
@@ -177,7 +177,7 @@ def test_merges_run_on_the_studys_device_where_they_measure_or_compute_much(data
     file = study_file(data, [{"name": name, "scales": [1.0]} for name in methods])
     file = StudyFile(file.study.model_copy(update={"device": device}), file.text, data)
     cells = plan(file, Store(data / "none"), estimate=True)
-    steps = [step for cell in cells for step in cell.steps() if step.type.name == "merge"]
+    steps = [step for step in ordered(step for cell in cells for step in cell.steps()) if step.type.name == "merge"]
     places = {step.config.method: step.config.device for step in steps}
     heavy = "" if device == "cpu" else device  # the same identity as ever on a CPU
     expected = {"tsv_m": heavy, "lines+wudi": heavy, "fisher": device, "regmean": device}
