@@ -3,6 +3,7 @@
 python benchmarks/merging.py                          # a base and 8 checkpoints of ViT-L size, and a language model
 python benchmarks/merging.py --size b --tasks 4       # smaller
 python benchmarks/merging.py --peers none             # taskvec alone; nothing is installed
+python benchmarks/merging.py --study --tasks 20       # the step of a study, from encoders that it has fine-tuned
 
 Random weights are written into a temporary folder (ViT-L: 12 GB) and removed afterwards. Peers are installed into
 environments of their own, which see this one's torch, under --environments, a temporary folder by default. Linux only.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,15 @@ from safetensors.torch import save_file as save_tensors
 SIZES = {"b": (768, 12), "l": (1024, 24)}
 PEERS = {"mergekit": "mergekit", "fusionbench": "fusion-bench"}
 SCALE = 0.3
+STEP = """
+import sys
+from pathlib import Path
+from taskvec.study.steps.merging import MergeConfig, merge
+method, out, *folders = sys.argv[1:]
+base, *tuned = map(Path, folders)
+merge.function(MergeConfig(method=method), {"backbone": base, "finetuned": tuned}, Path(out), lambda share: None)
+"""
+STUDY_BAR = "bar: anonymous memory <= 1 GiB beside the result, which is not held (tall_masks: itself and a bit a task)"
 BARS = "bars: anonymous memory <= 0.25 GiB, wall time <= 1/3 of the faster peer's"
 FUSIONBENCH = """
 import sys
@@ -245,6 +256,27 @@ def spectral(options: argparse.Namespace, folder: Path, paths: list[Path]) -> No
         print(f"  without torch's {alone.gibibytes:.3f} GiB: {share:.1f} x the largest matrix (bar: 2 T + 4 = {bar})")
 
 
+def study(options: argparse.Namespace, folder: Path) -> None:
+    """Measure a study's step. Every second task has the same file, so that a disk of some GB will do."""
+    name = {"b": "vit_base_patch16_224", "l": "vit_large_patch16_224"}[options.size]
+    view = {"size": 224, "crop": 1.0, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "squash": False}
+    record = {"architecture": {"family": "timm", "options": {"name": name, "size": 224}}, "preprocessing": view}
+    paths = write_vits(folder, options.size, min(2, options.tasks))
+    folders = [folder / "encoders" / str(number) for number in range(options.tasks + 1)]
+    for number, place in enumerate(folders):
+        place.mkdir(parents=True)
+        (place / "encoder.safetensors").symlink_to(paths[1 + number % (len(paths) - 1)] if number else paths[0])
+        (place / "backbone.json").write_text(json.dumps(record))
+    size = paths[0].stat().st_size / 2**30
+    print(f"a study's step, ViT-{options.size.upper()}, {options.tasks} tasks of {size:.2f} GiB; {STUDY_BAR}")
+    for method in options.methods:
+        out = folder / method
+        out.mkdir()
+        command = [sys.executable, "-c", STEP, method, out, *folders]
+        report(f"step merge, {method}", [measure(command, folder / "log")])
+        shutil.rmtree(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="l")
@@ -253,7 +285,13 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=f"some of {', '.join(PEERS)}, or none")
     parser.add_argument("--environments", type=Path, help="a folder to keep the peers' environments in")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--study", action="store_true", help="measure a study's step alone")
+    parser.add_argument("--methods", nargs="*", default=["task_arithmetic", "dare", "tall_masks"], help="of the step")
     options = parser.parse_args()
+    if options.study:
+        with TemporaryDirectory(dir=options.folder) as temporary:
+            study(options, Path(temporary))
+        return
     with TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         environments = options.environments or folder / "environments"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from taskvec.testing import SHAPES, VALUES, Case, InvariantError, check_case, check_method, make_model
+from taskvec.testing import SHAPES, VALUES, Case, InvariantError, Model, check_case, check_method, make_model
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
@@ -48,9 +48,18 @@ def statistics(name: str) -> Callable[[Entry, int, torch.Generator], Tensor | No
     }.get(name, lambda *_: None)
 
 
+def made_up(name: str, entries: buffers.Buffers) -> dict[str, Tensor]:
+    """Return made-up statistics of all entries, as a method takes them: a row a task, or sums."""
+    generator, tasks = torch.Generator().manual_seed(0), len(entries.vectors)
+    pairs = [(replace(entry, statistics=statistics(name)(entry, tasks, generator)), stack) for entry, stack in entries]
+    model = Model(*zip(*pairs, strict=True)).gathered(*find_recipe(name).stages[-1])
+    return {entry.name: entry.statistics for entry, _ in model if entry.statistics is not None}
+
+
 def directions(recipe: Recipe, entries: Any) -> list[Tensor]:
     """Return the direction of every entry; a per-task method's for all tasks, one after the other."""
-    results = [result for _, result in apply(recipe, buffers.FiniteEntries(entries))]
+    known = entries.gathered(*recipe.stages[-1])
+    results = [result for _, result in apply(recipe, buffers.FiniteEntries(known))]
     tasks = range(len(entries.stacks[0]))
     return [torch.stack([r.of(task) for task in tasks]) if isinstance(r, Masked) else r for r in results]
 
@@ -276,11 +285,7 @@ def tuned(count: int) -> tuple[Weights, list[Weights]]:
 def test_buffers_keep_layout_ties_and_integers(name: str) -> None:
     recipe = find_recipe(name)
     base, taus = tuned(2)
-    about = {
-        entry.name: statistics(name)(entry, 2, torch.Generator().manual_seed(0))
-        for entry, _ in buffers.Buffers(base, taus)
-    }
-    entries = buffers.Buffers(base, taus, 0, {name: found for name, found in about.items() if found is not None})
+    entries = buffers.Buffers(base, taus, 0, made_up(name, buffers.Buffers(base, taus)))
     if recipe.per_task:
         result = buffers.task_directions(recipe, entries)
         found = result.of(1)

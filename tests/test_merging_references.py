@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from taskvec.testing import Model
 from torch import Tensor
 
 from taskvec.merging.entries import Masked, Part
@@ -19,8 +20,8 @@ Arrays = list[np.ndarray]
 def merged(name: str, taus: Arrays, config: dict[str, Any] | None = None, **about: Any) -> np.ndarray:
     """Merge one matrix by a method of the package."""
     stack = torch.from_numpy(np.stack(taus)).float()
-    part = Part("w", torch.zeros(stack.shape[1:]), "matrix", **about)
-    [(_, found)] = apply(find_recipe(name, config), [(part, stack)])
+    part, recipe = Part("w", torch.zeros(stack.shape[1:]), "matrix", **about), find_recipe(name, config)
+    [(_, found)] = apply(recipe, Model((part,), (stack,)).gathered(*recipe.stages[-1]))
     if isinstance(found, Masked):
         return torch.stack([found.of(task) for task in range(len(taus))]).double().numpy()
     return found.double().numpy()

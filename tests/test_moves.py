@@ -54,6 +54,7 @@ PRESENT = {
     "write_merged",
     "scored",
     "gradients",
+    "mean_squares",
     "encode_all",
     "loss_of",
     "pays_to_compile",
@@ -124,7 +125,9 @@ CALLS: dict[str, Callable[[Ground], object]] = {
     "task_vector": lambda g: finetuning.task_vector(g.backbone, g.taus[0]),
     "features_of": lambda g: heads.features_of(g.backbone, g.tasks[0].test),
     "fit_head": lambda g: heads.fit_head(g.backbone, g.tasks[0], PROBE),
-    "at_fine_tuned": lambda g: measuring.at_fine_tuned(g.data, lambda *_: g.backbone.features(g.images[0])),
+    "summed": lambda g: measuring.summed(
+        g.data, lambda *_: {"": g.backbone.features(g.images[0]).clone()}, lambda found, vector: iter(found.items())
+    ),
     "fisher": lambda g: measuring.fisher(g.data, Fisher(examples=2)),
     "grams": lambda g: measuring.grams(g.data, Regmean(examples=8)),
     "coefficients": lambda g: measuring.coefficients(g.data, Adamerging(steps=2, batch_size=4)),

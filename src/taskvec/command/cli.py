@@ -217,6 +217,7 @@ def merge(
     plugin: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="a Python file that registers methods; it is run")
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU for methods that compute much")] = "auto",
 ) -> None:
     """Merge fine-tuned weights of any architecture in little memory; no model is built."""
     from taskvec.command import weight_files as file_commands
@@ -224,7 +225,7 @@ def merge(
 
     begin = time.monotonic()
     patterns = excluded(exclude, keep)
-    given = (base, tuned, out, scale, method, settings or (), patterns, dtype, shard_size, seed, plugin or ())
+    given = (base, tuned, out, scale, method, settings or (), patterns, dtype, shard_size, seed, plugin or (), device)
     request = file_commands.Merge(*given)
     with passes("merging", Console(stderr=True)) as watch:
         lines = request.run(watch)

@@ -62,6 +62,7 @@ class Merge:
     shard_size: str | None = None
     seed: int = 0
     plugins: Sequence[Path] = ()
+    device: str = "auto"
     keep: InitVar[Sequence[str]] = ()
 
     def __post_init__(self, keep: Sequence[str]) -> None:
@@ -74,6 +75,7 @@ class Merge:
         recipe = find_recipe(self.method, parse_settings(self.settings))
         check_possible(recipe, self.scale)
         recipe.check_tasks(len(self.tuned))
+        device = choose_merge_device(recipe, self.device)
         limit = None if self.shard_size is None else parse_size(self.shard_size)
         with ExitStack() as stack:
             base, *tuned = open_all([self.base, *self.tuned], stack)
@@ -81,15 +83,8 @@ class Merge:
             check_filled([base, *tuned])
             with disk_errors(self.out):
                 target = plan_target(self.out, self.dtype, limit, [base, *tuned], recipe)
-            streams = Streams(
-                base,
-                tuned,
-                match(base, tuned, self.exclude),
-                not recipe.elementwise,
-                not recipe.arrays,
-                self.seed,
-                watch=watch,
-            )
+            matched = match(base, tuned, self.exclude)
+            streams = Streams.of(recipe, base, tuned, matched, seed=self.seed, watch=watch, device=device)
             with sole_writer(target.out):
                 check_new(target)
                 written = merge_files(recipe, streams, self.scale, target)
@@ -136,6 +131,15 @@ def check_possible(recipe: Recipe, scale: float) -> None:
             f"'{recipe.name}' needs {' and '.join(needs)}, which files of weights do not hold",
             "use it in a study file (docs/study.md), or choose another method",
         )
+
+
+def choose_merge_device(recipe: Recipe, setting: str) -> str:
+    """Return where a recipe computes: on the device that is asked for, by default on a GPU what computes much."""
+    if setting == "auto" and not recipe.heavy:
+        return "cpu"
+    from taskvec.core.compute import choose_device  # torch
+
+    return choose_device(setting)
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+import torch
 from pydantic import Field
 
 from taskvec.core.errors import TaskvecError, first_line
@@ -16,7 +17,7 @@ from taskvec.encoders.loaders import families
 from taskvec.encoders.loaders.families import build
 from taskvec.encoders.loaders.requests import check_affordable, check_bounds
 from taskvec.engine.pipeline import versions
-from taskvec.weights.flat import Weights, align, read, save
+from taskvec.weights.flat import Slot, Weights, align, pack, read, save
 
 Mean = Annotated[float, Field(ge=-1000, le=1000)]
 Deviation = Annotated[float, Field(ge=1e-4, le=1000)]
@@ -72,6 +73,13 @@ def write_backbone(backbone: Backbone, folder: Path) -> None:
     if backbone.origin:  # not where it lay: the same weights from another path are the same
         record["sha256"] = backbone.origin["sha256"]
     write_json(folder / "backbone.json", record)
+
+
+def read_layout(folder: Path) -> tuple[Slot, ...]:
+    """Return the layout of a kept backbone's weights; neither weights nor memory for them are taken."""
+    architecture = read_record(folder / "backbone.json", Encoder).architecture.model_dump()
+    with torch.device("meta"):
+        return pack(build(architecture).float().state_dict(keep_vars=True)).layout
 
 
 def read_backbone(folder: Path, device: str = "cpu", name: str = "encoder") -> Backbone:

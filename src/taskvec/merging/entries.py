@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
-    from jaxtyping import Bool, Float32
+    from jaxtyping import Bool, Float32, Shaped
+    from numpy import ndarray
     from torch import Tensor
 
     from taskvec.core.progress import Progress
@@ -47,8 +48,8 @@ class Entry:
 
     ``base`` is the pre-trained tensor in float32; ``depth`` is l / (L - 1) for layer l of L, 0 outside of the layers,
     None where no name tells a layer; ``start`` is the position of a slice in its entry. ``global_statistics`` is what
-    the method's global pass returned, ``statistics`` what was measured on data for this entry, tasks first, ``drawn``
-    how many methods before this one of the recipe have drawn numbers.
+    the method's global pass returned, ``statistics`` what was measured on data for this entry, tasks first or summed
+    over them, ``drawn`` how many methods before this one of the recipe have drawn numbers.
     """
 
     name: str
@@ -84,6 +85,13 @@ class Entry:
         return torch.from_numpy(bits.astype(np.float32) / 2.0**24).view(self.base.shape).to(self.base.device)
 
 
+def array(values: Any) -> Shaped[ndarray, " *shape"]:
+    """Return the numbers of a tensor on any device, or those of an array."""
+    import numpy as np
+
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+
+
 Part = Entry
 """The name by which plugins know an entry."""
 Entries = Iterable[tuple[Entry, "Float32[Tensor, ' tasks ...']"]]
@@ -105,7 +113,10 @@ class Masked:
 
 @dataclass(frozen=True)
 class Data:
-    """What a method that looks at data is given: the tasks' vectors, images and heads, in one order."""
+    """What a method that looks at data is given: the tasks' vectors, images and heads, in one order.
+
+    A vector is read when it is asked for: who goes over them holds one.
+    """
 
     backbone: Backbone
     vectors: Sequence[Weights]

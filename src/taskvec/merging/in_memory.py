@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, UInt8
+from numpy import ndarray
 from torch import Tensor
 
 from taskvec.core.errors import TaskvecError
-from taskvec.merging.entries import Data, Entries, Entry, Kind, Masked, describe
+from taskvec.merging.entries import Data, Entries, Entry, Kind, Masked, array, describe
 from taskvec.merging.registry import ADDITION, Recipe, apply, find_recipe
 from taskvec.weights import vectors
 from taskvec.weights.flat import Slot, Weights, distinct, read, read_metadata, save_tensors, view
@@ -137,18 +139,38 @@ class TaskDirections:
 
 def task_directions(recipe: Recipe, entries: Buffers) -> TaskDirections:
     """Return the result of a recipe that gives each task its own direction."""
-    tasks, flat = len(entries.vectors), entries.pretrained.flat
-    shared, masks = torch.zeros_like(flat), torch.zeros(tasks, flat.numel(), dtype=torch.bool)
-    starts = {slot.name: slot for slot in entries.layout}
-    rescales = []
+    shared = entries.pretrained.with_flat(torch.zeros_like(entries.pretrained.flat))
+    collected = Collected(shared, len(entries.vectors))
     for entry, result in apply(recipe, check_entries(recipe, entries)):
         assert isinstance(result, Masked)
-        slot = starts[entry.name]
-        view(shared, slot).copy_(result.common)
-        masks[:, slot.start : slot.start + slot.size] = result.masks.reshape(tasks, -1).cpu()
-        rescales.append(result.rescales.cpu())
-    packed = torch.stack([pack_bits(mask) for mask in masks])
-    return TaskDirections(entries.pretrained.with_flat(shared), packed, torch.stack(rescales, 1), tuple(starts))
+        collected.take(entry, result)
+    return collected.directions()
+
+
+class Collected:
+    """A per-task result that is put together of entries, or slices of them, in any order and by any thread."""
+
+    def __init__(self, shared: Weights, tasks: int) -> None:
+        """Begin with weights that are zero."""
+        self.shared, count = shared, shared.flat.numel()
+        self.slots = {slot.name: (place, slot) for place, slot in enumerate(distinct(shared))}
+        self.masks = np.zeros((tasks, -(-count // 8)), np.uint8)
+        self.rescales = torch.zeros(tasks, len(self.slots))
+        self._writing = threading.Lock()
+
+    def take(self, entry: Entry, result: Masked) -> None:
+        """Take what a recipe makes of an entry or a slice."""
+        place, slot = self.slots[entry.name]
+        start, common = slot.start + entry.start, result.common.reshape(-1)
+        self.shared.flat[start : start + len(common)] = common
+        self.rescales[:, place] = result.rescales.cpu()
+        bits = pack_bits(array(result.masks).reshape(len(self.masks), -1), start % 8)
+        with self._writing:  # slices share bytes where they meet
+            self.masks[:, start // 8 : start // 8 + bits.shape[1]] |= bits
+
+    def directions(self) -> TaskDirections:
+        """Return the result, all of which was taken."""
+        return TaskDirections(self.shared, torch.from_numpy(self.masks), self.rescales, tuple(self.slots))
 
 
 def check_entries(recipe: Recipe, entries: Buffers) -> FiniteEntries:
@@ -162,26 +184,12 @@ def check_entries(recipe: Recipe, entries: Buffers) -> FiniteEntries:
     return FiniteEntries(entries)
 
 
-def transformed(recipe: Recipe, entries: Buffers) -> Sequence[Weights]:
-    """Return the task vectors as the last method of a recipe is given them: after the transforms."""
-    before = replace(recipe, stages=recipe.stages[:-1])
-    if not before.stages:
-        return entries.vectors
-    flats = [torch.zeros_like(entries.pretrained.flat) for _ in entries.vectors]
-    starts = {slot.name: slot for slot in entries.layout}
-    for entry, rows in apply(before, FiniteEntries(entries)):
-        assert isinstance(rows, Tensor)
-        for flat, row in zip(flats, rows, strict=True):
-            view(flat, starts[entry.name]).copy_(row)
-    return [entries.pretrained.with_flat(flat) for flat in flats]
-
-
 def measure(recipe: Recipe, data: Data) -> dict[str, Tensor]:
-    """Measure on data what the last method of a recipe needs, by entry, along transformed vectors; nothing for most."""
+    """Measure on data what the last method of a recipe needs, by entry; nothing for most.
+
+    The vectors of ``data`` are those that it is given: after the transforms.
+    """
     statistics: dict[str, Tensor] = {}
-    if recipe.measures:
-        entries = Buffers(data.backbone.pretrained, data.vectors, data.seed)
-        data = replace(data, vectors=transformed(recipe, entries))
     for method, config in recipe.measures:
         module, _, function = method.measure.partition(":")
         statistics |= getattr(importlib.import_module(module), function)(data, config)
@@ -212,9 +220,9 @@ def read_directions(path: Path, like: Weights) -> TaskDirections:
     return TaskDirections(shared, tensors["masks"], tensors["rescales"], tuple(names))
 
 
-def pack_bits(mask: Bool[Tensor, " count"]) -> UInt8[Tensor, " bytes"]:
-    """Return the bits of a boolean vector, eight a byte, the first in the highest bit."""
-    return torch.from_numpy(np.packbits(mask.numpy()))
+def pack_bits(masks: Bool[ndarray, "tasks count"], skipped: int = 0) -> UInt8[ndarray, "tasks bytes"]:
+    """Return the bits of boolean rows, eight a byte, the first in the highest bit after some that are 0."""
+    return np.packbits(np.pad(masks, ((0, 0), (skipped, 0))), axis=1)
 
 
 def unpack_bits(packed: UInt8[Tensor, " bytes"], count: int) -> Bool[Tensor, " count"]:

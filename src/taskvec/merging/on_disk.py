@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
@@ -21,13 +21,16 @@ from numpy import ndarray
 from taskvec.core.errors import TaskvecError, did_you_mean
 from taskvec.core.files import write_json
 from taskvec.engine.publishing import check_outside
-from taskvec.merging.entries import Entry, Kind, Masked, describe
+from taskvec.merging.entries import Entry, Kind, Masked, array, describe
 from taskvec.merging.matching import Matched
 from taskvec.merging.recipes import prepare
 from taskvec.merging.registry import Recipe
 from taskvec.weights.header import PICKLES
 from taskvec.weights.reader import FLOATS, INDEX, Checkpoint, distinct
 from taskvec.weights.writer import LARGEST, Shard, Writer, check_space, narrow, new_folder, peak, shards
+
+if TYPE_CHECKING:  # additions need no torch
+    from torch import Tensor
 
 SLICE = 1 << 20
 """Elements of all task vectors together in a slice, for elementwise recipes; a quarter of them for those with torch."""
@@ -39,6 +42,8 @@ BESIDE = (".json", ".txt", ".model", ".jinja")
 
 Place = tuple[str, int, int]
 """What is read at once: an entry, its first element and the one after its last."""
+Take = Callable[[Entry, Any], None]
+"""Is given an entry, or a slice, with what a recipe makes of it; by several threads."""
 Watch = Callable[[int, float], None]
 """Is told the pass over the files (from 1) and the share of it that is done."""
 
@@ -51,8 +56,10 @@ def unwatched(number: int, share: float) -> None:
 class Streams:
     """The entries of task vectors that lie in files: ``whole``, or slices of ``slice`` elements of all tasks.
 
-    They are numpy's arrays, or with ``tensors`` torch's, which share their memory. ``passes`` counts how often they
-    were iterated over, and ``moved`` says which checkpoints were seen to differ from the base.
+    They are numpy's arrays, or with ``tensors`` torch's, which share their memory, or are copied to a ``device``.
+    ``statistics`` are what was measured on data, by entry; ``excludable`` says whether a user may leave tensors out.
+    ``passes`` counts how often they were iterated over, and ``moved`` says which checkpoints were seen to differ from
+    the base.
     """
 
     base: Checkpoint
@@ -63,12 +70,24 @@ class Streams:
     seed: int = 0
     slice: int = SLICE
     watch: Watch = unwatched
+    device: str = "cpu"
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    excludable: bool = True
     passes: int = 0
     moved: Bool[ndarray, " tasks"] = field(init=False)
 
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
         self.moved = np.zeros(len(self.tuned), bool)
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, base: Checkpoint, tuned: Sequence[Checkpoint], matched: Matched, **options: Any
+    ) -> Streams:
+        """Return the entries as a recipe takes them: in slices if it is elementwise, as arrays if those will do."""
+        whole = not recipe.elementwise or bool(recipe.measures)
+        tensors = not recipe.arrays or options.get("device", "cpu") != "cpu"
+        return cls(base, tuned, matched, whole, tensors, **options)
 
     @cached_property
     def kinds(self) -> dict[str, tuple[Kind, float | None]]:
@@ -130,20 +149,22 @@ class Streams:
         if self.whole:
             shape = self.base.tensors[name].shape
             base, stack = base.reshape(shape), stack.reshape(len(self.tuned), *shape)
-        return Entry(name, self._lend(base), kind, depth, self.seed, start), self._lend(stack)
+        known = self.statistics.get(name)
+        statistics = None if known is None else known.to(self.device)
+        return Entry(name, self._lend(base), kind, depth, self.seed, start, statistics=statistics), self._lend(stack)
 
     def _lend(self, values: Float32[ndarray, "*shape"]) -> Any:
-        """Return the array, or a tensor that shares its memory."""
+        """Return the array, or a tensor that shares its memory or has a copy of it on the device."""
         if not self.tensors:
             return values
         import torch
 
-        return torch.from_numpy(values)
+        return torch.from_numpy(values).to(self.device)
 
     def _infinite(self, name: str, start: int, stop: int) -> TaskvecError:
         """Say which file holds what is not finite."""
-        fix = "give a checkpoint whose training did not diverge; if it is a mask, "
-        fix += f"--exclude '{escape(name)}' carries the base's"
+        fix = "give a checkpoint whose training did not diverge"
+        fix += f"; if it is a mask, --exclude '{escape(name)}' carries the base's" if self.excludable else ""
         names = [name, *(source[name] for source in self.matched.sources)]
         for checkpoint, source in zip([self.base, *self.tuned], names, strict=True):
             if not peak(checkpoint.read(source, start, stop)) < np.inf:
@@ -165,6 +186,21 @@ def in_threads(work: Callable[[Place], None], places: Iterable[Place]) -> None:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def stream(recipe: Recipe, streams: Streams, take: Take) -> None:
+    """Hand on what a recipe makes of every entry, or of every slice: once all global passes are over, in any order."""
+    recipe.check_tasks(len(streams.tuned))
+    np.empty(4 * SLICE, np.float32)  # freed at once: glibc keeps smaller blocks from now on, which saves page faults
+    stages = prepare(recipe, streams)
+
+    def merge(place: Place) -> None:
+        entry, result = streams.read(place)
+        for stage in stages:
+            result = stage(entry, result)
+        take(entry, result)
+
+    streams.each(merge)
 
 
 # ---------------------------------------------------------------- results
@@ -220,8 +256,6 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
     Everything is computed in float32 (float64 bases in float64) and stored as the base stores it unless the target says
     otherwise. The results appear whole or not at all.
     """
-    recipe.check_tasks(len(streams.tuned))
-    np.empty(4 * SLICE, np.float32)  # freed at once: glibc keeps smaller blocks from now on, which saves page faults
     layouts = lay_out(recipe, streams, target)
     check_space(target.out, sum(shard.length for layout in layouts for shard in layout))
     with new_folder(target.out) as folder, ExitStack() as stack:
@@ -229,18 +263,14 @@ def merge_files(recipe: Recipe, streams: Streams, scale: float, target: Target) 
         for layout in layouts:
             _index(folder, streams.base, layout, target)
         for writer in writers:
-            _carry(streams, writer, target.dtype)
-        stages = prepare(recipe, streams)
+            carry(streams, writer, target.dtype)
 
-        def merge(place: Place) -> None:
-            entry, result = streams.read(place)
-            for stage in stages:
-                result = stage(entry, result)
+        def move(entry: Entry, result: Any) -> None:
             for task, writer in enumerate(writers):
                 direction = result.of(task) if isinstance(result, Masked) else result
-                _move(streams, writer, entry, np.asarray(direction).reshape(-1), scale, target.dtype)
+                _move(streams, writer, entry, array(direction).reshape(-1), scale, target.dtype)
 
-        streams.each(merge)
+        stream(recipe, streams, move)
         for writer in writers:
             writer.finish()
         return _publish(folder, streams.base, layouts, target)
@@ -259,7 +289,7 @@ def lay_out(recipe: Recipe, streams: Streams, target: Target) -> list[list[Shard
     return [shards(base, target.dtype, one=f"{name or base.stem}.safetensors") for name in names]
 
 
-def _carry(streams: Streams, writer: Writer, dtype: str | None) -> None:
+def carry(streams: Streams, writer: Writer, dtype: str | None = None) -> None:
     """Copy the base's own tensors, byte for byte unless their type changes."""
     base = streams.base
     for name in streams.matched.carried:
@@ -271,7 +301,7 @@ def _carry(streams: Streams, writer: Writer, dtype: str | None) -> None:
             for start in range(0, stored.size, SLICE):
                 values = base.read(name, start, min(stored.size, start + SLICE))
                 _check_fit(name, values[np.isfinite(values)], str(dtype), "choose a wider --dtype")
-                _store(writer, name, start, values, str(dtype))
+                store(writer, name, start, values, str(dtype))
 
 
 def _move(
@@ -284,7 +314,7 @@ def _move(
 ) -> None:
     """Write base + scale * direction for an entry, a slice at a time; running variances stay >= 0, as in memory."""
     stored = streams.base.tensors[entry.name]
-    flat = np.asarray(entry.base).reshape(-1)
+    flat = array(entry.base).reshape(-1)
     for start in range(0, len(direction), SLICE):
         stop, place = min(len(direction), start + SLICE), entry.start + start
         wide = streams.base.read(entry.name, place, entry.start + stop) if stored.dtype == "F64" else flat[start:stop]
@@ -297,7 +327,7 @@ def _move(
         np.copyto(moved, wide, where=still)  # -0.0 + 0.0 would be 0.0
         _check_fit(entry.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
         for name in streams.names_of(entry.name):
-            _store(writer, name, place, moved, dtype or stored.dtype)
+            store(writer, name, place, moved, dtype or stored.dtype)
 
 
 def _check_fit(name: str, values: Float[ndarray, " count"], dtype: str, fix: str) -> None:
@@ -305,7 +335,8 @@ def _check_fit(name: str, values: Float[ndarray, " count"], dtype: str, fix: str
         raise TaskvecError(f"'{name}' of the result holds NaN, infinity or values that {dtype} cannot hold", fix)
 
 
-def _store(writer: Writer, name: str, start: int, values: Float[ndarray, " count"], dtype: str) -> None:
+def store(writer: Writer, name: str, start: int, values: Float[ndarray, " count"], dtype: str) -> None:
+    """Write numbers of a tensor from its element ``start`` on, as a type stores them."""
     with np.errstate(over="ignore"):
         raw = narrow(values, dtype)
     writer.write(name, start * raw.itemsize, raw.view(np.uint8).data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the command lists methods without loading torch
     from torch import Tensor
 
     Function = Callable[[Float32[Tensor, " tasks *shape"], Entry, Any], Tensor | Masked]
+    Summand = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], Iterator[tuple[str, Tensor]]]
 
 Role = Literal["transform", "combiner", "per-task"]
 Need = Literal["inputs", "heads", "seed"]
@@ -59,6 +60,9 @@ class Method:
     needs: frozenset[Need] = frozenset()
     measure: str = ""
     """``module:function`` that takes ``Data`` and the configuration and returns the statistics of entries by name."""
+    summand: Summand | None = None
+    """What a task adds to the statistics of entries, by name, from what was measured of it, its vector, and the
+    configuration. ``entry.statistics`` are sums over tasks then, and nobody holds what was measured of two tasks."""
     laws: frozenset[Law] = frozenset()
     """The invariants that it keeps; ``taskvec.testing.check_method`` tries them."""
     elementwise: bool = False
@@ -66,6 +70,8 @@ class Method:
     """Whether function and survey use only what numpy's arrays and torch's tensors share: files need no torch then."""
     matrices: bool = False
     """Whether it treats linear maps as matrices and averages all other entries."""
+    heavy: bool = False
+    """Whether it computes so much for an entry that a GPU is faster, the way there and back included."""
     tasks: int | None = None
     """The number of tasks that it can merge; any number if None."""
 
@@ -88,6 +94,12 @@ MIDDLE, WIDE = "0:2:0.1", "0:3:0.15"
 """The scales of methods whose direction is shorter, or much shorter, than the sum of the vectors."""
 RESERVED = ("probing", "zero_shot", "fine_tuned", "joint")
 """Methods of results that merge nothing by a recipe."""
+
+
+def add_up(sums: dict[str, Tensor], summands: Iterable[tuple[str, Tensor]]) -> None:
+    """Add what a task adds to the statistics of entries, in place."""
+    for name, summand in summands:
+        sums[name] = sums[name].add_(summand) if name in sums else summand
 
 
 def register(method: Method) -> None:
@@ -127,6 +139,11 @@ class Recipe:
         return self.stages[-1][0]
 
     @property
+    def transforms(self) -> Recipe:
+        """Return the recipe of what stands before its last method, which gives a vector a task."""
+        return replace(self, stages=self.stages[:-1])
+
+    @property
     def per_task(self) -> bool:
         """Whether it gives each task a direction of its own (``Masked``)."""
         return self.last.role == "per-task"
@@ -150,6 +167,11 @@ class Recipe:
     def matrices(self) -> bool:
         """Whether a method in it treats linear maps alone as matrices."""
         return any(method.matrices for method, _ in self.stages)
+
+    @property
+    def heavy(self) -> bool:
+        """Whether a method in it computes so much that a GPU is faster."""
+        return any(method.heavy for method, _ in self.stages)
 
     @property
     def arrays(self) -> bool:

@@ -21,7 +21,7 @@ from taskvec.merging import in_memory
 from taskvec.merging.entries import Entries, Entry, Masked, describe
 from taskvec.merging.matching import match
 from taskvec.merging.on_disk import Streams
-from taskvec.merging.recipes import Law, Method, Recipe, apply, join
+from taskvec.merging.recipes import Law, Method, Recipe, add_up, apply, join
 from taskvec.merging.registry import find_method
 from taskvec.weights import vectors
 from taskvec.weights.flat import pack, save
@@ -85,6 +85,17 @@ class Model:
         measured = [(entry, entry.statistics) for entry in self.entries]
         entries = (entry if known is None else replace(entry, statistics=known[order]) for entry, known in measured)
         return Model(tuple(entries), tuple(stack[order] for stack in self.stacks))
+
+    def gathered(self, method: Method, config: Any) -> Model:
+        """Return the model with sums over tasks in the place of what was measured of each, for methods that add up."""
+        if method.summand is None:
+            return self
+        sums: dict[str, Tensor] = {}
+        for task in range(len(self.stacks[0])):
+            measured = {entry.name: entry.statistics[task] for entry in self.entries if entry.statistics is not None}
+            vector = {entry.name: stack[task] for entry, stack in self}
+            add_up(sums, method.summand(measured, vector, config))
+        return Model(tuple(replace(entry, statistics=sums.get(entry.name)) for entry in self.entries), self.stacks)
 
     def sliced(self, seed: int) -> Model:
         """Return the model with its entries in slices of a few elements, in random order."""
@@ -188,7 +199,9 @@ class Trial:
         tasks = len(self.model.stacks[0])
         lead = (tasks,) if self.recipe.per_task else ()
         made = {entry.name: torch.zeros((*lead, *entry.base.shape)) for entry in self.model.entries}
-        for entry, result in apply(self.recipe, entries):
+        method, config = self.recipe.stages[-1]
+        known = entries.gathered(method, config) if isinstance(entries, Model) else entries
+        for entry, result in apply(self.recipe, known):
             each = [result.of(task) for task in range(tasks)] if isinstance(result, Masked) else []
             tensor = torch.stack(each) if isinstance(result, Masked) else torch.as_tensor(result)
             if tensor.dtype != torch.float32:
@@ -276,7 +289,7 @@ def check_files(trial: Trial) -> None:
             save(weights, path)
         first, *others = [stack.enter_context(Checkpoint(path)) for path in paths]
         matched, sliced = match(first, others), SLICE * tasks
-        streams = Streams(first, others, matched, not recipe.elementwise, not recipe.arrays, seed, sliced)
+        streams = Streams.of(recipe, first, others, matched, seed=seed, slice=sliced)
         trial.compare("files", trial.directions(streams, "files"), wanted, trial.rounding(wanted))
 
 

@@ -7,7 +7,7 @@ A model's parameters can be *bound* to such a buffer, so that moving to other we
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,7 +89,12 @@ def view(flat: Float32[Tensor, " size"], slot: Slot) -> Tensor:
 
 def distinct(weights: Weights) -> tuple[Slot, ...]:
     """Return the entries that hold something, tied ones once by the first of their names, in the buffer's order."""
-    first = {slot.start: slot for slot in reversed(weights.layout) if slot.size}
+    return distinct_slots(weights.layout)
+
+
+def distinct_slots(layout: Sequence[Slot]) -> tuple[Slot, ...]:
+    """Return the slots of a layout that hold something, as ``distinct`` does."""
+    first = {slot.start: slot for slot in reversed(layout) if slot.size}
     return tuple(first[start] for start in sorted(first))
 
 

@@ -1,21 +1,23 @@
 """Methods that look at data: Fisher information, inputs of linear layers, coefficients by entropy. Never at test data.
 
-What they need is measured once for all entries, by ``measuring.py``; the methods are functions of one entry.
+What they need is measured once for all entries, by ``measuring.py``; the methods are functions of one entry. Of what
+is as large as the weights sums over tasks are kept, and no task's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat
 
 from taskvec.core.settings import Count, Rate, Settings
-from taskvec.merging.entries import Entries, Entry
-from taskvec.merging.methods.averaging import average, by_task, rows, total
+from taskvec.merging.entries import Entry
+from taskvec.merging.methods.averaging import average, by_task, total
 from taskvec.merging.recipes import FIXED, Method, register
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
-    from jaxtyping import Float32
+    from jaxtyping import Float32, Float64
     from torch import Tensor
 
 RIDGE = 1e-6
@@ -51,24 +53,26 @@ def fisher(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Fish
     """Return sum_t w_t (F_t + floor) tau_t / sum_t w_t (F_t + floor), a weighted mean (arXiv 2111.09832).
 
     F_t is the diagonal of the Fisher information at theta_t. w_t is 1 over the length of the whole of it, if
-    ``normalised``, as in MergeLM's code. Entries that have none, such as running means, are averaged.
+    ``normalised``, as in MergeLM's code. Both sums are measured. Entries that have none, such as running means, are
+    averaged.
     """
     if entry.statistics is None:
         return average(vectors, entry, config)
-    weights = (entry.statistics + config.floor) * by_task(entry.global_statistics, vectors)
-    return total(weights * vectors) / total(weights)
+    moved, weights = entry.statistics.unbind()
+    return moved / weights
 
 
-def fisher_weights(entries: Entries, config: Fisher) -> Float32[Tensor, " tasks"]:
-    """Return 1 / length of every task's diagonal Fisher information over all entries, or ones."""
+def fisher_summand(
+    information: Mapping[str, Float32[Tensor, " *shape"]], vector: Mapping[str, Tensor], config: Fisher
+) -> Iterator[tuple[str, Float32[Tensor, " 2 *shape"]]]:
+    """Yield w (F + floor) tau and w (F + floor) of a task for every entry, from its diagonal Fisher information F."""
     import torch
 
-    squares: Any = 0
-    for entry, vectors in entries:
-        information = torch.zeros(1, len(vectors)) if entry.statistics is None else rows(entry.statistics).T
-        squares = squares + information.double().square().sum(0).cpu()
-    lengths = squares.sqrt().float() + config.floor
-    return 1 / lengths if config.normalised else torch.ones_like(lengths)
+    squares: Any = sum(values.double().square().sum() for values in information.values())
+    weight = 1 / (squares.sqrt().float() + config.floor) if config.normalised else 1
+    for name, values in information.items():
+        share = (values + config.floor) * weight
+        yield name, torch.stack([share * vector[name], share])
 
 
 register(
@@ -79,9 +83,9 @@ register(
         reference="Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv 2111.09832",
         scales=FIXED,
         config=Fisher,
-        survey=fisher_weights,
         needs=frozenset({"inputs", "heads", "seed"}),
         measure="taskvec.merging.methods.measuring:fisher",
+        summand=fisher_summand,
         laws=frozenset({"one task", "order", "homogeneous"}),
     )
 )
@@ -90,21 +94,33 @@ register(
 def regmean(vectors: Float32[Tensor, " tasks *shape"], entry: Entry, config: Regmean) -> Float32[Tensor, " *shape"]:
     """Return (sum_t tau_t G_t) (sum_t G_t)^-1 of linear maps, G_t = X_t^T X_t of their inputs (arXiv 2212.09849).
 
-    In torch's layout, weights are [outputs, inputs]; what is off the diagonal of G_t is scaled by ``off_diagonal``.
-    Entries without inputs of their own are averaged. Solved in float64.
+    In torch's layout, weights are [outputs, inputs]; what is off the diagonal of G_t is scaled by ``off_diagonal``, and
+    a ridge is added to each. The sums are measured. Entries without inputs of their own are averaged. Solved in
+    float64.
     """
     import torch
 
     if entry.statistics is None:
         return average(vectors, entry, config)
-    grams = entry.statistics.double()
-    diagonals = torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
-    grams = config.off_diagonal * grams + (1 - config.off_diagonal) * diagonals
-    ridge = RIDGE * diagonals.sum() / len(grams) / grams.shape[1]
-    grams = grams + ridge.where(ridge > 0, 1) * torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
-    moved = (vectors.flatten(2).double() @ grams).sum(0)
-    merged: Tensor = torch.linalg.solve(grams.sum(0), moved, left=False)
+    moved, gram = entry.statistics.tensor_split([len(entry.base)])
+    ridge = RIDGE * gram.trace() / len(gram)  # of all tasks together
+    ridge = ridge.where(ridge > 0, len(vectors))
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    moved = moved + ridge / len(vectors) * total(vectors).flatten(1).double()
+    merged: Tensor = torch.linalg.solve(gram, moved, left=False)
     return merged.float().view(entry.base.shape)
+
+
+def regmean_summand(
+    grams: Mapping[str, Float32[Tensor, "inputs inputs"]], vector: Mapping[str, Tensor], config: Regmean
+) -> Iterator[tuple[str, Float64[Tensor, "rows inputs"]]]:
+    """Yield tau G of a task, and G under it, for every linear map, G with what is off its diagonal scaled."""
+    import torch
+
+    for name, values in grams.items():
+        gram = values.double()
+        gram = config.off_diagonal * gram + (1 - config.off_diagonal) * gram.diagonal().diag()
+        yield name, torch.cat([vector[name].flatten(1).double() @ gram, gram])
 
 
 register(
@@ -117,7 +133,9 @@ register(
         config=Regmean,
         needs=frozenset({"inputs", "seed"}),
         measure="taskvec.merging.methods.measuring:grams",
+        summand=regmean_summand,
         laws=frozenset({"one task", "order", "homogeneous"}),
+        heavy=True,
     )
 )
 

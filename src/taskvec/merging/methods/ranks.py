@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt32
 from numpy import ndarray
 
+from taskvec.merging.entries import array
+
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from torch import Tensor
 
@@ -54,7 +56,7 @@ def _bucket(
 def _tally_upper(slices: Iterable[Any]) -> Int64[ndarray, "rows bins"]:
     """Count the numbers of every row by their upper bits."""
     tallies = np.zeros((1, BINS), np.int64)
-    for piece in map(_array, slices):
+    for piece in map(array, slices):
         if len(tallies) < len(piece):
             tallies = np.zeros((len(piece), BINS), np.int64)
         for row, counts in zip(piece, tallies, strict=True):
@@ -67,17 +69,12 @@ def _tally_lower(slices: Iterable[Any], bucket: Int64[ndarray, "rows ranks"]) ->
     tallies = np.zeros((*bucket.shape, BINS), np.int64)
     first, last = _numbers(bucket << BITS), _numbers((bucket << BITS) + BINS - 1)
     last[(last == 0) & np.signbit(last)] = -SMALLEST  # all zeros are in the bucket of 0
-    for piece in map(_array, slices):
+    for piece in map(array, slices):
         for row, values in enumerate(piece):
             for rank, counts in enumerate(tallies[row]):
                 inside = values[(values >= first[row, rank]) & (values <= last[row, rank])]
                 np.add.at(counts, _keys(inside) & (BINS - 1), 1)
     return tallies
-
-
-def _array(piece: Any) -> Float32[ndarray, "rows count"]:
-    """Return the numbers of a tensor on any device, or those of an array."""
-    return np.asarray(piece.cpu() if hasattr(piece, "cpu") else piece)
 
 
 def _keys(numbers: Float32[ndarray, " count"]) -> UInt32[ndarray, " count"]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # the command lists methods without loading torch
 
     Read = Callable[[slice], Float64[Tensor, "rows piece"]]
 
-PIECE = 1 << 16
-"""Elements of a matrix that are in memory in float64 at once."""
+PIECE, LARGE_PIECE = 1 << 16, 1 << 24
+"""Elements of a matrix that are in memory in float64 at once, and on a GPU, which small pieces would leave waiting."""
 ROUNDING = 2.0**-23
 """The relative rounding of float32."""
 WORST = 1e-9
@@ -29,19 +29,28 @@ WORST = 1e-9
 
 @dataclass(frozen=True)
 class Columns:
-    """A matrix that is read in pieces of columns; ``size`` is the norm of what it was made from."""
+    """A matrix that is read in pieces of columns; ``size`` is the norm of what it was made from.
+
+    ``piece`` is how many elements are read at once (``piece_on``).
+    """
 
     read: Read
     rows: int
     count: int
+    piece: int
     size: float = 0
 
     def __iter__(self) -> Iterator[tuple[slice, Float64[Tensor, "rows piece"]]]:
         """Yield the places of all pieces, and the pieces."""
-        step = max(1, PIECE // max(1, self.rows))
+        step = max(1, self.piece // max(1, self.rows))
         for start in range(0, self.count, step):
             place = slice(start, min(start + step, self.count))
             yield place, self.read(place)
+
+
+def piece_on(matrix: Tensor) -> int:
+    """Return how many elements are in float64 at once where a matrix lies."""
+    return PIECE if matrix.device.type == "cpu" else LARGE_PIECE
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ def nearest_orthogonal(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tenso
     """Return U V^T of the SVD, the nearest matrix with orthonormal columns (or rows): the Procrustes solution."""
     if matrix.shape[0] > matrix.shape[1]:
         return nearest_orthogonal(matrix.mT).mT
-    return orthogonaliser(Columns(lambda place: matrix[:, place], *matrix.shape)) @ matrix
+    columns = Columns(lambda place: matrix[:, place], len(matrix), matrix.shape[1], piece_on(matrix))
+    return orthogonaliser(columns) @ matrix
 
 
 def joined(parts: Sequence[TruncatedSVD], values: Float64[Tensor, " *rank"]) -> Float32[Tensor, "rows columns"]:
@@ -122,7 +132,8 @@ def joined(parts: Sequence[TruncatedSVD], values: Float64[Tensor, " *rank"]) -> 
     import torch
 
     rank, columns = sum(len(part.values) for part in parts), parts[0].matrix.count
-    rights = Columns(lambda place: torch.cat([part.right(place) for part in parts]), rank, columns)
+    piece = parts[0].matrix.piece
+    rights = Columns(lambda place: torch.cat([part.right(place) for part in parts]), rank, columns, piece)
     right = orthogonaliser(rights)
     left = nearest_orthogonal(torch.cat([part.left for part in parts], 1)).mul_(values)
     return multiply(left @ right, rights)

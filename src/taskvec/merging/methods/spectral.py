@@ -11,15 +11,15 @@ from pydantic import Field, FiniteFloat
 from taskvec.core.settings import Count, Rate, Settings
 from taskvec.merging.entries import Entry
 from taskvec.merging.methods.averaging import average, total
-from taskvec.merging.methods.singular import Columns, TruncatedSVD, decompose, joined, multiply
+from taskvec.merging.methods.singular import Columns, TruncatedSVD, decompose, joined, multiply, piece_on
 from taskvec.merging.recipes import MIDDLE, WIDE, Method, register
 
 if TYPE_CHECKING:  # the command lists methods without loading torch
     from jaxtyping import Float32
     from torch import Tensor
 
-ROWS = 1 << 17
-"""Elements of a block of rows that wudi moves at once."""
+ROWS, LARGE_ROWS = 1 << 17, 1 << 26
+"""Elements of a block of rows that wudi moves at once: on a CPU, and on a GPU."""
 
 
 class IsoCts(Settings):
@@ -64,7 +64,7 @@ def wide(function: Callable[[Float32[Tensor, "tasks rows columns"], Any], Tensor
 
 def columns_of(vector: Float32[Tensor, "rows columns"]) -> Columns:
     """Return a matrix to be read in pieces."""
-    return Columns(lambda place: vector[:, place].double(), *vector.shape)
+    return Columns(lambda place: vector[:, place].double(), len(vector), vector.shape[1], piece_on(vector))
 
 
 def summed(vectors: Float32[Tensor, "tasks rows columns"]) -> Columns:
@@ -76,7 +76,7 @@ def summed(vectors: Float32[Tensor, "tasks rows columns"]) -> Columns:
             piece += vector[:, place]
         return piece
 
-    return Columns(read, *vectors.shape[1:])
+    return Columns(read, vectors.shape[1], vectors.shape[2], piece_on(vectors))
 
 
 @on_matrices
@@ -103,6 +103,7 @@ register(
         scales=WIDE,
         laws=frozenset({"order", "homogeneous"}),
         matrices=True,
+        heavy=True,
     )
 )
 
@@ -125,6 +126,7 @@ register(
         scales=WIDE,
         laws=frozenset({"order", "homogeneous"}),
         matrices=True,
+        heavy=True,
     )
 )
 
@@ -151,6 +153,7 @@ register(
         config=IsoCts,
         laws=frozenset({"order", "homogeneous"}),
         matrices=True,
+        heavy=True,
     )
 )
 
@@ -174,7 +177,7 @@ def outside_left(vector: Float32[Tensor, "rows columns"], shared: TruncatedSVD) 
         piece = vector[:, place].double()
         return piece.sub_(shared.left @ (shared.left.mT @ piece))
 
-    return Columns(read, len(vector), vector.shape[1], float(vector.norm()))
+    return Columns(read, len(vector), vector.shape[1], piece_on(vector), float(vector.norm()))
 
 
 def outside_right(vector: Float32[Tensor, "rows columns"], shared: TruncatedSVD) -> Columns:
@@ -184,7 +187,7 @@ def outside_right(vector: Float32[Tensor, "rows columns"], shared: TruncatedSVD)
     def read(place: slice) -> Tensor:
         return vector[:, place].double().sub_(within @ shared.right(place))
 
-    return Columns(read, len(vector), vector.shape[1], float(vector.norm()))
+    return Columns(read, len(vector), vector.shape[1], piece_on(vector), float(vector.norm()))
 
 
 LEAST = 1e-18
@@ -203,7 +206,7 @@ def wudi(vectors: Float32[Tensor, "tasks rows columns"], config: Wudi) -> Float3
     if len(scaled) < 2:
         return merged
     pull = _pull(scaled)
-    step = max(1, ROWS // merged.shape[1])
+    step = max(1, (ROWS if merged.device.type == "cpu" else LARGE_ROWS) // merged.shape[1])
     for start in range(0, len(merged), step):
         rows = slice(start, start + step)
         goal: Any = sum(((vector[rows] * factor) @ vector.mT) @ vector for vector, factor in scaled)
@@ -221,6 +224,7 @@ register(
         config=Wudi,
         laws=frozenset({"one task", "order"}),
         matrices=True,
+        heavy=True,
     )
 )
 
@@ -239,10 +243,10 @@ def _pull(scaled: Sequence[tuple[Tensor, float]]) -> Callable[[Tensor], Tensor]:
 
 
 def _descend(x: Tensor, pull: Callable[[Tensor], Tensor], goal: Tensor, config: Wudi) -> None:
-    """Move rows x in place by Adam along the gradient pull(x) - goal."""
+    """Move rows x in place by Adam along the gradient pull(x) - goal; on a GPU a step is one kernel."""
     import torch
 
-    optimizer = torch.optim.Adam([x], lr=config.learning_rate, foreach=False)
+    optimizer = torch.optim.Adam([x], lr=config.learning_rate, foreach=False, fused=x.is_cuda)
     for _ in range(config.steps):
         x.grad = pull(x).sub_(goal)
         optimizer.step()

@@ -114,7 +114,7 @@ def merge(planner: Planner, exp: Experiment, recipe: Recipe, shared: SharedSteps
         sources=sources or None,
         plugins=tuple(str(plugin.path) for plugin in planner.plugins if sources),
         backbone_name=exp.backbone,
-        device=planner.device if recipe.measures else "",
+        device=planner.device if recipe.measures or (recipe.heavy and planner.device != "cpu") else "",
     )
     inputs = {"backbone": shared.encoder, "finetuned": list(exp.finetuned.values())}
     inputs |= {"tasks": [shared.data[t] for t in exp.tasks]} if recipe.measures else {}

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from taskvec.core.compute import choose_device
 from taskvec.core.files import read_json, write_json
 from taskvec.core.progress import Progress
-from taskvec.encoders import batch_norm
+from taskvec.encoders import batch_norm, records
 from taskvec.engine.pipeline import Config, Inputs, Step, Untracked, step_type
 from taskvec.engine.work import Work
 from taskvec.evaluation.accuracy import accuracies, fine_tuned_accuracies
 from taskvec.evaluation.scale_search import coordinate_search, objective
 from taskvec.merging import in_memory, plugins
+from taskvec.merging.directions import laid_out, write_direction, write_transformed
 from taskvec.merging.entries import Data
-from taskvec.merging.in_memory import DIRECTIONS
+from taskvec.merging.in_memory import DIRECTIONS, Collected, save_directions
+from taskvec.merging.on_disk import Streams, stream
 from taskvec.merging.registry import Recipe, find_recipe
 from taskvec.study import artifacts
-from taskvec.study.artifacts import CHOICE, DIRECTION, OPTION, STATISTICS, OnDevice
+from taskvec.study.artifacts import CHOICE, DIRECTION, ENCODER, OPTION, STATISTICS, OnDevice
 from taskvec.study.forecast.sizes import Sizes, encoder
 from taskvec.weights import vectors
-from taskvec.weights.flat import save, save_tensors
+from taskvec.weights.flat import Slot, Weights, save, save_tensors
+from taskvec.weights.reader import Checkpoint
 
 MERGE = "merge.json"
 """What a per-task merge tells beside its directions."""
@@ -54,7 +63,7 @@ def merged_files(per_task: bool) -> tuple[str, ...]:
 
 
 @step_type(
-    2,
+    3,
     ("torch", "numpy"),
     reads=["backbone", "finetuned", "tasks"],
     writes=lambda config: merged_files(config.recipe().per_task),
@@ -62,22 +71,80 @@ def merged_files(per_task: bool) -> tuple[str, ...]:
     heading="merging",
 )
 def merge(config: MergeConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
-    """Make a method's merged task vector out of the fine-tuned encoders, or one for each task."""
-    backbone = artifacts.open_backbone(inputs, config)
-    tuned, seed, recipe = artifacts.open_task_vectors(inputs, backbone), config.seed or 0, config.recipe()
-    statistics: dict[str, torch.Tensor] = {}
-    if recipe.measures:
-        heads = [head.on(backbone.device) for head in artifacts.open_heads(inputs["finetuned"])]
-        statistics = in_memory.measure(
-            recipe, Data(backbone, tuned, artifacts.open_tasks(inputs), heads, seed, progress)
+    """Make a method's merged task vector out of the fine-tuned encoders, or one for each task.
+
+    The encoders are read an entry at a time, and a merged vector is written so. What a method measures is measured
+    before, with one task vector in memory where it needs no more.
+    """
+    recipe = config.recipe()
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(Checkpoint(folder / ENCODER)) for folder in (inputs["backbone"], *inputs["finetuned"])
+        ]
+        layout = records.read_layout(inputs["backbone"])
+        streams = partial(
+            Streams.of,
+            base=files[0],
+            tuned=files[1:],
+            matched=laid_out(layout, files[0], files[1:]),
+            seed=config.seed or 0,
+            device=choose_device(config.device or "cpu"),
+            excludable=False,
         )
-    entries = in_memory.Buffers(backbone.pretrained, tuned, seed, statistics)
-    if recipe.per_task:
-        directions = in_memory.task_directions(recipe, entries)
-        in_memory.save_directions(directions, out / DIRECTIONS)
-        write_json(out / MERGE, {"bytes_per_task": directions.bytes_per_task})
-    else:
-        save(in_memory.direction(recipe, entries), out / DIRECTION)
+        statistics = measure(recipe, streams, config, inputs, out, progress) if recipe.measures else {}
+        entries = streams(recipe, statistics=statistics)
+        if recipe.per_task:
+            write_directions(recipe, entries, layout, out)
+        else:
+            write_direction(recipe, entries, out / DIRECTION)
+
+
+def measure(
+    recipe: Recipe,
+    streams: Callable[[Recipe], Streams],
+    config: MergeConfig,
+    inputs: Inputs,
+    out: Path,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Return what the methods of a recipe measure on the tasks' images, by entry."""
+    backbone = artifacts.open_backbone(inputs, config)
+    heads = [head.on(backbone.device) for head in artifacts.open_heads(inputs["finetuned"])]
+    with TemporaryDirectory(dir=out) as folder:
+        if len(recipe.stages) > 1:
+            paths = write_transformed(recipe.transforms, streams(recipe.transforms), Path(folder))
+            tuned = Opened(paths, lambda path: records.read_weights(path, backbone.pretrained))
+        else:
+            tuned = Opened(inputs["finetuned"], lambda path: artifacts.open_task_vector(path, backbone))
+        data = Data(backbone, tuned, artifacts.open_tasks(inputs), heads, config.seed or 0, progress)
+        return in_memory.measure(recipe, data)
+
+
+@dataclass(frozen=True)
+class Opened(Sequence[Weights]):
+    """Task vectors that are read when they are asked for: who goes over them holds one."""
+
+    paths: Sequence[Path]
+    open: Callable[[Path], Weights]
+
+    def __len__(self) -> int:
+        """Return their number."""
+        return len(self.paths)
+
+    def __getitem__(self, place: Any) -> Any:
+        """Return the vector at a place, or vectors in a slice of places."""
+        chosen = self.paths[place]
+        return self.open(chosen) if isinstance(chosen, Path) else [self.open(path) for path in chosen]
+
+
+def write_directions(recipe: Recipe, streams: Streams, layout: tuple[Slot, ...], out: Path) -> None:
+    """Write the result of a recipe that gives each task its own direction, and what a task's takes."""
+    size = max(slot.start + slot.size for slot in layout)
+    collected = Collected(Weights(layout, torch.zeros(size)), len(streams.tuned))
+    stream(recipe, streams, collected.take)
+    directions = collected.directions()
+    save_directions(directions, out / DIRECTIONS)
+    write_json(out / MERGE, {"bytes_per_task": directions.bytes_per_task})
 
 
 class PickConfig(Config):
@@ -146,7 +213,7 @@ def per_task_work(step: Step, sizes: Sizes) -> Work:
 
 
 @step_type(
-    3,
+    4,
     ("torch", "numpy"),
     reads=["backbone", "precision", "tasks", "finetuned", "choice"],
     writes=[DIRECTION, CHOICE],
@@ -171,7 +238,9 @@ def per_task_scales(config: PerTaskConfig, inputs: Inputs, out: Path, progress: 
             vectors.move(backbone.bound, backbone.pretrained, tuned, scales)
             measured[scales] = accuracies(backbone, every, heads)
     best = max(measured, key=lambda scales: objective(measured[scales], normal))  # ties keep the common one
-    total = torch.stack([vector.flat * scale for vector, scale in zip(tuned, best, strict=True)]).sum(0)
+    total = torch.zeros_like(backbone.pretrained.flat)
+    for vector, scale in zip(tuned, best, strict=True):
+        total += vector.flat * scale
     save(backbone.pretrained.with_flat(total), out / DIRECTION)
     choice: dict[str, Any] = {"scale": 1.0, "scales": best, "value": objective(measured[best], normal)}
     choice |= {"accuracy": float(np.mean(measured[best])), "measured": list(measured.items())}
