@@ -24,12 +24,13 @@ from safetensors.numpy import load_file
 
 from taskvec.engine import pipeline
 from taskvec.engine.executors import open_executor
-from taskvec.engine.pipeline import STEP_TYPES
+from taskvec.engine.pipeline import STEP_TYPES, Config, Step
 from taskvec.engine.store import NOTES, RECORD, Artifact, Store
 from taskvec.merging.registry import METHODS
 from taskvec.study.files import parse_study
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
+from taskvec.study.steps.loading import PrecisionConfig, choose_precision, compare_precisions
 
 GOLDEN = Path(__file__).with_suffix(".json").with_stem("golden")
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib")
@@ -105,8 +106,17 @@ def run(folder: Path, name: str) -> Iterable[Artifact]:
     """Run a study, and return what its steps wrote."""
     text = f"name: {name}" + STUDIES[name] + SHORT
     file, store = StudyFile(parse_study(text, name), text, folder), Store(folder / "store")
-    steps = [step for experiment in plan(file, store) for step in experiment.steps()]
-    return pipeline.run(steps, store, open_executor(1), Quiet()).values()
+    steps = pipeline.ordered(step for experiment in plan(file, store) for step in experiment.steps())
+    return pipeline.run([*steps, choice_of_precision(steps)], store, open_executor(1), Quiet()).values()
+
+
+def choice_of_precision(steps: list[Step]) -> Step:
+    """Return the step that a study has on a GPU only, here on the CPU, where TF32 is float32."""
+    encoder = next(step for step in steps if step.type.name == "load_backbone")
+    tasks = [step for step in steps if step.type.name == "decode_task"]
+    config = PrecisionConfig(wanted="tf32", scales=(0.0, 0.05), device="cpu")
+    comparison = Step("compare", compare_precisions, config, {"backbone": encoder, "tasks": tasks})
+    return Step("choose", choose_precision, Config(), {"comparison": comparison})
 
 
 def outputs(folder: Path) -> Outputs:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,7 +127,7 @@ class Graph:
 @pytest.fixture
 def recorded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """A small encoder's pass on a device that is made up, with graphs of four images."""
-    recorded = Recorded(lambda batch: backbone.look(False, batch, cache=False), backbone.module, 4)
+    recorded = Recorded(lambda batch: backbone.look(False, "float32", batch, cache=False), backbone.module, 4)
 
     def capture(self: Recorded, batch: torch.Tensor) -> None:
         graph = Graph()
@@ -180,6 +182,8 @@ def test_small_is_the_lab_and_not_what_users_bring(backbone: Backbone) -> None:
     assert not is_small(nn.Linear(2**11, 2**11))  # with its bias, more than 2**22
 
 
-def test_a_linearised_copy_has_passes_of_its_own(backbone: Backbone) -> None:
+def test_copies_that_share_the_module_share_its_passes_but_linearised_ones(backbone: Backbone) -> None:
     backbone.passes.size = 512
+    assert replace(backbone, name="other").passes is backbone.passes
     assert linearised(backbone).passes.size == 0
+    assert copy.deepcopy(backbone).passes.size == 0

@@ -38,7 +38,8 @@ class Backbone:
     tensors of that file that are no part of the encoder, and ``origin`` the file and the SHA-256 of its content.
     Where there are ``base`` weights, the encoder is linearised: its features are those of its first-order expansion
     around them. ``precision`` is that of passes that learn nothing (``core.compute``), except those of a linearised
-    encoder, whose forward derivatives are float32. ``passes`` is what is known of them on a GPU.
+    encoder, whose forward derivatives are float32. ``passes`` is what is known of them on a GPU, for all backbones that
+    share the module and its weights.
 
     Threads may share a backbone: its ``lock`` lets one at a time move it (``at``) or ask for features.
     """
@@ -56,7 +57,7 @@ class Backbone:
     base: Weights | None = None
     precision: PassPrecision = "float32"
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=threading.RLock, repr=False, compare=False)
-    passes: Passes = field(default_factory=Passes, init=False, repr=False, compare=False)
+    passes: Passes = field(default_factory=Passes, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of: its module is bound anew, and its lock and passes are its own."""
@@ -127,7 +128,7 @@ class Backbone:
 
     def planned_pass(self, batch_size: int | None, per_patch: bool) -> tuple[Look, int]:
         """Return what looks at a batch, and at how many images: on a GPU as the encoder allows, as a graph if small."""
-        look = functools.partial(self.look, per_patch)
+        look = functools.partial(self.look, per_patch, self.pass_precision)
         if batch_size is not None or not self.device.startswith("cuda"):
             return look, batch_size or ON_CPU
         if not self.passes.size:
@@ -137,15 +138,19 @@ class Backbone:
             return look, self.passes.size
         key = per_patch, self.precision
         if key not in self.passes.graphs:
-            uncached = functools.partial(self.look, per_patch, cache=False)
+            uncached = functools.partial(self.look, per_patch, self.precision, cache=False)
             self.passes.graphs[key] = Recorded(uncached, self.module, self.passes.size)
         return self.passes.graphs[key], self.passes.size
 
     def look(
-        self, per_patch: bool, pixels: UInt8[Tensor, "batch 3 size size"], cache: bool = True
+        self,
+        per_patch: bool,
+        precision: PassPrecision,
+        pixels: UInt8[Tensor, "batch 3 size size"],
+        cache: bool = True,
     ) -> Float[Tensor, "batch *patches width"]:
         """Return the float32 features of a batch; without the ``cache``, weights are cast for it alone."""
-        with autocast(self.pass_precision, self.device, cache):
+        with autocast(precision, self.device, cache):
             images = normalise(pixels, self.preprocessing, self.device)
             return encode(self.module, images, per_patch, self.base).float()
 
@@ -180,7 +185,7 @@ def linearised(backbone: Backbone) -> Backbone:
 
     Both share the module and its weights. Fine-tuning, merging and measuring it is done as with any backbone.
     """
-    return replace(backbone, base=backbone.pretrained)
+    return replace(backbone, base=backbone.pretrained, passes=Passes())
 
 
 def patch_tokens(module: nn.Module, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch patches width"]:

@@ -91,7 +91,7 @@ def accuracies(backbone: Backbone, tasks: Sequence[Task], heads: Sequence[Head])
     return tuple(means(scores))
 
 
-def means(scores: Sequence[Shaped[Tensor, " count"]]) -> list[float]:
+def means(scores: Sequence[Shaped[Tensor, "..."]]) -> list[float]:
     """Return the mean of each of several scores, in float64; they are fetched from the device together."""
     values: list[float] = torch.stack([score.double().mean() for score in scores]).tolist()
     return values
