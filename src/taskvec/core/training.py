@@ -115,7 +115,8 @@ def train(
             set_rates(optimizer, groups, schedule.factor(step))
             losses.add(take([next(stream) for _ in range(schedule.accumulate)]))
             history(step)
-            progress((step + 1) / schedule.steps)
+            if losses.all_fetched():  # on a GPU steps are done then, and not before
+                progress((step + 1) / schedule.steps)
         return losses.fetched()
 
 
@@ -175,6 +176,10 @@ class Losses:
             if not math.isfinite(self.values[place]):
                 raise self.divergence(place)
 
+    def all_fetched(self) -> bool:
+        """Return whether no loss is still on the device only."""
+        return self.count == len(self.values)
+
     def divergence(self, place: int) -> DivergedError:
         """Return the error of a loss: which step it was, and the learning rate."""
         rate = ", ".join(f"{group.learning_rate:g}" for group in self.groups)
@@ -188,7 +193,7 @@ class Losses:
 
     def fetched(self) -> list[float]:
         """Return all losses."""
-        if self.count > len(self.values):
+        if not self.all_fetched():
             self.fetch()
         return self.values
 
