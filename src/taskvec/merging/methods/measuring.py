@@ -21,7 +21,8 @@ from taskvec.core.training import index_batches
 from taskvec.data.images import normalise
 from taskvec.data.splits import seeded_choice
 from taskvec.data.tasks import Task
-from taskvec.encoders.backbone import Images, encode
+from taskvec.data.uploads import Images
+from taskvec.encoders.backbone import encode
 from taskvec.learning.heads import Head
 from taskvec.merging.entries import Data
 from taskvec.merging.methods.adaptive import Adamerging, Fisher, Regmean, fisher_summand, regmean_summand
