@@ -154,6 +154,14 @@ def test_scales_that_are_the_same_are_one(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(passes.sum() == 5 * 9_000 + 11_000 for passes in watched.passes)
 
 
+@given(st.integers(1, 6000))
+def test_looks_add_up_to_the_split_and_a_last_scale_goes_over_all_of_it(size: int) -> None:
+    looks = range(len(racing.LOOKS) + 1)
+    assert len(racing.LEFT) == len(looks)
+    assert sum(racing.images_added(look, size) for look in looks) == size
+    assert [racing.images_of(look, 1, size) for look in looks] == [size] * len(looks)
+
+
 # ---------------------------------------------------------------- encoders and studies
 
 
@@ -169,8 +177,10 @@ def test_a_race_of_an_encoder_chooses_the_scale_of_the_grid(
     raced = racing.race_scale(backbone, merged, tasks, heads, tuned, GRID)
     assert raced.scale == best_candidate(GRID, values)
     assert raced.values == pytest.approx([values[GRID.index(scale)] for scale in raced.scales])
+    monkeypatch.setattr(racing, "PORTION", 10)
     places = np.array([5, 0, 3])
     scores = racing.scores_along(backbone, merged, tasks[0], heads[0], GRID, np.arange(24))
+    assert scores.mean(axis=1).tolist() == curves[0]
     assert (racing.scores_along(backbone, merged, tasks[0], heads[0], GRID, places) == scores[:, places]).all()
 
 
