@@ -27,6 +27,7 @@ from taskvec.evaluation.scale_search import best_candidate, kept_curve, objectiv
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.report.rows import results
 from taskvec.study.files import parse_study
+from taskvec.study.forecast.sizes import Sizes
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
 
@@ -255,6 +256,9 @@ def test_a_study_says_what_does_not_race(data: Path) -> None:
     with listen() as heard:
         cells = plan(study_file(data, "racing", tail="regimes: [aligned, linearised]\n"), Store(data / "store"))
     assert list(heard) == ["search: racing leaves linearised encoders out: two passes serve all their scales"]
+    first, *others = [curves["one"] for curves in cells[0].trials[0].rounds]
+    assert first.type.work(first, Sizes()).forward == 4 * 12  # scale 0 is cached; the first look takes all of the split
+    assert [step.type.work(step, Sizes()).forward for step in others] == [0, 0]
     kinds = [{step.type.name for step in cell.trials[0].rounds[0].values()} for cell in cells]
     assert kinds == [{"raced_curve"}, {"kept_curve"}]
     masks = "- {name: tall_masks, scales: [0.5, 1.0], config: {k: [0.2, 0.8]}}\n"
