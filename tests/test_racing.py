@@ -65,22 +65,23 @@ class Watched:
 # ---------------------------------------------------------------- the rule
 
 
-def test_of_a_hundred_seeded_races_ninety_five_lose_at_most_the_indifference() -> None:
+@pytest.mark.parametrize(("fall", "most"), [(0.5, 0.75), (0.04, 1.0)])
+def test_of_a_hundred_seeded_races_ninety_five_lose_at_most_the_indifference(fall: float, most: float) -> None:
     regrets, passes = [], []
     for seed in range(100):
-        tasks, tuned = planted(seed % 10, fall=0.5), [0.9, 0.8, 0.95]
+        tasks, tuned = planted(seed % 10, fall=fall), [0.9, 0.8, 0.95]
         watched, values = Watched(tasks), values_of(tasks, tuned)
         chosen = racing.race(watched, SIZES, tuned, GRID, seed)
         regrets.append(max(values) - values[GRID.index(chosen.scale)])
         passes.append(sum(map(np.sum, watched.passes)) / (len(GRID) * sum(SIZES)))
     assert sum(regret <= racing.INDIFFERENCE for regret in regrets) >= 95
-    assert np.mean(passes) < 0.75
+    assert np.mean(passes) <= most
 
 
 def test_bounds_from_above_hold_as_often_as_they_say() -> None:
     """Means over samples of all sorts of sizes, with differences as rare as those of neighbouring scales."""
     draw, log, failed = np.random.default_rng(0), math.log(20), 0
-    sizes, counts, weights = [400, 60, 90], [40, 40, 90], np.array([0.3, 0.5, 0.2])
+    sizes, counts, weights = [3000, 1000, 90], [800, 600, 90], np.array([0.3, 0.5, 0.2])
     for _ in range(50):
         tasks = [draw.choice([-1.0, 0.0, 1.0], (1, size), p=[0.02, 0.93, 0.05]) for size in sizes]
         truth = sum(weight * task.mean() for weight, task in zip(weights, tasks, strict=True))
