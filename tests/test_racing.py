@@ -27,6 +27,7 @@ from taskvec.evaluation.scale_search import best_candidate, kept_curve, objectiv
 from taskvec.merging.in_memory import merge_vectors
 from taskvec.report.rows import results
 from taskvec.study.files import parse_study
+from taskvec.study.forecast.sizes import Sizes
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
 
@@ -64,22 +65,23 @@ class Watched:
 # ---------------------------------------------------------------- the rule
 
 
-def test_of_a_hundred_seeded_races_ninety_five_lose_at_most_the_indifference() -> None:
+@pytest.mark.parametrize(("fall", "most"), [(0.5, 0.75), (0.04, 1.0)])
+def test_of_a_hundred_seeded_races_ninety_five_lose_at_most_the_indifference(fall: float, most: float) -> None:
     regrets, passes = [], []
     for seed in range(100):
-        tasks, tuned = planted(seed % 10, fall=0.5), [0.9, 0.8, 0.95]
+        tasks, tuned = planted(seed % 10, fall=fall), [0.9, 0.8, 0.95]
         watched, values = Watched(tasks), values_of(tasks, tuned)
         chosen = racing.race(watched, SIZES, tuned, GRID, seed)
         regrets.append(max(values) - values[GRID.index(chosen.scale)])
         passes.append(sum(map(np.sum, watched.passes)) / (len(GRID) * sum(SIZES)))
     assert sum(regret <= racing.INDIFFERENCE for regret in regrets) >= 95
-    assert np.mean(passes) < 0.75
+    assert np.mean(passes) <= most
 
 
 def test_bounds_from_above_hold_as_often_as_they_say() -> None:
     """Means over samples of all sorts of sizes, with differences as rare as those of neighbouring scales."""
     draw, log, failed = np.random.default_rng(0), math.log(20), 0
-    sizes, counts, weights = [400, 60, 90], [40, 40, 90], np.array([0.3, 0.5, 0.2])
+    sizes, counts, weights = [3000, 1000, 90], [800, 600, 90], np.array([0.3, 0.5, 0.2])
     for _ in range(50):
         tasks = [draw.choice([-1.0, 0.0, 1.0], (1, size), p=[0.02, 0.93, 0.05]) for size in sizes]
         truth = sum(weight * task.mean() for weight, task in zip(weights, tasks, strict=True))
@@ -154,6 +156,14 @@ def test_scales_that_are_the_same_are_one(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(passes.sum() == 5 * 9_000 + 11_000 for passes in watched.passes)
 
 
+@given(st.integers(1, 6000))
+def test_looks_add_up_to_the_split_and_a_last_scale_goes_over_all_of_it(size: int) -> None:
+    looks = range(len(racing.LOOKS) + 1)
+    assert len(racing.LEFT) == len(looks)
+    assert sum(racing.images_added(look, size) for look in looks) == size
+    assert [racing.images_of(look, 1, size) for look in looks] == [size] * len(looks)
+
+
 # ---------------------------------------------------------------- encoders and studies
 
 
@@ -169,8 +179,10 @@ def test_a_race_of_an_encoder_chooses_the_scale_of_the_grid(
     raced = racing.race_scale(backbone, merged, tasks, heads, tuned, GRID)
     assert raced.scale == best_candidate(GRID, values)
     assert raced.values == pytest.approx([values[GRID.index(scale)] for scale in raced.scales])
+    monkeypatch.setattr(racing, "PORTION", 10)
     places = np.array([5, 0, 3])
     scores = racing.scores_along(backbone, merged, tasks[0], heads[0], GRID, np.arange(24))
+    assert scores.mean(axis=1).tolist() == curves[0]
     assert (racing.scores_along(backbone, merged, tasks[0], heads[0], GRID, places) == scores[:, places]).all()
 
 
@@ -245,6 +257,9 @@ def test_a_study_says_what_does_not_race(data: Path) -> None:
     with listen() as heard:
         cells = plan(study_file(data, "racing", tail="regimes: [aligned, linearised]\n"), Store(data / "store"))
     assert list(heard) == ["search: racing leaves linearised encoders out: two passes serve all their scales"]
+    first, *others = [curves["one"] for curves in cells[0].trials[0].rounds]
+    assert first.type.work(first, Sizes()).forward == 4 * 12  # scale 0 is cached; the first look takes all of the split
+    assert [step.type.work(step, Sizes()).forward for step in others] == [0, 0]
     kinds = [{step.type.name for step in cell.trials[0].rounds[0].values()} for cell in cells]
     assert kinds == [{"raced_curve"}, {"kept_curve"}]
     masks = "- {name: tall_masks, scales: [0.5, 1.0], config: {k: [0.2, 0.8]}}\n"

@@ -25,6 +25,8 @@ LOOKS = (128, 1024)
 """Images of each task at which scales may leave a race; those that are left then go over the whole split."""
 LEFT = (1.0, 0.6, 0.25)
 """The share of the scales that were left at each look and for the rest of the splits (benchmarks/racing.py)."""
+PORTION = 1024
+"""Images that are held in memory while they pass at all scales."""
 INDIFFERENCE = 0.002
 """The normalised accuracy that a race may lose against the best scale."""
 RISK = 0.05
@@ -45,6 +47,11 @@ def images_of(look: int, left: int, size: int) -> int:
     The last scale that is left needs no more comparison, and goes over the whole split at once.
     """
     return size if left == 1 or look >= len(LOOKS) else min(LOOKS[look], size)
+
+
+def images_added(look: int, size: int) -> int:
+    """Return how many images of a split of ``size`` a look adds to those before, with several scales left."""
+    return images_of(look, 2, size) - (images_of(look - 1, 2, size) if look else 0)
 
 
 def survivors(
@@ -91,16 +98,16 @@ def upper_bounds(
     sums of squares are rarely far below their mean (Maurer and Pontil, arXiv 0907.3740, theorem 10).
     """
     means, variances = np.zeros(len(differences[0])), np.zeros(len(differences[0]))
-    steps, squares = [0.0], [0.0]
+    ranges, squares = [0.0], [0.0]
     for values, size, weight in zip(differences, sizes, weights, strict=True):
         count = values.shape[1]
-        rest, step = min(1.0, (size - count) / count), weight / count
+        rest, unit = min(1.0, (size - count) / count), weight / count
         means += weight * values.mean(axis=1)
-        variances += step**2 * rest * (values**2).sum(axis=1)
-        steps, squares = [*steps, step * (count < size)], [*squares, step**2 * rest]
+        variances += unit**2 * rest * (values**2).sum(axis=1)
+        ranges, squares = [*ranges, unit * (count < size)], [*squares, unit**2 * rest]
     slack = max(squares) * log / 2
     deviations = np.sqrt(variances + slack) + math.sqrt(slack)
-    return means + math.sqrt(2 * log) * deviations + 2 / 3 * max(steps) * log
+    return means + math.sqrt(2 * log) * deviations + 2 / 3 * max(ranges) * log
 
 
 def scores_along(
@@ -114,17 +121,20 @@ def scores_along(
 ) -> TaskScores:
     """Return how right a task's kept head is, at scales along a merged vector, on some images of its validation split.
 
-    They are read from disk in the order of the split, and returned in the order of ``places``. Scores stay on the
-    device until all scales are done.
+    They are read from disk in the order of the split, a portion at a time, and returned in the order of ``places``.
+    Scores of a portion stay on the device until all scales are done.
     """
-    rising = np.argsort(places)
-    images: Any = backbone.resident(task.validation.images[places[rising]])
-    split, scores, head = Split(images, task.validation.labels[places[rising]]), [], head.on(backbone.device)
-    with backbone.at():
-        for features, targets in features_along(backbone, merged, split, task.kind, scales):
-            scores.append(head.score(features, targets))
-            progress(len(scores) / len(scales))
-    return torch.stack(scores).cpu().numpy()[:, np.argsort(rising)]
+    rising, head, portions = np.argsort(places), head.on(backbone.device), list[TaskScores]()
+    for start in range(0, len(places), PORTION):
+        chosen, scores = places[rising[start : start + PORTION]], []
+        images: Any = backbone.resident(task.validation.images[chosen])
+        split = Split(images, task.validation.labels[chosen])
+        with backbone.at():
+            for features, targets in features_along(backbone, merged, split, task.kind, scales):
+                scores.append(head.score(features, targets))
+                progress((start + len(chosen) * len(scores) / len(scales)) / len(places))
+        portions.append(torch.stack(scores).cpu().numpy())
+    return np.concatenate(portions, axis=1)[:, np.argsort(rising)]
 
 
 def race_scale(

@@ -62,7 +62,7 @@ def search(
     rates: dict[str, Step],
 ) -> None:
     """Search the scale of a trial: by a race where it may, else in a round for each stride."""
-    if planner.study.search == "racing" and trial.heads == "kept" and not exp.how.linearised:
+    if planner.study.search == "racing" and trial.heads == "kept" and trial.grid[1:] and not exp.how.linearised:
         race(planner, exp, trial, shared)
         return
     for number, stride in enumerate(strides):
@@ -90,7 +90,7 @@ def raced_curve(planner: Planner, task: str, exp: Experiment, trial: Trial, look
     inputs |= {"plan": trial.selection, "before": trial.rounds[-1][task]} if look else {}
     config = searching.RaceConfig(scales=trial.grid, look=look, seed=exp.seed, **tried(planner, task, exp, trial))
     label = f"scales of {task}, look {look + 1}: {trial.title} {exp.where}"
-    cost = 0.1 * racing.LEFT[look] * len(trial.grid) * planner.images[task]
+    cost = racing.LEFT[look] * len(trial.grid) * racing.images_added(look, round(0.1 * planner.images[task]))
     return planner.step(searching.raced_curve, label, config, inputs, cost)
 
 

@@ -71,11 +71,9 @@ class RaceConfig(CurveConfig):
 
 def race_work(step: Step, sizes: Sizes) -> Work:
     """The images that a look adds pass at the scales that are left, by the shares that were measured."""
-    config, size = step.config, sizes.task(step).validation
-    before = racing.images_of(config.look - 1, len(config.scales), size) if config.look else 0
-    images = racing.images_of(config.look, len(config.scales), size) - before
-    scales = len([scale for scale in config.scales if scale])
-    return sizes.passes(step, racing.LEFT[config.look] * scales * images)
+    look, scales = step.config.look, len([scale for scale in step.config.scales if scale])
+    images = racing.images_added(look, sizes.task(step).validation)
+    return sizes.passes(step, racing.LEFT[look] * scales * images)
 
 
 @step_type(
@@ -127,10 +125,15 @@ def earlier_scores(folder: Path | None, scales: list[float]) -> racing.TaskScore
     """Return the scores that the looks before this one kept of some scales, in the order of the race."""
     if folder is None:
         return np.empty((len(scales), 0), dtype=bool)
-    with np.load(folder / SCORES) as kept:
-        places = [kept["scales"].tolist().index(scale) for scale in scales]
-        scores: racing.TaskScores = kept["scores"][places]
+    kept = read_scores(folder)
+    scores: racing.TaskScores = kept["scores"][[kept["scales"].tolist().index(scale) for scale in scales]]
     return scores
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Return what a look of a race kept of one task: ``scales``, ``scores`` and the ``size`` of the split."""
+    with np.load(folder / SCORES) as arrays:
+        return dict(arrays)
 
 
 class SurvivorsConfig(Config):
@@ -143,7 +146,7 @@ class SurvivorsConfig(Config):
 def survivors(config: SurvivorsConfig, inputs: Inputs, out: Path, progress: Progress) -> None:
     """Name the scales that stay in a race, by the scores of all tasks so far."""
     tuned = artifacts.validations(inputs["finetuned"])
-    tasks = [dict(np.load(folder / SCORES)) for folder in inputs["curves"]]
+    tasks = [read_scores(folder) for folder in inputs["curves"]]
     scales, sizes = tasks[0]["scales"].tolist(), [int(task["size"]) for task in tasks]
     left = racing.survivors(scales, [task["scores"] for task in tasks], sizes, tuned, config.started)
     write_json(out / CHOICE, {"next": left})
