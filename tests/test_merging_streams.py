@@ -132,6 +132,14 @@ def test_what_is_not_finite_is_named_and_no_option_is_advised_that_a_study_lacks
     assert "encoder-1" in str(raised.value) and "--exclude" not in str(raised.value)
 
 
+def test_a_direction_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    base, tuned = pack(state(0)), pack(state(1))
+    tuned["scale"].fill_(2e38)
+    recipe = find_recipe("lines+dare", {"alpha": 10, "drop": 0.0})
+    with opened(tmp_path, base, [tuned]) as streams, pytest.raises(TaskvecError, match="'scale' of the result holds"):
+        write_direction(recipe, streams(recipe), tmp_path / "out")
+
+
 @pytest.mark.parametrize("address", ["lab:random", "lab:contrastive"])
 def test_a_layout_is_that_of_the_backbone(tmp_path: Path, address: str) -> None:
     backbone: Backbone = load_backbone(address, device="cpu")

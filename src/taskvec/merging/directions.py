@@ -13,7 +13,7 @@ from typing import Any
 from taskvec.core.errors import TaskvecError
 from taskvec.merging.entries import Entry, array
 from taskvec.merging.matching import Matched
-from taskvec.merging.on_disk import Streams, carry, store, stream
+from taskvec.merging.on_disk import Streams, carry, check_fit, store, stream
 from taskvec.merging.recipes import Recipe
 from taskvec.weights.flat import Slot, check_keys, distinct_slots
 from taskvec.weights.reader import FLOATS, Checkpoint
@@ -67,6 +67,7 @@ def _write(recipe: Recipe, streams: Streams, paths: Sequence[Path]) -> None:
         def take(entry: Entry, result: Any) -> None:
             rows = array(result).reshape(len(writers), -1)
             for writer, row in zip(writers, rows, strict=True):
+                check_fit(entry.name, row, "F32", "choose another method, or other hyperparameters")
                 for name in streams.names_of(entry.name):
                     store(writer, name, entry.start, row, "F32")
 

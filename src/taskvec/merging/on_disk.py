@@ -300,7 +300,7 @@ def carry(streams: Streams, writer: Writer, dtype: str | None = None) -> None:
         else:
             for start in range(0, stored.size, SLICE):
                 values = base.read(name, start, min(stored.size, start + SLICE))
-                _check_fit(name, values[np.isfinite(values)], str(dtype), "choose a wider --dtype")
+                check_fit(name, values[np.isfinite(values)], str(dtype), "choose a wider --dtype")
                 store(writer, name, start, values, str(dtype))
 
 
@@ -325,12 +325,13 @@ def _move(
         if entry.name.endswith("running_var"):
             np.maximum(moved, 0, out=moved)
         np.copyto(moved, wide, where=still)  # -0.0 + 0.0 would be 0.0
-        _check_fit(entry.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
+        check_fit(entry.name, moved, dtype or stored.dtype, "choose a smaller --scale, or a wider --dtype")
         for name in streams.names_of(entry.name):
             store(writer, name, place, moved, dtype or stored.dtype)
 
 
-def _check_fit(name: str, values: Float[ndarray, " count"], dtype: str, fix: str) -> None:
+def check_fit(name: str, values: Float[ndarray, " count"], dtype: str, fix: str) -> None:
+    """Raise for numbers of a result that a type cannot hold, NaN and infinity among them."""
     if not peak(values) < LARGEST[dtype]:
         raise TaskvecError(f"'{name}' of the result holds NaN, infinity or values that {dtype} cannot hold", fix)
 
