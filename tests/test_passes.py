@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.notes import listen
@@ -55,6 +56,29 @@ def test_float16_sees_the_encoder_move(backbone: Backbone) -> None:
         backbone.bound.flat.mul_(1.5)
         assert not torch.equal(backbone.features(images), before)
     assert torch.equal(backbone.features(images), before)
+
+
+class Casts(TorchDispatchMode):
+    """Remembers the shapes of tensors that are cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype):
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_pass_casts_every_weight_once(backbone: Backbone) -> None:
+    backbone.precision = "float16"
+    with Casts() as casts:
+        backbone.features(pixels(9), batch_size=2)
+    assert casts.shapes.count(tuple(backbone.module.first.weight.shape)) == 1
+    assert casts.shapes.count((6, 6)) == 1  # of two layers, whose weights are tied
+    assert casts.shapes.count((2, 3, 8, 8)) >= 4  # pixels of four batches
 
 
 @given(seed=st.integers(0, 99))

@@ -101,6 +101,19 @@ def test_an_upload_that_is_cut_short_is_not_kept(device: Resident) -> None:
     assert device.find(array) is None
 
 
+def test_where_memory_is_short_batches_arrive_all_the_same(device: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    array, empty = images(20), torch.empty
+
+    def short(*shape: Any, **how: Any) -> torch.Tensor:
+        if shape == (array.shape,):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return empty(*shape, **how)
+
+    monkeypatch.setattr(torch, "empty", short)
+    assert torch.equal(together(batches(array, 8, DEVICE)), torch.from_numpy(array))
+    assert device.find(array) is None
+
+
 def test_pinned_memory_is_written_again_only_after_it_has_left(device: Resident) -> None:
     list(batches(images(200), 50, DEVICE))  # four batches, two buffers
     first, second = (entry for kind, entry in Event.log[:1] + Event.log[3:4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
@@ -44,7 +45,7 @@ class Resident:
             return copy
 
     def room(self, array: np.ndarray) -> Tensor | None:
-        """Return an empty tensor for the copy of an array; None where the array is larger than the budget."""
+        """Return an empty tensor for the copy of an array; None where it exceeds the budget, or memory is short."""
         if array.nbytes > self.budget:
             return None
         with self.lock:
@@ -53,7 +54,9 @@ class Resident:
                 oldest = next(iter(sizes))
                 del sizes[oldest]
                 self.copies.pop(oldest, None)
-        return torch.empty(array.shape, dtype=dtype_of(array), device=self.device)
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # batches do without
+            return torch.empty(array.shape, dtype=dtype_of(array), device=self.device)
+        return None
 
     def keep(self, array: np.ndarray, copy: Tensor) -> None:
         """Remember the copy of an array for as long as the array lives."""
@@ -78,8 +81,7 @@ def on_device(array: Shaped[np.ndarray, "count ..."], device: str) -> Shaped[Ten
         for _ in uploaded(array, max(1, CHUNK // max(1, array[:1].nbytes)), device):
             pass
         copy = resident.find(array)
-    assert copy is not None
-    return copy
+    return torch.from_numpy(array).to(device) if copy is None else copy
 
 
 def fits(array: np.ndarray, device: str) -> bool:
