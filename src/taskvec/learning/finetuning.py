@@ -174,7 +174,7 @@ def compile_encoder(
 ) -> None:
     """Compile an encoder for the shapes of a draw, there and back; one that fails stays as it is, with a note."""
     state: Any = module
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[device]), deterministic(torch.device(device)):
+    with warnings.catch_warnings(), deterministic(torch.device(device)):
         warnings.simplefilter("ignore")  # of the compiler about itself, and that TF32 is off, which is on purpose
         try:
             state.compile(dynamic=False)
