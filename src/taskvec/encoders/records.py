@@ -17,7 +17,7 @@ from taskvec.encoders.loaders import families
 from taskvec.encoders.loaders.families import build, build_hollow
 from taskvec.encoders.loaders.requests import check_affordable, check_bounds, check_parameters
 from taskvec.engine.pipeline import versions
-from taskvec.weights.flat import Weights, align, check_filled, open_saved, pack, read, save
+from taskvec.weights.flat import Weights, align, check_filled, open_saved, outline, read, save
 
 Mean = Annotated[float, Field(ge=-1000, le=1000)]
 Deviation = Annotated[float, Field(ge=1e-4, le=1000)]
@@ -99,7 +99,7 @@ def restore(about: Path, weights: Path, device: str, name: str, kept: bool = Fal
     except Exception as error:  # modules of many libraries, which raise errors of many kinds
         what = f"no encoder can be made of its architecture: {first_line(error)}"
         raise TaskvecError(f"'{about}': {what}", "restore the file, or make it again") from None
-    like = pack(module.state_dict(keep_vars=True))
+    like = outline(module.state_dict(keep_vars=True))
     if kept:
         pretrained = open_saved(weights, like, device)
         check_filled(pretrained, f"'{weights}'")

@@ -119,21 +119,27 @@ def layout_of(state: Mapping[str, Tensor]) -> tuple[Slot, ...]:
     return tuple(layout)
 
 
+def outline(state: Mapping[str, Tensor]) -> Weights:
+    """Return the layout of a state dictionary and what it carries; the entries have no values (meta device)."""
+    layout = layout_of(state)
+    size = max((slot.start + slot.size for slot in layout), default=0)
+    others = {name: tensor.detach() for name, tensor in state.items() if not tensor.is_floating_point()}
+    carried = {n: torch.zeros_like(t, device="cpu") if t.is_meta else t.clone() for n, t in others.items()}
+    return Weights(layout, torch.empty(size, device="meta"), carried)
+
+
 def pack(state: Mapping[str, Tensor]) -> Weights:
     """Copy a state dictionary into one flat float32 buffer, in its order; tied tensors are stored once.
 
     Tensors without values, on the meta device, become zeros on the CPU.
     """
-    layout = layout_of(state)
-    size = max((slot.start + slot.size for slot in layout), default=0)
-    first = next((state[slot.name].device for slot in layout), torch.device("cpu"))
-    weights = Weights(layout, torch.zeros(size, device=_real(first)))
+    empty = outline(state)
+    first = next((state[slot.name].device for slot in empty.layout), torch.device("cpu"))
+    weights = empty.with_flat(torch.empty_like(empty.flat, device=_real(first)))
     for slot in distinct(weights):
-        if not state[slot.name].is_meta:
-            view(weights.flat, slot).copy_(state[slot.name].detach())
-    others = {name: tensor.detach() for name, tensor in state.items() if not tensor.is_floating_point()}
-    carried = {n: torch.zeros_like(t, device="cpu") if t.is_meta else t.clone() for n, t in others.items()}
-    return Weights(layout, weights.flat, carried)
+        entry, tensor = view(weights.flat, slot), state[slot.name].detach()
+        entry.zero_() if tensor.is_meta else entry.copy_(tensor)
+    return weights
 
 
 def _real(device: torch.device) -> torch.device:
@@ -198,7 +204,7 @@ def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
     names = {e.name: twins[e.start] for e in like.layout if e.name not in state and e.start in twins}
     full = dict(state) | {name: state[twin] for name, twin in names.items()}
     check_fit(full, like, source)
-    flat = torch.empty_like(like.flat)
+    flat = torch.empty_like(like.flat, device=_real(like.flat.device))
     for slot in like.layout:
         view(flat, slot).copy_(full[slot.name])
     check_finite(Weights(like.layout, flat), source)
