@@ -14,7 +14,7 @@ from typing import Any
 
 from taskvec.engine.executors import Inline
 from taskvec.engine.pipeline import Config, Executor, Finished, Inputs, Job, Step, run, step_type
-from taskvec.engine.store import Store
+from taskvec.engine.store import Content, Store
 
 COUNTS = (1_000, 5_000)
 
@@ -41,7 +41,7 @@ class Idle:
 
     def wait(self) -> list[Finished]:
         jobs, self.jobs = self.jobs, []
-        return [Finished(job, 0.0) for job in jobs]
+        return [Finished(job, 0.0, Content({}, {})) for job in jobs]
 
     def close(self) -> None:
         """Nothing is under way."""

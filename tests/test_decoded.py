@@ -39,7 +39,7 @@ from taskvec.data.sources import parse
 from taskvec.encoders.backbone import Backbone
 from taskvec.engine import pipeline
 from taskvec.engine.executors import Inline
-from taskvec.engine.store import Store
+from taskvec.engine.store import Store, content_of
 from taskvec.learning.batches import cropped_batches, training_batches
 from taskvec.learning.finetuning import finetune
 from taskvec.learning.heads import random_head
@@ -429,7 +429,9 @@ def test_two_runs_may_build_the_same_cache_at_once(tmp_path: Path) -> None:
         begin.wait()
         tasks.write_task(f"folder:{root}", TO, None, folder)
         begin.wait()
-        return store.finish("ab" + "0" * 18, folder, {"function": "x:decode_task", "label": "decode t"}).digest
+        return store.finish(
+            "ab" + "0" * 18, folder, {"function": "x:decode_task", "label": "decode t"}, content_of(folder)
+        ).digest
 
     with ThreadPoolExecutor(4) as pool:
         digests_seen = set(pool.map(build, range(4)))
@@ -448,7 +450,7 @@ def test_the_store_is_listed_and_cleared(tmp_path: Path) -> None:
     ):
         folder = store.begin()
         (folder / "x.npy").write_bytes(bytes(2_000_000))
-        store.finish(id, folder, {"step": kind, "label": f"{kind} of greek"})
+        store.finish(id, folder, {"step": kind, "label": f"{kind} of greek"}, content_of(folder))
 
     def say(*more: str) -> str:
         found = CliRunner().invoke(app, ["store", "--store", str(tmp_path / "store"), *more])

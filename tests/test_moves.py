@@ -225,7 +225,7 @@ def test_moves_within_moves_come_back_one_by_one(backbone: Backbone) -> None:
 def test_only_a_kept_model_is_moved_for_good() -> None:
     source = Path(tv.__file__).parent
     callers = {str(p.relative_to(source)) for p in source.rglob("*.py") if "backbone.use(" in p.read_text("utf-8")}
-    assert callers == {"deploy/model.py", "encoders/backbone.py"}
+    assert callers == {"deploy/model.py"}
 
 
 def test_a_head_is_fitted_on_the_same_features_before_and_after_an_evaluation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from taskvec.core.files import canonical, disk_errors, fingerprint, read_json, w
 from taskvec.core.notes import listen
 from taskvec.core.settings import Probe
 from taskvec.engine import pipeline
+from taskvec.engine import store as store_module
 from taskvec.engine.executors import Inline, Processes, decode, encode
 from taskvec.engine.pipeline import Config, Job, Step, Untracked, mapped, step_type
 from taskvec.engine.store import RECORD, Store
@@ -148,6 +150,7 @@ def test_a_damaged_artifact_is_made_again_and_kept_aside(tmp_path: Path, damage:
     folder = done[one].folder
     if damage == "content":
         (folder / "n.txt").write_text("2")
+        os.utime(folder / "n.txt", ns=(1, 1))  # a clock of a filesystem may tick only some times a second
     elif damage == "missing":
         (folder / "n.txt").unlink()
     elif damage == "no record":
@@ -164,6 +167,85 @@ def test_a_damaged_artifact_is_made_again_and_kept_aside(tmp_path: Path, damage:
     aside = tmp_path / "damaged" / folder.name
     assert watcher.notes == [f"one: '{folder}' was damaged; it is made again, and what was there is kept in '{aside}'"]
     assert sorted(path.name for path in aside.iterdir()) == held
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """List the files that are read for their digests from now on."""
+    names: list[str] = []
+    real = store_module.file_digest
+    monkeypatch.setattr(store_module, "file_digest", lambda path: names.append(path.name) or real(path))
+    return names
+
+
+def test_who_wrote_a_file_reads_it_for_its_digest_and_nobody_later(tmp_path: Path, hashed: list[str]) -> None:
+    one, two = step("one", 1), step("two", 2)
+    run(Store(tmp_path), one, two)
+    assert hashed == ["n.txt", "n.txt"]
+    done, watcher = run(Store(tmp_path), one, two)
+    assert (watcher.ran, len(hashed)) == ([], 2)
+    record = done[one].json(RECORD)
+    assert record["stamps"] == {"n.txt": [1, (done[one].folder / "n.txt").stat().st_mtime_ns]}
+    assert record["files"] == {"n.txt": hashlib.sha256(b"1").hexdigest()}
+
+
+def test_the_parent_reads_no_file_that_a_worker_has_written(
+    tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", PATHS)
+    one = step("one", 1)
+    done = pipeline.run([one], Store(tmp_path), Processes(2), Quiet())
+    assert hashed == []
+    assert Store(tmp_path).changed(done[one].id) == []
+
+
+@pytest.mark.parametrize("how", ["copied", "older", "odd"])
+def test_what_tells_no_size_and_time_is_read_once(tmp_path: Path, how: str, hashed: list[str]) -> None:
+    one, place = step("one", 1), tmp_path / "store"
+    folder = run(Store(place), one)[0][one].folder
+    if how == "copied":
+        os.utime(folder / "n.txt", ns=(5, 5))
+    else:
+        record = read_json(folder / RECORD)
+        record["stamps"] = {"n.txt": ["1", None]}
+        if how == "older":
+            del record["stamps"]
+        (folder / RECORD).write_text(json.dumps(record))
+    before = (folder / RECORD).read_bytes()
+    hashed.clear()
+    for _ in range(3):
+        assert run(Store(place), one)[1].ran == []
+    assert hashed == ["n.txt"]
+    assert (folder / RECORD).read_bytes() == before
+    (folder / "n.txt").write_text("2")
+    os.utime(folder / "n.txt", ns=(6, 6))
+    assert run(Store(place), one)[1].ran == ["one"]
+
+
+def test_a_file_of_another_size_is_damaged_whatever_its_time(tmp_path: Path, hashed: list[str]) -> None:
+    one = step("one", 12)
+    path = run(Store(tmp_path), one)[0][one].folder / "n.txt"
+    seen = path.stat()
+    path.write_text("1")
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    hashed.clear()
+    store = Store(tmp_path)
+    assert store.find(run(store, one)[0][one].id) is not None
+    assert hashed == ["n.txt"]  # of the step that was run again
+
+
+def test_a_byte_that_changed_unseen_is_found_by_reading_all(tmp_path: Path) -> None:
+    one, store = step("one", 12), Store(tmp_path)
+    artifact = run(store, one)[0][one]
+    path = artifact.folder / "n.txt"
+    seen = path.stat()
+    path.write_text("13")
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert run(Store(tmp_path), one)[1].ran == []
+    assert store.changed(artifact.id) == ["n.txt"]
+    path.unlink()
+    assert store.changed(artifact.id) == ["n.txt"]
+    assert store.changed("0" * 20) == []
 
 
 def test_files_that_others_put_into_an_artifact_do_not_damage_it_and_stay(tmp_path: Path) -> None:

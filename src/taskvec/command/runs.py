@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -42,6 +43,7 @@ from taskvec.report.run_folder import (
     write_run,
     writing,
 )
+from taskvec.study import artifacts
 from taskvec.study.artifacts import AGREEMENTS
 from taskvec.study.experiment import Experiment
 from taskvec.study.forecast.estimate import decoded_bytes
@@ -123,7 +125,8 @@ def run_study(
         plugins_used, steps = used_plugins(file), [step for exp in experiments for step in exp.steps()]
         say_size(decoded_bytes(steps, store), store, reporter)
         executor = open_executor(workers or default_workers(device, file.study.threads))
-        done = pipeline.run(steps, store, executor, counter)
+        with contextlib.closing(artifacts):
+            done = pipeline.run(steps, store, executor, counter)
         with present(artifact.folder for artifact in done.values()), listen(functools.partial(counter.note, FOLDER)):
             models = best_models(experiments, done)
             lock = make_lock(file, experiments, done, models, device, command)

@@ -154,6 +154,7 @@ def save_model(
         "architecture": backbone.architecture,
         "packages": versions(families.packages(backbone.architecture["family"])),
         "preprocessing": backbone.preprocessing.to_json(),
+        "width": backbone.width,
         "tasks": [{"name": name, "classes": list(c)} for name, c in zip(heads, classes, strict=True)],
     }
     if backbone.base is not None:

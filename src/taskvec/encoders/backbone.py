@@ -7,7 +7,6 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,10 @@ from taskvec.data.uploads import Images, fits, on_device
 from taskvec.encoders.addresses import BackboneAddress, parse
 from taskvec.encoders.linearised import jvp_features
 from taskvec.encoders.loaders import families
-from taskvec.encoders.loaders.families import build
+from taskvec.encoders.loaders.families import build, build_hollow
 from taskvec.encoders.passes import ON_CPU, Look, Passes, Recorded, collect, images_per_batch, is_small
-from taskvec.weights.flat import Weights, align, bind, check_filled, read
-from taskvec.weights.keys import COUNTER, parts
+from taskvec.weights.flat import Weights, align, attach, bind, check_filled, counted
+from taskvec.weights.keys import parts
 
 
 @dataclass
@@ -232,20 +231,29 @@ def load_backbone(
     """
     family, asked = families.find(address, size, allow_pickle, projection)
     loaded = families.load(asked, family)
-    module = build(loaded.architecture)
+    hollow = build_hollow(loaded.architecture)
+    module = build(loaded.architecture) if hollow is None else hollow
     check_size(module, size, str(address))
-    state = loaded.state(module)
-    origin = loaded.origin()
+    start = bind(module)
+    state, origin = loaded.state(module), loaded.origin()
+    source = f"'{origin.get('from', asked.file or asked.name)}'"
+    weights = None if state is None else filled(state.tensors, start, source)
+    if state is None:
+        module = build(loaded.architecture)
     named, device = name or parse(address).default_name, choose_device(device)
-    backbone = assemble(named, module, loaded.preprocessing(module), loaded.architecture, device)
-    if state is not None:
-        source = f"'{origin.get('from', asked.file or asked.name)}'"
-        fill(backbone, state.tensors, source)
+    backbone = assemble(named, module, loaded.preprocessing(module), loaded.architecture, device, weights)
+    if state is not None and state.left_out:
         backbone.left_out = state.left_out
-        if state.left_out:
-            note(f"{source}: left out {parts(state.left_out)}")
+        note(f"{source}: left out {parts(state.left_out)}")
     backbone.origin = origin
     return backbone
+
+
+def filled(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
+    """Return ``state`` as the weights of an encoder: keys and shapes must fit, and something must have been saved."""
+    weights = align(counted(state, like), like, source)
+    check_filled(weights, source)
+    return weights
 
 
 def assemble(
@@ -254,16 +262,23 @@ def assemble(
     preprocessing: Preprocessing,
     architecture: dict[str, Any],
     device: str,
-    weights: Path | None = None,
+    weights: Weights | None = None,
+    width: int | None = None,
 ) -> Backbone:
-    """Bind a module to a flat buffer, take the weights of a file, and find its feature width by one forward pass."""
-    module = module.to(device).float().eval()
-    bound = bind(module)
-    backbone = Backbone(name, module, 0, preprocessing, architecture, bound.clone(), bound, device)
-    if weights is not None:
-        fill(backbone, read(weights), f"'{weights}'")
-    backbone.width = feature_width(module, preprocessing, device, name)
-    return backbone
+    """Bind a module to a flat buffer of its own weights, or of others, which a module without values needs.
+
+    The width of its features, where it is not known, is found by one forward pass.
+    """
+    if weights is None:
+        bound = bind(module.to(device))
+        weights = bound.clone()
+    else:
+        weights = weights.on(device)
+        bound = attach(module.float(), weights.clone())
+    module = module.to(device).eval()
+    if width is None:
+        width = feature_width(module, preprocessing, device, name)
+    return Backbone(name, module, width, preprocessing, architecture, weights, bound, device)
 
 
 @torch.inference_mode()
@@ -310,14 +325,3 @@ def patch_side(module: nn.Module) -> int:
     wide = [part for part in parts if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1]
     cuts = len(wide) == 1 and wide[0].kernel_size == wide[0].stride and wide[0].padding in ((0, 0), "valid")
     return int(wide[0].stride[0]) if cuts else 1
-
-
-def fill(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
-    """Make ``state`` the pre-trained weights: keys and shapes must fit."""
-    wanted = backbone.pretrained.state()
-    counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER) and key not in state}
-    backbone.pretrained = align({**state, **counters}, backbone.pretrained, source)
-    check_filled(backbone.pretrained, source)
-    backbone.use(backbone.pretrained)
-    for name, tensor in backbone.pretrained.carried.items():
-        backbone.bound.carried[name].copy_(tensor)

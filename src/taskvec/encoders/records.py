@@ -8,16 +8,17 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 from pydantic import Field
+from torch import nn
 
 from taskvec.core.errors import TaskvecError, first_line
 from taskvec.core.files import Record, read_record, write_json
 from taskvec.data.images import Preprocessing
-from taskvec.encoders.backbone import Backbone, assemble
+from taskvec.encoders.backbone import Backbone, assemble, filled
 from taskvec.encoders.loaders import families
-from taskvec.encoders.loaders.families import build
-from taskvec.encoders.loaders.requests import check_affordable, check_bounds
+from taskvec.encoders.loaders.families import build, build_hollow
+from taskvec.encoders.loaders.requests import check_affordable, check_bounds, check_parameters
 from taskvec.engine.pipeline import versions
-from taskvec.weights.flat import Slot, Weights, align, pack, read, save
+from taskvec.weights.flat import Slot, Weights, align, check_filled, open_saved, outline, pack, read, save
 
 Mean = Annotated[float, Field(ge=-1000, le=1000)]
 Deviation = Annotated[float, Field(ge=1e-4, le=1000)]
@@ -50,6 +51,8 @@ class Encoder(Record):
 
     architecture: Architecture
     preprocessing: View
+    width: int | None = Field(default=None, ge=1, le=10**9)
+    """Of its features; older records of kept models do not tell."""
 
     @pydantic.model_validator(mode="after")
     def same_size(self) -> Encoder:
@@ -83,26 +86,44 @@ def read_layout(folder: Path) -> tuple[Slot, ...]:
 
 
 def read_backbone(folder: Path, device: str = "cpu", name: str = "encoder") -> Backbone:
-    """Open a backbone that ``write_backbone`` wrote, under a name: it is kept without one."""
-    return restore(folder / "backbone.json", folder / "encoder.safetensors", device, name)
+    """Open a backbone that ``write_backbone`` wrote and nobody changes, under a name: it is kept without one."""
+    return restore(folder / "backbone.json", folder / "encoder.safetensors", device, name, kept=True)
 
 
-def restore(about: Path, weights: Path, device: str, name: str) -> Backbone:
-    """Make a backbone from the file of its record and the file of its weights; what does not fit is an error."""
+def restore(about: Path, weights: Path, device: str, name: str, kept: bool = False) -> Backbone:
+    """Make a backbone from the file of its record and the file of its weights; what does not fit is an error.
+
+    A file of weights that a store has ``kept`` is used where it lies; any other is read and checked.
+    """
     record = read_record(about, Encoder)
     if not weights.is_file():
         raise TaskvecError(f"no weights file at '{weights}'", "restore the file, or make it again")
     architecture, preprocessing = record.architecture.model_dump(), Preprocessing(**record.preprocessing.model_dump())
     try:
         check_bounds(architecture["options"], f"'{about}'")
-        check_affordable(lambda: build(architecture), [weights], f"'{about}'")
-        module = build(architecture)
+        module = made(architecture, weights, f"'{about}'")
     except TaskvecError:
         raise
     except Exception as error:  # modules of many libraries, which raise errors of many kinds
         what = f"no encoder can be made of its architecture: {first_line(error)}"
         raise TaskvecError(f"'{about}': {what}", "restore the file, or make it again") from None
-    return assemble(name, module, preprocessing, architecture, device, weights)
+    like = outline(module.state_dict(keep_vars=True))
+    if kept:
+        pretrained = open_saved(weights, like, device)
+        check_filled(pretrained, f"'{weights}'")
+    else:
+        pretrained = filled(read(weights), like, f"'{weights}'")
+    return assemble(name, module, preprocessing, architecture, device, pretrained, record.width)
+
+
+def made(architecture: dict[str, Any], weights: Path, source: str) -> nn.Module:
+    """Make the module for a file of weights: without values where it can be; one that the file cannot fill raises."""
+    module = build_hollow(architecture)
+    if module is None:
+        check_affordable(lambda: build(architecture), [weights], source)
+        return build(architecture)
+    check_parameters(module, [weights], source)
+    return module
 
 
 def read_weights(path: Path, like: Weights) -> Weights:

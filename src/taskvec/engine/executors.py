@@ -29,7 +29,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors, write_json
 from taskvec.core.notes import library_warnings, listen, print_note, printable
 from taskvec.engine.pipeline import Executor, Finished, Job, Step, leaves, mapped
-from taskvec.engine.store import NOTES, present
+from taskvec.engine.store import NOTES, Content, content_of, present
 
 MOMENT = 0.5
 """Seconds between looks at what workers wrote on standard error."""
@@ -50,7 +50,8 @@ def perform(job: Job, progress: Callable[[float], None], note: Callable[[str], N
     """Run a job in this process with the step's number of threads, and keep what is noted beside its result.
 
     Float32 is float32 on a GPU too: whatever computes with TF32 says so (``core.compute.arithmetic``).
-    When it fails its folder is removed, and a user's mistake is told with its label.
+    Its files are read once more, for their digests, while they are in the system's memory. When it fails its folder is
+    removed, and a user's mistake is told with its label.
     """
     start, step = time.perf_counter(), job.step
     inputs = dict.fromkeys(step.type.reads) | {role: mapped(tree, Path) for role, tree in job.inputs.items()}
@@ -63,12 +64,13 @@ def perform(job: Job, progress: Callable[[float], None], note: Callable[[str], N
             check_written(job)
             if notes:
                 write_json(job.folder / NOTES, notes)
+            content = content_of(job.folder)
     except BaseException as error:
         shutil.rmtree(job.folder, ignore_errors=True)
         if (explanation := explained(step.label, error)) is error:
             raise
         raise explanation from None
-    return Finished(job, time.perf_counter() - start)
+    return Finished(job, time.perf_counter() - start, content)
 
 
 def check_written(job: Job) -> None:
@@ -187,7 +189,7 @@ class Processes:
                 worker.note(message["note"])
             elif "seconds" in message:
                 worker.job = None
-                return [Finished(job, message["seconds"])]
+                return [Finished(job, message["seconds"], Content(**message["content"]))]
             elif "problem" in message:
                 raise TaskvecError(message["problem"], message["fix"])
             else:
@@ -300,7 +302,7 @@ def work(lines: TextIO, answers: TextIO) -> None:
         try:
             job = decode(jobs.get())
             done = perform(job, lambda share: answer({"progress": share}), lambda text: answer({"note": text}))
-            answer({"seconds": done.seconds})
+            answer({"seconds": done.seconds, "content": dataclasses.asdict(done.content)})
         except TaskvecError as error:
             answer({"problem": error.problem, "fix": error.fix})
         except Exception:

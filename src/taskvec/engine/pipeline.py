@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from taskvec.core.files import fingerprint
 from taskvec.core.notes import listen
-from taskvec.engine.store import Artifact, Store
+from taskvec.engine.store import Artifact, Content, Store
 from taskvec.engine.work import LITTLE, Work
 
 PACKAGES = ("torch", "timm", "numpy", "pillow", "matplotlib", "scikit-learn", "safetensors")
@@ -175,10 +175,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """What an executor hands back for a job: the seconds it took."""
+    """What an executor hands back for a job: the seconds it took, and what is in its folder."""
 
     job: Job
     seconds: float
+    content: Content
 
 
 class Executor(Protocol):
@@ -298,7 +299,7 @@ class Schedule:
 
     def finish(self, finished: Finished) -> None:
         """Keep what a job has made, for all steps that are the same."""
-        artifact = self.store.finish(finished.job.id, finished.job.folder, about(finished))
+        artifact = self.store.finish(finished.job.id, finished.job.folder, about(finished), finished.content)
         first, *same = self.running.pop(finished.job.id)
         self._complete(first, artifact)
         self.reporter.finished(first, finished.seconds)

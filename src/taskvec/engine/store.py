@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ DAMAGED, FOREIGN = "damaged", "foreign"
 ID = re.compile("[0-9a-f]{20}")
 ASIDE = re.compile(r"[0-9a-f]{20}(-\d+)?")
 SESSION = re.compile("[0-9a-f]{12}")
+Stamp = list[int]
+"""The size of a file in bytes, and the time of its last modification in nanoseconds."""
 
 
 def default_store() -> Path:
@@ -76,6 +79,14 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a step has written: the digest of every file by its relative path, and its stamp at that time."""
+
+    digests: dict[str, str]
+    stamps: dict[str, Stamp]
+
+
+@dataclass(frozen=True)
 class Held:
     """What a store holds of one artifact: its id, its kind (the name of its step), label, bytes, folder."""
 
@@ -98,21 +109,43 @@ class Store:
         self._session = ""
 
     def find(self, id: str) -> Artifact | None:
-        """Return a finished artifact after checking its files against the record; a damaged one is moved aside."""
+        """Return a finished artifact after checking its files against the record; a damaged one is moved aside.
+
+        See ``intact`` for what is read of it.
+        """
         if id in self._checked:
             return self._checked[id]
         folder = self._place(id)
         with disk_errors(folder):
             if not os.path.lexists(folder):
                 return None
-            artifact = _checked(id, folder)
-            if artifact is None:
+            record = artifact_record(folder)
+            if record is None or not self.intact(folder, record):
                 with contextlib.suppress(FileNotFoundError):  # another process was first
                     aside = move_aside(folder, self.folder / DAMAGED / id)
                     note(f"'{folder}' was damaged; it is made again, and what was there is kept in '{aside}'")
                 return None
-        self._checked[id] = artifact
+        self._checked[id] = artifact = Artifact(id, folder, fingerprint(record["files"]))
         return artifact
+
+    def intact(self, folder: Path, record: Mapping[str, Any]) -> bool:
+        """Return whether the files of an artifact are as they were written, whatever else lies beside them.
+
+        A file of the recorded size and time is taken for the same; one of another size is not. Others are read: copies
+        with times of their own, and what older records tell no size of. They are read once (``tree_digest``).
+        """
+        stamps, files = recorded_stamps(record), record["files"]
+        if any((now := stamp(folder / n)) is None or now[0] != stamps.get(n, now)[0] for n in files):
+            return False
+        unsure = {name: digest for name, digest in files.items() if stamp(folder / name) != stamps.get(name)}
+        return not unsure or self.tree_digest(folder, sorted(unsure)) == fingerprint(unsure)
+
+    def changed(self, id: str) -> list[str]:
+        """Return the files of an artifact that are not as they were written: all are read, whatever their times say."""
+        folder = self._place(id)
+        files = (artifact_record(folder) or {"files": {}})["files"]
+        names = {name: folder / name for name in files}
+        return [name for name, path in names.items() if not path.is_file() or file_digest(path) != files[name]]
 
     def look(self, id: str) -> tuple[str, dict[str, Any]] | None:
         """Return an artifact's digest and what made it, by its record alone: for estimates, nothing is checked."""
@@ -144,17 +177,20 @@ class Store:
             self._session = session
         return self._session
 
-    def finish(self, id: str, folder: Path, about: dict[str, Any]) -> Artifact:
-        """Write the record last, then rename the temporary folder into place; who comes second gives way."""
-        place, artifact = self._place(id), None
+    def finish(self, id: str, folder: Path, about: dict[str, Any], content: Content) -> Artifact:
+        """Write the record last, then rename the temporary folder into place; who comes second gives way.
+
+        ``content`` is what is in the folder: who has written it has read it again (``content_of``).
+        """
+        place, digest, artifact = self._place(id), fingerprint(content.digests), None
         try:
             with disk_errors(self.folder):
                 with present([], folder):
-                    files = digests(folder)
-                    (folder / RECORD).write_text(json_text({"about": about, "files": files}), encoding="utf-8")
+                    record = {"about": about, "files": content.digests, "stamps": content.stamps}
+                    (folder / RECORD).write_text(json_text(record), encoding="utf-8")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 while artifact is None:  # what is damaged there is moved aside
-                    artifact = Artifact(id, place, fingerprint(files)) if _renamed(folder, place) else self.find(id)
+                    artifact = Artifact(id, place, digest) if _renamed(folder, place) else self.find(id)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._checked[id] = artifact
@@ -266,6 +302,27 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files if not path.name.startswith(".")}
 
 
+def content_of(folder: Path) -> Content:
+    """Return the digests and stamps of the files in a folder that nobody writes to any more."""
+    files = digests(folder)
+    return Content(files, {name: stamp(folder / name) or [] for name in files})
+
+
+def stamp(path: Path) -> Stamp | None:
+    """Return what tells whether a file has changed; None where there is no file."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG((seen := path.stat()).st_mode):
+            return [seen.st_size, seen.st_mtime_ns]
+    return None
+
+
+def recorded_stamps(record: Mapping[str, Any]) -> dict[str, Stamp]:
+    """Return the stamps that a record tells; older records tell none, and what is no stamp counts as not told."""
+    told = record.get("stamps")
+    pairs = told.items() if isinstance(told, dict) else ()
+    return {n: v for n, v in pairs if isinstance(v, list) and len(v) == 2 and all(isinstance(x, int) for x in v)}
+
+
 def seconds(about: Mapping[str, Any]) -> float:
     """Return the seconds that a record tells; NaN where they are missing or no number."""
     value = about.get("seconds")
@@ -292,15 +349,6 @@ def step_name(about: Mapping[str, Any]) -> str:
     """Return the name of the step that made an artifact; records of older versions name its function's place."""
     name: str = about["step"] if "step" in about else about["function"].rpartition(":")[2]
     return name
-
-
-def _checked(id: str, folder: Path) -> Artifact | None:
-    """Return an artifact whose recorded files are as they were written, whatever else lies beside them."""
-    record = artifact_record(folder)
-    if record is None:
-        return None
-    same = ((folder / name).is_file() and file_digest(folder / name) == sha for name, sha in record["files"].items())
-    return Artifact(id, folder, fingerprint(record["files"])) if all(same) else None
 
 
 def _foreign(folder: Path, record: Mapping[str, Any]) -> list[str]:

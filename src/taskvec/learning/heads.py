@@ -342,7 +342,8 @@ def read_parts(name: str, tensors: Mapping[str, Tensor], about: HeadRecord, path
     wanted |= {"down": [rank, width], "up": [width, rank]} if set(shapes) - set(wanted) else {}
     if shapes != wanted or not outputs * width or (about.kind == "regression" and outputs != 2):
         raise TaskvecError(f"'{path}': head '{name}' of {about.kind} cannot have the shapes {shapes}", "make it again")
-    weight, bias, down, up = (parts[part].float() if part in parts else None for part in PARTS)
+    copies = {part: tensor.to(torch.float32, copy=True) for part, tensor in parts.items()}  # the file may be replaced
+    weight, bias, down, up = (copies.get(part) for part in PARTS)
     assert weight is not None
     assert bias is not None
     return Head(weight, bias, about.normalised, about.kind, down, up)

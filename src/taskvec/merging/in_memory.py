@@ -21,7 +21,7 @@ from taskvec.core.errors import TaskvecError
 from taskvec.merging.entries import Data, Entries, Entry, Kind, Masked, array, describe
 from taskvec.merging.registry import ADDITION, Recipe, apply, find_recipe
 from taskvec.weights import vectors
-from taskvec.weights.flat import Slot, Weights, distinct, read, read_metadata, save_tensors, view
+from taskvec.weights.flat import Slot, Weights, all_finite, distinct, read, read_metadata, save_tensors, view
 
 DIRECTIONS = "directions.safetensors"
 """The file of a per-task result, where other merges have one direction."""
@@ -214,7 +214,7 @@ def read_directions(path: Path, like: Weights) -> TaskDirections:
     }
     if held != wanted or read_metadata(path).get("names") != json.dumps(names):
         raise TaskvecError(f"'{path}' holds no directions for this encoder", "restore the file, or make it again")
-    if not (tensors["common"].isfinite().all() and tensors["rescales"].isfinite().all()):
+    if not (all_finite(tensors["common"]) and all_finite(tensors["rescales"])):
         raise TaskvecError(f"'{path}' holds NaN or infinity", "restore the file, or make it again")
     shared = like.with_flat(tensors["common"].to(like.flat.device))
     return TaskDirections(shared, tensors["masks"], tensors["rescales"], tuple(names))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from taskvec.core.compute import choose_device
 from taskvec.core.files import read_json
@@ -17,7 +19,7 @@ from taskvec.learning.finetuning import task_vector
 from taskvec.learning.heads import Head, read_heads, save_heads
 from taskvec.merging.in_memory import DIRECTIONS, read_directions
 from taskvec.weights import vectors
-from taskvec.weights.flat import Weights, read
+from taskvec.weights.flat import Weights, open_saved, read
 
 HEAD, HEADS = "head.safetensors", "heads.safetensors"
 ENCODER, DIRECTION, STATISTICS = "encoder.safetensors", "direction.safetensors", "statistics.safetensors"
@@ -25,6 +27,48 @@ METRICS, RATE = "metrics.json", "rate.json"
 AGREEMENTS, PRECISION = "agreements.json", "precision.json"
 CURVE, CHOICE, OPTION, SCORES = "curve.json", "choice.json", "option.json", "scores.npz"
 """The files that steps leave, and by which others read them."""
+
+
+Opened = TypeVar("Opened")
+
+
+@dataclass(frozen=True)
+class Shared(Generic[Opened]):
+    """The ``most`` things that steps of this process opened last, for its next steps; artifacts never change."""
+
+    most: int
+    entries: OrderedDict[Hashable, Opened] = field(default_factory=OrderedDict)
+
+    def get(self, key: Hashable, open: Callable[[], Opened]) -> Opened:
+        """Return what was opened under a key, or open it; what is dropped for it is dropped before."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+            return self.entries[key]
+        while self.entries and len(self.entries) >= self.most:
+            self.entries.popitem(last=False)
+        opened = open()
+        if self.most:
+            self.entries[key] = opened
+        return opened
+
+
+BACKBONES, TASKS = Shared[Backbone](1), Shared[Task](32)
+"""Consecutive steps look through one encoder, which has a buffer of its own, and at few tasks, which stay on disk.
+
+Fine-tuned encoders are not shared: they are mapped where they lie, and a merge reads each once.
+"""
+
+
+def close() -> None:
+    """Give up what steps have opened, when a run has ended."""
+    BACKBONES.entries.clear()
+    TASKS.entries.clear()
+
+
+def identity(folder: Path) -> Hashable:
+    """Return what tells an artifact's folder from one that was cleared and made again; a missing folder raises."""
+    seen = folder.stat()
+    return str(folder), seen.st_dev, seen.st_ino, seen.st_mtime_ns
 
 
 class OnDevice(Config):
@@ -49,8 +93,13 @@ class OnDevice(Config):
 
 
 def open_backbone(inputs: Inputs, config: OnDevice) -> Backbone:
-    """Open the backbone that a step reads, on the study's device, and linearised where its regime is."""
-    backbone = records.read_backbone(inputs["backbone"], choose_device(config.device or "cpu"), config.backbone_name)
+    """Open the backbone that a step reads, on the study's device, and linearised where its regime is.
+
+    Consecutive steps share its module, which every one leaves at the pre-trained weights (``Backbone.at``).
+    """
+    folder, device = inputs["backbone"], choose_device(config.device or "cpu")
+    shared = BACKBONES.get((identity(folder), device), lambda: records.read_backbone(folder, device))
+    backbone = replace(shared, name=config.backbone_name)
     if folder := inputs.get("precision"):
         backbone.precision = read_json(folder / PRECISION)["precision"]
     return linearised(backbone) if config.linearised else backbone
@@ -58,14 +107,20 @@ def open_backbone(inputs: Inputs, config: OnDevice) -> Backbone:
 
 def open_task(inputs: Inputs) -> Task:
     """Open the decoded task that a step reads, with its whole training images where it trains on crops of them."""
-    return read_task(inputs["task"], inputs["task"].name, inputs.get("whole"))
+    return shared_task(inputs["task"], inputs.get("whole"))
 
 
 def open_tasks(inputs: Inputs) -> list[Task]:
     """Open all decoded tasks that a step reads."""
     folders = inputs["tasks"]
     whole = inputs.get("whole") or [None] * len(folders)
-    return [read_task(folder, folder.name, images) for folder, images in zip(folders, whole, strict=True)]
+    return [shared_task(folder, images) for folder, images in zip(folders, whole, strict=True)]
+
+
+def shared_task(folder: Path, whole: Path | None) -> Task:
+    """Return a decoded task, opened once by consecutive steps."""
+    key = identity(folder), whole and identity(whole)
+    return TASKS.get(key, lambda: read_task(folder, folder.name, whole))
 
 
 def open_view(inputs: Inputs) -> Preprocessing:
@@ -103,12 +158,12 @@ def open_vector(folder: Path, backbone: Backbone, task: int | None = None) -> We
     if (folder / DIRECTIONS).exists():
         assert task is not None
         return read_directions(folder / DIRECTIONS, backbone.pretrained).of(task)
-    return records.read_weights(folder / DIRECTION, backbone.pretrained)
+    return open_saved(folder / DIRECTION, backbone.pretrained, backbone.device)
 
 
 def open_encoder(folder: Path, backbone: Backbone) -> Weights:
     """Open a fine-tuned encoder's weights."""
-    return records.read_weights(folder / ENCODER, backbone.pretrained)
+    return open_saved(folder / ENCODER, backbone.pretrained, backbone.device)
 
 
 def merged_weights(backbone: Backbone, vector: Weights, scale: float, estimated: Path | None = None) -> Weights:

@@ -6,6 +6,7 @@ A model's parameters can be *bound* to such a buffer, so that moving to other we
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,19 @@ from torch import Tensor, nn
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.locks import replacing
-from taskvec.weights.keys import foreign
+from taskvec.weights.header import Stored
+from taskvec.weights.keys import COUNTER, foreign
 from taskvec.weights.reader import Checkpoint
+from taskvec.weights.writer import Shard, Writer
 
 COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Types of numbers that weights may have."""
+TYPES = {
+    torch.int64: "I64", torch.uint64: "U64", torch.complex64: "C64", torch.int32: "I32", torch.uint32: "U32",
+    torch.float32: "F32", torch.int16: "I16", torch.uint16: "U16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls the types of entries and of what is carried, larger ones first."""
 Shape = tuple[int, ...]
 
 
@@ -68,6 +77,10 @@ class Weights:
             )
         return Weights(self.layout, flat, self.carried)
 
+    def on(self, device: str) -> Weights:
+        """Return the weights on a device: what lies there already is not copied."""
+        return Weights(self.layout, self.flat.to(device), {name: t.to(device) for name, t in self.carried.items()})
+
     def clone(self) -> Weights:
         """Return an independent copy, on the same device."""
         carried = {name: tensor.detach().clone() for name, tensor in self.carried.items()}
@@ -98,23 +111,44 @@ def distinct_slots(layout: Sequence[Slot]) -> tuple[Slot, ...]:
     return tuple(first[start] for start in sorted(first))
 
 
-def pack(state: Mapping[str, Tensor]) -> Weights:
-    """Copy a state dictionary into one flat float32 buffer, in its order; tied tensors are stored once."""
+def layout_of(state: Mapping[str, Tensor]) -> tuple[Slot, ...]:
+    """Return the layout of a state dictionary's floating-point tensors, in its order; tied tensors share a place."""
     layout: list[Slot] = []
-    carried: dict[str, Tensor] = {}
     starts: dict[int, int] = {}
-    pieces, end = [], 0
+    end = 0
     for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            carried[name] = tensor.detach().clone()
-            continue
-        if id(tensor) not in starts:
-            starts[id(tensor)] = end
-            end += tensor.numel()
-            pieces.append(tensor.detach().reshape(-1).to(torch.float32))
-        layout.append(Slot(name, tuple(tensor.shape), starts[id(tensor)]))
-    flat = torch.cat(pieces) if pieces else torch.empty(0)
-    return Weights(tuple(layout), flat, carried)
+        if tensor.is_floating_point():
+            start = starts.setdefault(id(tensor), end)
+            layout.append(Slot(name, tuple(tensor.shape), start))
+            end += tensor.numel() if start == end else 0
+    return tuple(layout)
+
+
+def outline(state: Mapping[str, Tensor]) -> Weights:
+    """Return the layout of a state dictionary and what it carries; the entries have no values (meta device)."""
+    layout = layout_of(state)
+    size = max((slot.start + slot.size for slot in layout), default=0)
+    others = {name: tensor.detach() for name, tensor in state.items() if not tensor.is_floating_point()}
+    carried = {n: torch.zeros_like(t, device="cpu") if t.is_meta else t.clone() for n, t in others.items()}
+    return Weights(layout, torch.empty(size, device="meta"), carried)
+
+
+def pack(state: Mapping[str, Tensor]) -> Weights:
+    """Copy a state dictionary into one flat float32 buffer, in its order; tied tensors are stored once.
+
+    Tensors without values, on the meta device, become zeros on the CPU.
+    """
+    empty = outline(state)
+    first = next((state[slot.name].device for slot in empty.layout), torch.device("cpu"))
+    weights = empty.with_flat(torch.empty_like(empty.flat, device=_real(first)))
+    for slot in distinct(weights):
+        entry, tensor = view(weights.flat, slot), state[slot.name].detach()
+        entry.zero_() if tensor.is_meta else entry.copy_(tensor)
+    return weights
+
+
+def _real(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def bind(module: nn.Module) -> Weights:
@@ -122,13 +156,23 @@ def bind(module: nn.Module) -> Weights:
 
     Writing to the returned ``flat`` moves the module. The module is cast to float32; tied parameters stay tied.
     """
-    module.float()
+    return attach(module.float(), pack(module.state_dict(keep_vars=True)))
+
+
+def attach(module: nn.Module, weights: Weights) -> Weights:
+    """Make the module's parameters and buffers views of ``weights``, which have its layout, and return them.
+
+    The module may be without values, on the meta device; its parameters and buffers stay the same objects.
+    """
     state = module.state_dict(keep_vars=True)
-    bound = pack(state)
-    for slot in bound.layout:
-        state[slot.name].data = view(bound.flat, slot)
-    carried = {name: state[name] for name in bound.carried}
-    return Weights(bound.layout, bound.flat, carried)
+    for name, value in weights.state().items():
+        tensor = state[name]
+        if tensor.is_meta:
+            as_it = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            torch.utils.swap_tensors(tensor, as_it)
+        else:
+            tensor.data = value
+    return Weights(weights.layout, weights.flat, {name: state[name] for name in weights.carried})
 
 
 def check_keys(found: Mapping[str, Shape], wanted: Mapping[str, Shape], source: str, fix: str) -> None:
@@ -164,16 +208,26 @@ def align(state: Mapping[str, Tensor], like: Weights, source: str) -> Weights:
     twins = {slot.start: slot.name for slot in like.layout if slot.name in state}
     names = {e.name: twins[e.start] for e in like.layout if e.name not in state and e.start in twins}
     full = dict(state) | {name: state[twin] for name, twin in names.items()}
-    shapes = {key: tuple(value.shape) for key, value in full.items()}
-    wanted = {key: tuple(value.shape) for key, value in like.state().items()}
-    check_keys(shapes, wanted, source, "give a checkpoint of that architecture, or name the one it was saved from")
-    check_kinds(full, like.state(), source)
-    flat = torch.empty_like(like.flat)
+    check_fit(full, like, source)
+    flat = torch.empty_like(like.flat, device=_real(like.flat.device))
     for slot in like.layout:
         view(flat, slot).copy_(full[slot.name])
     check_finite(Weights(like.layout, flat), source)
-    carried = {name: full[name].to(tensor.device, tensor.dtype, copy=True) for name, tensor in like.carried.items()}
-    return Weights(like.layout, flat, carried)
+    return Weights(like.layout, flat, carried_of(full, like))
+
+
+def check_fit(state: Mapping[str, Tensor], like: Weights, source: str) -> None:
+    """Raise unless tensors have the keys and shapes of ``like``, and numbers that can be its."""
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    wanted = {key: tuple(value.shape) for key, value in like.state().items()}
+    check_keys(shapes, wanted, source, "give a checkpoint of that architecture, or name the one it was saved from")
+    check_kinds(state, like.state(), source)
+
+
+def counted(state: Mapping[str, Tensor], like: Weights) -> dict[str, Tensor]:
+    """Return ``state`` with the counters of batch norm that it lacks, which older files do, as ``like`` has them."""
+    counters = {key: value for key, value in like.carried.items() if key.endswith(COUNTER) and key not in state}
+    return {**state, **counters}
 
 
 def check_kinds(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
@@ -210,16 +264,65 @@ def check_filled(weights: Weights, source: str) -> None:
 
 def check_finite(weights: Weights, source: str, fix: str = "give a checkpoint whose training did not diverge") -> None:
     """Raise when an entry holds NaN or infinity, and name it."""
-    if bool(torch.isfinite(weights.flat).all()):
+    if all_finite(weights.flat):
         return
     bad = next(slot.name for slot in weights.layout if not torch.isfinite(view(weights.flat, slot)).all())
     raise TaskvecError(f"{source}: tensor '{bad}' holds NaN or infinity", fix)
 
 
+def all_finite(numbers: Tensor) -> bool:
+    """Return whether no number is NaN or infinite: one pass in place of isfinite's four, unless the sum overflows."""
+    return math.isfinite(float(numbers.sum())) or bool(torch.isfinite(numbers).all())
+
+
 def save(weights: Weights, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write all tensors to a safetensors file, which appears whole or not at all."""
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in weights.state().items()}
-    save_tensors(tensors, path, metadata)
+    """Write all tensors to a safetensors file in the order of their layout, which appears whole or not at all.
+
+    Raises for NaN and infinity: what a file in this order holds is finite, and is used where it lies (``open_saved``).
+    """
+    check_finite(weights, "the weights to be written", "choose other inputs or settings: their computation overflowed")
+    state = weights.state()
+    names = sorted(state, key=lambda name: -state[name].element_size())  # stable: entries keep their order
+    sized = {name: (TYPES[state[name].dtype], tuple(state[name].shape), state[name].nbytes) for name in names}
+    with replacing(path) as new:
+        writer = Writer(new.parent, [Shard(new.name, dict(metadata or {}), sized)])
+        try:
+            for name in names:
+                writer.write(name, 0, state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            writer.finish()
+        finally:
+            writer.close()
+
+
+def open_saved(path: Path, like: Weights, device: str = "cpu") -> Weights:
+    """Open a file that ``save`` wrote and that nobody changes, for a device; on a CPU its entries stay where they lie.
+
+    They are mapped into memory, privately: the disk is read when they are, and writing to them would not reach the
+    file. They are finite, since ``save`` checks that. A file in another order is read and checked as any.
+    """
+    stored = _stored(path)
+    begin = min((entry.start for entry in stored.values() if entry.dtype == "F32"), default=0)
+    places = {n: (entry.shape, entry.start - begin) for n, entry in stored.items() if entry.dtype == "F32"}
+    if places != {slot.name: (slot.shape, 4 * slot.start) for slot in like.layout}:
+        return align(counted(read(path), like), like, f"'{path}'").on(device)
+    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size // 4)
+    mapped = like.with_flat(whole[begin // 4 :][: like.flat.numel()])
+    others = counted(read(path, stored.keys() - places.keys()), like)
+    check_fit(Weights(mapped.layout, mapped.flat).state() | others, like, f"'{path}'")
+    return Weights(like.layout, mapped.flat, carried_of(others, like)).on(device)
+
+
+def carried_of(state: Mapping[str, Tensor], like: Weights) -> dict[str, Tensor]:
+    """Return copies of the tensors that ``like`` carries beside its buffer, in its types and on its devices."""
+    return {name: state[name].to(tensor.device, tensor.dtype, copy=True) for name, tensor in like.carried.items()}
+
+
+def _stored(path: Path) -> Mapping[str, Stored]:
+    """Return where the tensors of a safetensors file lie in it; a missing or damaged file is a clear error."""
+    if not path.is_file():
+        raise TaskvecError(f"no weights file at '{path}'", "give the path of a .safetensors file")
+    with Checkpoint(path) as file:
+        return file.tensors
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -235,9 +338,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
 
 def read(path: Path, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Read tensors of a safetensors file (all, or ``keys``); a missing or damaged file is a clear error."""
-    if not path.is_file():
-        raise TaskvecError(f"no weights file at '{path}'", "give the path of a .safetensors file")
-    Checkpoint(path).close()
+    _stored(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}

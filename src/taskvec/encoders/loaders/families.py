@@ -20,6 +20,7 @@ from taskvec.encoders.addresses import KINDS, BackboneAddress, parse
 from taskvec.encoders.loaders import open_clip
 from taskvec.encoders.loaders.hf import saved, transformers
 from taskvec.encoders.loaders.requests import LARGEST, Family, Loaded, Request
+from taskvec.encoders.loaders.skeletons import skeleton
 from taskvec.paper.checkpoints import PAPER, Checkpoint
 
 FAMILIES: dict[str, Family] = {
@@ -85,3 +86,12 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
     """Make an encoder module with seeded random weights from its architecture record."""
     options = dict(architecture["options"])
     return seeded(lambda: FAMILIES[architecture["family"]].build(options), 0)
+
+
+def build_hollow(architecture: Mapping[str, Any]) -> nn.Module | None:
+    """Make an encoder module without values of its parameters, for weights that are bound to it; None where it cannot.
+
+    What the architecture computes, such as tables of positions, has its values (``skeletons``).
+    """
+    options = dict(architecture["options"])
+    return skeleton(lambda: FAMILIES[architecture["family"]].build(options))

@@ -145,7 +145,13 @@ def check_bounds(about: Any, source: str, key: str = "") -> None:
 def check_affordable(make: Callable[[], nn.Module], files: Sequence[Path], source: str) -> None:
     """Raise where a configuration asks for more weights than its files can hold, before memory is taken for them."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        wanted = sum(value.numel() for value in make().parameters())
+        module = make()
+    check_parameters(module, files, source)
+
+
+def check_parameters(module: nn.Module, files: Sequence[Path], source: str) -> None:
+    """Raise where a module, which may be without values, has more weights than its files can hold."""
+    wanted = sum(value.numel() for value in module.parameters())
     size = sum(file.stat().st_size for file in files)
     if wanted > 2 * size + SPARE:
         raise TaskvecError(

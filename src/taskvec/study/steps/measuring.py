@@ -163,7 +163,7 @@ def model_work(step: Step, sizes: Sizes) -> Work:
 
 
 @step_type(
-    4,
+    5,
     ("torch",),
     reads=(
         *("backbone", "precision", "probe", "finetuned", "tasks"),
