@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.machine import gpu, gpus
 
 Made = TypeVar("Made")
 Precision = Literal["float32", "bfloat16"]
@@ -28,8 +29,8 @@ def processor(device: str = "cpu") -> str:
 
     The instructions that torch uses follow the name, which alone may stand for many CPUs.
     """
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+    if chip := gpu(device):
+        return chip.name
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
@@ -48,6 +49,20 @@ def choose_device(setting: str = "auto") -> str:
         raise TaskvecError(
             f"device '{setting}' cannot be used: {error}".splitlines()[0], "use auto, cpu or cuda"
         ) from None
+    return setting
+
+
+def study_device(setting: str = "auto") -> str:
+    """Return the device of a study's steps by what the GPUs' driver lists: whoever only plans opens no CUDA context."""
+    if setting == "auto":
+        return "cuda" if torch.backends.cuda.is_built() and gpus() else "cpu"
+    if not setting.startswith("cuda"):
+        return choose_device(setting)
+    if not torch.backends.cuda.is_built():
+        raise TaskvecError(f"device '{setting}' cannot be used: this torch is built without CUDA", "use auto or cpu")
+    if gpu(setting) is None:
+        names = ", ".join(chip.name for chip in gpus()) or "none"
+        raise TaskvecError(f"device '{setting}' cannot be used: the GPUs here are {names}", "use auto, cpu or cuda")
     return setting
 
 
@@ -70,8 +85,8 @@ def resolve_precision(setting: str, device: str) -> Precision | Literal["wide"]:
     if setting in ("float32", "bfloat16", "wide"):
         return cast("Precision | Literal['wide']", setting)
     if device.startswith("cuda"):  # a plan for a GPU that is elsewhere takes it for one of this decade
-        here = torch.cuda.is_available()
-        return "bfloat16" if not here or torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+        chip = gpu(device)
+        return "bfloat16" if chip is None or chip.capability >= (8, 0) else "float32"
     return "wide" if has_fast_bfloat16() else "float32"
 
 
