@@ -180,6 +180,33 @@ def plan_(
 
 @app.command()
 @guarded
+def bench(
+    study: Annotated[
+        str | None, typer.Argument(help="a study, whose backbones are measured; a few usual ones where none is given")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="keep the rates in the store, for taskvec plan")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N; the study's, or auto")] = None,
+    store: StoreFolder = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes at once on a CPU; as many as a run has")] = None,
+) -> None:
+    """Measure this machine in about two minutes: passes, training, opening, linear heads, decoding, files."""
+    from taskvec.command.bench import lines, measure
+    from taskvec.engine.store import Store, default_store
+    from taskvec.study.files import open_study
+    from taskvec.study.forecast.rates import save_rates
+
+    file = open_study(study) if study else None
+    place = Store((store or default_store()).expanduser())
+    wanted = device or (file.study.device if file else "auto")
+    rates = measure(file, wanted, place, workers, lambda text: say(text, sys.stderr))
+    for line in lines(rates):
+        say(line)
+    if save:
+        say(f"saved as {save_rates(rates, place.folder)}", hang=4)
+
+
+@app.command()
+@guarded
 def predict(
     model: Annotated[Path, typer.Argument(help="a run folder, or a model folder in its models/")],
     images: Annotated[list[Path], typer.Argument(help="image files")],

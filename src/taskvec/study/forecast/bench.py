@@ -6,7 +6,7 @@ No weights are needed: encoders have random ones, and images are noise.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -194,7 +194,7 @@ def disk_rate(path: Path) -> float:
     return WRITTEN / took
 
 
-def measured(configs: Sequence[BenchConfig], store: Store, workers: int, gpu: str | None) -> Iterator[dict[str, Any]]:
+def measured(configs: Sequence[BenchConfig], store: Store, workers: int, gpu: str | None) -> Generator[dict[str, Any]]:
     """Yield what was measured of every backbone, in worker processes: on a CPU with as many at once as a study has.
 
     The rates are means over the workers, which share caches and memory.

@@ -226,10 +226,10 @@ def rate_lines(device: Device, estimate: Forecast) -> Iterator[str]:
         yield f"by default {reached}: {device.about}"
         return
     yield device.measured.about
-    for (address, *rest), cost in dict(item.backbone for item in estimate.ahead if item.backbone).items():
-        pace = device.pace((address, *rest), cost)
+    for key, cost in dict(item.backbone for item in estimate.ahead if item.backbone).items():
+        pace = device.pace(key, cost)
         seen, trained = pace.forward / cost.flops, pace.training / BACKWARD / cost.flops
-        yield f"{address}: {seen:,.0f} images/s forward and {trained:,.0f} in training ({pace.source})"
+        yield f"{key[0]}: {seen:,.0f} images/s forward and {trained:,.0f} in training ({pace.source})"
 
 
 def resources(estimate: Forecast) -> Iterator[str]:
