@@ -7,9 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
-from taskvec.core.files import canonical, fingerprint, json_text
+from taskvec.core.files import fingerprint, json_text
 from taskvec.core.formatting import bytes_text, duration_text, flops_text
-from taskvec.data.decoding import view_bytes
 from taskvec.data.sources import parse
 from taskvec.encoders.identity import to_download
 from taskvec.engine.pipeline import Step, leaves, look, ordered
@@ -17,7 +16,7 @@ from taskvec.engine.store import Store
 from taskvec.engine.store import seconds as recorded
 from taskvec.engine.work import Work, total
 from taskvec.study.experiment import Experiment
-from taskvec.study.forecast.model_cost import ModelCost, input_size
+from taskvec.study.forecast.model_cost import ModelCost
 from taskvec.study.forecast.rates import BATCH, CORE_FLOPS, READING, Device
 from taskvec.study.forecast.sizes import BACKWARD, Key, Sizes
 from taskvec.study.forecast.step_memory import memory
@@ -159,14 +158,10 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
 
 def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
     """Return about how many bytes of evaluation views the store lacks for a study; no weight and no image is read."""
-    views, bytes_of = [step for step in ordered(steps) if step.type.name == "decode_task"], dict[str, float]()
-    for step, (_, record) in look(views, store, lambda _, id: id).items():
-        if step.type.name == "decode_task" and record is None:
-            encoder = step.inputs["preprocessing"].inputs["backbone"].config
-            size, source = input_size(encoder.address, encoder.size, encoder.projection), step.config.source
-            images = min(source["images"], 3 * (step.config.limit or source["images"]))
-            bytes_of[canonical([source, size])] = view_bytes(images, size)
-    return sum(bytes_of.values())
+    views, sizes = [step for step in ordered(steps) if step.type.name == "decode_task"], Sizes()
+    looks = look(views, store, lambda step, id: view_digest(step, sizes) or id)
+    missing = {id: step for step, (id, record) in looks.items() if step in views and record is None}
+    return sum(step.type.work(step, sizes).disk for step in missing.values())
 
 
 def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:

@@ -123,7 +123,10 @@ class Device:
 OPENING, READING = 0.02, 0.8e9
 """Seconds that making any encoder takes, and bytes a second that its weights are read at."""
 CORE = HostRates(head_step=0.7e-3, photograph=10e-3, drawing=0.4e-3, disk=0.5e9)
-"""A core of the lab's machine, an Intel Xeon with AVX-512 and AMX at 2 GHz."""
+"""A core of the lab's machine: an Intel Xeon with AVX-512 and AMX."""
+CORES = 60e9, 72e9
+"""FLOP/s of such a core with the lab's encoders, forward in float32 and in training: 51 and 75 in quickstart, 73 and 79
+in lab-paper-small, whose seconds by kind of step are in tests/plan_truths.json."""
 CORE_FLOPS = 45e9
 """FLOP/s of a core in matrix products of linear heads."""
 BATCHED = CORE.model_copy(update={"head_step": 0.1e-3})
@@ -152,7 +155,9 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
         "h200": gpu_device("h200", 1.0, LOOPS),
         "h100": gpu_device("h100", H100, f"{LOOPS}, times {H100:.2f} by data sheets"),
         "a100": gpu_device("a100", A100, f"{LOOPS}, times {A100:.2f} by data sheets"),
-        "cpu": Device("cpu", "a core with AVX-512 at 2 GHz, as the lab reaches", 45e9, 64e9, 0, 0, 1, CORE),
+        "cpu": Device(
+            "cpu", "cores of an Intel Xeon with AVX-512 and AMX, by finished studies of the lab", *CORES, 0, 0, 1, CORE
+        ),
     }
 )
 """What is assumed where nothing was measured."""
