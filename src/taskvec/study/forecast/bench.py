@@ -5,6 +5,7 @@ No weights are needed: encoders have random ones, and images are noise.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ MOST = 2048
 """Images of one measured pass at most."""
 UPDATES = 512
 """Steps of one measured training at most."""
+HEAD_STEPS = 20, 200
+"""Steps of fitting heads before the clock runs, and while it runs."""
 DRAWN = 64
 """Images a split that are drawn to measure it."""
 PHOTOGRAPH = (500, 375)
@@ -158,7 +161,7 @@ def head_seconds(device: str) -> float:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1024, 256, generator=generator).to(device)
     labels = torch.randint(0, CLASSES, (1024,), generator=generator).to(device)
-    few, many = (Probe(steps=steps, warmup=0) for steps in (20, 200))
+    few, many = (Probe(steps=steps, warmup=0) for steps in HEAD_STEPS)
     for settings in (few, many):
         took = clock(lambda: probe(features, labels, features, labels, CLASSES, settings), device)  # noqa: B023
     return took / (many.steps * len(many.learning_rates))
@@ -202,7 +205,11 @@ def measured(configs: Sequence[BenchConfig], store: Store, workers: int, gpu: st
     executor = open_executor(workers, [] if gpu is None else [gpu])
     try:
         for config in configs:
-            yield average([read_json(folder / RATES) for folder in run(config, store, executor)])
+            folders = run(config, store, executor)
+            results = [read_json(folder / RATES) for folder in folders]
+            for folder in folders:
+                shutil.rmtree(folder)
+            yield average(results)
     finally:
         executor.close()
 
