@@ -22,7 +22,7 @@ from taskvec.core.progress import Progress
 from taskvec.core.settings import Finetune, Probe
 from taskvec.data.decoding import Whole
 from taskvec.data.images import Preprocessing, opened, resize_and_crop
-from taskvec.data.tasks import Split, Task, write_task
+from taskvec.data.tasks import Split, Task
 from taskvec.encoders import records
 from taskvec.encoders.backbone import Backbone, assemble
 from taskvec.encoders.loaders.families import build
@@ -30,6 +30,7 @@ from taskvec.engine.executors import open_executor
 from taskvec.engine.pipeline import Config, Executor, Inputs, Job, Step, step_type
 from taskvec.engine.store import Store
 from taskvec.engine.work import LITTLE
+from taskvec.lab.drawing import worlds
 from taskvec.learning.finetuning import finetune_tasks, training_precision
 from taskvec.learning.heads import probe, random_head
 from taskvec.study.forecast.model_cost import architecture
@@ -44,8 +45,8 @@ UPDATES = 512
 """Steps of one measured training at most."""
 HEAD_STEPS = 20, 200
 """Steps of fitting heads before the clock runs, and while it runs."""
-DRAWN = 64
-"""Images a split that are drawn to measure it."""
+DRAWN = 256
+"""Images that are drawn to measure it."""
 PHOTOGRAPH = (500, 375)
 """Pixels of a photograph, of ImageNet's usual size."""
 WRITTEN = 2**26
@@ -75,7 +76,7 @@ def bench(config: BenchConfig, inputs: Inputs, out: Path, progress: Progress) ->
     rates: dict[str, Any] = {"forward": seen, "trained": trained, "beginning": beginning}
     rates |= {"opening": opening_seconds(backbone, out / "encoder"), "passes": backbone.precision}
     rates["training"] = training_precision(backbone, "auto")
-    host = {"head_step": head_seconds(backbone.device), "drawing": drawing_seconds(out / "drawn")}
+    host = {"head_step": head_seconds(backbone.device), "drawing": drawing_seconds()}
     host |= {"photograph": photograph_seconds(out / "photograph.jpg"), "disk": disk_rate(out / "bytes")}
     write_json(out / RATES, {"backbone": rates, "host": host})
 
@@ -167,12 +168,10 @@ def head_seconds(device: str) -> float:
     return took / (many.steps * len(many.learning_rates))
 
 
-def drawing_seconds(folder: Path) -> float:
+def drawing_seconds() -> float:
     """Return the seconds of a core to draw one of the lab's images."""
-    for name in ("first", "second"):  # the first reads the fonts
-        (folder / name).mkdir(parents=True)
-        took = clock(lambda: write_task("lab:digits", Preprocessing(32), DRAWN, folder / name))  # noqa: B023
-    return took / (3 * DRAWN)
+    worlds.draw("greek", "test", 1)  # reads the fonts
+    return clock(lambda: worlds.draw("greek", "test", DRAWN)) / DRAWN
 
 
 def photograph_seconds(path: Path) -> float:

@@ -122,7 +122,7 @@ class Device:
 
 OPENING, READING = 0.02, 0.8e9
 """Seconds that making any encoder takes, and bytes a second that its weights are read at."""
-CORE = HostRates(head_step=0.7e-3, photograph=10e-3, drawing=0.4e-3, disk=0.5e9)
+CORE = HostRates(head_step=0.7e-3, photograph=10e-3, drawing=0.3e-3, disk=0.5e9)
 """A core of the lab's machine: an Intel Xeon with AVX-512 and AMX."""
 CORES = 60e9, 72e9
 """FLOP/s of such a core with the lab's encoders, forward in float32 and in training: 51 and 75 in quickstart, 73 and 79

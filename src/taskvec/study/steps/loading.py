@@ -77,10 +77,14 @@ class DecodeConfig(Config):
         return {"skip_corrupt": self.skip_corrupt, "known": self.source}
 
     def decoding(self, images: float, disk: float) -> Work:
-        """Return the decoding of so many images into so many bytes: photographs, or small images."""
+        """Return the decoding of so many images into so many bytes: photographs, or small ones.
+
+        The lab draws all images of a task, also where a study is limited to some.
+        """
         address = parse(self.address)
-        small = address.source.counts or small_side(address)
-        return Work(drawings=images, disk=disk) if small else Work(photographs=images, disk=disk)
+        if address.source.counts:
+            return Work(drawings=self.source["images"], disk=disk)
+        return Work(drawings=images, disk=disk) if small_side(address) else Work(photographs=images, disk=disk)
 
 
 def views(step: Step, sizes: Sizes) -> Work:
