@@ -41,10 +41,12 @@ IMAGES = 64
 """Different images of noise; larger splits repeat them."""
 MOST = 2048
 """Images of one measured pass at most."""
-UPDATES = 512
+UPDATES = 1024
 """Steps of one measured training at most."""
 HEAD_STEPS = 20, 200
 """Steps of fitting heads before the clock runs, and while it runs."""
+PHOTOGRAPHS = 64
+"""Pixels from which an encoder is taken to be trained on crops of photographs."""
 DRAWN = 256
 """Images that are drawn to measure it."""
 PHOTOGRAPH = (500, 375)
@@ -97,7 +99,7 @@ def noise_task(backbone: Backbone) -> Task:
     short, labels = round(view.size / view.crop), generator.integers(0, CLASSES, IMAGES)
     shapes = np.full((IMAGES, 2), (short, short * 4 // 3), np.int64)
     pixels = generator.integers(0, 256, int(3 * shapes.prod(axis=1).sum()), dtype=np.uint8)
-    train = Split(images, labels, Whole(pixels, shapes) if view.size >= IMAGES else None)
+    train = Split(images, labels, Whole(pixels, shapes) if view.size >= PHOTOGRAPHS else None)
     return Task("noise", tuple(map(str, range(CLASSES))), train, train, train)
 
 
@@ -140,11 +142,12 @@ def training_rate(backbone: Backbone, task: Task, config: BenchConfig, seen: flo
         settings = Finetune(steps=steps, batch_size=batch, warmup=0)
         return clock(lambda: finetune_tasks(backbone, [task], [head], settings), backbone.device)
 
+    growth = 8 if backbone.device.startswith("cuda") else 2
     trained(1)  # compiles, where something is compiled
     steps, short = 2, min(trained(2), trained(2))
     longer = short
     while longer - short < config.seconds / 2 and steps < UPDATES:
-        steps *= 2
+        steps *= growth
         longer = trained(steps)
     each = max(longer - short, 1e-9) / (steps - 2)
     return batch / each, max(0.0, short - 2 * each)
