@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -30,9 +31,10 @@ from taskvec.lab import encoders
 from taskvec.learning import finetuning
 from taskvec.paper.numbers import MODELS
 from taskvec.paper.tasks import TASKS
-from taskvec.study.files import open_study, parse_study
-from taskvec.study.forecast.estimate import DEVICES, Forecast, decoded_bytes, forecast, report, seconds
-from taskvec.study.forecast.model_cost import PAPER, Transformer, counted, input_size, model_cost
+from taskvec.study.files import open_study, packaged, parse_study
+from taskvec.study.forecast.estimate import Forecast, decoded_bytes, duration, forecast, report
+from taskvec.study.forecast.model_cost import PAPER, Transformer, counted, model_cost
+from taskvec.study.forecast.rates import DEVICES
 from taskvec.study.forecast.sizes import task_size
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
@@ -133,7 +135,7 @@ def test_images_bytes_and_steps_are_those_of_a_run(data: Path, regimes: str, mon
             assert one.work.disk == pytest.approx(kept[one.step.label], rel=0.25), one.step.label
     after = look(file, data / "store")
     assert not after.ahead
-    assert any(line.startswith("check") for line in report(after, ["cpu"], 2))
+    assert any(line.startswith("check") for line in report(after, [DEVICES["cpu"]], 2))
 
 
 def test_what_is_done_is_found_and_a_further_task_is_not(data: Path) -> None:
@@ -154,7 +156,7 @@ def test_what_is_done_is_found_and_a_further_task_is_not(data: Path) -> None:
 
 
 def test_every_kind_of_step_is_counted_or_passes_nothing() -> None:
-    types = [kind for kind in STEP_TYPES.values() if kind.place.startswith("taskvec.")]
+    types = [kind for kind in STEP_TYPES.values() if kind.place.startswith("taskvec.study.steps.")]
     assert {kind.name for kind in types if kind.work is little} == CHOOSING
 
 
@@ -240,15 +242,15 @@ def test_a_data_set_of_the_hub_that_is_not_here_is_a_download_and_no_error(
     found = look(open_study(str(tmp_path / "study.yaml")), tmp_path / "store")
     assert found.downloads == ("hf:ylecun/mnist: its images (how many is not known here: counted as 10,000)",)
     (decoded,) = [one.work for one in found.ahead if one.step.label == "decode mnist (supervised)"]
-    assert decoded.decoding > 0
+    assert decoded.photographs == 10_000
 
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_time_in_a_papers_study_is_what_plan_says(name: str, tmp_path: Path) -> None:
     file = open_study(name)
     (said,) = re.findall(r"about ([\d.,]+) hours on an H100", file.text)
-    work = total(one.work for one in look(file, tmp_path).ahead)
-    assert float(said.replace(",", "")) == pytest.approx(seconds(work, DEVICES["h100"]) / 3600, rel=0.1)
+    planned = sum(duration(one, DEVICES["h100"]).total for one in look(file, tmp_path).ahead)
+    assert float(said.replace(",", "")) == pytest.approx(planned / 3600, rel=0.1)
 
 
 @pytest.mark.parametrize("name", PACKAGED)
@@ -325,7 +327,9 @@ def test_numbers_are_written_for_people() -> None:
     ],
 )
 def test_decoded_images_count_at_the_size_that_the_encoder_sees(address: str, size: int | None, pixels: int) -> None:
-    assert input_size(address, size) == pixels
+    cost = model_cost(address, size)
+    assert cost is not None
+    assert cost.size == pixels
 
 
 def test_decoded_images_are_not_announced_again_once_they_are_there(tmp_path: Path) -> None:
@@ -337,3 +341,36 @@ def test_decoded_images_are_not_announced_again_once_they_are_there(tmp_path: Pa
     wanted = [step for step in pipeline.ordered(steps) if step.type.name == "decode_task"]
     pipeline.run(wanted, store, open_executor(1), Quiet())
     assert decoded_bytes(steps, store) == 0
+
+
+TRUTHS = json.loads((Path(__file__).parent / "plan_truths.json").read_text("utf-8"))
+"""What finished packaged studies took on the machine that the defaults of ``cpu`` are of, by kind of step."""
+
+
+@pytest.mark.parametrize("name", list(TRUTHS["studies"]))
+def test_a_plan_is_within_a_factor_of_one_and_a_half_of_what_a_study_took(name: str, tmp_path: Path) -> None:
+    truth, estimate = TRUTHS["studies"][name], look(open_study(name), tmp_path)
+    seconds, disk = Tally[str](), Tally[str]()
+    for item in estimate.planned:
+        seconds[item.kind] += duration(item, DEVICES["cpu"]).total  # type: ignore[assignment]
+        disk[item.kind] += item.work.disk  # type: ignore[assignment]
+    assert Tally(item.kind for item in estimate.planned) == {kind: row["steps"] for kind, row in truth.items()}
+    for planned, quantity in ((seconds, "seconds"), (disk, "bytes")):
+        whole = sum(row[quantity] for row in truth.values())
+        ratios = {kind: planned[kind] / row[quantity] for kind, row in truth.items() if row[quantity] > whole / 10}
+        ratios["all"] = sum(planned.values()) / whole
+        assert {kind: ratio for kind, ratio in ratios.items() if not 1 / 1.5 < ratio < 1.5} == {}, quantity
+
+
+@pytest.mark.parametrize("name", [n for n in packaged() if n.startswith("lab-") and n not in TRUTHS["studies"]])
+def test_decoded_images_of_a_limited_study_are_those_that_it_decodes(name: str, tmp_path: Path) -> None:
+    """The announcement of a run and the plan agree, and both count the images of each task once a view."""
+    file, store = open_study(name), Store(tmp_path)
+    study = file.study
+    estimate = look(file, tmp_path)
+    planned = sum(item.work.disk for item in estimate.planned if item.kind == "decode_task")
+    steps = [step for cell in plan(file, store, estimate=True) for step in cell.steps()]
+    assert decoded_bytes(steps, store) == planned
+    sizes = [task_size(parse(task.address), 0)[1:] for task in study.tasks]
+    images = sum(min(count, study.limit or count) for counts in sizes for count in counts)
+    assert planned == images * (3 * 32**2 + 8)

@@ -216,7 +216,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
 
 def own_kinds() -> set[str]:
     """Return the kinds of step that the package itself has."""
-    return {name for name, kind in STEP_TYPES.items() if kind.function.__module__.startswith("taskvec.")}
+    return {name for name, kind in STEP_TYPES.items() if kind.function.__module__.startswith("taskvec.study.steps.")}
 
 
 def test_every_kind_of_step_is_run(measured: Outputs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import sys
@@ -57,3 +58,10 @@ def lack(config: Telling, inputs: Any, out: Path, progress: Any) -> None:
 @step_type(1)
 def crash(config: Telling, inputs: Any, out: Path, progress: Any) -> None:
     raise ZeroDivisionError("a fault of ours")
+
+
+@step_type(1)
+def surroundings(config: Telling, inputs: Any, out: Path, progress: Any) -> None:
+    """Keep what a worker's environment says of its GPU."""
+    names = ("CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "TASKVEC_WORKERS_OF_GPU")
+    (out / "environment.json").write_text(json.dumps([os.environ.get(name) for name in names]))

@@ -116,7 +116,10 @@ def run(
     ] = False,
     store: StoreFolder = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="steps at once; one a core by default, one on a GPU")
+        int | None,
+        typer.Option(
+            min=1, help="steps at once; by default one a core, on GPUs one each, or several of small encoders"
+        ),
     ] = None,
 ) -> None:
     """Run a study, or what is not done of it yet, and write tables, figures, a page and models."""
@@ -149,7 +152,8 @@ def run(
 def plan_(
     study: StudyName,
     device: Annotated[
-        str | None, typer.Option(help="h100, a100 or cpu: whose hours to estimate; all by default")
+        str | None,
+        typer.Option(help="h200, h100, a100, cpu, or here (what taskvec bench measured): whose hours; all by default"),
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="of the run with 2 steps and 32 images a split")] = False,
     store: StoreFolder = None,
@@ -159,17 +163,46 @@ def plan_(
     from taskvec.study.files import open_study
 
     file = open_study(study)
-    from taskvec.command.runs import default_workers
     from taskvec.engine.store import Store, default_store
-    from taskvec.study.forecast.estimate import DEVICES, forecast, report
+    from taskvec.study.forecast.estimate import forecast, report
+    from taskvec.study.forecast.rates import DEVICES, HERE, find_device
+    from taskvec.study.forecast.workers import cpu_workers
     from taskvec.study.plan.experiments import plan
 
-    if device is not None and device not in DEVICES:
-        raise unknown("device", device, DEVICES)
+    if device is not None and device not in (*DEVICES, HERE):
+        raise unknown("device", device, (*DEVICES, HERE))
     held, chosen = Store((store or default_store()).expanduser()), file.study.smoke() if smoke else file.study
+    devices = [find_device(name, held.folder) for name in ([device] if device else DEVICES)]
     found = forecast(chosen.name, plan(replace(file, study=chosen), held, estimate=True), held)
-    for line in report(found, [device] if device else list(DEVICES), workers or default_workers("cpu", chosen.threads)):
+    for line in report(found, devices, workers or cpu_workers(chosen.threads)):
         say(line, hang=10, wrap=True)
+
+
+@app.command()
+@guarded
+def bench(
+    study: Annotated[
+        str | None, typer.Argument(help="a study, whose backbones are measured; a few usual ones where none is given")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="keep the rates in the store, for taskvec plan")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N; the study's, or auto")] = None,
+    store: StoreFolder = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes at once on a CPU; as many as a run has")] = None,
+) -> None:
+    """Measure this machine in about two minutes: passes, training, opening, linear heads, decoding, files."""
+    from taskvec.command.bench import lines, measure
+    from taskvec.engine.store import Store, default_store
+    from taskvec.study.files import open_study
+    from taskvec.study.forecast.rates import save_rates
+
+    file = open_study(study) if study else None
+    place = Store((store or default_store()).expanduser())
+    wanted = device or (file.study.device if file else "auto")
+    rates = measure(file, wanted, place, workers, lambda text: say(text, sys.stderr))
+    for line in lines(rates):
+        say(line)
+    if save:
+        say(f"saved as {save_rates(rates, place.folder)}", hang=4)
 
 
 @app.command()

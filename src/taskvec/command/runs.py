@@ -11,11 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from taskvec.core.compute import choose_device, processor, uses_tf32
+from taskvec.core.compute import processor, study_device, uses_tf32
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors, fingerprint, read_json
 from taskvec.core.formatting import bytes_text
-from taskvec.core.machine import cores
+from taskvec.core.machine import gpus_of
 from taskvec.core.notes import library_warnings, listen, some
 from taskvec.data import sources
 from taskvec.data.folders import folders_in, splits_in
@@ -47,6 +47,7 @@ from taskvec.study import artifacts
 from taskvec.study.artifacts import AGREEMENTS
 from taskvec.study.experiment import Experiment
 from taskvec.study.forecast.estimate import decoded_bytes
+from taskvec.study.forecast.workers import cpu_workers, gpu_workers
 from taskvec.study.plan.experiments import plan
 from taskvec.study.schema import StudyFile
 from taskvec.study.steps.loading import compare_precisions
@@ -103,17 +104,12 @@ class Counter:
                 self.reporter.note(f"also {some(others)}", text)
 
 
-def default_workers(device: str, threads: int) -> int:
-    """Return how many steps run at once: one on a GPU, one for every ``threads`` cores of a CPU."""
-    return 1 if device != "cpu" else max(1, cores() // threads)
-
-
 def run_study(
     file: StudyFile, out: Path, store: Store, workers: int | None, reporter: Reporter, command: str
 ) -> Outcome:
     """Run what is not done yet and write the run folder; a run with nothing to do leaves the folder as it is."""
     check_inputs(file, out, store.folder)
-    counter, device = Counter(reporter), choose_device(file.study.device)
+    counter, device = Counter(reporter), study_device(file.study.device)
     with writing(out):
         check_free(file, out)
         store.open()
@@ -124,7 +120,9 @@ def run_study(
             mark(out, MARKER, {})
         plugins_used, steps = used_plugins(file), [step for exp in experiments for step in exp.steps()]
         say_size(decoded_bytes(steps, store), store, reporter)
-        executor = open_executor(workers or default_workers(device, file.study.threads))
+        chips = gpus_of(device)
+        workers = workers or (gpu_workers(steps, chips) if chips else cpu_workers(file.study.threads))
+        executor = open_executor(workers, [chip.id for chip in chips])
         with contextlib.closing(artifacts):
             done = pipeline.run(steps, store, executor, counter)
         with present(artifact.folder for artifact in done.values()), listen(functools.partial(counter.note, FOLDER)):

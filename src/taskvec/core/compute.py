@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taskvec.core.errors import TaskvecError
+from taskvec.core.machine import gpu, gpus
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products repeat their bits; cuBLAS reads it once
 Made = TypeVar("Made")
@@ -39,8 +40,8 @@ def processor(device: str = "cpu") -> str:
 
     The instructions that torch uses follow the name, which alone may stand for many CPUs.
     """
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+    if chip := gpu(device):
+        return chip.name
     name = cpu_fact("model name") or platform.processor() or platform.machine()
     tiles = ", AMX" if has_tiles() else ""
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}{tiles})"
@@ -67,6 +68,20 @@ def choose_device(setting: str = "auto") -> str:
     return setting
 
 
+def study_device(setting: str = "auto") -> str:
+    """Return the device of a study's steps by what the GPUs' driver lists: whoever only plans opens no CUDA context."""
+    if setting == "auto":
+        return "cuda" if torch.backends.cuda.is_built() and gpus() else "cpu"
+    if not setting.startswith("cuda"):
+        return choose_device(setting)
+    if not torch.backends.cuda.is_built():
+        raise TaskvecError(f"device '{setting}' cannot be used: this torch is built without CUDA", "use auto or cpu")
+    if gpu(setting) is None:
+        names = ", ".join(chip.name for chip in gpus()) or "none"
+        raise TaskvecError(f"device '{setting}' cannot be used: the GPUs here are {names}", "use auto, cpu or cuda")
+    return setting
+
+
 def choose_precision(setting: str, use: Use, width: int, device: str) -> Precision:
     """Return the precision for a use; evaluation, where scales are compared, is always float32.
 
@@ -88,8 +103,8 @@ def resolve_precision(setting: str, device: str) -> Precision | Wide:
     if setting in ("float32", "bfloat16", *WIDTHS):
         return cast("Precision | Wide", setting)
     if device.startswith("cuda"):  # a plan for a GPU that is elsewhere takes it for one of this decade
-        here = torch.cuda.is_available()
-        return "bfloat16" if not here or torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+        chip = gpu(device)
+        return "bfloat16" if chip is None or chip.capability >= (8, 0) else "float32"
     return wide_bfloat16() or "float32"
 
 

@@ -18,7 +18,7 @@ from taskvec.encoders.loaders import families
 from taskvec.encoders.loaders.families import build, build_hollow
 from taskvec.encoders.loaders.requests import check_affordable, check_bounds, check_parameters
 from taskvec.engine.pipeline import versions
-from taskvec.weights.flat import Slot, Weights, align, check_filled, open_saved, outline, pack, read, save
+from taskvec.weights.flat import Slot, Weights, align, check_filled, layout_of, open_saved, outline, read, save
 
 Mean = Annotated[float, Field(ge=-1000, le=1000)]
 Deviation = Annotated[float, Field(ge=1e-4, le=1000)]
@@ -82,7 +82,7 @@ def read_layout(folder: Path) -> tuple[Slot, ...]:
     """Return the layout of a kept backbone's weights; neither weights nor memory for them are taken."""
     architecture = read_record(folder / "backbone.json", Encoder).architecture.model_dump()
     with torch.device("meta"):
-        return pack(build(architecture).float().state_dict(keep_vars=True)).layout
+        return layout_of(build(architecture).state_dict(keep_vars=True))
 
 
 def read_backbone(folder: Path, device: str = "cpu", name: str = "encoder") -> Backbone:

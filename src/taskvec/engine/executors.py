@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import os
 import queue
 import re
@@ -21,12 +22,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import disk_errors, write_json
+from taskvec.core.machine import SHARING, VISIBLE, workers_of_gpu
 from taskvec.core.notes import library_warnings, listen, print_note, printable
 from taskvec.engine.pipeline import Executor, Finished, Job, Step, leaves, mapped
 from taskvec.engine.store import NOTES, Content, content_of, present
@@ -41,9 +43,22 @@ PATIENCE = 5.0
 """Seconds that a worker which no longer answers has to end."""
 
 
-def open_executor(workers: int) -> Executor:
-    """Return an executor for that many steps at once; one worker means this process itself."""
-    return Inline() if workers <= 1 else Processes(workers)
+def open_executor(workers: int, gpus: Sequence[str] = ()) -> Executor:
+    """Return an executor for that many steps at once, on GPUs by their ids; one worker on a CPU is this process itself.
+
+    What computes on GPUs always runs in worker processes, so that this one opens no CUDA context.
+    """
+    return Processes(workers, gpus) if workers > 1 or gpus else Inline()
+
+
+def environment(gpu: str | None, sharing: int) -> dict[str, str]:
+    """Return the environment of a worker: of a GPU it sees that one alone, and repeats its matrix products bit by bit.
+
+    CUBLAS_WORKSPACE_CONFIG has to be set before CUDA starts (PyTorch's notes on reproducibility).
+    """
+    if gpu is None:
+        return dict(os.environ)
+    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | os.environ | {VISIBLE: gpu, SHARING: str(sharing)}
 
 
 def perform(job: Job, progress: Callable[[float], None], note: Callable[[str], None]) -> Finished:
@@ -88,14 +103,24 @@ def explained(label: str, error: BaseException) -> BaseException:
         problem = f"step '{label}' cannot import what it needs: {error}"
         return TaskvecError(problem, "install what is missing beside taskvec")
     if isinstance(error, MemoryError | RuntimeError) and is_lack_of_memory(error):
-        fix = "lower batch_size, raise accumulate, or choose another device"
-        return TaskvecError(f"no memory left in step '{label}'", fix)
+        return lack_of_memory(label)
     return error
+
+
+def lack_of_memory(label: str) -> TaskvecError:
+    """Return what a user is told of a step that found no room; several workers of one GPU are named first."""
+    fix, sharing = "lower batch_size, raise accumulate, or choose another device", workers_of_gpu()
+    if sharing > 1:
+        where = f": {sharing} workers share its GPU ({os.environ.get(VISIBLE)})"
+        return TaskvecError(f"no memory left in step '{label}'{where}", f"run with fewer --workers, or {fix}")
+    return TaskvecError(f"no memory left in step '{label}'", fix)
 
 
 def is_lack_of_memory(error: Exception) -> bool:
     """Say whether Python or torch, on a CPU or another device, found no room; torch's own kinds are RuntimeErrors."""
-    said = re.search(r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE)
+    said = re.search(
+        r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", str(error), re.IGNORECASE
+    )
     return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or said is not None
 
 
@@ -124,6 +149,7 @@ class Inline:
 class _Worker:
     process: subprocess.Popen[str]
     log: BinaryIO
+    gpu: str | None = None
     listener: threading.Thread | None = None
     shown: int = 0
     ended: bool = False
@@ -148,10 +174,10 @@ class _Worker:
 
 
 class Processes:
-    """A fixed number of worker processes, started when first needed."""
+    """A fixed number of worker processes, started when first needed; of GPUs each gets the one with fewest workers."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: int, gpus: Sequence[str] = ()) -> None:
+        self.slots, self.gpus = slots, gpus
         self._workers: list[_Worker] = []
         self._messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
         self._said: dict[str, _Worker] = {}
@@ -216,18 +242,25 @@ class Processes:
                 if self._said.setdefault(line, worker) is worker:
                     print_note(printable(line))
 
+    def _free_gpu(self) -> str | None:
+        """Return the first GPU with the fewest workers that live."""
+        busy = [worker.gpu for worker in self._workers if worker.process.poll() is None]
+        return min(self.gpus, key=busy.count, default=None)
+
     def _hire(self) -> _Worker:
+        gpu = self._free_gpu()
+        env = environment(gpu, math.ceil(self.slots / max(1, len(self.gpus))))
         log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  closed with the worker
         command = [sys.executable, "-P", "-m", "taskvec.engine.executors"]  # -P: no import from the present folder
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
         try:
             process = subprocess.Popen(
-                command, **pipes, encoding="utf-8", errors="replace", text=True, start_new_session=True
+                command, **pipes, env=env, encoding="utf-8", errors="replace", text=True, start_new_session=True
             )
         except OSError as error:
             log.close()
             raise TaskvecError(f"no worker process can be started: {error}", "run with --workers 1") from None
-        worker = _Worker(process, log)
+        worker = _Worker(process, log, gpu)
         worker.listener = threading.Thread(target=self._listen, args=(worker,), daemon=True)
         worker.listener.start()
         self._workers.append(worker)

@@ -10,16 +10,19 @@ from dataclasses import dataclass, fields
 class Work:
     """What some steps take: images passed forward, images trained on, FLOPs of each, work of the CPU, bytes written.
 
-    ``head_steps`` are optimiser steps of linear heads and ``head_flops`` their FLOPs; ``decoding`` is in core seconds.
+    ``updates`` are passes forward and back of a batch, ``head_steps`` optimiser steps of linear heads and
+    ``head_flops`` their FLOPs; ``photographs`` are decoded, and ``drawings`` are small images, drawn or decoded.
     """
 
     forward: float = 0
     trained: float = 0
     forward_flops: float = 0
     training_flops: float = 0
+    updates: float = 0
     head_steps: float = 0
     head_flops: float = 0
-    decoding: float = 0
+    photographs: float = 0
+    drawings: float = 0
     disk: float = 0
 
     def __add__(self, other: Work) -> Work:

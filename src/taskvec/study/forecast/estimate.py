@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
-from taskvec.core.files import canonical, fingerprint, json_text
+from taskvec.core.files import fingerprint, json_text
 from taskvec.core.formatting import bytes_text, duration_text, flops_text
-from taskvec.data.decoding import view_bytes
 from taskvec.data.sources import parse
 from taskvec.encoders.identity import to_download
 from taskvec.engine.pipeline import Step, leaves, look, ordered
@@ -18,50 +16,29 @@ from taskvec.engine.store import Store
 from taskvec.engine.store import seconds as recorded
 from taskvec.engine.work import Work, total
 from taskvec.study.experiment import Experiment
-from taskvec.study.forecast.model_cost import input_size
-from taskvec.study.forecast.sizes import Sizes
+from taskvec.study.forecast.model_cost import ModelCost
+from taskvec.study.forecast.rates import BATCH, CORE_FLOPS, READING, Device
+from taskvec.study.forecast.sizes import BACKWARD, Key, Sizes
+from taskvec.study.forecast.step_memory import memory
 from taskvec.study.inputs import UNKNOWN_IMAGES
 
 STARTING = 0.005
 """Seconds that any step takes beside what is counted."""
-HEAD_STEP = 0.7e-3
-"""Seconds of a core that one step of one linear head takes beside its FLOPs."""
-DISK = 0.5e9
-"""Bytes a second that are written and hashed."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak FLOP/s of evaluation and of training, and the share of each that is assumed to be reached.
-
-    ``about`` says what the peaks are of.
-    """
-
-    about: str
-    evaluation: float
-    training: float
-    evaluation_share: float
-    training_share: float
-
-
-DEVICES: Mapping[str, Device] = MappingProxyType(
-    {
-        "h100": Device("float32 without tensor cores; training in bfloat16 (SXM)", 67e12, 989e12, 0.5, 0.35),
-        "a100": Device("float32 without tensor cores; training in bfloat16", 19.5e12, 312e12, 0.6, 0.4),
-        "cpu": Device("a core with AVX-512 at 2 GHz", 128e9, 128e9, 0.35, 0.5),
-    }
-)
-"""GPUs by NVIDIA's data sheets (dense); their shares are assumed, a core's are near what the lab reaches."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A step, what it takes, its memory in bytes (device, main), and the seconds it took where it is done."""
+    """A step, what it takes, its memory in bytes (device, main), and the seconds it took where it is done.
+
+    What opens a backbone has its key and its cost, and ``reads`` so many bytes of encoders beside it.
+    """
 
     step: Step
     work: Work
     memory: tuple[float, float]
     seconds: float | None
+    backbone: tuple[Key, ModelCost] | None
+    reads: float
 
     @property
     def kind(self) -> str:
@@ -89,26 +66,40 @@ class Forecast:
         return [item for item in self.planned if item.seconds is not None]
 
 
-def forward_seconds(work: Work, device: Device) -> float:
-    """Return the time of passes that train nothing."""
-    return work.forward_flops / (device.evaluation * device.evaluation_share)
+@dataclass(frozen=True)
+class Duration:
+    """Seconds that steps take: passes that train nothing, training, opening encoders, and the CPU's other work."""
+
+    evaluation: float = 0
+    training: float = 0
+    opening: float = 0
+    host: float = 0
+
+    def __add__(self, other: Duration) -> Duration:
+        """Add up field by field."""
+        return Duration(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """Return the seconds of a worker that does one after the other."""
+        return self.evaluation + self.training + self.opening + self.host
 
 
-def training_seconds(work: Work, device: Device) -> float:
-    """Return the time of passes forward and back."""
-    return work.training_flops / (device.training * device.training_share)
-
-
-def host_seconds(work: Work) -> float:
-    """Return the time of a CPU core beside the device: decoding, linear heads, files."""
-    core = DEVICES["cpu"]
-    heads = work.head_steps * HEAD_STEP + work.head_flops / (core.evaluation * core.evaluation_share)
-    return work.decoding + heads + work.disk / DISK + STARTING
-
-
-def seconds(work: Work, device: Device) -> float:
-    """Return the time of a worker that does one after the other."""
-    return forward_seconds(work, device) + training_seconds(work, device) + host_seconds(work)
+def duration(item: Planned, device: Device) -> Duration:
+    """Return how long a step takes on a device."""
+    work, host = item.work, device.host
+    heads = work.head_steps * host.head_step + work.head_flops / CORE_FLOPS
+    decoding = work.photographs * host.photograph + work.drawings * host.drawing
+    rest = decoding / device.cores + heads + work.disk / host.disk + STARTING
+    if item.backbone is None:
+        return Duration(host=rest)
+    pace = device.pace(*item.backbone)
+    return Duration(
+        work.forward_flops / pace.forward + work.forward / BATCH * pace.batch,
+        work.training_flops / pace.training + work.updates * pace.update + bool(work.updates) * pace.beginning,
+        pace.opening + item.reads / READING,
+        rest,
+    )
 
 
 def forecast(name: str, experiments: Sequence[Experiment], store: Store) -> Forecast:
@@ -119,7 +110,7 @@ def forecast(name: str, experiments: Sequence[Experiment], store: Store) -> Fore
     for step, (id, record) in looks.items():
         if id not in planned:
             took = None if record is None else recorded(record) if math.isfinite(recorded(record)) else 0.0
-            planned[id] = Planned(step, step.type.work(step, sizes), memory(step, sizes), took)
+            planned[id] = Planned(step, step.type.work(step, sizes), memory(step, sizes), took, *opened(step, sizes))
     every = tuple(planned.values())
     return Forecast(name, every, tuple(unknown_shapes(sizes)), tuple(downloads(every)))
 
@@ -136,17 +127,12 @@ def view_digest(step: Step, sizes: Sizes) -> str:
     return fingerprint({"preprocessing.json": hashlib.sha256(text.encode()).hexdigest()})
 
 
-def memory(step: Step, sizes: Sizes) -> tuple[float, float]:
-    """Return the bytes a step needs on its device and in main memory: an estimate from above, without the libraries.
-
-    Training keeps weights, gradients, Adam's two moments and the pre-trained copy, and half-precision activations.
-    """
-    weights = sizes.weights(step) if step.inputs.get("backbone") else 0.0
-    if settings := getattr(step.config, "finetune", None):
-        batch = settings.batch_size / settings.accumulate
-        return 6 * weights + 2 * batch * sizes.backbone(step).activations, 2 * weights
-    held = (len(list(leaves(step.inputs.get("finetuned")))) + 4) * weights
-    return (held, 2 * weights) if getattr(step.config, "device", "") else (0, held)
+def opened(step: Step, sizes: Sizes) -> tuple[tuple[Key, ModelCost] | None, float]:
+    """Return which backbone a step opens and what it costs, and the bytes of other encoders that it reads."""
+    if not getattr(step.config, "device", ""):
+        return None, 0.0
+    encoders = sum(len(list(leaves(step.inputs.get(role)))) for role in ("finetuned", "merged"))
+    return (sizes.key(step), sizes.backbone(step)), encoders * sizes.weights(step)
 
 
 def unknown_shapes(sizes: Sizes) -> Iterator[str]:
@@ -172,14 +158,10 @@ def downloads(planned: Sequence[Planned]) -> Iterator[str]:
 
 def decoded_bytes(steps: Iterable[Step], store: Store) -> float:
     """Return about how many bytes of evaluation views the store lacks for a study; no weight and no image is read."""
-    views, bytes_of = [step for step in ordered(steps) if step.type.name == "decode_task"], dict[str, float]()
-    for step, (_, record) in look(views, store, lambda _, id: id).items():
-        if step.type.name == "decode_task" and record is None:
-            encoder = step.inputs["preprocessing"].inputs["backbone"].config
-            size, source = input_size(encoder.address, encoder.size, encoder.projection), step.config.source
-            images = min(source["images"], 3 * (step.config.limit or source["images"]))
-            bytes_of[canonical([source, size])] = view_bytes(images, size)
-    return sum(bytes_of.values())
+    views, sizes = [step for step in ordered(steps) if step.type.name == "decode_task"], Sizes()
+    looks = look(views, store, lambda step, id: view_digest(step, sizes) or id)
+    missing = {id: step for step, (id, record) in looks.items() if step in views and record is None}
+    return sum(step.type.work(step, sizes).disk for step in missing.values())
 
 
 def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:
@@ -193,19 +175,19 @@ def kinds(forecast: Forecast) -> list[tuple[str, int, int, Work]]:
     ]
 
 
-def report(estimate: Forecast, devices: Sequence[str], workers: int) -> Iterator[str]:
+def report(estimate: Forecast, devices: Sequence[Device], workers: int) -> Iterator[str]:
     """Yield the lines of ``taskvec plan``: steps by kind, time by device, disk, memory, downloads, and a check."""
     yield f"{estimate.name}: {len(estimate.planned)} steps, {len(estimate.done)} of them done; the rest takes"
     yield ""
     yield from table(estimate)
     yield ""
-    for name in devices:
-        yield from device_lines(name, estimate, workers)
+    for device in devices:
+        yield from device_lines(device, estimate, workers)
     yield ""
     yield from resources(estimate)
     yield from (f"download  {what}" for what in estimate.downloads)
     yield from (f"note      {what}" for what in estimate.notes)
-    yield from check(estimate)
+    yield from (line for device in devices if device.name == "cpu" for line in check(estimate, device))
 
 
 def table(estimate: Forecast) -> Iterator[str]:
@@ -218,24 +200,31 @@ def table(estimate: Forecast) -> Iterator[str]:
         yield f"{name:<24}{steps:>6}{done:>6}{images}{flops_text(work.flops):>13}"
 
 
-def device_lines(name: str, estimate: Forecast, workers: int) -> Iterator[str]:
-    """Yield the time on a device, what it is made of, and the rates that it assumes."""
-    device = DEVICES[name]
-    each = [seconds(item.work, device) for item in estimate.ahead]
-    shared = max(sum(each) / workers, max(each, default=0)) if name == "cpu" else sum(each)
-    several = f" with {workers} workers" if name == "cpu" and workers > 1 else ""
-    yield f"{name:<10}{duration_text(shared)}{several}"
-    work = total(item.work for item in estimate.ahead)
-    passes = forward_seconds(work, device), training_seconds(work, device)
-    parts = zip(("evaluation", "training"), passes, strict=True)
+def device_lines(device: Device, estimate: Forecast, workers: int) -> Iterator[str]:
+    """Yield the time on a device, what it is made of, and the rates that it assumes or that were measured."""
+    each = [duration(item, device) for item in estimate.ahead]
+    whole, is_cpu = sum(each, Duration()), not device.update
+    shared = max(whole.total / workers, max((one.total for one in each), default=0)) if is_cpu else whole.total
+    several = f" with {workers} workers" if is_cpu and workers > 1 else ""
+    yield f"{device.name:<10}{duration_text(shared)}{several}"
     yield (
-        " " * 10
-        + ", ".join(f"{what} {duration_text(duration)}" for what, duration in parts)
-        + (f", decoding, linear heads and files on the CPU {duration_text(sum(each) - sum(passes))}")
+        f"{'':<10}evaluation {duration_text(whole.evaluation)}, training {duration_text(whole.training)}, opening "
+        f"encoders {duration_text(whole.opening)}, decoding, linear heads and files {duration_text(whole.host)}"
     )
-    rates = (device.evaluation_share, device.evaluation), (device.training_share, device.training)
-    reached = " and ".join(f"{share:.0%} of {flops_text(peak)}/s" for share, peak in rates)
-    yield " " * 10 + f"at {reached} ({device.about})"
+    yield from (f"{'':<10}{line}" for line in rate_lines(device, estimate))
+
+
+def rate_lines(device: Device, estimate: Forecast) -> Iterator[str]:
+    """Yield where a device's rates are from: of each backbone, where something was measured."""
+    if device.measured is None:
+        reached = f"{flops_text(device.forward)}/s forward and {flops_text(device.training)}/s in training"
+        yield f"by default {reached}: {device.about}"
+        return
+    yield device.measured.about
+    for key, cost in dict(item.backbone for item in estimate.ahead if item.backbone).items():
+        pace = device.pace(key, cost)
+        seen, trained = pace.forward / cost.flops, pace.training / BACKWARD / cost.flops
+        yield f"{key[0]}: {seen:,.0f} images/s forward and {trained:,.0f} in training ({pace.source})"
 
 
 def resources(estimate: Forecast) -> Iterator[str]:
@@ -249,10 +238,10 @@ def resources(estimate: Forecast) -> Iterator[str]:
         yield f"memory    {bytes_text(top.memory[place])} of {where} ({top.step.label})"
 
 
-def check(estimate: Forecast) -> Iterator[str]:
+def check(estimate: Forecast, device: Device) -> Iterator[str]:
     """Yield how the estimate compares with what finished steps took on the CPU of this machine."""
     items = [item for item in estimate.done if getattr(item.step.config, "device", "") in ("", "cpu")]
-    took, wanted = sum(item.seconds or 0 for item in items), sum(seconds(item.work, DEVICES["cpu"]) for item in items)
+    took, wanted = sum(item.seconds or 0 for item in items), sum(duration(item, device).total for item in items)
     if took >= 1:
         expected = duration_text(wanted)
         yield f"check     {len(items)} finished steps took {duration_text(took)}; expected of a core {expected}"

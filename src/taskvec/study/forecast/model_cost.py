@@ -20,8 +20,6 @@ from taskvec.encoders.loaders.requests import Outline
 from taskvec.lab import encoders
 from taskvec.paper.checkpoints import PAPER as CHECKPOINTS
 
-UNKNOWN_SIZE = 224
-"""Pixels that a backbone is taken to see where no file here tells."""
 KEPT = 18
 """Numbers that a transformer block keeps of every channel of every token for its backward pass, with fused attention:
 two norms, queries, keys and values, attention and its projection, four times the width twice, and three sums."""
@@ -96,14 +94,6 @@ def model_cost(address: str | BackboneAddress, size: int | None, projection: boo
     except (TaskvecError, OSError):
         return None
     return counted(record, seen, str(address), size)
-
-
-def input_size(address: str | BackboneAddress, size: int | None, projection: bool | None = None) -> int:
-    """Return the pixels that a backbone sees: what is asked for, or its own by its configuration; no weight is read."""
-    try:
-        return size or int(architecture(address, size, projection)[0]["options"]["size"])
-    except (TaskvecError, OSError):
-        return UNKNOWN_SIZE
 
 
 def lab_cost(name: str, size: int | None) -> ModelCost:

@@ -25,6 +25,10 @@ UNKNOWN = ModelCost(85_800_000, 35.1e9, 32.7e6, 768, 224)
 """A ViT-B/16 at 224 px, which stands for a backbone whose architecture nothing here tells."""
 
 
+Key = tuple[str, int | None, bool | None]
+"""What names a backbone: its address, its input size in pixels, and whether features are projected."""
+
+
 class TaskSize(NamedTuple):
     """How large a task is: classes, and images to train, to validate and to test."""
 
@@ -39,14 +43,18 @@ class Sizes:
     """The sizes of what steps read, each looked up once."""
 
     listed: dict[str, TaskSize] = field(default_factory=dict)
-    costs: dict[tuple[str, int | None, bool | None], ModelCost | None] = field(default_factory=dict)
+    costs: dict[Key, ModelCost | None] = field(default_factory=dict)
 
-    def backbone(self, step: Step) -> ModelCost:
-        """Return the cost of the backbone that a step reads, directly or through what it reads."""
+    def key(self, step: Step) -> Key:
+        """Return which backbone a step reads, directly or through what it reads."""
         while step.type.name != "load_backbone":
             step = step.inputs.get("backbone") or step.dependencies()[0]
         config = step.config
-        key = config.address, config.size, config.projection
+        return config.address, config.size, config.projection
+
+    def backbone(self, step: Step) -> ModelCost:
+        """Return the cost of the backbone that a step reads."""
+        key = self.key(step)
         if key not in self.costs:
             self.costs[key] = model_cost(*key)
         return self.costs[key] or UNKNOWN
@@ -67,10 +75,10 @@ class Sizes:
         """Return the sizes of all decoded tasks that a step reads."""
         return [self.decoded(decode) for role in ("task", "tasks") for decode in leaves(step.inputs.get(role))]
 
-    def passes(self, step: Step, forward: float, trained: float = 0, disk: float = 0) -> Work:
-        """Return so many images forward and trained on by a step's backbone, and bytes written."""
+    def passes(self, step: Step, forward: float, trained: float = 0, disk: float = 0, updates: float = 0) -> Work:
+        """Return so many images forward and trained on by a step's backbone, in so many updates, and bytes written."""
         flops = self.backbone(step).flops * (TANGENT if step.config.linearised else 1)
-        return Work(forward, trained, forward * flops, BACKWARD * trained * flops, disk=disk)
+        return Work(forward, trained, forward * flops, BACKWARD * trained * flops, updates, disk=disk)
 
     def weights(self, step: Step) -> float:
         """Return the bytes of an encoder's weights."""

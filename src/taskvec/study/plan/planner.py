@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from taskvec.core.compute import choose_device, resolve_precision
+from taskvec.core.compute import resolve_precision, study_device
 from taskvec.core.errors import TaskvecError
 from taskvec.core.notes import note
 from taskvec.engine.pipeline import Config, Inputs, Step, StepType
@@ -31,7 +31,8 @@ class Planner:
         self.sources = StudyInputs(file, store, estimate)
         self.addresses, self.brought = self.sources.addresses, self.sources.brought
         setting = file.study.device
-        self.device = setting if estimate and setting != "auto" else choose_device(setting)
+        device = setting if estimate and setting != "auto" else study_device(setting)
+        self.device = device.partition(":")[0]  # which GPU it is, its worker is told by the environment
         check_precision(file.study.evaluation_precision, self.device)
         self.regimes = self.sources.regimes
         self.joint = self.regimes.get("joint")

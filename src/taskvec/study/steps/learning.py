@@ -161,7 +161,8 @@ def training_work(step: Step, sizes: Sizes) -> Work:
     share = max(1, settings.batch_size // settings.accumulate // len(read))
     images = settings.steps * settings.accumulate * sum(min(share, size.train) for size in read)
     disk = 0.0 if getattr(step.config, "trial", False) else sizes.weights(step)
-    return validating(step, sizes) + sizes.passes(step, 0, images, disk=disk)
+    updates = settings.steps * settings.accumulate
+    return validating(step, sizes) + sizes.passes(step, 0, images, disk, updates)
 
 
 @step_type(

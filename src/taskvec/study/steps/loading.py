@@ -26,8 +26,6 @@ from taskvec.study.forecast.sizes import NUMBER, Sizes, encoder, small_side
 
 WIDER = 4 / 3
 """How much longer the long side of a photograph is."""
-DRAWING, DECODING = 0.4e-3, 10e-3
-"""Seconds of a core to draw one of the lab's images, and to decode a photograph and resize it."""
 
 NEAR = (0.0, 0.05)
 """Scales at which predictions in different precisions are compared, beside the middle of the grid."""
@@ -83,16 +81,22 @@ class DecodeConfig(Config):
         """Return how images are read: whether corrupt ones are skipped, and what the plan knew of the task."""
         return {"skip_corrupt": self.skip_corrupt, "known": self.source}
 
-    def seconds(self) -> float:
-        """Return the seconds of a core that one image takes."""
+    def decoding(self, images: float, disk: float) -> Work:
+        """Return the decoding of so many images into so many bytes: photographs, or small ones.
+
+        The lab draws all images of a task, also where a study is limited to some.
+        """
         address = parse(self.address)
-        return DRAWING if address.source.counts or small_side(address) else DECODING
+        if address.source.counts:
+            return Work(drawings=self.source["images"], disk=disk)
+        return Work(drawings=images, disk=disk) if small_side(address) else Work(photographs=images, disk=disk)
 
 
 def views(step: Step, sizes: Sizes) -> Work:
     """Every image is decoded once, to uint8."""
     images = sum(sizes.decoded(step)[1:])
-    return Work(decoding=images * step.config.seconds(), disk=images * (3 * sizes.backbone(step).size ** 2 + 8))
+    work: Work = step.config.decoding(images, images * (3 * sizes.backbone(step).size ** 2 + 8))
+    return work
 
 
 @step_type(
@@ -112,7 +116,8 @@ def whole_images(step: Step, sizes: Sizes) -> Work:
     images, shape = sizes.decoded(step).train, sizes.backbone(step)
     short = shape.size / (shape.view.crop if shape.view else 1)
     pixels = WIDER * min(short, small_side(parse(step.config.address)) or short) ** 2
-    return Work(decoding=images * step.config.seconds(), disk=images * (3 * pixels + 16))
+    work: Work = step.config.decoding(images, images * (3 * pixels + 16))
+    return work
 
 
 @step_type(
