@@ -1,16 +1,20 @@
-# Two commands on a fresh machine, each setting up .venv by itself:
+# Commands on a fresh machine, each setting up .venv by itself:
 #   make quickstart   the main job on the embedded lab; prints where its page is
 #   make test         the tests
+#   make bench        the table of this CPU (docs/performance.md), under 20 minutes; bench.json beside it
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test bench check clean
 
 quickstart: .venv/installed
 	@begin=$$(date +%s); $(BIN)/taskvec run quickstart && echo "seconds: $$(( $$(date +%s) - begin ))"
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/cpu.py --json bench.json
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

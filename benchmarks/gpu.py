@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +25,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from table import Row, about, save, show
 from timing import clock, device_seconds, step_seconds
 
 import taskvec as tv
-from taskvec.core.compute import autocast, choose_device, processor
+from taskvec.core.compute import autocast, choose_device
 from taskvec.core.files import write_json
 from taskvec.data.images import normalise
 from taskvec.data.tasks import Split
 from taskvec.encoders import records
 from taskvec.encoders.backbone import assemble
 from taskvec.encoders.loaders.families import build
+from taskvec.engine.store import Store
 from taskvec.learning.finetuning import training_precision
 from taskvec.learning.heads import random_head
 from taskvec.study import artifacts
-from taskvec.study.forecast.model_cost import architecture
+from taskvec.study.files import open_study
+from taskvec.study.forecast.estimate import duration, forecast
+from taskvec.study.forecast.model_cost import architecture, model_cost
+from taskvec.study.forecast.rates import DEVICES
+from taskvec.study.forecast.sizes import BACKWARD
+from taskvec.study.plan.experiments import plan
 from taskvec.study.steps import searching
-from taskvec.weights.flat import save
+from taskvec.weights import flat
 
 CLASSES = 10
+PAPER = ("paper-table1", "paper-table3", "paper-table4", "paper-figures")
 SCALES = [round(0.05 * place, 10) for place in range(1, 21)]
 
 
@@ -64,31 +71,6 @@ GPU = Sizes("timm:vit_base_patch16_224", 4096, (128, 256, 512, 1024), 128, (30, 
 CPU = Sizes("timm:test_vit", 64, (32, 64), 8, (2, 6), 2, 16)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured line: ours, the floor in the same run if there is one, and the bar for their ratio, or for ours."""
-
-    name: str
-    unit: str
-    ours: float
-    floor: float | None = None
-    bar: float | None = None
-    at_most: bool = False
-    note: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """Return what the bar is for."""
-        return self.ours / self.floor if self.floor else self.ours
-
-    @property
-    def verdict(self) -> str:
-        """Return ok or short where there is a bar."""
-        if self.bar is None:
-            return ""
-        return "ok" if (self.ratio <= self.bar if self.at_most else self.ratio >= self.bar) else "short"
-
-
 class Bench:
     """What rows share: the device, sizes, an encoder with random weights in the precision of its passes, images."""
 
@@ -102,7 +84,7 @@ class Bench:
         self.backbone.precision = "float16" if self.on_gpu else "float32"
         self.head = random_head(self.backbone.width, CLASSES, 0)
         self.task = self.noise("noise", self.sizes.images)
-        self.floors: dict[str, float] = {}
+        self.rates: dict[str, float] = {}
 
     @property
     def on_gpu(self) -> bool:
@@ -125,7 +107,8 @@ class Bench:
         raw = {batch: self.raw_seconds(batch) for batch in self.sizes.batches}
         best = min(raw, key=raw.__getitem__)
         note, count = f"floor: autocast float16, batch {best}" if self.on_gpu else "floor: float32", self.sizes.images
-        yield Row("evaluation", "images/s", count / ours, 1 / raw[best], 0.85, note=note)
+        yield Row("evaluation", count / ours, ">= 0.85", note, "images/s", 1 / raw[best])
+        self.rates["forward"] = count / ours
 
     def raw_seconds(self, batch: int) -> float:
         """Return the seconds an image of the module alone, on ready batches."""
@@ -145,9 +128,10 @@ class Bench:
     def training(self) -> Iterator[Row]:
         """Yield the rate of fine-tuning when it runs, over a bare loop, of views and of crops from class folders."""
         floor, note = self.training_floor()
-        yield Row("fine-tuning", "images/s", self.trained(self.task), floor, 0.90, note=note)
+        self.rates["trained"] = self.trained(self.task)
+        yield Row("fine-tuning", self.rates["trained"], ">= 0.90", note, "images/s", floor)
         task = tv.load_task(f"folder:{self.photographs()}", self.backbone.preprocessing)
-        yield Row("fine-tuning, folders", "images/s", self.trained(task), floor, 0.80, note="256 JPEG images, crops")
+        yield Row("fine-tuning, folders", self.trained(task), ">= 0.80", "256 JPEG images, crops", "images/s", floor)
 
     def trained(self, task: tv.Task) -> float:
         """Return the images a second of our fine-tuning; its first steps, where it compiles, are not counted."""
@@ -212,7 +196,8 @@ class Bench:
         tune: Callable[..., object] = lambda progress: tv.finetune(  # noqa: E731
             backbone, task, head, settings, progress=progress
         )
-        yield Row("lab training", "ms/step", 1000 * step_seconds(tune, 30, 230 if self.on_gpu else 40, self.device))
+        took = 1000 * step_seconds(tune, 30, 230 if self.on_gpu else 40, self.device)
+        yield Row("lab training", took, unit="ms/step")
 
     # ------------------------------------------------------------ steps of a study
 
@@ -234,10 +219,11 @@ class Bench:
             search()
             took = clock(self.device) - begin
         passes = len(SCALES) * self.sizes.tasks * self.sizes.validation
-        yield Row("line search", "images/s", passes / took, note=f"{self.sizes.tasks} tasks, {len(SCALES)} scales")
+        about = f"{self.sizes.tasks} tasks, {len(SCALES)} scales"
+        yield Row("line search", passes / took, note=about, unit="images/s")
         if samples:
             share, count = float(np.mean(samples)), f"{len(samples)} samples"
-            yield Row("line search, GPU busy", "share", share, bar=0.80, note=count)
+            yield Row("line search, GPU busy", share, ">= 0.80", count, "share")
 
     def search_inputs(self) -> dict[str, Any]:
         """Write what a step of a line search reads: encoder, precision, tasks, a vector of seeded noise, a head."""
@@ -246,8 +232,8 @@ class Bench:
             place.mkdir(exist_ok=True)
         records.write_backbone(self.backbone, places["backbone"])
         write_json(places["precision"] / artifacts.PRECISION, {"precision": self.backbone.precision})
-        flat = self.backbone.pretrained.flat
-        save(self.backbone.pretrained.with_flat(1e-3 * torch.randn_like(flat)), places["merged"] / artifacts.DIRECTION)
+        vector = 1e-3 * torch.randn_like(self.backbone.pretrained.flat)
+        flat.save(self.backbone.pretrained.with_flat(vector), places["merged"] / artifacts.DIRECTION)
         artifacts.save_head(self.head, places["head"])
         return places | {"task": [self.written(f"task{n}") for n in range(self.sizes.tasks)], "start": None}
 
@@ -267,7 +253,7 @@ class Bench:
         folder.mkdir()
         records.write_backbone(self.backbone, folder)
         took = device_seconds(lambda: records.read_backbone(folder, self.device), self.device, 2)
-        yield Row("opening", "s", took, note=self.sizes.address)
+        yield Row("opening", took, note=self.sizes.address, unit="s")
 
     def quickstart(self) -> Iterator[Row]:
         """Yield the seconds of the packaged study quickstart, in a process of its own; on a CPU of a trial run."""
@@ -278,8 +264,22 @@ class Bench:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
-        bar = 90 if self.on_gpu else None
-        yield Row(" ".join(name), "s", time.perf_counter() - begin, bar=bar, at_most=True)
+        yield Row(" ".join(name), time.perf_counter() - begin, "<= 90" if self.on_gpu else "", unit="s")
+
+    # ------------------------------------------------------------ plans
+
+    def plans(self) -> Iterator[Row]:
+        """Yield the hours of Table 1 and of the whole paper on this GPU, by plan with the rates of the rows before."""
+        if not (self.on_gpu and {"forward", "trained"} <= self.rates.keys()):
+            return
+        flops, store = model_cost(self.sizes.address, None).flops, Store(self.folder / "empty")  # type: ignore[union-attr]
+        speed = {"forward": self.rates["forward"] * flops, "training": self.rates["trained"] * BACKWARD * flops}
+        device = replace(DEVICES["h200"], **speed, batch=0.0, update=0.0)
+        for name, studies, bar in (("paper-table1", PAPER[:1], "<= 3"), ("the whole paper", PAPER, "<= 24")):
+            every = [exp for study in studies for exp in plan(open_study(study), store, estimate=True)]
+            estimate = forecast(name, every, store)  # steps that studies share count once
+            hours = sum(duration(item, device).total for item in estimate.ahead) / 3600
+            yield Row(f"{name}, by plan", hours, bar, "with the rates above", "hours")
 
 
 @contextlib.contextmanager
@@ -310,21 +310,8 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "search": Bench.line_search,
     "opening": Bench.opening,
     "quickstart": Bench.quickstart,
+    "plans": Bench.plans,
 }
-
-
-def line(row: Row) -> str:
-    """Return a row as a line of the table."""
-    ours, floor = number(row.ours), number(row.floor) if row.floor else ""
-    ratio, bar = f"{row.ratio:.2f}" if row.floor else "", ""
-    if row.bar is not None:
-        bar = f"{'<=' if row.at_most else '>='} {row.bar:g}"
-    return f"{row.name:22} {ours:>9} {floor:>9} {row.unit:9} {ratio:>6} {bar:>8} {row.verdict:6} {row.note}".rstrip()
-
-
-def number(value: float) -> str:
-    """Return a number with three digits at least."""
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def main() -> None:
@@ -337,18 +324,14 @@ def main() -> None:
     device, rows = choose_device(options.device), list[Row]()
     if device == "cpu":
         torch.set_num_threads(1)
-    machine = {"processor": processor(device), "torch": torch.__version__, "cuda": torch.version.cuda}
+    machine = about(device)
     print(f"{machine['processor']}, torch {machine['torch']}")
-    print(f"{'':22} {'ours':>9} {'floor':>9} {'':9} {'ratio':>6} {'bar':>8}")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(device, Path(folder))
         for name, measure in ROWS.items():
-            for row in measure(bench) if name not in options.skip else ():
-                rows.append(row)
-                print(line(row), flush=True)
+            rows += show(measure(bench) if name not in options.skip else ())
     if options.json:
-        lines = [asdict(row) | {"ratio": row.ratio, "verdict": row.verdict} for row in rows]
-        options.json.write_text(json.dumps({**machine, "rows": lines}, indent=2) + "\n")
+        save(rows, options.json, device)
 
 
 if __name__ == "__main__":

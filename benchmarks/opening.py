@@ -67,7 +67,7 @@ def measure(folder: Path) -> dict[str, float]:
     own, most = memory("RssAnon") - own, memory("VmHWM") - most
     size = path.stat().st_size // 4
     floor, _ = timed(lambda: torch.from_file(str(path), shared=False, size=size).clone())
-    return {"wall": wall, "cpu": cpu, "floor": floor, "own": own, "most": most}
+    return {"wall": wall, "cpu": cpu, "floor": floor, "own": own, "most": most, "megabytes": path.stat().st_size / 1e6}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from table import Row, show
 
-TASKS, IMAGES = (2, 4, 8, 16, 32), (50, 100, 200, 400)
+TASKS, IMAGES = (2, 4, 8, 16, 32), (25, 50, 100, 200)
 ENCODERS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 STUDY = """
 name: scaling
@@ -31,7 +31,7 @@ backbones: [{{address: "{backbone}"{size}}}]
 tasks: [{tasks}]
 heads: [kept]
 heatmap: {{pairs: 1, points: 3, samples: 64}}
-probe: {{steps: 200, warmup: 20}}
+probe: {{steps: 50, warmup: 5}}
 finetune: {{steps: {steps}, warmup: 2, batch_size: 32}}
 precision: float32
 """
@@ -50,7 +50,7 @@ def write_task(folder: Path, images: int, seed: int) -> Path:
     return folder
 
 
-def cpu_seconds(folder: Path, tasks: Sequence[Path], backbone: str, steps: int = 20, size: int = 0) -> float:
+def cpu_seconds(folder: Path, tasks: Sequence[Path], backbone: str, steps: int = 5, size: int = 0) -> float:
     """Return the CPU seconds of a study, without those of a run that finds it done."""
     listed = ", ".join(f'"folder:{task}"' for task in tasks)
     given = f", size: {size}" if size else ""
@@ -75,7 +75,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 def curve(what: str, sizes: Sequence[float], seconds: Sequence[float]) -> Iterator[Row]:
     """Yield a row for every point, and one for the exponent."""
     for size, value in zip(sizes, seconds, strict=True):
-        yield Row(f"CPU seconds with {size:,g} {what}", value)
+        yield Row(f"CPU seconds with {size:,g} {what}", value, unit="CPU s")
     yield Row(f"exponent of the CPU seconds in {what}", exponent(sizes, seconds))
 
 
@@ -84,7 +84,7 @@ def rows(most: int = max(TASKS)) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         counts = [count for count in TASKS if count <= most]
-        tasks = [write_task(folder / f"task-{place}", 40, place) for place in range(max(counts))]
+        tasks = [write_task(folder / f"task-{place}", 25, place) for place in range(max(counts))]
         yield from curve("tasks", counts, [cpu_seconds(folder, tasks[:n], "lab:supervised") for n in counts])
         seconds = []
         for count in IMAGES:

@@ -59,6 +59,8 @@ CHOOSING = {
     "choose_option",
     "choose_scale",
     "survivors",
+    "choose_precision",
+    "heatmap_errors",
     "gains",
 }
 AT_MOST = {"reprobed_curve", "surgery_curve", "subset", "per_task_scales"}

@@ -204,6 +204,7 @@ negation: {forget: greek, control: street}
     assert {"surgery_curve", "agreement", "reprobed_curve", "test_task"} <= set(told)
     assert {name for name, linear in told.items() if not linear} == {
         "choose_scale",
+        "heatmap_errors",
         "gains",
         "pick_head",
         "probe_task",

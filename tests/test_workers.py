@@ -153,7 +153,7 @@ def test_lack_of_memory_on_a_shared_gpu_names_it(monkeypatch: pytest.MonkeyPatch
 
 def test_small_encoders_share_a_gpu_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default, "cores", lambda: 16)
-    large, tiny = Gpu("0", "one", 80e9, (9, 0)), Gpu("0", "one", 4e9, (9, 0))
+    large, small = Gpu("0", "one", 80e9, (9, 0)), Gpu("0", "one", 6e9, (9, 0))
 
     def steps(name: str) -> list[Step]:
         return [step for cell in plan(open_study(name), Store(tmp_path), estimate=True) for step in cell.steps()]
@@ -161,7 +161,7 @@ def test_small_encoders_share_a_gpu_by_rule(tmp_path: Path, monkeypatch: pytest.
     lab, paper = steps("quickstart"), steps("paper-table4")
     assert gpu_workers(lab, [large]) == default.MOST
     assert gpu_workers(lab, [large] * 4) == 16  # cores
-    assert gpu_workers(lab, [large, tiny]) == 2 * 2  # the memory of the smallest
+    assert gpu_workers(lab, [large, small]) == 2 * 2  # the memory of the smallest
     assert gpu_workers(paper, [large] * 4) == 4
     assert cpu_workers(4) == 4
     assert cpu_workers(64) == 1

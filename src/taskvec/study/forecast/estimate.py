@@ -30,7 +30,8 @@ STARTING = 0.005
 class Planned:
     """A step, what it takes, its memory in bytes (device, main), and the seconds it took where it is done.
 
-    What opens a backbone has its key and its cost, and ``reads`` so many bytes of encoders beside it.
+    What looks through a backbone has its key and its cost, and ``reads`` so many bytes of encoders beside it. It
+    ``opens`` the backbone unless the step before has: consecutive steps of a worker share it.
     """
 
     step: Step
@@ -39,6 +40,7 @@ class Planned:
     seconds: float | None
     backbone: tuple[Key, ModelCost] | None
     reads: float
+    opens: bool
 
     @property
     def kind(self) -> str:
@@ -97,20 +99,24 @@ def duration(item: Planned, device: Device) -> Duration:
     return Duration(
         work.forward_flops / pace.forward + work.forward / BATCH * pace.batch,
         work.training_flops / pace.training + work.updates * pace.update + bool(work.updates) * pace.beginning,
-        pace.opening + item.reads / READING,
+        item.opens * pace.opening + item.reads / READING,
         rest,
     )
 
 
 def forecast(name: str, experiments: Sequence[Experiment], store: Store) -> Forecast:
     """Say what the steps of a study take, and which of them the store holds; no weight and no image is read."""
-    sizes, planned = Sizes(), dict[str, Planned]()
+    sizes, planned, shared = Sizes(), dict[str, Planned](), None
     steps = (step for experiment in experiments for step in experiment.steps())
     looks = look(steps, store, lambda step, id: view_digest(step, sizes) or id)
     for step, (id, record) in looks.items():
         if id not in planned:
             took = None if record is None else recorded(record) if math.isfinite(recorded(record)) else 0.0
-            planned[id] = Planned(step, step.type.work(step, sizes), memory(step, sizes), took, *opened(step, sizes))
+            backbone, reads = opened(step, sizes)
+            opens = backbone is not None and backbone[0] != shared
+            shared = backbone[0] if backbone else shared
+            how = step.type.work(step, sizes), memory(step, sizes), took
+            planned[id] = Planned(step, *how, backbone, reads, opens)
     every = tuple(planned.values())
     return Forecast(name, every, tuple(unknown_shapes(sizes)), tuple(downloads(every)))
 
