@@ -120,8 +120,8 @@ class Device:
         return Pace(*speed, 0.0, 0.0, rates.beginning, opening, f"by FLOPs from {rates.address}")
 
 
-OPENING, READING = 0.02, 0.8e9
-"""Seconds that making any encoder takes, and bytes a second that its weights are read at."""
+OPENING, READING = 0.02, 1.25e9
+"""Seconds that making any encoder takes, and bytes a second that its weights are read at (benchmarks/opening.py)."""
 CORE = HostRates(head_step=0.7e-3, photograph=10e-3, drawing=0.3e-3, disk=0.5e9)
 """A core of the lab's machine: an Intel Xeon with AVX-512 and AMX."""
 CORES = 60e9, 72e9
