@@ -18,7 +18,8 @@ def memory(step: Step, sizes: Sizes) -> tuple[float, float]:
 
     Training keeps weights, gradients, Adam's two moments and the pre-trained copy, and half-precision activations.
     """
-    weights = sizes.weights(step) if step.inputs.get("backbone") else 0.0
+    opens = hasattr(step.config, "device") or step.type.name == "load_backbone"
+    weights = sizes.weights(step) if opens else 0.0
     encoders = 0 if step.type.name in READ_HEADS else len(list(leaves(step.inputs.get("finetuned"))))
     on_device = bool(getattr(step.config, "device", ""))
     if settings := getattr(step.config, "finetune", None):
