@@ -71,9 +71,10 @@ def ratios(backbone: tv.Backbone, task: tv.Task) -> Iterator[Row]:
     curve = seconds(lambda: search.kept_curve(backbone, tau, task, head, scales), 2)
     yield Row("line search over 20 scales, over its forward passes", curve / (20 * len(images) * raw), "<= 1.10")
     grid = [-3.0, -1.5, 0.0, 1.5, 3.0]
-    pair = images[:128], images[128:256]
+    half = len(images) // 2
+    pair = images[:half], images[half : 2 * half]
     heat = seconds(lambda: disentanglement(backbone, (tau, tau), (head, head), pair, grid), 1)
-    unavoidable = (2 * 20 + 2 * 5) * 128 * raw
+    unavoidable = (2 * 20 + 2 * 5) * half * raw
     yield Row("heatmap of one pair, over merged and single passes", heat / unavoidable, "<= 1.10")
     backbone.use(backbone.pretrained)
     settings = tv.Finetune(steps=6, batch_size=64, warmup=1)

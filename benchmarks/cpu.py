@@ -34,7 +34,7 @@ from taskvec.data.images import Preprocessing
 from taskvec.encoders.backbone import assemble
 from taskvec.engine.executors import Inline
 
-SIZE, IMAGES = 112, 192
+SIZE, IMAGES = 112, 96
 MISTAKES = {
     "--help": ["--help"],
     "an unknown option": ["run", "quickstart", "--no-such-option"],
