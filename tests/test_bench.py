@@ -85,6 +85,15 @@ def test_saved_rates_of_a_model_of_gpu_stand_for_its_default(tmp_path: Path) -> 
     assert find_device("cpu", tmp_path).measured is None
 
 
+def test_what_was_measured_of_the_cores_is_planned_with(tmp_path: Path) -> None:
+    slow = rates.CORE.model_copy(update={"head_step": 1.0, "photograph": 16.0, "disk": 10.0})
+    save_rates(rates_of("NVIDIA H100 80GB HBM3", "cuda", host=slow), tmp_path)
+    item = Planned(None, Work(head_steps=3, photographs=2, disk=40), (0, 0), None, None, 0.0, False)  # type: ignore[arg-type]
+    took = {name: duration(item, find_device(name, tmp_path)).host for name in ("h100", "h200")}
+    assert took["h100"] == pytest.approx(3 + 2 * 16 / 16 + 4, abs=0.01)
+    assert took["h200"] < 0.01
+
+
 def test_saving_keeps_what_was_measured_of_other_backbones(tmp_path: Path) -> None:
     first = rates_of("a CPU", "cpu")
     other = [first.backbones[0].model_copy(update={"address": "lab:mae"})]
@@ -104,7 +113,7 @@ def test_a_pace_is_what_was_measured_or_goes_by_flops() -> None:
     assert cost is not None
     device = dataclasses.replace(DEVICES["cpu"], measured=rates_of("a CPU", "cpu"))
     work = Work(forward=200, forward_flops=200 * 2e7, trained=30, training_flops=30 * 3 * 2e7, updates=3)
-    item = Planned(None, work, (0, 0), None, (SMALL, cost), 0.0)  # type: ignore[arg-type]
+    item = Planned(None, work, (0, 0), None, (SMALL, cost), 0.0, True)  # type: ignore[arg-type]
     took = duration(item, device)
     assert (took.evaluation, took.training, took.opening) == pytest.approx((2.0, 3.0 + 2.0, 0.5))
     larger = dataclasses.replace(cost, flops=4e7)
@@ -121,6 +130,6 @@ def test_defaults_of_gpus_are_the_measured_h200_by_data_sheets(tmp_path: Path) -
     assert seen["h200"] > seen["h100"] > seen["a100"] > 0.3 * seen["h200"]
     assert DEVICES["h200"].training / base.flops / 3 == pytest.approx(0.9 * 2610, rel=0.01)
     small = Work(forward=256, trained=64, updates=1)
-    item = Planned(None, small, (0, 0), None, (SMALL, base), 0.0)  # type: ignore[arg-type]
+    item = Planned(None, small, (0, 0), None, (SMALL, base), 0.0, False)  # type: ignore[arg-type]
     took = duration(item, DEVICES["h100"])
     assert (took.evaluation, took.training) == pytest.approx(rates.LAUNCHES)  # launches alone

@@ -376,3 +376,14 @@ def test_decoded_images_of_a_limited_study_are_those_that_it_decodes(name: str, 
     sizes = [task_size(parse(task.address), 0)[1:] for task in study.tasks]
     images = sum(min(count, study.limit or count) for counts in sizes for count in counts)
     assert planned == images * (3 * 32**2 + 8)
+
+
+def test_merges_of_large_encoders_are_planned_to_stream(tmp_path: Path) -> None:
+    """A merge by slices takes no more for more or larger encoders; one by whole entries goes by the largest."""
+    names = ", ".join(f"'paper:{name}'" for name in list(TASKS)[:8])
+    text = f"name: t\nbackbones: ['paper:vit-l14-clip-2b']\ntasks: [{names}]\nmethods: [task_arithmetic, ties, iso_c]\n"
+    planned = look(StudyFile(parse_study(text + "device: cpu\n", "s"), "", tmp_path), tmp_path).planned
+    held = {one.step.config.method: sum(one.memory) for one in planned if one.kind == "merge"}
+    largest = 4 * 1024 * 4096
+    assert max(held["task_arithmetic"], held["ties"]) <= 2**28
+    assert (2 * 8 + 4) * largest <= held["iso_c"] <= 2**30

@@ -196,7 +196,9 @@ def test_the_lock_says_in_what_numbers_a_gpu_computed() -> None:
     config = PrecisionConfig(wanted="auto", scales=SCALES, device="cuda", backbone_name="net")
     done: Any = {Step("compare", compare_precisions, config, {}): SimpleNamespace(json=lambda name: record)}
     on, off = ({"matmul": switch, "convolutions": switch} for switch in (True, False))
-    lock = evaluation_precisions(done, "cuda:1")
-    assert lock == {"evaluation_precision": {"net": "tf32"}, "tf32": {"evaluation": {"net": on}, "else": off}}
-    assert page._facts(lock) == {"evaluation_precision": "net tf32"}
-    assert evaluation_precisions(done, "cpu") == {}
+    every: Any = [SimpleNamespace(backbone=name) for name in ("net", "net", "plain")]
+    lock = evaluation_precisions(every, done, "cuda:1")
+    assert lock["evaluation_precision"] == {"net": "tf32", "plain": "float32"}
+    assert lock["tf32"] == {"evaluation": {"net": on, "plain": off}, "else": off}
+    assert page._facts(lock) == {"evaluation_precision": "net tf32, plain float32"}
+    assert evaluation_precisions(every, done, "cpu") == {}

@@ -300,6 +300,19 @@ def test_errors_from_some_images_say_how_sure_they_are() -> None:
     assert "95 % half-width of the mean over pairs: at most 1.4 points." in tables.markdown(rows, errors)
 
 
+def test_sets_from_some_images_say_how_sure_their_means_are() -> None:
+    rows = fixture.results()
+    assert tables.sets_notes(rows) == []
+    widths = {
+        "accuracy_half_width": [0.011, 0.0149],
+        "disentanglement_error_half_width": [0.014],
+        "accuracy_images": [256],
+    }
+    more = [rows.iloc[0].to_dict() | {"metric": metric, "value": v} for metric, vs in widths.items() for v in vs]
+    (note,) = tables.sets_notes(pd.concat([rows, pd.DataFrame(more)], ignore_index=True))
+    assert note.endswith("at most 1.5 points of accuracy and 1.4 points of the disentanglement error.")
+
+
 def test_columns_that_nothing_fills_are_left_out() -> None:
     frame = tables.summary(fixture.results(heads=("kept",)))
     assert not any("Re-probed" in column or "ξ" in column or "Joint" in column for column in frame.columns)

@@ -23,10 +23,7 @@ from taskvec.lab.vit import VisionTransformer
 from taskvec.learning.heads import random_head
 from taskvec.weights import vectors
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
+pytestmark = pytest.mark.cuda
 TOLERANCE: dict[PassPrecision, float] = {"float32": 5e-5, "tf32": 1e-2, "float16": 1e-2}
 """Largest difference of a feature from the CPU's, over the largest feature."""
 SCALES = (0.0, 0.05, 0.5)

@@ -33,10 +33,7 @@ from taskvec.weights import vectors
 from taskvec.weights.flat import Weights, distinct, pack, read, save
 from taskvec.weights.reader import Checkpoint
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
+pytestmark = pytest.mark.cuda
 DEVICE, TASKS = "cuda", 4
 TOLERANCE = {"wudi": 1e-4, "regmean": 1e-4, "pcb": 1e-4}
 """Adam divides by the size of gradients, regmean solves an equation, pcb stretches the top of its scores to 0 to 1."""

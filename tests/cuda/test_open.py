@@ -14,10 +14,7 @@ from taskvec.study import artifacts
 from taskvec.weights import vectors
 from taskvec.weights.flat import open_saved, save
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
+pytestmark = pytest.mark.cuda
 
 
 def test_an_encoder_opened_on_a_gpu_is_the_one_that_was_kept(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from taskvec.learning.batches import index_stream
 from taskvec.learning.heads import Head, fit, joint_loss, random_head
 from taskvec.learning.surgery import fit_surgery
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+pytestmark = pytest.mark.cuda
 
 RATES = (0.003, 0.01, 0.03)
 TOLERANCE = 1e-4

@@ -16,10 +16,7 @@ from taskvec.evaluation.accuracy import fine_tuned_accuracies
 from taskvec.evaluation.scale_search import kept_curve, objective
 from taskvec.merging.in_memory import merge_vectors
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
+pytestmark = pytest.mark.cuda
 GRID = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 

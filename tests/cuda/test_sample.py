@@ -13,10 +13,7 @@ from taskvec.evaluation.disentanglement import BOX_AXIS, changes, compared, set_
 from taskvec.learning.heads import random_head
 from taskvec.weights.flat import Weights
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
+pytestmark = pytest.mark.cuda
 FEW = 0.02
 """Share of predictions that may differ: float32 sums in another order turn near ties."""
 IMAGES, CLASSES = 96, 10

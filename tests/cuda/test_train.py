@@ -27,7 +27,7 @@ from taskvec.learning import batches, finetuning
 from taskvec.learning.heads import random_head
 from taskvec.weights.flat import Weights
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+pytestmark = pytest.mark.cuda
 SETTINGS = Finetune(steps=5, batch_size=16, warmup=2, learning_rate=2e-4)
 LONG = SETTINGS.model_copy(update={"steps": 30})
 

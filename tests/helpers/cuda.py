@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 MARK = "cuda"
 FOLDER = Path(__file__).parents[1] / MARK
@@ -47,5 +48,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def is_chosen(config: pytest.Config) -> bool:
-    """Say whether tests were chosen by this mark."""
-    return MARK in str(config.option.markexpr)
+    """Say whether tests were chosen by this mark: ``-m cuda`` takes one that has it and none that has no mark."""
+    chosen = Expression.compile(str(config.option.markexpr))
+    return chosen.evaluate(lambda name, **_: name == MARK) and not chosen.evaluate(lambda name, **_: False)

@@ -234,7 +234,7 @@ def make_lock(
         "threads": study.threads,
         "device": device,
         "precision": sorted({metrics["precision"] for metrics in tuned.values() if "precision" in metrics}),
-        **evaluation_precisions(done, device),
+        **evaluation_precisions(experiments, done, device),
         "left_out": left_out | {name: metrics["left_out"] for name, metrics in tuned.items() if "left_out" in metrics},
         "steps": {step.label: artifact.id for step, artifact in done.items()},
     }
@@ -246,16 +246,18 @@ def make_lock(
     return lock | {"fingerprint": fingerprint(lock), "processor": processor(device)}  # tells, and decides nothing
 
 
-def evaluation_precisions(done: Done, device: str) -> dict[str, Any]:
+def evaluation_precisions(experiments: list[Experiment], done: Done, device: str) -> dict[str, Any]:
     """Return in what numbers a GPU computed: by backbone the precision of passes, and how both TF32 switches stood.
 
     A CPU has one arithmetic, and the lock says nothing of it. On a GPU a backbone without a choice is float32.
     """
     if not device.startswith("cuda"):
         return {}
-    compared = {s.config.backbone_name: a.json(AGREEMENTS) for s, a in done.items() if s.type == compare_precisions}
-    switches = {"evaluation": {name: record["tf32"] for name, record in compared.items()}, "else": uses_tf32("float32")}
-    return {"evaluation_precision": {name: r["precision"] for name, r in compared.items()}, "tf32": switches}
+    chosen = {exp.backbone: "float32" for exp in experiments}
+    compared = (step for step in done if step.type == compare_precisions)
+    chosen |= {step.config.backbone_name: done[step].json(AGREEMENTS)["precision"] for step in compared}
+    switches = {name: uses_tf32(precision) for name, precision in chosen.items()}
+    return {"evaluation_precision": chosen, "tf32": {"evaluation": switches, "else": uses_tf32("float32")}}
 
 
 def best_models(experiments: list[Experiment], done: Done) -> dict[str, tuple[dict[str, Any], Artifact]]:

@@ -56,6 +56,16 @@ OF_KINDS = (
     "λ scales the merged task vectors. It was chosen by the mean normalised metric on validation; only the chosen λ "
     "saw the test split.",
 )
+OF_SOME_IMAGES = {
+    "accuracy_half_width": "accuracy",
+    "metric_half_width": "the tasks' own metrics",
+    "disentanglement_error_half_width": "the disentanglement error",
+}
+"""Metrics of half-widths, and of what they are."""
+SETS_OF_SOME_IMAGES = (
+    "Sets of some of the tasks are measured on as many test images as their means need; the 95 % half-width of a set's "
+    "mean over its tasks is at most"
+)
 METHODS = {
     "zero_shot": "*Zero-shot* is the frozen encoder with the head from the class names.",
     "joint": REGIMES["joint"].meaning,
@@ -134,8 +144,18 @@ def definitions(results: pd.DataFrame, heatmap: pd.DataFrame | None = None) -> l
     notes = [*common, *(regime.meaning for name, regime in REGIMES.items() if name in regimes)]
     notes += [note for method, note in METHODS.items() if method in methods]
     notes += [OVER_SEEDS] if results["seed"].nunique() > 1 else []
+    notes += sets_notes(results)
     sampled = f" {text}." if (text := sampling_text(heatmap)) else ""
     return notes + ([] if heatmap is None or heatmap.empty else [IN_THE_BOX + sampled])
+
+
+def sets_notes(results: pd.DataFrame) -> list[str]:
+    """Say how sure the means of sets of tasks are, where they are of some test images."""
+    widths = results[results["metric"].isin(OF_SOME_IMAGES)].groupby("metric")["value"].max()
+    named = [
+        f"{100 * widths[metric]:.1f} points of {what}" for metric, what in OF_SOME_IMAGES.items() if metric in widths
+    ]
+    return [f"{SETS_OF_SOME_IMAGES} {' and '.join(named)}."] if named else []
 
 
 # ---------------------------------------------------------------- Markdown

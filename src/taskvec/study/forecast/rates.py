@@ -15,7 +15,7 @@ from typing import Literal
 from taskvec.core.compute import processor
 from taskvec.core.errors import TaskvecError
 from taskvec.core.files import Record, disk_errors, fingerprint, read_record, write_json
-from taskvec.core.machine import gpus
+from taskvec.core.machine import cores, gpus
 from taskvec.core.notes import note
 from taskvec.engine.pipeline import versions
 from taskvec.study.forecast.model_cost import ModelCost
@@ -173,11 +173,17 @@ def find_device(name: str, folder: Path) -> Device:
         rates = latest(rates for rates in every if rates.processor == processor(kind))
         if rates is None:
             raise TaskvecError(f"nothing was measured on {processor(kind)} yet", "run taskvec bench --save")
-        return replace(DEVICES["cpu" if kind == "cpu" else "h200"], name=HERE, measured=rates)
+        here = DEVICES["cpu"] if kind == "cpu" else replace(DEVICES["h200"], cores=cores())
+        return as_measured(replace(here, name=HERE), rates)
     if name == "cpu":
-        return replace(DEVICES[name], measured=latest(r for r in every if r.processor == processor("cpu")))
+        return as_measured(DEVICES[name], latest(r for r in every if r.processor == processor("cpu")))
     model = name.upper()
-    return replace(DEVICES[name], measured=latest(r for r in every if model in r.processor.replace("-", " ").split()))
+    return as_measured(DEVICES[name], latest(r for r in every if model in r.processor.replace("-", " ").split()))
+
+
+def as_measured(device: Device, rates: Rates | None) -> Device:
+    """Return a device with what was measured on it and on the cores beside it; without rates as it is assumed."""
+    return device if rates is None else replace(device, host=rates.host, measured=rates)
 
 
 def latest(rates: Iterable[Rates]) -> Rates | None:
