@@ -16,6 +16,8 @@ from taskvec.core.notes import note
 
 WARM = 3
 """Steps that are taken one operation at a time before one is captured as a graph."""
+FAILED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: torch 2.11 and before may still ask them about every allocation of pinned memory."""
 Step = Callable[[Sequence[Any]], Float[Tensor, ""]]
 """One step of training on the batches it accumulates: it returns the loss, on the device."""
 
@@ -84,8 +86,8 @@ def aside(device: torch.device) -> Iterator[None]:
 def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
     """Capture what the block gives to a GPU as a graph; other threads may go on meanwhile.
 
-    A capture that fails raises a RuntimeError. In many versions of torch the allocator and the random generator then
-    believe that it goes on, and the next capture or dropout would raise: they are told that it has ended.
+    A capture that fails raises a RuntimeError. Until torch 2.12 the allocator and the random generator then believe
+    that it goes on, and the next capture or dropout would raise: they are told that it has ended.
     """
     pool = torch.cuda.graph_pool_handle()
     try:
@@ -95,6 +97,7 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterato
         ):
             yield
     except RuntimeError:
+        FAILED.append(graph)
         with contextlib.suppress(RuntimeError, AttributeError):  # a version that has told the allocator itself
             torch._C._cuda_endAllocateToPool(stream.device.index, pool)
         generator = torch.cuda.default_generators[stream.device.index]
