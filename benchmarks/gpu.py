@@ -51,6 +51,8 @@ from taskvec.weights import flat
 
 CLASSES = 10
 PAPER = ("paper-table1", "paper-table3", "paper-table4", "paper-figures")
+STEPS = 2000
+"""Steps of a training, of which some are timed."""
 SCALES = [round(0.05 * place, 10) for place in range(1, 21)]
 
 
@@ -136,12 +138,12 @@ class Bench:
     def trained(self, task: tv.Task) -> float:
         """Return the images a second of our fine-tuning; its first steps, where it compiles, are not counted."""
         batch, steps = self.sizes.batch, self.sizes.steps
-        settings = tv.Finetune(steps=2000, batch_size=batch, learning_rate=1e-5)
+        settings = tv.Finetune(steps=STEPS, batch_size=batch, learning_rate=1e-5)
         head = random_head(self.backbone.width, len(task.classes), 0)
         tune: Callable[..., object] = lambda progress: tv.finetune(  # noqa: E731
             self.backbone, task, head, settings, progress=progress
         )
-        return batch / step_seconds(tune, *steps, self.device)
+        return batch / step_seconds(tune, STEPS, *steps, self.device)
 
     def training_floor(self) -> tuple[float, str]:
         """Return the images a second of a bare loop, eager or compiled, whichever is faster, and which it was."""
@@ -165,16 +167,16 @@ class Bench:
         precision = training_precision(self.backbone, "auto")
 
         def train(progress: Callable[[float], None]) -> None:
-            while True:
+            for step in range(STEPS):
                 with autocast(precision, self.device):
                     features = encoder(pixels)
                 F.cross_entropy(head.logits(features), labels).backward()
                 torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                progress(0.0)
+                progress((step + 1) / STEPS)
 
-        return batch / step_seconds(train, *self.sizes.steps, self.device)
+        return batch / step_seconds(train, STEPS, *self.sizes.steps, self.device)
 
     def photographs(self) -> Path:
         """Write class folders of 256 training images, 500 x 375, and a few to validate and test; return their root."""
@@ -192,11 +194,11 @@ class Bench:
         """Yield the milliseconds of a step of the lab's encoder, batch 64, whose operations are short."""
         backbone = tv.load_backbone("lab:supervised", device=self.device)
         task = tv.load_task("lab:greek", backbone.preprocessing, limit=512)
-        head, settings = random_head(backbone.width, len(task.classes), 0), tv.Finetune(steps=2000, batch_size=64)
+        head, settings = random_head(backbone.width, len(task.classes), 0), tv.Finetune(steps=STEPS, batch_size=64)
         tune: Callable[..., object] = lambda progress: tv.finetune(  # noqa: E731
             backbone, task, head, settings, progress=progress
         )
-        took = 1000 * step_seconds(tune, 30, 230 if self.on_gpu else 40, self.device)
+        took = 1000 * step_seconds(tune, STEPS, 30, 230 if self.on_gpu else 40, self.device)
         yield Row("lab training", took, unit="ms/step")
 
     # ------------------------------------------------------------ steps of a study

@@ -40,24 +40,27 @@ class EnoughError(Exception):
     """Ends a training of which enough steps were timed."""
 
 
-def step_seconds(train: Callable[[Callable[[float], None]], object], first: int, last: int, device: str) -> float:
+def step_seconds(
+    train: Callable[[Callable[[float], None]], object], steps: int, first: int, last: int, device: str
+) -> float:
     """Return the seconds of a step of a training between two of its steps; the training ends after the last one.
 
-    The training is given a function to call after every step.
+    The training is given a function to tell which share of its ``steps`` is done: after every step, or after some as on
+    a GPU. It is timed from the first time on that it tells of ``first`` steps or more, and likewise to the last.
     """
-    times: dict[int, float] = {}
-    step = 0
+    marks: list[tuple[int, float]] = []
 
-    def progress(_: float) -> None:
-        nonlocal step
-        step += 1
-        if step in (first, last):
-            times[step] = clock(device)
-        if step == last:
+    def progress(share: float) -> None:
+        step = round(share * steps)
+        if step < (last if marks else first):
+            return
+        marks.append((step, clock(device)))
+        if len(marks) == 2:
             raise EnoughError
 
     try:
         train(progress)
     except EnoughError:
-        return (times[last] - times[first]) / (last - first)
+        (begin, started), (end, stopped) = marks
+        return (stopped - started) / (end - begin)
     raise RuntimeError(f"a training of fewer than {last} steps")

@@ -192,7 +192,7 @@ def test_a_capture_that_fails_is_noted(backbone: Backbone, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", fail)
+    monkeypatch.setattr(passes, "capturing", fail)
     recorded = Recorded(lambda batch: batch.flatten(1).float(), backbone.module, 4)
     with listen() as notes:
         for _ in range(passes.EAGER + 3):

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_a_graph_sees_every_batch_once_and_in_its_own_buffers(monkeypatch: pytes
         return total.sum()
 
     @contextlib.contextmanager
-    def capture(graph: FakeGraph, **_: object) -> Iterator[None]:
+    def capture(graph: FakeGraph, _: None) -> Iterator[None]:
         graph.graphed, before = graphed, total.clone()
         yield
         total.copy_(before)  # to capture is not to compute
@@ -193,7 +194,7 @@ def test_a_graph_sees_every_batch_once_and_in_its_own_buffers(monkeypatch: pytes
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(cuda_steps, "capturing", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     optimizer = make_optimizer([Group([total], 0.1)], Schedule(8))
     graphed = cuda_steps.GraphedStep(step, optimizer)
@@ -204,6 +205,31 @@ def test_a_graph_sees_every_batch_once_and_in_its_own_buffers(monkeypatch: pytes
     assert (graphed.graph is not None) == able
     assert len(notes) == (not able)
     assert optimizer.param_groups[0]["capturable"] == able
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_capture_that_fails_is_ended_everywhere(monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    @contextlib.contextmanager
+    def capture(graph: FakeGraph, **options: object) -> Iterator[None]:
+        ended.append(options["pool"])
+        yield
+
+    def end(*device_and_pool: object) -> None:
+        ended.append(device_and_pool)
+        if told:
+            raise RuntimeError("not currently recording to mempool_id")
+
+    ended: list[object] = []
+    generator, stream = mock.Mock(), mock.Mock(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+    with pytest.raises(RuntimeError, match="stream is capturing"), cuda_steps.capturing(mock.Mock(), stream):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert ended == [(0, 7), (0, (0, 7))]
+    generator.graphsafe_set_state.assert_called_once_with(generator.clone_state())
 
 
 def test_an_operation_without_a_deterministic_form_is_taken_with_a_note() -> None:

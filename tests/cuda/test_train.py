@@ -158,6 +158,8 @@ def test_what_cannot_be_captured_is_trained_with_a_note() -> None:
     assert len(losses) == 20
     assert len(notes) == 1
     assert "without a CUDA graph" in notes[0]
+    assert len(F.dropout(point, 0.5)) == 3  # random numbers are still drawn, and graphs captured
+    torch.cuda.empty_cache()
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_step() -> None:

@@ -16,6 +16,8 @@ from taskvec.core.notes import note
 
 WARM = 3
 """Steps that are taken one operation at a time before one is captured as a graph."""
+FAILED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: torch 2.11 and before may still ask them about every allocation of pinned memory."""
 Step = Callable[[Sequence[Any]], Float[Tensor, ""]]
 """One step of training on the batches it accumulates: it returns the loss, on the device."""
 
@@ -80,6 +82,29 @@ def aside(device: torch.device) -> Iterator[None]:
         torch.cuda.current_stream(device).wait_stream(stream)
 
 
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Capture what the block gives to a GPU as a graph; other threads may go on meanwhile.
+
+    A capture that fails raises a RuntimeError. Until torch 2.12 the allocator and the random generator then believe
+    that it goes on, and the next capture or dropout would raise: they are told that it has ended.
+    """
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        with (
+            torch.cuda.stream(stream),  # what fails would stay on it
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            yield
+    except RuntimeError:
+        FAILED.append(graph)
+        with contextlib.suppress(RuntimeError, AttributeError):  # a version that has told the allocator itself
+            torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+        generator = torch.cuda.default_generators[stream.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
+
+
 class GraphedStep:
     """A step of training that a GPU takes as one CUDA graph, after a few that it takes one operation at a time.
 
@@ -112,7 +137,7 @@ class GraphedStep:
         self.inputs, graph, stream = duplicate(batches), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self.let_capture(True)
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with capturing(graph, stream):
                 self.loss = self.step(self.inputs)
             self.graph = graph
         except RuntimeError as error:

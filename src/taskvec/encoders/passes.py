@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from taskvec.core.cuda_steps import capturing
 from taskvec.core.errors import first_line
 from taskvec.core.notes import note
 from taskvec.core.progress import Progress, no_progress
@@ -120,10 +121,7 @@ class Recorded:
         """Record the launches of one batch; where that fails they are made each time, with a note."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(pixels.device)
         try:
-            with (
-                torch.cuda.device(pixels.device),
-                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-            ):
+            with torch.cuda.device(pixels.device), capturing(graph, stream):
                 self.features = self.look(pixels)
         except RuntimeError as error:
             note(f"no CUDA graph of a {type(self.module).__name__}, which runs as before: {first_line(error)}")

@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from taskvec.core.compute import PassPrecision, uses_tf32
+from taskvec.core.cuda_steps import deterministic
 from taskvec.core.progress import Progress, no_progress
 from taskvec.core.task_types import TASK_TYPES
 from taskvec.data.tasks import Task
@@ -161,7 +162,8 @@ def class_mean_head(backbone: Backbone, task: Task) -> Head:
     classes = task_type.predict(labels) if labels.is_floating_point() else labels
     samples, places = features.flatten(0, -2), torch.unique(classes, return_inverse=True)[1].flatten()
     count = int(places.max()) + 1
-    sums = samples.new_zeros(count, samples.shape[1]).index_add_(0, places, samples)
+    with deterministic(samples.device):
+        sums = samples.new_zeros(count, samples.shape[1]).index_add_(0, places, samples)
     means = sums / torch.bincount(places, minlength=count)[:, None]
     return Head(means, -means.square().sum(1) / 2)
 
