@@ -17,6 +17,8 @@ LOW = 12
 """Bits of a coefficient that its lower half holds."""
 MOST_TAPS = 32
 """Coefficients a pixel up to which the sum of the lower halves is exact in float32."""
+SQUARES = 2**24
+"""Pixels of the squares that images are cut into at once: what is held is some fifty bytes for each."""
 A = -0.5
 """The parameter of Pillow's bicubic filter."""
 
@@ -39,6 +41,20 @@ def resized_crops(
     Images lie one behind the other in ``pixels``, channels first, at ``starts``; their ``shapes`` are height and width.
     Boxes are top, left, height and width, neither longer than ``side``.
     """
+    together = max(1, SQUARES // side**2)
+    groups = zip(starts.split(together), shapes.split(together), boxes.split(together), strict=True)
+    return torch.cat([resized(pixels, *group, side, size) for group in groups])
+
+
+def resized(
+    pixels: UInt8[Tensor, " bytes"],
+    starts: Int64[Tensor, " batch"],
+    shapes: Int64[Tensor, "batch 2"],
+    boxes: Int64[Tensor, "batch 4"],
+    side: int,
+    size: int,
+) -> UInt8[Tensor, "batch 3 {size} {size}"]:
+    """Return the parts of a few images, all at once, resized to size x size pixels."""
     parts = cut_parts(pixels, starts, shapes, boxes, side).float()
     narrow = combined(parts.flatten(1, 2) @ halves(boxes[:, 3], side, size))
     narrow = narrow.view(-1, side, 3 * size).float()

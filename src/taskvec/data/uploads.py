@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from torch import Tensor
 
 Images = UInt8[np.ndarray, "count 3 size size"] | UInt8[Tensor, "count 3 size size"]
@@ -65,10 +65,22 @@ class Resident:
             self.copies[key] = weakref.ref(array, lambda _: self.copies.pop(key, None)), copy
 
 
-@functools.cache
 def resident_on(device: str) -> Resident:
-    """Return the arrays that this process keeps on a GPU."""
-    return Resident(device, torch.cuda.get_device_properties(device).total_memory // PART)
+    """Return the arrays that this process keeps on a GPU, by whichever of its names: ``cuda`` is the present one."""
+    index = torch.device(device).index
+    return resident_of(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def resident_of(index: int) -> Resident:
+    """Return the arrays that this process keeps on the GPU of a number."""
+    return Resident(f"cuda:{index}", torch.cuda.get_device_properties(index).total_memory // PART)
+
+
+def placed(indices: Int64[np.ndarray, " count"], device: str) -> Int64[Tensor, " count"]:
+    """Return places in a tensor on a device; a GPU fetches them without waiting for what it computes."""
+    places = torch.from_numpy(indices)
+    return places.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else places
 
 
 def on_device(array: Shaped[np.ndarray, "count ..."], device: str) -> Shaped[Tensor, "count ..."]:

@@ -14,6 +14,7 @@ from jaxtyping import Float64, Int64, Shaped, UInt8
 from torch import Tensor
 
 from taskvec.core.progress import Progress, no_progress
+from taskvec.data.uploads import placed
 from taskvec.encoders.backbone import Backbone
 from taskvec.evaluation import sampling
 from taskvec.learning.heads import Head
@@ -122,9 +123,9 @@ def changes_at(
     for index, (head, images, singles) in enumerate(zip(tasks.heads, tasks.images, tasks.singles, strict=True)):
         single = singles[places[index]]
         if draws is not None:
-            order = torch.from_numpy(draws[index])
+            order = placed(draws[index], str(single.device))
             images = images[order] if isinstance(images, Tensor) else images[draws[index]]
-            single = single[order.to(single.device)]
+            single = single[order]
         alone = not len(images) or not any(scales[:index] + scales[index + 1 :])
         counts.append(single.new_zeros(()) if alone else changed(predictions(backbone, head, images), single))
     return torch.stack(counts)
