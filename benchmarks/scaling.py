@@ -1,16 +1,14 @@
-"""How a study's CPU seconds grow with its tasks, its images and its encoder, each with the exponent of a power law.
+"""How the seconds of a study's steps grow with its tasks, images and encoder, each with the exponent of a power law.
 
 python benchmarks/scaling.py [--most-tasks 32]
 
-Every point is a whole study of small image folders in a fresh store and process, on one thread; what starting takes (a
-study of one task that is done) is taken off. The exponent is the slope of a straight line through the logarithms: 1 is
-proportional.
+Every point is a whole study of small image folders in a fresh store, on one thread; figures and the program's start do
+not count. The exponent is the slope of a straight line through the logarithms: 1 is proportional.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,8 +20,9 @@ import timm
 from PIL import Image
 from safetensors.torch import save_file
 from table import Row, show
+from truths import taken
 
-TASKS, IMAGES = (2, 4, 8, 16, 32), (25, 50, 100, 200)
+TASKS, IMAGES = (2, 4, 8, 16, 32), (25, 100, 400)
 ENCODERS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 STUDY = """
 name: scaling
@@ -50,8 +49,8 @@ def write_task(folder: Path, images: int, seed: int) -> Path:
     return folder
 
 
-def cpu_seconds(folder: Path, tasks: Sequence[Path], backbone: str, steps: int = 5, size: int = 0) -> float:
-    """Return the CPU seconds of a study, without those of a run that finds it done."""
+def step_seconds(folder: Path, tasks: Sequence[Path], backbone: str, steps: int = 5, size: int = 0) -> float:
+    """Return the seconds of all steps of a study, which one worker runs one after the other."""
     listed = ", ".join(f'"folder:{task}"' for task in tasks)
     given = f", size: {size}" if size else ""
     study = folder / "study.yaml"
@@ -59,12 +58,8 @@ def cpu_seconds(folder: Path, tasks: Sequence[Path], backbone: str, steps: int =
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "taskvec", "run", str(study), "--workers", "1"]
         command += ["--out", f"{place}/out", "--store", f"{place}/store"]
-        times = [resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime]
-        for _ in range(2):
-            subprocess.run(command, check=True, capture_output=True)
-            times.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)
-    first, again = np.diff(times)
-    return float(first - again)
+        subprocess.run(command, check=True, capture_output=True)
+        return sum(kind["seconds"] for kind in taken(Path(place) / "store").values())
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
@@ -75,8 +70,8 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 def curve(what: str, sizes: Sequence[float], seconds: Sequence[float]) -> Iterator[Row]:
     """Yield a row for every point, and one for the exponent."""
     for size, value in zip(sizes, seconds, strict=True):
-        yield Row(f"CPU seconds with {size:,g} {what}", value, unit="CPU s")
-    yield Row(f"exponent of the CPU seconds in {what}", exponent(sizes, seconds))
+        yield Row(f"seconds with {size:,g} {what}", value, unit="s")
+    yield Row(f"exponent of the seconds in {what}", exponent(sizes, seconds))
 
 
 def rows(most: int = max(TASKS)) -> Iterator[Row]:
@@ -85,18 +80,18 @@ def rows(most: int = max(TASKS)) -> Iterator[Row]:
         folder = Path(temporary)
         counts = [count for count in TASKS if count <= most]
         tasks = [write_task(folder / f"task-{place}", 25, place) for place in range(max(counts))]
-        yield from curve("tasks", counts, [cpu_seconds(folder, tasks[:n], "lab:supervised") for n in counts])
+        yield from curve("tasks", counts, [step_seconds(folder, tasks[:n], "lab:supervised") for n in counts])
         seconds = []
         for count in IMAGES:
             pair = [write_task(folder / f"images-{count}-{place}", count, place) for place in range(2)]
-            seconds.append(cpu_seconds(folder, pair, "lab:supervised"))
+            seconds.append(step_seconds(folder, pair, "lab:supervised"))
         yield from curve("images a task", [4 * count for count in IMAGES], seconds)
         parameters, seconds = [], []
         for name in ENCODERS:
             module = timm.create_model(name)
             save_file(module.state_dict(), folder / f"{name}.safetensors")
             parameters.append(float(sum(value.numel() for value in module.parameters())))
-            seconds.append(cpu_seconds(folder, tasks[:2], f"timm:{name}@{folder}/{name}.safetensors", 4, 64))
+            seconds.append(step_seconds(folder, tasks[:2], f"timm:{name}@{folder}/{name}.safetensors", 4, 64))
         yield from curve("parameters", parameters, seconds)
 
 
