@@ -10,7 +10,6 @@ import torch
 
 from taskvec.core.notes import listen
 from taskvec.core.settings import Finetune
-from taskvec.data.augment import crop_grids, crop_parts, random_resized_crop
 from taskvec.data.decoding import Whole
 from taskvec.data.images import Preprocessing
 from taskvec.learning.batches import Batch, Stream, crops_here, crops_there, prefetched, stacks, uploads, views
@@ -62,12 +61,6 @@ def test_draws_that_are_uploaded_together_stay_in_order(count: int, ahead: bool)
     for place, (index, parts) in enumerate(itertools.islice(uploads(stacked, "cpu"), 40)):
         assert index.tolist() == [place]
         assert parts.unique().tolist() == [place]
-
-
-def test_a_crop_in_two_parts_is_the_crop() -> None:
-    images = torch.rand(5, 3, 8, 8)
-    first, second = (torch.Generator().manual_seed(2) for _ in range(2))
-    assert torch.equal(random_resized_crop(images, first), crop_grids(images, crop_parts(5, second)))
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "tasks", "images"), [(128, 1, 8, 16), (128, 4, 3, 10), (8, 4, 8, 1)])

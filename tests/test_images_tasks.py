@@ -23,7 +23,7 @@ from timm.data import create_transform
 from taskvec.core.errors import TaskvecError
 from taskvec.core.notes import listen
 from taskvec.data import tasks
-from taskvec.data.augment import random_resized_crop
+from taskvec.data.augment import crop_grids, crop_parts
 from taskvec.data.folders import list_folder
 from taskvec.data.images import Encoded, PixelBudget, Preprocessing, normalise, open_image, resize_and_crop
 from taskvec.data.splits import validation_indices
@@ -316,12 +316,12 @@ def test_a_split_that_is_dark_as_twelve_bits_in_sixteen_is_told(tmp_path: Path) 
 def test_augmentation_stays_inside_and_close_to_the_image() -> None:
     generator = torch.Generator().manual_seed(0)
     constant = torch.full((16, 3, 24, 24), 0.7)
-    assert torch.allclose(random_resized_crop(constant, generator), constant, atol=1e-5)
+    assert torch.allclose(crop_grids(constant, crop_parts(len(constant), generator)), constant, atol=1e-5)
     ramp = torch.linspace(0, 1, 24).expand(64, 3, 24, 24)
-    moved = random_resized_crop(ramp, generator)
+    moved = crop_grids(ramp, crop_parts(len(ramp), generator))
     assert float((moved - ramp).abs().max()) < 0.25
     assert not torch.equal(moved, ramp)
-    whole = random_resized_crop(ramp, generator, smallest=1.0)
+    whole = crop_grids(ramp, crop_parts(len(ramp), generator, smallest=1.0))
     assert whole.shape == ramp.shape
 
 

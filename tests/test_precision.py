@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.encoders import TinyEncoder
-from torch import Tensor, nn
+from helpers.encoders import Planted
 
 from taskvec.command.runs import evaluation_precisions
 from taskvec.core.compute import PassPrecision
@@ -63,21 +62,6 @@ CLOSE = ((0.0, 0), (0.005, 0), (0.004, 0))
 )
 def test_the_fastest_close_precision_is_taken(rows: list[Agreement], wanted: str, chosen: str) -> None:
     assert decide(wanted, rows) == chosen
-
-
-class Planted(TinyEncoder):
-    """A tiny encoder whose features, in lower precision, overflow or lose what tells classes apart."""
-
-    def __init__(self, factor: float, offset: float) -> None:
-        super().__init__()
-        self.last = nn.Linear(6, 6)
-        self.last.weight.data = factor * torch.eye(6)
-        nn.init.constant_(self.last.bias, offset)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features."""
-        features: Tensor = self.last(super().forward(images))
-        return features
 
 
 def planted(factor: float, offset: float = 0.0) -> Backbone:

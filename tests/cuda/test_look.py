@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers.encoders import TinyEncoder
+from helpers.encoders import Planted, TinyEncoder
 from torch import Tensor, nn
 
 from taskvec.core.compute import PassPrecision, arithmetic
@@ -132,21 +132,6 @@ def test_nothing_waits_inside_a_pass() -> None:
             backbone.features(images)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-class Planted(TinyEncoder):
-    """An encoder whose features overflow in float16, or lose there what tells classes apart."""
-
-    def __init__(self, factor: float, offset: float) -> None:
-        super().__init__()
-        self.last = nn.Linear(6, 6)
-        self.last.weight.data = factor * torch.eye(6)
-        nn.init.constant_(self.last.bias, offset)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features."""
-        features: Tensor = self.last(super().forward(images))
-        return features
 
 
 def test_a_sound_encoder_passes_in_float16(tasks: list[Task]) -> None:

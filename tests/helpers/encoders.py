@@ -20,3 +20,16 @@ class TinyEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(self.first(images)).relu().mean((2, 3))
         return self.third(self.second(hidden).tanh())
+
+
+class Planted(TinyEncoder):
+    """A tiny encoder whose features, in lower precision, overflow or lose what tells classes apart."""
+
+    def __init__(self, factor: float, offset: float) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 6)
+        self.last.weight.data = factor * torch.eye(6)
+        nn.init.constant_(self.last.bias, offset)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(super().forward(images))

@@ -15,19 +15,12 @@ ASPECT = 4 / 3
 """The widest aspect of a crop, and by its inverse the tallest."""
 
 
-def random_resized_crop(
-    images: Float[Tensor, "batch 3 size size"], generator: torch.Generator, smallest: float = 0.9
-) -> Float[Tensor, "batch 3 size size"]:
-    """Return a random part of each image (area ``smallest``..1, aspect 3/4..4/3) and resize it back bicubically.
-
-    For images whose evaluation view is the whole image, as the lab's: the draws, on a continuous scale, come from the
-    CPU generator, so any device sees the same. ``crop_box`` is the transform of all others.
-    """
-    return crop_grids(images, crop_parts(len(images), generator, smallest).to(images.device))
-
-
 def crop_parts(count: int, generator: torch.Generator, smallest: float = 0.9) -> Float[Tensor, "{count} 2 3"]:
-    """Return a random part of each image as the affine map of its corners, from -1 to 1."""
+    """Return a random part of each image (area ``smallest``..1, aspect 3/4..4/3) as the affine map of its corners.
+
+    For images whose evaluation view is the whole image, as the lab's; coordinates go from -1 to 1. The draws, on a
+    continuous scale, come from the CPU's generator, so all devices see the same. ``crop_box`` is for all others.
+    """
     area = torch.empty(count).uniform_(smallest, 1.0, generator=generator)
     aspect = torch.empty(count).uniform_(np.log(3 / 4), np.log(4 / 3), generator=generator).exp()
     width, height = (area * aspect).sqrt().clamp(max=1.0), (area / aspect).sqrt().clamp(max=1.0)
